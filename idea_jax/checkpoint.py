@@ -1,0 +1,271 @@
+"""What a run leaves on disk: the identity file, and checkpoints to resume from."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from idea_jax import __version__, pytrees
+from idea_jax.files import atomic_write
+from idea_jax.method import condition
+from idea_jax.models import sd
+from idea_jax.train_step import IdentityState
+
+FORMAT = "idea_jax.identity"
+FORMAT_VERSION = 1
+# Constants that belong in the file: sampling depends on them. The regulariser's metric does not;
+# it follows from the anchor.
+GIVEN_IN_FILE = ("anchor", "id_embed", "enhancer")
+
+
+class IdentityError(ValueError):
+    """An identity file is damaged, of another format, or does not fit the model."""
+
+
+class CheckpointError(ValueError):
+    """A run cannot be resumed from where it was asked to."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One learned person: arrays, and what they need to draw again.
+
+    base_model is a Hub id or a folder's name (never a whole path: it would tell where the user
+    keeps files); revision the commit it had, if known; embeds_only: read from a file of token
+    embeddings, without adapter and K/V.
+    """
+
+    method: condition.Method
+    trainable: condition.Trainable
+    given: condition.Given
+    placeholder: str
+    base_model: str
+    revision: str | None
+    seed: int
+    steps: int
+    embeds_only: bool = False
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"idea_jax": __version__, "python": platform.python_version(), **found}
+
+
+def write_identity(path: Path, identity: Identity) -> None:
+    """Writes an identity file (safetensors); an earlier file stays whole if anything fails.
+
+    Tensors are named `trainable/...` and `given/...`; the metadata describe the run and never hold
+    anything measured from the face.
+
+    Raises:
+      IdentityError: a value is not finite; such an identity is never written.
+    """
+    trees = {
+        "trainable": identity.trainable,
+        "given": {k: v for k, v in identity.given.items() if k in GIVEN_IN_FILE},
+    }
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in pytrees.flatten(trees).items()}
+    broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    if broken:
+        raise IdentityError(f"not written to {path.name}: not finite: {', '.join(broken)}")
+    about = {
+        "method": asdict(identity.method),
+        "placeholder": identity.placeholder,
+        "base_model": identity.base_model,
+        "revision": identity.revision,
+        "seed": identity.seed,
+        "steps": identity.steps,
+        "versions": versions(),
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "identity": json.dumps(about),
+        "licence": "inherits the use restrictions of the base model and of the face model",
+    }
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_identity(path: Path) -> Identity:
+    """Reads an identity file.
+
+    Raises:
+      IdentityError: not an identity file, damaged, or written by a newer format.
+      FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no identity file at {path}; training writes one into output_dir")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise IdentityError(f"{path} is damaged or no safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        hint = (
+            "; for a file of token embeddings use --learned_embedding_path"
+            if len(tensors) <= 4
+            else ""
+        )
+        raise IdentityError(f"{path} is no identity file of this project{hint}")
+    if metadata.get("format_version") != str(FORMAT_VERSION):
+        raise IdentityError(
+            f"{path} has format version {metadata.get('format_version')}, expected "
+            f"{FORMAT_VERSION}; install the idea_jax that wrote it, or train again"
+        )
+    try:
+        about = json.loads(metadata["identity"])
+        trees = pytrees.unflatten(tensors)
+        return Identity(
+            method=condition.Method(**about["method"]),
+            trainable=trees["trainable"],
+            given=trees["given"],
+            **{k: about[k] for k in ("placeholder", "base_model", "revision", "seed", "steps")},
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise IdentityError(f"{path} lacks a part of its description: {error!r}") from error
+
+
+def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Frozen, where) -> None:
+    """Raises IdentityError, listing all differences, unless the identity fits the model.
+
+    Every array is compared with what a new identity of the same method would have on this model.
+    """
+    tokens = identity.trainable.get("pseudo_tokens")
+    width = None if tokens is None else tokens.shape[-1]
+    if width != model.text.hidden_size:
+        raise IdentityError(
+            f"{where} was learned for a text width of {width}, this checkpoint has "
+            f"{model.text.hidden_size}: it belongs to another model family (base model "
+            f"{identity.base_model}); sample with that one, or train again on this one"
+        )
+
+    def fresh(key):
+        start = np.zeros(tokens.shape, np.float32)
+        return condition.init_trainable(identity.method, model, frozen.cross_kv, key, start)
+
+    expected = {"trainable": jax.eval_shape(fresh, jax.random.key(0))}
+    if identity.method.uses_face and not identity.embeds_only:
+        expected["given"] = {
+            "anchor": tokens,
+            "id_embed": np.zeros(512, np.float32),
+        }
+        if not identity.method.train_enhancer:
+            expected["given"]["enhancer"] = jax.eval_shape(
+                lambda key: condition.init_enhancer(identity.method, model, key),
+                jax.random.key(0),
+            )
+    want = {k: v.shape for k, v in pytrees.flatten(expected).items()}
+    got_trees = {"trainable": identity.trainable, "given": identity.given}
+    got = {k: v.shape for k, v in pytrees.flatten(got_trees).items()}
+    problems = [f"missing {k} {want[k]}" for k in want if k not in got]
+    problems += [
+        f"{k} is {got[k]}, expected {want[k]}" for k in want if k in got and got[k] != want[k]
+    ]
+    problems += [f"unexpected {k}" for k in got if k not in want and k.startswith("trainable/")]
+    if problems:
+        raise IdentityError(f"{where} does not fit this checkpoint: " + "; ".join(problems[:20]))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoints:
+    """Checkpoints of a run in `folder/STEP`, written by orbax in the background.
+
+    A checkpoint holds the trainables, the optimiser's state and the step. All else follows from
+    the settings and the photos; their fingerprint is kept with it and must match on resume.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict, *, limit: int | None = None):
+        import orbax.checkpoint as ocp
+
+        self.ocp = ocp
+        self.fingerprint = fingerprint
+        options = ocp.CheckpointManagerOptions(max_to_keep=limit)
+        self.manager = ocp.CheckpointManager(folder.resolve(), options=options)
+
+    def save(self, state: IdentityState) -> None:
+        """Starts writing a checkpoint of this state, replacing one of the same step."""
+        # Host copies: the caller's next step may reuse the device buffers while orbax still writes.
+        tree = jax.tree.map(np.array, resumable(state))
+        step = int(state.step)
+        if step in self.manager.all_steps():
+            self.manager.delete(step)
+        self.manager.save(
+            step,
+            args=self.ocp.args.Composite(
+                state=self.ocp.args.StandardSave(tree),
+                run=self.ocp.args.JsonSave(self.fingerprint),
+            ),
+        )
+
+    def restore(self, state: IdentityState, which: str) -> IdentityState | None:
+        """Returns `state` as it was at a checkpoint; None if "latest" finds none.
+
+        Args:
+          which: "latest" or the path of a checkpoint's folder.
+
+        Raises:
+          CheckpointError: no such checkpoint, a damaged one, or one of a run with other settings.
+        """
+        step = self.manager.latest_step()
+        if which == "latest" and step is None:
+            return None
+        if which != "latest":
+            path = Path(which).resolve()
+            present = {
+                self.manager.directory / str(step): step for step in self.manager.all_steps()
+            }
+            if path not in present:
+                found = ", ".join(str(step) for step in sorted(present.values())) or "none"
+                raise CheckpointError(
+                    f"no checkpoint at {which}; in {self.manager.directory} there are: {found}"
+                )
+            step = present[path]
+        try:
+            run = self.manager.restore(
+                step, args=self.ocp.args.Composite(run=self.ocp.args.JsonRestore())
+            ).run
+            changed = [k for k, v in self.fingerprint.items() if run.get(k) != v]
+            if changed:
+                was = ", ".join(f"{k}: {run.get(k)} -> {self.fingerprint[k]}" for k in changed)
+                raise CheckpointError(
+                    f"checkpoint {step} belongs to a run with other settings ({was}); resume with "
+                    "the same ones, or train into another --output_dir"
+                )
+            target = jax.tree.map(self.ocp.utils.to_shape_dtype_struct, resumable(state))
+            tree = self.manager.restore(
+                step, args=self.ocp.args.Composite(state=self.ocp.args.StandardRestore(target))
+            ).state
+        except CheckpointError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise whatever their readers raise
+            raise CheckpointError(
+                f"checkpoint {step} in {self.manager.directory} cannot be read "
+                f"({type(error).__name__}); delete that folder to resume from an earlier one"
+            ) from error
+        return state._replace(**tree)
+
+    def close(self) -> None:
+        """Waits until every checkpoint is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def resumable(state: IdentityState) -> dict:
+    """The part of a state that a checkpoint holds."""
+    return {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step}

@@ -1,0 +1,52 @@
+"""What the two scripts share: settings in, exit code out."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from idea_jax import checkpoint, config, faces, learned_embeds, train
+from idea_jax.data import images, text
+from idea_jax.diffusion import schedule
+from idea_jax.models import hub, layers, weights
+
+# Mistakes of the input, not of the program: one message, no traceback.
+INPUT_ERRORS = (
+    config.ConfigError,
+    images.ImageError,
+    faces.FaceError,
+    text.TextError,
+    learned_embeds.EmbedsError,
+    layers.UnsupportedConfig,
+    weights.WeightsError,
+    hub.CheckpointNotFound,
+    checkpoint.IdentityError,
+    checkpoint.CheckpointError,
+    train.TrainingError,
+    schedule.ScheduleError,
+    OSError,
+)
+
+
+def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> int:
+    """Parses the arguments, runs, and returns the exit code.
+
+    0: done; 1: the input or the disk; 2: the arguments; 130: interrupted.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    # Libraries speak up only when something is wrong; the run's own messages are the program's.
+    for name in ("absl", "orbax", "jax", "httpx", "huggingface_hub", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        settings = config.parse(cls, sys.argv[1:] if argv is None else argv, **about)
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        print(run(settings))
+    except INPUT_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

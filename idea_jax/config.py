@@ -1,0 +1,408 @@
+"""What a run is: two frozen dataclasses, filled from profile defaults, a YAML file and flags.
+
+Later sources win: field default < profile default < YAML (`--config FILE`) < flag. A field's name
+is its YAML key and its flag. Nothing else in the package holds a default of a setting.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or does not fit the others."""
+
+
+def setting(default: object, text: str, *, aliases: Sequence[str] = (), choices=None) -> object:
+    """A dataclass field with its help text, extra flag names and allowed values.
+
+    A default of `...` makes the setting required.
+    """
+    metadata = {"help": text, "aliases": tuple(aliases), "choices": choices}
+    if default is ...:
+        return field(metadata={**metadata, "required": True})
+    return field(default=default, metadata=metadata)
+
+
+# What each profile of the method sets, where nothing more specific is given. The learning rates are
+# those that the authors recommend (see docs/method.md); those of the paper profile's adapter,
+# enhancer and K/V have no published value: these are first guesses, the same order of magnitude as
+# LoRA rates in use, not yet tuned on data.
+PROFILE_DEFAULTS: dict[str, dict] = {
+    "paper": {
+        "learning_rate": 1.5e-3,
+        "adapter_learning_rate": 1e-4,
+        "enhancer_learning_rate": 1e-4,
+        "kv_learning_rate": 1e-4,
+        "scale_lr": True,
+        "reg_weight": 8e-4,
+        "kv": "low_rank",
+        "center_crop": True,
+    },
+    "official": {
+        "learning_rate": 1.5e-3,
+        "adapter_learning_rate": 1.5e-3,
+        "scale_lr": True,
+        "reg_weight": 8e-4,
+        "kv": "none",
+        "center_crop": False,
+    },
+    "cross_init": {
+        "learning_rate": 6.25e-4,
+        "scale_lr": True,
+        "reg_weight": 1e-5,
+        "kv": "none",
+        "center_crop": True,
+    },
+    "textual_inversion": {
+        "learning_rate": 5e-4,
+        "scale_lr": False,
+        "reg_weight": 0.0,
+        "kv": "none",
+        "center_crop": True,
+    },
+}
+
+# Settings of parts that only some profiles have; a profile that would ignore one refuses it.
+PROFILE_PARTS: dict[str, tuple[str, ...]] = {
+    "adapter_learning_rate": ("paper", "official"),
+    "beta": ("paper", "official"),
+    "enhancer_learning_rate": ("paper",),
+    "kv_learning_rate": ("paper",),
+    "kv_rank": ("paper",),
+    "face_model": ("paper", "official"),
+    "pre_aligned": ("paper", "official"),
+    "celeb_path": ("paper", "official", "cross_init"),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what `train_jax.py` does."""
+
+    pretrained_model_name_or_path: str = setting(
+        ..., "Stable Diffusion checkpoint in diffusers layout: a folder or a Hub id"
+    )
+    train_data_dir: str = setting(..., "folder with one or more photos of one person")
+    output_dir: str = setting("idea-output", "folder that receives all results")
+    profile: str = setting(
+        "paper",
+        "which method is trained: the paper's, the published code's, or a baseline",
+        choices=tuple(PROFILE_DEFAULTS),
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
+    variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    # The person
+    placeholder_token: str = setting("<person>", "the word that stands for the person")
+    n_pseudo_tokens: int = setting(
+        2, "pseudo tokens that are learned", aliases=("n_persudo_tokens", "num_vectors")
+    )
+    initialize_tokens: list[str] | None = setting(
+        None, "words to start from instead of the names", aliases=("initializer_token",)
+    )
+    celeb_path: str | None = setting(
+        None, "file of names, one per line, for Cross Initialization (default: the shipped list)"
+    )
+    face_model: str | None = setting(
+        None, "ArcFace model, ONNX, 112x112 input (profiles paper and official)"
+    )
+    pre_aligned: bool = setting(False, "the photos are aligned 112x112 face crops already")
+    # Pictures
+    resolution: int | None = setting(
+        None, "side of the training image in pixels (default: what the checkpoint was trained on)"
+    )
+    center_crop: bool | None = setting(
+        None, "crop the central square before resizing (otherwise the whole is squeezed)"
+    )
+    # Method
+    reg_weight: float | None = setting(None, "weight of the regulariser (default: by profile)")
+    beta: float = setting(0.4, "scale of the ID-Adapter's contribution")
+    kv: str | None = setting(
+        None,
+        "how the UNet's cross-attention keys and values are trained (default: by profile)",
+        choices=("low_rank", "full", "none"),
+    )
+    kv_rank: int = setting(4, "rank of the low-rank K/V delta")
+    # Optimisation
+    max_train_steps: int = setting(320, "steps", aliases=("max_train_step",))
+    train_batch_size: int = setting(8, "samples per step")
+    learning_rate: float | None = setting(None, "rate of the pseudo tokens (default: by profile)")
+    adapter_learning_rate: float | None = setting(None, "rate of the ID-Adapter")
+    enhancer_learning_rate: float | None = setting(None, "rate of the ID-Enhancer")
+    kv_learning_rate: float | None = setting(None, "rate of the K/V delta")
+    scale_lr: bool | None = setting(None, "multiply all rates by the batch size")
+    adam_beta1: float = setting(0.9, "AdamW beta1")
+    adam_beta2: float = setting(0.999, "AdamW beta2")
+    adam_epsilon: float = setting(1e-7, "AdamW epsilon")
+    adam_weight_decay: float = setting(1e-2, "AdamW weight decay, towards zero")
+    mixed_precision: str = setting(
+        "no", "compute type of the frozen networks", choices=("no", "bf16")
+    )
+    seed: int = setting(0, "seed of everything random in the run")
+    # Results on the way
+    save_steps: int = setting(
+        0, "save the identity every N steps under its step (0: at the end only)"
+    )
+    only_save_embeds: bool = setting(
+        False, "those saves on the way hold the token embeddings only, not the whole identity"
+    )
+    validation_prompt: list[str] | None = setting(
+        None, "prompts with {} to draw on the way, as grids in output_dir/validation"
+    )
+    validation_steps: int = setting(100, "draw the validation prompts every N steps")
+    num_validation_images: int = setting(4, "pictures per validation prompt")
+    checkpointing_steps: int = setting(
+        0, "write a checkpoint to resume from every N steps (0: none)"
+    )
+    checkpoints_total_limit: int | None = setting(None, "keep only the newest N checkpoints")
+    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
+    report_to: str = setting("tensorboard", "log of the losses", choices=("tensorboard", "none"))
+    logging_dir: str = setting("logs", "folder of that log, inside output_dir")
+
+    def __post_init__(self):
+        positive(self, "n_pseudo_tokens", "kv_rank", "max_train_steps", "train_batch_size")
+        positive(self, "resolution", "validation_steps", "num_validation_images")
+        positive(self, "checkpoints_total_limit", "adam_epsilon")
+        not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
+        not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
+        not_negative(self, "kv_learning_rate", "beta", "seed")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.kv not in (None, "none") and self.profile != "paper":
+            raise ConfigError(
+                f"kv={self.kv!r} has no effect with profile {self.profile!r}: only the paper "
+                "profile trains keys and values; leave --kv out or take --profile paper"
+            )
+        if self.reg_weight and self.profile == "textual_inversion":
+            raise ConfigError(
+                "profile 'textual_inversion' has no regulariser; leave out --reg_weight"
+            )
+        if self.initialize_tokens is not None and self.celeb_path is not None:
+            raise ConfigError("give either --initialize_tokens or --celeb_path, not both")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, profiles in PROFILE_PARTS.items():
+            if getattr(self, name) != defaults[name] and self.profile not in profiles:
+                raise ConfigError(
+                    f"--{name} has no effect with profile {self.profile!r}; it belongs to "
+                    f"{' and '.join(profiles)}"
+                )
+
+    def rates(self) -> dict[str, float]:
+        """Effective learning rate of each trained part, `scale_lr` included."""
+        scale = self.train_batch_size if self.scale_lr else 1
+        rates = {
+            "pseudo_tokens": self.learning_rate,
+            "adapter": self.adapter_learning_rate,
+            "enhancer": self.enhancer_learning_rate,
+            "kv": self.kv_learning_rate,
+        }
+        return {part: rate * scale for part, rate in rates.items() if rate is not None}
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Everything that decides what `sample_jax.py` does."""
+
+    pretrained_model_name_or_path: str = setting(
+        ..., "Stable Diffusion checkpoint in diffusers layout: a folder or a Hub id"
+    )
+    identity: str | None = setting(None, "identity.safetensors that training wrote")
+    learned_embedding_path: str | None = setting(
+        None, "token embeddings only: learned_embeds.safetensors or a legacy learned_embeds.bin"
+    )
+    prompt: list[str] | None = setting(None, "prompts; {} stands for the person")
+    prompt_file: str | None = setting(None, "text file with one prompt per line")
+    save_dir: str = setting("samples", "folder that receives one folder per prompt")
+    revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
+    variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    negative_prompt: str = setting("", "what the pictures should not show")
+    num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
+    n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
+    batch_size: int = setting(8, "pictures that are drawn in one call")
+    num_inference_steps: int = setting(50, "sampling steps")
+    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 turns it off")
+    scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"))
+    eta: float = setting(0.0, "share of fresh noise in DDIM, 0 to 1")
+    id_strength: float = setting(
+        1.0, "scales the ID-Adapter's and the K/V delta's effect; 0 leaves the tokens alone"
+    )
+    height: int | None = setting(None, "pixels (default: the checkpoint's own size)")
+    width: int | None = setting(None, "pixels (default: the checkpoint's own size)")
+    seed: int = setting(0, "picture i of a seed is the same whatever else is drawn")
+    mixed_precision: str = setting(
+        "no", "compute type of the frozen networks", choices=("no", "bf16")
+    )
+
+    def __post_init__(self):
+        positive(self, "num_images_per_prompt", "n_iter", "batch_size", "num_inference_steps")
+        positive(self, "height", "width")
+        not_negative(self, "guidance_scale", "id_strength", "eta", "seed")
+        if (self.identity is None) == (self.learned_embedding_path is None):
+            raise ConfigError("give exactly one of --identity and --learned_embedding_path")
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ConfigError("give exactly one of --prompt and --prompt_file")
+        if self.eta > 1:
+            raise ConfigError(f"eta must lie between 0 and 1, got {self.eta}")
+        if self.eta and self.scheduler != "ddim":
+            raise ConfigError("--eta belongs to --scheduler ddim; dpmpp_2m is deterministic")
+
+
+def positive(config: object, *names: str) -> None:
+    """Raises unless each named field is None or greater than zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be greater than 0, got {value}")
+
+
+def not_negative(config: object, *names: str) -> None:
+    """Raises unless each named field is None or at least zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{name} must not be negative, got {value}")
+
+
+def parse(cls: type, argv: Sequence[str], **about: str) -> object:
+    """Reads command-line arguments into a `TrainConfig` or `SampleConfig`.
+
+    Args:
+      cls: the dataclass.
+      argv: arguments without the program's name. `--config FILE` names a YAML file of settings.
+      **about: passed to `argparse.ArgumentParser` (`prog`, `description`).
+
+    Raises:
+      ConfigError: an unknown or repeated key, a value of the wrong type, settings that do not fit.
+      SystemExit: an unknown flag, or `--help`, from argparse.
+    """
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
+    for spec in dataclasses.fields(cls):
+        add_flag(parser, spec)
+    flags = vars(parser.parse_args(argv))
+    path = flags.pop("config", None)
+    return build(cls, read_yaml(path) if path else {}, flags, source=path)
+
+
+def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
+    kind, is_list = plain_type(spec.type)
+    names = [f"--{name}" for name in (spec.name, *spec.metadata["aliases"])]
+    # Absent flags stay absent (SUPPRESS), so that the YAML file and the profile can speak.
+    options: dict = {"dest": spec.name, "default": argparse.SUPPRESS, "help": spec.metadata["help"]}
+    if "required" not in spec.metadata and spec.default is not None:
+        options["help"] += f" (default: {spec.default})"
+    if kind is bool:
+        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+        return
+    if is_list:
+        options["nargs"] = "+"
+    parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
+
+
+def build(cls: type, file_values: dict, flags: dict, *, source: str | None = None) -> object:
+    """Merges the layers and returns the checked dataclass.
+
+    Raises:
+      ConfigError: as `parse`.
+    """
+    known = {spec.name: spec for spec in dataclasses.fields(cls)}
+    for name, value in file_values.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown key {name!r} in {source}{hint}")
+        check_type(known[name], value, source)
+    given = {**file_values, **flags}
+    missing = [n for n, spec in known.items() if "required" in spec.metadata and n not in given]
+    if missing:
+        raise ConfigError(
+            "missing: " + ", ".join(f"--{name}" for name in missing) + " (see --help)"
+        )
+    if cls is TrainConfig:
+        profile = given.get("profile", known["profile"].default)
+        if profile not in PROFILE_DEFAULTS:
+            raise ConfigError(
+                f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
+            )
+        given = {**PROFILE_DEFAULTS[profile], **given}
+    return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
+
+
+def plain_type(annotation: object) -> tuple[type, bool]:
+    """Returns (element type, is it a list) of a field's annotation."""
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    (kind,) = [option for option in options if option is not types.NoneType]
+    if typing.get_origin(kind) is list:
+        return typing.get_args(kind)[0], True
+    return kind, False
+
+
+def check_type(spec: dataclasses.Field, value: object, source: str | None) -> None:
+    """Raises ConfigError unless a YAML value has the type of its field."""
+    kind, is_list = plain_type(spec.type)
+    optional = isinstance(spec.type, types.UnionType)
+    values = value if is_list and isinstance(value, list) else [value]
+    accepted = (int, float) if kind is float else (kind,)
+    fits = all(
+        isinstance(v, accepted) and (kind is bool or v is not True and v is not False)
+        for v in values
+    ) and (isinstance(value, list) == is_list)
+    if not (fits or (optional and value is None)):
+        expected = f"a list of {kind.__name__}" if is_list else kind.__name__
+        hint = (
+            " (YAML reads 1e-4 as text; write 1.0e-4)"
+            if kind is float and isinstance(value, str)
+            else ""
+        )
+        raise ConfigError(f"{spec.name} in {source} must be {expected}, got {value!r}{hint}")
+    choices = spec.metadata["choices"]
+    if choices and value is not None and value not in choices:
+        raise ConfigError(
+            f"{spec.name} in {source} must be one of {', '.join(choices)}, got {value!r}"
+        )
+
+
+class StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a repeated key is an error (PyYAML keeps the last one)."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if repeated:
+            raise ConfigError(f"{node.start_mark.name}: repeated key {', '.join(repeated)}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict:
+    """Reads a YAML file of settings.
+
+    Raises:
+      ConfigError: the file cannot be read, is not YAML, repeats a key or is not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, StrictLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got {type(values).__name__}")
+    return values
+
+
+def to_yaml(config: object) -> str:
+    """The resolved settings as YAML that `--config` reads back to the same run."""
+    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,265 @@
+"""Pictures from disk to training pixels, and generated pixels to marked PNG files."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from idea_jax.files import atomic_write
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# Decoders of rarer formats are where Pillow's security holes have been; these three suffice.
+FORMATS = ("JPEG", "PNG", "WEBP")
+# Checked on the header, before any pixel is decoded. Above 8000x8000 and the 50-megapixel phones,
+# and below the 89 megapixels from which Pillow itself warns.
+MAX_PIXELS = 80_000_000
+MIN_SIDE = 16
+
+# The IPTC code for pictures made by a trained model, in the XMP property that search engines and
+# picture agencies read: https://cv.iptc.org/newscodes/digitalsourcetype/ (PNG keyword: XMP part 3).
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_XMP_KEYWORD = "XML:com.adobe.xmp"
+_XMP_PACKET = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about=""'
+    ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+    f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
+    "</rdf:Description></rdf:RDF></x:xmpmeta>"
+    '<?xpacket end="w"?>'
+)
+_MARKER = "AIGenerated"
+
+
+class ImageError(ValueError):
+    """A picture or folder of pictures that cannot be used; the message names it and says why."""
+
+
+def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Returns the pictures directly in `folder`, sorted by name, and what was skipped with reasons.
+
+    A picture is known by its suffix (`SUFFIXES`, upper or lower case); whether it can be read is
+    found out by `read_image`.
+
+    Raises:
+        ImageError: `folder` is missing, no folder, unreadable or without pictures.
+    """
+    folder = Path(folder)
+    try:
+        entries = sorted(folder.iterdir())
+        images, skipped = [], []
+        for entry in entries:
+            reason = _reason_to_skip(entry)
+            if reason:
+                skipped.append((entry, reason))
+            else:
+                images.append(entry)
+    except FileNotFoundError:
+        raise ImageError(f"the folder of pictures {folder} does not exist") from None
+    except NotADirectoryError:
+        raise ImageError(
+            f"expected a folder of pictures, got the file {folder}; pass the folder that holds it"
+        ) from None
+    except OSError as error:
+        raise ImageError(
+            f"the folder of pictures {folder} cannot be read: {error.strerror}"
+        ) from error
+    if not images:
+        found = ", ".join(f"{path.name} ({reason})" for path, reason in skipped[:5]) or "nothing"
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        raise ImageError(
+            f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
+            f"found {found}{more}"
+        )
+    return images, skipped
+
+
+def _reason_to_skip(entry: Path) -> str | None:
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_dir():
+        return "sub-folder"
+    if not entry.is_file():
+        return "not a regular file"
+    if entry.suffix.lower() not in SUFFIXES:
+        return f"suffix {entry.suffix or '(none)'}"
+    return None
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Returns the picture as fully decoded 8-bit RGB, upright.
+
+    EXIF orientation is applied, transparency is laid over white, CMYK and 16-bit pictures are
+    converted, and of an animated picture the first frame is taken.
+
+    Raises:
+        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP, larger than
+            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side.
+    """
+    path = Path(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                _check_size(path, *image.size)
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"{path} is too large to be decoded safely ({error}); scale it down"
+        ) from error
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{path} is not a JPEG, PNG or WebP picture: {_sniff(path)}; convert or remove it"
+        ) from None
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"the picture {path} does not exist") from None
+    except PermissionError:
+        raise ImageError(f"no permission to read the picture {path}") from None
+    except Exception as error:
+        # On damaged files Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
+        # zlib.error and more, without a common base; nothing but Pillow runs in the block above.
+        raise ImageError(
+            f"{path} is cut off or damaged ({error}); export or download it again"
+        ) from error
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{path} has {width} x {height} pixels, more than the limit of "
+            f"{MAX_PIXELS // 1_000_000} megapixels; scale it down"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(
+            f"{path} has {width} x {height} pixels; expected at least {MIN_SIDE} on each side"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling. The upper byte is
+        # what Pillow takes of 16-bit colour.
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _sniff(path: Path) -> str:
+    """Says in words what a file that Pillow did not recognise seems to be."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "it is empty"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12].decode("latin-1")
+        kind = "an AVIF or HEIC picture" if brand[:3] in ("hei", "mif", "avi") else "a video"
+        return f"it seems to be {kind}"
+    magics = {
+        b"\xff\xd8": "a damaged JPEG",
+        b"\x89PNG": "a damaged PNG",
+        b"RIFF": "a damaged WebP, a sound or a video",
+        b"GIF8": "a GIF",
+        b"II*\0": "a TIFF or camera raw file",
+        b"MM\0*": "a TIFF or camera raw file",
+        b"BM": "a BMP",
+        b"%PDF": "a PDF",
+        b"PK": "a zip archive",
+    }
+    for magic, name in magics.items():
+        if head.startswith(magic):
+            return f"it seems to be {name}"
+    text = head.decode("utf-8", "ignore")
+    if len(text) >= len(head) // 2 and all(c.isprintable() or c in "\t\r\n" for c in text):
+        return "it seems to be a text file"
+    return "its content is of no known picture format"
+
+
+def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray:
+    """Returns float32[size, size, 3] in [-1, 1], ready for the VAE.
+
+    With `center_crop` the central square is resized, otherwise the whole picture is squeezed to a
+    square, as in the published code of ID-EA and textual inversion (bicubic, 8-bit, then
+    `value / 127.5 - 1` in float64, rounded once).
+
+    Raises:
+        ImageError: `image` is not 8-bit RGB.
+    """
+    if image.mode != "RGB":
+        raise ImageError(f"expected an RGB picture, got mode {image.mode}; use read_image")
+    if center_crop:
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), resample=Image.Resampling.BICUBIC)
+    return (np.asarray(image) / 127.5 - 1.0).astype(np.float32)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Returns uint8 values for floats in [-1, 1] of any shape; values beyond are clipped.
+
+    Inverse of the scaling in `to_pixels` for each of the 256 values.
+
+    Raises:
+        ImageError: some value is not finite.
+    """
+    images = np.asarray(images, np.float32)
+    if not np.isfinite(images).all():
+        raise ImageError(f"the pixels of {images.shape} are not all finite; nothing to save")
+    return np.round((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+def image_grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Returns uint8[rows*H, columns*W, 3]: equal pictures uint8[H, W, 3] row by row, rest white.
+
+    Fewer pictures than `columns` make a single, shorter row.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"expected pictures and columns >= 1, got {len(images)} and {columns}")
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"expected pictures of one shape in a grid, got {sorted(shapes)}")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height, width, channels = images[0].shape
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[: len(images)] = images
+    cells = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return cells.reshape(rows * height, columns * width, channels)
+
+
+def save_png(path: str | Path, pixels: np.ndarray, text: Mapping[str, str]) -> None:
+    """Writes uint8[H, W, 3] as a PNG that carries `text` and says that a model made the picture.
+
+    The mark is the IPTC digital source type in XMP and a plain field `AIGenerated: true`. An
+    earlier file at `path` is replaced only once the new one is complete.
+    """
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"expected uint8[H, W, 3], got {pixels.dtype}{list(pixels.shape)}")
+    fields = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        if key in (_MARKER, _XMP_KEYWORD):
+            raise ValueError(f"the PNG field {key} is reserved for the mark of generated pictures")
+        # Lone surrogates (undecodable bytes of a command line) have no UTF-8 form.
+        fields.add_text(key, value.encode("utf-8", "replace").decode("utf-8"))
+    fields.add_text(_MARKER, "true")
+    fields.add_itxt(_XMP_KEYWORD, _XMP_PACKET)
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=fields)
+
+
+def read_png_text(path: str | Path) -> dict[str, str]:
+    """Returns the text fields of a PNG, the mark of generated pictures included."""
+    with Image.open(path, formats=("PNG",)) as image:
+        image.load()
+        return {key: str(value) for key, value in image.text.items()}

@@ -1,0 +1,376 @@
+"""From words to token ids: the checkpoint's CLIP tokenizer, placeholders, templates and names."""
+
+import copy
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# Long enough for any name, short enough for file names and table cells that repeat it.
+MAX_PLACEHOLDER_LENGTH = 64
+
+_PHOTO_TEMPLATES = (
+    "a photo of a {}",
+    "a rendering of a {}",
+    "a cropped photo of the {}",
+    "the photo of a {}",
+    "a photo of a clean {}",
+    "a photo of a dirty {}",
+    "a dark photo of the {}",
+    "a photo of my {}",
+    "a photo of the cool {}",
+    "a close-up photo of a {}",
+    "a bright photo of the {}",
+    "a cropped photo of a {}",
+    "a photo of the {}",
+    "a good photo of the {}",
+    "a photo of one {}",
+    "a close-up photo of the {}",
+    "a rendition of the {}",
+    "a photo of the clean {}",
+    "a rendition of a {}",
+    "a photo of a nice {}",
+    "a good photo of a {}",
+    "a photo of the nice {}",
+    "a photo of the small {}",
+    "a photo of the weird {}",
+    "a photo of the large {}",
+    "a photo of a cool {}",
+    "a photo of a small {}",
+)
+
+# The "ImageNet small" templates as ID-EA and Cross Initialization draw from them: three rounds of
+# the 27 of textual inversion, the later two with another word for each leading "a photo of". The 12
+# templates that begin in another way are in every round, and so are drawn three times as often.
+# Source: lyuPang/CrossInitialization, textual_inversion_dataset.py (diffusers has the first round).
+TEMPLATES = tuple(
+    template.replace("a photo of", f"{medium} of")
+    for medium in ("a photo", "an illustration", "a depiction")
+    for template in _PHOTO_TEMPLATES
+)
+
+
+class TextError(ValueError):
+    """A prompt, placeholder, names file or tokenizer that cannot be used as it is."""
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """The name that a person has in prompts: `n` new tokens `{token}_v0 .. {token}_v{n-1}`.
+
+    Raises: TextError, if the token is not as `normalise_placeholder` returns it, or n < 1.
+    """
+
+    token: str
+    n: int
+
+    def __post_init__(self):
+        token, notice = normalise_placeholder(self.token)
+        if notice:
+            raise TextError(f"{notice}; pass {token!r}")
+        if self.n < 1:
+            raise TextError(f"a placeholder needs at least one token, got n = {self.n}")
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return tuple(f"{self.token}_v{i}" for i in range(self.n))
+
+    @property
+    def text(self) -> str:
+        """What stands for `{}` in a prompt: all tokens, space-separated."""
+        return " ".join(self.tokens)
+
+
+def normalise_placeholder(token: str) -> tuple[str, str | None]:
+    """Returns the token as the tokenizer will see it (lower case), and a notice if that differs.
+
+    Raises: TextError for an empty or overlong token, and for one with white space, braces or
+    characters that cannot be printed.
+    """
+    name = unicodedata.normalize("NFC", token).lower()
+    if not name:
+        raise TextError("the placeholder token is empty; use one such as <person>")
+    if len(name) > MAX_PLACEHOLDER_LENGTH:
+        raise TextError(
+            f"the placeholder token has {len(name)} characters, at most {MAX_PLACEHOLDER_LENGTH} "
+            f"are allowed: {name[:20]!r}..."
+        )
+    bad = sorted({c for c in name if c.isspace() or c in "{}" or not c.isprintable()})
+    if bad:
+        raise TextError(
+            f"the placeholder token {token!r} contains {', '.join(map(repr, bad))}; use printable "
+            "characters without spaces and braces, such as <person>"
+        )
+    if name == token:
+        return name, None
+    return name, f"the placeholder token {token!r} becomes {name!r}, as in the tokenizer"
+
+
+def fill(prompt: str, placeholder: Placeholder) -> str:
+    """Returns the prompt with every `{}` replaced by the tokens of the placeholder.
+
+    Raises: TextError, if there is no `{}`, or any other brace.
+    """
+    fields = re.findall(r"\{[^{}]*\}|[{}]", prompt)
+    others = [field for field in fields if field != "{}"]
+    if others:
+        raise TextError(
+            f"the prompt {prompt!r} contains {', '.join(map(repr, others))}: only {{}}, which "
+            "stands for the person, has a meaning; remove other braces"
+        )
+    if not fields:
+        raise TextError(
+            f"the prompt {prompt!r} does not mention the person: write {{}} where they belong, "
+            "as in 'a photo of {} on the beach'"
+        )
+    return prompt.replace("{}", placeholder.text)
+
+
+def training_prompts(placeholder: Placeholder) -> list[str]:
+    """Returns the 81 training texts, such as `a photo of the face of <x>_v0 <x>_v1 person`.
+
+    A training step draws one of them uniformly; 12 of the texts occur three times.
+    """
+    return [t.replace("{}", f"face of {placeholder.text} person") for t in TEMPLATES]
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A CLIP tokenizer and the placeholders added to it. Calling it turns prompts into token ids.
+
+    The tokens of the placeholders have the ids `vocab_size, vocab_size + 1, ...` in the order in
+    which they were added; `vocab_size` itself stays that of the text encoder.
+    """
+
+    length: int
+    bos: int
+    eos: int
+    pad: int
+    vocab_size: int
+    placeholders: tuple[Placeholder, ...]
+    _tokenizer: Any  # transformers.CLIPTokenizer; never changed once it is here
+
+    @property
+    def placeholder(self) -> Placeholder:
+        """The placeholder that was added last."""
+        if not self.placeholders:
+            raise TextError("this tokenizer has no placeholder yet; call with_placeholder first")
+        return self.placeholders[-1]
+
+    def ids(self, text: str) -> np.ndarray:
+        """Returns int32[K]: the tokens of the text alone, without begin, end and padding."""
+        return np.array(self._encode(text).ids, np.int32)
+
+    def _encode(self, text: str) -> Any:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"not valid Unicode text: {text!r}") from error
+        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns int32[B, length]: begin, the tokens of each prompt, end, then padding.
+
+        A prompt that is too long loses its tail, with a logged warning.
+        Raises: TextError, if a token of a placeholder would be lost.
+        """
+        if isinstance(prompts, str):
+            raise TextError(f"expected a list of prompts, got one string: {prompts!r}")
+        rows = np.full((len(prompts), self.length), self.pad, np.int32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            encoding = self._encode(prompt)
+            ids = encoding.ids
+            kept, cut = ids[: self.length - 2], ids[self.length - 2 :]
+            if any(i >= self.vocab_size for i in cut):
+                raise TextError(
+                    f"the prompt has {len(ids)} tokens, the text encoder reads {self.length - 2}, "
+                    f"and the person is in the part that would be cut; shorten {prompt!r}"
+                )
+            if cut:
+                first, _ = encoding.offsets[len(kept)]
+                logger.warning("the prompt is too long; its end is ignored: %r", prompt[first:])
+            row[: len(kept) + 2] = [self.bos, *kept, self.eos]
+        return rows
+
+    def with_placeholder(self, token: str, n: int) -> "Tokenizer":
+        """Returns a new tokenizer that also knows `{token}_v0 .. {token}_v{n-1}`.
+
+        Raises: TextError, if the token (as `normalise_placeholder` returns it) or one of its n
+        tokens is in the vocabulary already.
+        """
+        placeholder = Placeholder(token, n)
+        for name in (placeholder.token, *placeholder.tokens):
+            if len(self.ids(name)) == 1:
+                raise TextError(
+                    f"the placeholder token {placeholder.token!r} cannot be used: {name!r} is in "
+                    "the vocabulary already; take one that means nothing yet, such as <person-1>"
+                )
+        extended = copy.deepcopy(self._tokenizer)
+        extended.add_tokens(list(placeholder.tokens))
+        placeholders = (*self.placeholders, placeholder)
+        result = Tokenizer(
+            self.length, self.bos, self.eos, self.pad, self.vocab_size, placeholders, extended
+        )
+        # Unicode's rarer case rules may leave a name that the tokenizer spells in another way.
+        first = self.vocab_size + sum(known.n for known in self.placeholders)
+        if result.ids(placeholder.text).tolist() != list(range(first, first + n)):
+            raise TextError(
+                f"the tokenizer does not recognise the placeholder token {placeholder.token!r}; "
+                "use plain letters and digits, such as <person-1>"
+            )
+        return result
+
+
+def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:
+    """Reads the `tokenizer/` folder of a checkpoint and checks that it fits the text encoder.
+
+    Args:
+        folder: with vocab.json and merges.txt, or with tokenizer.json alone (as transformers 5
+            saves it), and the config files that name the special tokens.
+        vocab_size, length: rows of the text encoder's token and position tables.
+
+    Raises: TextError, if anything is missing, unreadable or does not fit.
+    """
+    folder = Path(folder)
+    config = _tokenizer_config(folder)
+    clip_tokenizer = _import_clip_tokenizer()
+    try:
+        tokenizer = clip_tokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.backend_tokenizer.no_padding()  # tokenizer.json may carry those of its last use
+        tokenizer.backend_tokenizer.no_truncation()
+        ids = sorted(tokenizer.get_vocab().values())
+    except Exception as error:  # the Rust side raises plain Exception for a damaged file
+        raise TextError(f"the tokenizer in {folder} cannot be read: {error}") from error
+
+    if ids != list(range(vocab_size)):
+        raise TextError(
+            f"the tokenizer in {folder} has {len(ids)} tokens with ids up to {ids[-1]}, but the "
+            f"text encoder knows {vocab_size}: these two parts do not belong together"
+        )
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    if bos is None or eos is None or pad is None or bos == eos:
+        raise TextError(
+            f"the tokenizer in {folder} needs a begin, an end and a padding token, the first two "
+            f"distinct; found the ids {bos}, {eos} and {pad}"
+        )
+    configured = config.get("model_max_length")
+    if configured is None:
+        logger.info("%s names no length; using the text encoder's, %d", folder, length)
+    elif configured != length:
+        raise TextError(
+            f"tokenizer_config.json in {folder} says model_max_length = {configured}, but the text "
+            f"encoder reads {length} positions: these two parts do not belong together"
+        )
+    return Tokenizer(length, bos, eos, pad, vocab_size, (), tokenizer)
+
+
+def _tokenizer_config(folder: Path) -> dict:
+    """Returns tokenizer_config.json, or {}; checks what transformers would silently make up."""
+    # Of a missing folder transformers makes a Hub id, of an empty one a tokenizer of three tokens.
+    if not folder.is_dir():
+        raise TextError(f"there is no tokenizer folder {folder}")
+    if not (folder / "tokenizer.json").is_file():
+        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+        if missing:
+            raise TextError(
+                f"the tokenizer folder {folder} lacks {' and '.join(missing)}; download the "
+                "checkpoint's tokenizer/ again"
+            )
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TextError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TextError(f"{path} holds a {type(config).__name__}, expected an object")
+    kind = config.get("tokenizer_class", "CLIPTokenizer")
+    if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise TextError(f"{path} is for a {kind}; only CLIPTokenizer is supported")
+    return config
+
+
+def _import_clip_tokenizer() -> type:
+    """Returns transformers.CLIPTokenizer, without the notice that PyTorch is not installed."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    root = logging.getLogger("transformers")
+    root.addFilter(keep)
+    try:
+        from transformers import CLIPTokenizer
+    finally:
+        root.removeFilter(keep)
+    return CLIPTokenizer
+
+
+def read_names(path: Path) -> list[str]:
+    """Returns the names in a UTF-8 text file, one per line; skips blank lines and # comments.
+
+    Raises: TextError, if the file cannot be read or holds no name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TextError(f"the names file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"the names file {path} is not a UTF-8 text file: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise TextError(f"the names file {path} holds no name; expected one per line")
+    return names
+
+
+def shipped_names() -> list[str]:
+    """Returns the names of widely known people that come with the package."""
+    with resources.as_file(resources.files("idea_jax.data") / "names.txt") as path:
+        return read_names(path)
+
+
+def name_token_ids(tokenizer: Tokenizer, names: Sequence[str], n: int) -> np.ndarray:
+    """Returns int32[K, n]: the first n tokens of each name, -1 where a name has fewer.
+
+    Raises: TextError, if for one of the n columns no name has a token, so that it has no mean.
+    Source: Cross Initialization, arXiv 2312.15905; the authors' utils.celeb_names_cross_init.
+    """
+    ids = np.full((len(names), n), -1, np.int32)
+    for row, name in zip(ids, names, strict=True):
+        first = tokenizer.ids(name)[:n]
+        row[: len(first)] = first
+    empty = np.flatnonzero((ids < 0).all(axis=0))
+    if len(empty):
+        raise TextError(
+            f"none of the {len(names)} names has {empty[0] + 1} tokens, so {n} pseudo tokens "
+            "cannot be initialised from them; use longer names or fewer pseudo tokens"
+        )
+    return ids
+
+
+def word_token_ids(tokenizer: Tokenizer, words: Sequence[str], n: int) -> np.ndarray:
+    """Returns int32[n]: the tokens of n words that are one token each.
+
+    Raises: TextError for another number of words, or for a word of several tokens.
+    """
+    if len(words) != n:
+        raise TextError(
+            f"{n} pseudo tokens need {n} words to start from, got {len(words)}: {words}"
+        )
+    ids = [tokenizer.ids(word) for word in words]
+    several = [f"{word!r} has {len(i)}" for word, i in zip(words, ids, strict=True) if len(i) != 1]
+    if several:
+        raise TextError(
+            f"a word to start from must be one token of the vocabulary: {', '.join(several)}"
+        )
+    return np.concatenate(ids)

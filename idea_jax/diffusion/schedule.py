@@ -1,0 +1,270 @@
+"""The noise schedule: betas, noising, the conversions between predictions, and sampling timesteps.
+
+A variance-preserving process, `x_t = alpha_t * x_0 + sigma_t * noise` with
+`alpha_t^2 = alphas_cumprod[t]` and `sigma_t^2 = 1 - alphas_cumprod[t]`. Constants are computed in
+numpy float64 and cast once, where they meet the latents.
+"""
+
+from dataclasses import MISSING, dataclass, fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+# What a scheduler_config.json may say beside the fields of ScheduleConfig, as diffusers' schedulers
+# for Stable Diffusion save it. First the keys that would change the noise levels, the sampling
+# times or the meaning of the prediction, with the values that leave them as they are here.
+_SUPPORTED_VALUES = {
+    "_class_name": tuple(
+        f"{name}Scheduler"
+        for name in (
+            "DDIM",
+            "DDPM",
+            "PNDM",
+            "LMSDiscrete",
+            "EulerDiscrete",
+            "EulerAncestralDiscrete",
+            "HeunDiscrete",
+            "KDPM2Discrete",
+            "KDPM2AncestralDiscrete",
+            "DPMSolverMultistep",
+            "DPMSolverSinglestep",
+            "DPMSolverSDE",
+            "DEISMultistep",
+            "UniPCMultistep",
+        )
+    ),
+    "beta_schedule": ("scaled_linear", "linear"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": (None, *SPACINGS),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False,),
+    # Clipping to [-1, 1] is for pixels; diffusers' Stable Diffusion pipelines turn it off, too.
+    "clip_sample": (False,),
+    "thresholding": (False,),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "timestep_type": ("discrete",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "lambda_min_clipped": (float("-inf"),),
+    "final_sigmas_type": ("zero",),
+    "use_karras_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
+    "use_flow_sigmas": (None, False),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+}
+
+# Then the keys that only choose among solvers, which the caller does here by naming a sampler, and
+# the settings of features that the table above requires to be off.
+_HARMLESS_KEYS = frozenset(
+    {
+        "_diffusers_version",
+        "algorithm_type",
+        "clip_sample_range",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "flow_shift",
+        "interpolation_type",
+        "lower_order_final",
+        "noise_sampler_seed",
+        "predict_x0",
+        "sample_max_value",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "time_shift_type",
+    }
+)
+
+
+class ScheduleError(ValueError):
+    """A noise schedule or a number of sampling steps that is not supported."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule that a checkpoint was trained with; field names as in diffusers.
+
+    `set_alpha_to_one`: whether DDIM's last step goes to alpha 1, or stops at the alpha of timestep
+    0. `steps_offset`: added to the timesteps of "leading" spacing. `timestep_spacing`: None where
+    the checkpoint does not say; each sampler then has the default of diffusers' scheduler.
+    """
+
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    num_train_timesteps: int = 1000
+    prediction_type: str = "epsilon"
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    timestep_spacing: str | None = None
+
+    def __post_init__(self):
+        problems = _problems({field.name: getattr(self, field.name) for field in fields(self)})
+        if problems:
+            raise ScheduleError("noise schedule: " + "; ".join(problems))
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str) -> "ScheduleConfig":
+        """Reads the contents of a `scheduler_config.json`; `where` names it in the error.
+
+        Raises:
+            ScheduleError: a value that this code does not implement, a key it does not know, or a
+                missing key; the message lists all of them.
+        """
+        known = {field.name for field in fields(cls)}
+        problems = [
+            f"{field.name} is missing"
+            for field in fields(cls)
+            if field.default is MISSING and field.name not in values
+        ]
+        problems += _problems(values)
+        unknown = set(values) - known - set(_SUPPORTED_VALUES) - _HARMLESS_KEYS
+        problems += [f"unknown key {key!r} (value {values[key]!r})" for key in sorted(unknown)]
+        if problems:
+            raise ScheduleError(f"{where}: unsupported noise schedule: " + "; ".join(problems))
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def _problems(values: dict) -> list[str]:
+    """One message for each value that is not supported; absent keys are no problem here."""
+
+    def is_int(value):
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    problems = []
+    for key, supported in _SUPPORTED_VALUES.items():
+        if key in values and values[key] not in supported:
+            expected = " or ".join(repr(value) for value in supported)
+            problems.append(f"{key} is {values[key]!r}, expected {expected}")
+    for key in ("beta_start", "beta_end"):
+        value = values.get(key, 0.5)
+        if not isinstance(value, float) or not 0.0 < value < 1.0:
+            problems.append(f"{key} is {value!r}, expected a number between 0 and 1")
+    for key, smallest in (("num_train_timesteps", 1), ("steps_offset", 0)):
+        value = values.get(key, smallest)
+        if not is_int(value) or value < smallest:
+            problems.append(f"{key} is {value!r}, expected an integer of at least {smallest}")
+    if not isinstance(values.get("set_alpha_to_one", True), bool):
+        problems.append(f"set_alpha_to_one is {values['set_alpha_to_one']!r}, expected a boolean")
+    return problems
+
+
+def alphas_cumprod(cfg: ScheduleConfig) -> np.ndarray:
+    """Returns float64[num_train_timesteps], decreasing: the squared signal level per timestep.
+
+    diffusers rounds its betas to float32; on Stable Diffusion's schedule its values differ from
+    these by at most 1e-6 relative.
+    """
+    if cfg.beta_schedule == "scaled_linear":
+        betas = np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.num_train_timesteps) ** 2
+    else:
+        betas = np.linspace(cfg.beta_start, cfg.beta_end, cfg.num_train_timesteps)
+    return np.cumprod(1.0 - betas)
+
+
+def add_noise(
+    cfg: ScheduleConfig, latents: jax.Array, noise: jax.Array, timesteps: jax.Array
+) -> jax.Array:
+    """Returns the noised latents, float32 of the shape of `latents`.
+
+    Args:
+        latents, noise: float32[B, ...].
+        timesteps: int32[B] in 0 .. num_train_timesteps - 1.
+
+    Raises:
+        ValueError: the three shapes do not fit together.
+
+    Source: arXiv 2006.11239, eq. 4.
+    """
+    alpha, sigma = _levels(cfg, latents, noise, timesteps)
+    return alpha * latents + sigma * noise
+
+
+def training_target(
+    cfg: ScheduleConfig, latents: jax.Array, noise: jax.Array, timesteps: jax.Array
+) -> jax.Array:
+    """Returns what the network should predict: the noise, or v for "v_prediction".
+
+    Arguments and errors as for `add_noise`. Source: arXiv 2202.00512, appendix D (v).
+    """
+    alpha, sigma = _levels(cfg, latents, noise, timesteps)
+    return noise if cfg.prediction_type == "epsilon" else alpha * noise - sigma * latents
+
+
+def denoised_and_noise(
+    prediction_type: str,
+    prediction: jax.Array,
+    x: jax.Array,
+    alpha: jax.Array,
+    sigma: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Splits `x = alpha * denoised + sigma * noise` by the network's prediction at that level.
+
+    `alpha` and `sigma` are scalars, or of the rank of `x`; alpha**2 + sigma**2 = 1.
+    """
+    if prediction_type == "epsilon":
+        return (x - sigma * prediction) / alpha, prediction
+    return alpha * x - sigma * prediction, alpha * prediction + sigma * x
+
+
+def inference_timesteps(
+    cfg: ScheduleConfig, steps: int, spacing: str, *, drop_lowest: bool = False
+) -> np.ndarray:
+    """Returns the timesteps that a sampler visits: int32[steps], strictly decreasing.
+
+    Args:
+        steps: 1 .. num_train_timesteps.
+        spacing: "leading", "trailing" or "linspace".
+        drop_lowest: whether "leading" and "linspace" lay out one timestep more and drop the lowest,
+            as the DPM-Solvers of diffusers do; "trailing" is the same for every sampler.
+
+    Raises:
+        ScheduleError: an unknown spacing, or a number of steps that has no timesteps.
+
+    Source: arXiv 2305.08891, table 2, with the rounding of diffusers.
+    """
+    total = cfg.num_train_timesteps
+    if spacing not in SPACINGS:
+        raise ScheduleError(f"unknown timestep spacing {spacing!r}, expected one of {SPACINGS}")
+    if not 1 <= steps <= total:
+        raise ScheduleError(
+            f"expected between 1 and {total} sampling steps (the timesteps that the checkpoint "
+            f"was trained with), got {steps}"
+        )
+    points = steps + 1 if drop_lowest else steps
+    if spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, points).round()[::-1][:steps]
+    elif spacing == "leading":
+        timesteps = np.arange(points)[::-1][:steps] * (total // points) + cfg.steps_offset
+    else:
+        # For some numbers of steps (61 of 1000) rounding makes arange return one value too many.
+        timesteps = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+    timesteps = timesteps.astype(np.int32)
+    if timesteps[0] >= total or (np.diff(timesteps) >= 0).any():
+        raise ScheduleError(
+            f"{spacing!r} spacing with steps_offset {cfg.steps_offset} has no {steps} different "
+            f"timesteps below {total} for this sampler; take fewer steps"
+        )
+    return timesteps
+
+
+def _levels(cfg, latents, noise, timesteps):
+    """alpha and sigma at `timesteps`, shaped to multiply `latents`."""
+    if noise.shape != latents.shape or timesteps.shape != latents.shape[:1]:
+        raise ValueError(
+            "expected noise of the shape of the latents and one timestep for each of them, got "
+            f"latents {latents.shape}, noise {noise.shape}, timesteps {timesteps.shape}"
+        )
+    signal = alphas_cumprod(cfg)
+    shape = timesteps.shape + (1,) * (latents.ndim - 1)
+    alpha = jnp.asarray(np.sqrt(signal), jnp.float32)[timesteps]
+    sigma = jnp.asarray(np.sqrt(1.0 - signal), jnp.float32)[timesteps]
+    return alpha.reshape(shape), sigma.reshape(shape)

@@ -1,0 +1,260 @@
+"""What is learned for one person, and how it enters Stable Diffusion.
+
+Training and sampling both go through `context` and `keys_values`, so that what is trained is what
+draws. Three trees are kept apart: `Frozen` (one for everybody), the trainables (one per person; the
+only tree that is differentiated) and what is given (one per person, not trained).
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from idea_jax.method import loss
+from idea_jax.method.modules import IDAdapter, IDEnhancer
+from idea_jax.models import sd
+from idea_jax.models.unet import project_kv
+from idea_jax.pytrees import stream
+
+# One person's trainables: a dict with "pseudo_tokens" float32[N, D] and, where the profile has
+# them, "enhancer", "adapter" (network parameters) and "kv" (deltas shaped after `cross_kv`).
+Trainable = dict
+# One person's constants: "anchor" float32[N, D]; where the profile uses them, "id_embed"
+# float32[512], "metric" (the regulariser's `AnchorMetric`), and "enhancer" when it is not trained.
+Given = dict
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which parts exist, which of them are trained, and which act when pictures are drawn.
+
+    Hashable, so that it can be a static argument of a jitted function.
+    """
+
+    profile: str
+    adapter: bool  # an ID-Adapter is trained, fed by an ID-Enhancer
+    train_enhancer: bool  # otherwise it keeps its random start, as in the published code
+    acts_at_sampling: bool  # adapter and K/V draw too; otherwise the tokens alone
+    regulariser: str | None  # "mahalanobis", "mahalanobis_truncated", "euclidean"
+    cross_init: bool  # start from the encoder's output; otherwise from its input embeddings
+    kv: str = "none"  # "low_rank", "full", "none"
+    kv_rank: int = 4
+    num_tokens: int = 2
+    beta: float = 0.4
+    reg_weight: float = 0.0
+
+    @property
+    def uses_face(self) -> bool:
+        return self.adapter
+
+    def parts(self) -> tuple[str, ...]:
+        """Names of the trained parts: the keys of the trainables."""
+        present = {
+            "pseudo_tokens": True,
+            "adapter": self.adapter,
+            "enhancer": self.adapter and self.train_enhancer,
+            "kv": self.kv != "none",
+        }
+        return tuple(name for name, is_present in present.items() if is_present)
+
+
+PROFILES: dict[str, dict] = {
+    "paper": {
+        "adapter": True,
+        "train_enhancer": True,
+        "acts_at_sampling": True,
+        "regulariser": "mahalanobis",
+        "cross_init": True,
+    },
+    "official": {
+        "adapter": True,
+        "train_enhancer": False,
+        "acts_at_sampling": False,
+        "regulariser": "mahalanobis_truncated",
+        "cross_init": True,
+    },
+    "cross_init": {
+        "adapter": False,
+        "train_enhancer": False,
+        "acts_at_sampling": False,
+        "regulariser": "euclidean",
+        "cross_init": True,
+    },
+    "textual_inversion": {
+        "adapter": False,
+        "train_enhancer": False,
+        "acts_at_sampling": False,
+        "regulariser": None,
+        "cross_init": False,
+    },
+}
+
+
+def make_method(profile: str, **settings) -> Method:
+    """Returns the method of a named profile; `settings` are the further fields of `Method`."""
+    return Method(profile=profile, **PROFILES[profile], **settings)
+
+
+def init_trainable(
+    method: Method, model: sd.StableDiffusion, cross_kv: dict, key: jax.Array, start: jax.Array
+) -> Trainable:
+    """Returns one person's trainables at step 0; the drawing is then that of plain tokens.
+
+    Args:
+      cross_kv: `Frozen.cross_kv`; only its shapes are read.
+      key: the person's key.
+      start: float32[N, D], the pseudo tokens' first value.
+    """
+    # Copies: a step that donates its state must not own two names for one buffer.
+    trainable: Trainable = {"pseudo_tokens": jnp.array(start, jnp.float32)}
+    D = model.text.hidden_size
+    if method.adapter:
+        context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((method.num_tokens, 2 * D))
+        adapter = IDAdapter(D, method.beta)
+        trainable["adapter"] = adapter.init(stream(key, "adapter"), context, enhanced)["params"]
+        if method.train_enhancer:
+            trainable["enhancer"] = init_enhancer(method, model, key)
+    if method.kv != "none":
+        trainable["kv"] = init_kv(method, cross_kv, stream(key, "kv"))
+    return trainable
+
+
+def init_enhancer(method: Method, model: sd.StableDiffusion, key: jax.Array) -> dict:
+    """Random ID-Enhancer parameters of the person with this key."""
+    anchor = jnp.zeros((method.num_tokens, model.text.hidden_size))
+    enhancer = IDEnhancer(model.text.hidden_size)
+    return enhancer.init(stream(key, "enhancer"), jnp.zeros(512), anchor)["params"]
+
+
+def init_kv(method: Method, cross_kv: dict, key: jax.Array) -> dict:
+    """K/V deltas that start at zero effect, in the structure of `cross_kv`.
+
+    A full delta is a zero kernel. A low-rank one is {"down": [D, r], "up": [r, inner]} with a
+    random down and a zero up, so that the gradient of `up` is alive at the first step (LoRA,
+    arXiv 2106.09685, section 4.1).
+    """
+    paths, structure = jax.tree.flatten(cross_kv)
+
+    def delta(index, kernel):
+        D, inner = kernel.shape
+        if method.kv == "full":
+            return jnp.zeros((D, inner))
+        down = jax.random.normal(jax.random.fold_in(key, index), (D, method.kv_rank))
+        return {"down": down / math.sqrt(D), "up": jnp.zeros((method.kv_rank, inner))}
+
+    return jax.tree.unflatten(structure, [delta(i, kernel) for i, kernel in enumerate(paths)])
+
+
+def init_given(
+    method: Method,
+    model: sd.StableDiffusion,
+    key: jax.Array,
+    anchor: jax.Array,
+    id_embed: np.ndarray | None,
+) -> Given:
+    """Returns one person's constants.
+
+    Args:
+      anchor: float32[N, D], the textual ID anchor.
+      id_embed: float32[512] of unit norm; None for profiles without a face.
+    """
+    given: Given = {"anchor": jnp.array(anchor, jnp.float32)}
+    if method.regulariser in ("mahalanobis", "mahalanobis_truncated"):
+        truncated = method.regulariser == "mahalanobis_truncated"
+        metric = loss.anchor_metric(np.asarray(anchor), truncated=truncated)
+        given["metric"] = {k: jnp.asarray(v) for k, v in metric._asdict().items()}
+    if method.uses_face:
+        given["id_embed"] = jnp.array(id_embed, jnp.float32)
+        if not method.train_enhancer:
+            given["enhancer"] = init_enhancer(method, model, key)
+    return given
+
+
+def context(
+    method: Method,
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    trainable: Trainable,
+    given: Given,
+    token_ids: jax.Array,
+    *,
+    strength: float | jax.Array = 1.0,
+) -> jax.Array:
+    """The text condition of prompts that name the person, float32[B, T, D].
+
+    Args:
+      token_ids: int32[B, T]; ids from the vocabulary's size on are the pseudo tokens.
+      strength: scales the ID-Adapter's contribution.
+    """
+    encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
+    if not method.adapter:
+        return encoded
+    D = model.text.hidden_size
+    enhancer = trainable["enhancer"] if method.train_enhancer else given["enhancer"]
+    enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
+    adapter = {"params": trainable["adapter"]}
+    return IDAdapter(D, method.beta).apply(adapter, encoded, enhanced, strength)
+
+
+def keys_values(
+    method: Method,
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    trainable: Trainable,
+    context: jax.Array,
+    *,
+    strength: float | jax.Array = 1.0,
+) -> dict:
+    """Cross-attention keys and values of a text condition, with the person's K/V deltas.
+
+    The delta is applied to the context and added, never to the kernel: a low-rank delta then costs
+    two thin products, and the frozen kernel stays one array for all people under `jax.vmap`.
+    """
+    kv = project_kv(frozen.cross_kv, context, model.dtype)
+    if method.kv == "none":
+        return kv
+    if method.kv == "full":
+        narrow = context.astype(model.dtype)
+        deltas = jax.tree.map(
+            lambda kernel: strength * (narrow @ kernel.astype(model.dtype)), trainable["kv"]
+        )
+    else:
+        deltas = jax.tree.map(
+            lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
+            trainable["kv"],
+            is_leaf=lambda node: "down" in node,
+        )
+    return jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
+
+
+def drawing_keys_values(
+    method: Method,
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    trainable: Trainable,
+    given: Given,
+    token_ids: jax.Array,
+    *,
+    strength: float | jax.Array = 1.0,
+) -> dict:
+    """Keys and values with which a prompt is drawn.
+
+    Profiles whose adapter and K/V do not act at sampling draw with the tokens alone.
+    """
+    if not method.acts_at_sampling:
+        encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
+        return project_kv(frozen.cross_kv, encoded, model.dtype)
+    condition = context(method, model, frozen, trainable, given, token_ids, strength=strength)
+    return keys_values(method, model, frozen, trainable, condition, strength=strength)
+
+
+def regulariser(method: Method, trainable: Trainable, given: Given) -> jax.Array:
+    """Mean distance of the pseudo tokens from the anchor, unweighted; zero without regulariser."""
+    if method.regulariser is None:
+        return jnp.zeros(())
+    delta = trainable["pseudo_tokens"] - given["anchor"]
+    if method.regulariser == "euclidean":
+        return jnp.mean(loss.euclidean(delta))
+    return jnp.mean(loss.mahalanobis(delta, loss.AnchorMetric(**given["metric"])))

@@ -1,0 +1,227 @@
+"""The CLIP text encoder of Stable Diffusion 1.x (CLIP-L) and 2.x (CLIP-H)."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from idea_jax.models.layers import ConfigReader, attention, layer_norm
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI CLIP's approximation of GELU, part of the weights' definition in SD 1.x."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """GELU through the error function, torch's default."""
+    return nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes of the text encoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str) -> "CLIPTextConfig":
+        """Reads transformers' `text_encoder/config.json`.
+
+        Raises: UnsupportedConfig, naming every key with an unsupported value and every unknown key.
+        """
+        read = ConfigReader(values, where)
+        # Defaults are those of transformers' CLIPTextConfig: its files may leave them out.
+        config = cls(
+            vocab_size=read.take("vocab_size", int, 49408),
+            hidden_size=read.take("hidden_size", int, 512),
+            intermediate_size=read.take("intermediate_size", int, 2048),
+            num_hidden_layers=read.take("num_hidden_layers", int, 12),
+            num_attention_heads=read.take("num_attention_heads", int, 8),
+            max_position_embeddings=read.take("max_position_embeddings", int, 77),
+            hidden_act=read.take("hidden_act", str, "quick_gelu"),
+            layer_norm_eps=read.take("layer_norm_eps", float, 1e-5),
+        )
+        read.expect("model_type", "clip_text_model")
+        read.expect("architectures", ["CLIPTextModel"], None)
+        read.expect("attention_dropout", 0.0)
+        read.expect("dropout", 0.0)
+        # Origin, initialisation, ids that only the pooled output needs, and the width of a
+        # projection that Stable Diffusion does not use.
+        read.ignore(
+            *("_name_or_path", "_commit_hash", "_attn_implementation_autoset"),
+            *("transformers_version", "torch_dtype", "dtype", "return_dict"),
+            *("initializer_factor", "initializer_range", "projection_dim"),
+            *("bos_token_id", "eos_token_id", "pad_token_id"),
+        )
+        if not read.problems:
+            read.refuse(
+                config.hidden_act not in ACTIVATIONS,
+                f"hidden_act = {config.hidden_act!r}: only {' or '.join(ACTIVATIONS)} is supported",
+            )
+            read.refuse(
+                config.hidden_size % config.num_attention_heads > 0,
+                f"hidden_size = {config.hidden_size} does not divide into "
+                f"{config.num_attention_heads} heads",
+            )
+        read.close()
+        return config
+
+    def to_dict(self) -> dict:
+        """The inverse of `from_dict`: the content of a `text_encoder/config.json`."""
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "max_position_embeddings": self.max_position_embeddings,
+            "hidden_act": self.hidden_act,
+            "layer_norm_eps": self.layer_norm_eps,
+            "projection_dim": self.hidden_size,
+            # The last two ids of CLIP's vocabulary; transformers refuses ids outside of it.
+            "bos_token_id": self.vocab_size - 2,
+            "eos_token_id": self.vocab_size - 1,
+        }
+
+
+class CLIPAttention(nn.Module):
+    """Causal self-attention."""
+
+    cfg: CLIPTextConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        width = self.cfg.hidden_size
+        self.q_proj = nn.Dense(width, dtype=self.dtype)
+        self.k_proj = nn.Dense(width, dtype=self.dtype)
+        self.v_proj = nn.Dense(width, dtype=self.dtype)
+        self.out_proj = nn.Dense(width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.cfg.num_attention_heads, causal=True))
+
+
+class CLIPMLP(nn.Module):
+    """The feed-forward part of a layer."""
+
+    cfg: CLIPTextConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.fc1 = nn.Dense(self.cfg.intermediate_size, dtype=self.dtype)
+        self.fc2 = nn.Dense(self.cfg.hidden_size, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(ACTIVATIONS[self.cfg.hidden_act](self.fc1(x)))
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Attention and feed-forward, each with a LayerNorm before it.
+
+    The residual stream stays float32 whatever the compute dtype, so that the trained pseudo
+    tokens enter unrounded; it is a small part of the work.
+    """
+
+    cfg: CLIPTextConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.layer_norm1 = layer_norm(self.cfg.layer_norm_eps, self.dtype)
+        self.self_attn = CLIPAttention(self.cfg, self.dtype)
+        self.layer_norm2 = layer_norm(self.cfg.layer_norm_eps, self.dtype)
+        self.mlp = CLIPMLP(self.cfg, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.self_attn(self.layer_norm1(x)).astype(jnp.float32)
+        return x + self.mlp(self.layer_norm2(x)).astype(jnp.float32)
+
+
+class CLIPEncoder(nn.Module):
+    """The stack of layers."""
+
+    cfg: CLIPTextConfig
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.layers = [
+            CLIPEncoderLayer(self.cfg, self.dtype) for _ in range(self.cfg.num_hidden_layers)
+        ]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """The table of input embeddings and that of positions."""
+
+    cfg: CLIPTextConfig
+
+    def setup(self):
+        cfg = self.cfg
+        self.token_embedding = nn.Embed(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = nn.Embed(cfg.max_position_embeddings, cfg.hidden_size)
+
+    def tokens(self, token_ids: jax.Array) -> jax.Array:
+        # An id outside the table gives NaN, where clipping would hide the mistake.
+        table = self.token_embedding.embedding
+        return jnp.take(table, token_ids, axis=0, mode="fill").astype(jnp.float32)
+
+    def positions(self, length: int) -> jax.Array:
+        return self.position_embedding.embedding[:length].astype(jnp.float32)
+
+
+class CLIPTextModel(nn.Module):
+    """Returns the last hidden state after the final LayerNorm: the text condition, float32."""
+
+    cfg: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.embeddings = CLIPTextEmbeddings(self.cfg)
+        self.encoder = CLIPEncoder(self.cfg, self.dtype)
+        self.final_layer_norm = layer_norm(self.cfg.layer_norm_eps, jnp.float32)
+
+    def __call__(self, token_ids: jax.Array, pseudo_tokens: jax.Array | None = None) -> jax.Array:
+        """Encodes int32[B, T] to float32[B, T, D].
+
+        An id of at least `vocab_size` stands for row id - vocab_size of `pseudo_tokens`
+        float32[N, D]: the table itself is neither copied nor changed. T is at most
+        `max_position_embeddings`.
+        """
+        if pseudo_tokens is None:
+            return self.encode_embeds(self.embed(token_ids))
+        first = self.cfg.vocab_size
+        is_pseudo = token_ids >= first
+        table = self.embed(jnp.minimum(token_ids, first - 1))
+        row = jnp.where(is_pseudo, token_ids - first, 0)
+        pseudo = jnp.take(pseudo_tokens.astype(jnp.float32), row, axis=0, mode="fill")
+        return self.encode_embeds(jnp.where(is_pseudo[..., None], pseudo, table))
+
+    def embed(self, token_ids: jax.Array) -> jax.Array:
+        """Input embeddings float32[..., D] of ids below `vocab_size`, without positions."""
+        return self.embeddings.tokens(token_ids)
+
+    def encode_embeds(self, token_embeds: jax.Array) -> jax.Array:
+        """Encodes input embeddings [B, T, D] (without positions) to float32[B, T, D]."""
+        length, limit = token_embeds.shape[1], self.cfg.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"expected at most {limit} tokens, got {length}; shorten the prompt")
+        x = token_embeds.astype(jnp.float32) + self.embeddings.positions(length)[None]
+        return self.final_layer_norm(self.encoder(x))

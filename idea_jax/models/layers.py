@@ -1,0 +1,350 @@
+"""Layers shared by the networks, and the strict reading of a checkpoint's `config.json`.
+
+Images and feature maps are [B, H, W, C]. Modules and parameters keep the names of diffusers, with
+`resnets.0` written `resnets_0`. Every module takes a compute `dtype` for its matrix products and
+convolutions; statistics of norms, softmax and the timestep sinusoid are float32 whatever it is.
+A convolution of size 1x1 is written as `nn.Dense`, which is the same product.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+class UnsupportedConfig(ValueError):
+    """A `config.json` asks for something the networks here do not do, or is not understood."""
+
+
+# diffusers' Transformer2DModel and BasicTransformerBlock
+TRANSFORMER_NORM_EPS = 1e-6
+LAYER_NORM_EPS = 1e-5
+_REQUIRED = object()
+
+
+def _has_type(value: object, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+class ConfigReader:
+    """Reads one `config.json` key by key; `close` raises unless every key was accounted for.
+
+    `values` is the file's dictionary, `where` names the file in the error. All problems are
+    collected, so that one error lists them all.
+    """
+
+    def __init__(self, values: dict, where: str):
+        self.where = where
+        self.problems: list[str] = []
+        self._left = dict(values)
+
+    def take(self, name: str, kind: type, default: object = _REQUIRED) -> object:
+        """Returns the value of a used key, which must have type `kind` (an int is a float too)."""
+        value = self._left.pop(name, default)
+        if value is _REQUIRED:
+            self.problems.append(f"{name} is missing")
+        elif not _has_type(value, kind):
+            self.problems.append(f"{name} = {value!r}: expected one {kind.__name__}")
+        else:
+            return value
+        return None
+
+    def take_list(
+        self, name: str, kind: type, levels: int | None = None, default: object = _REQUIRED
+    ) -> tuple | None:
+        """Returns a tuple; one value stands for `levels` equal ones where `levels` is given."""
+        value = self._left.pop(name, default)
+        if value is _REQUIRED:
+            self.problems.append(f"{name} is missing")
+        elif levels is not None and _has_type(value, kind):
+            return (value,) * levels
+        elif not isinstance(value, list) or not all(_has_type(item, kind) for item in value):
+            self.problems.append(f"{name} = {value!r}: expected a list of {kind.__name__}")
+        elif levels is not None and len(value) != levels:
+            self.problems.append(f"{name} has {len(value)} entries for {levels} levels")
+        else:
+            return tuple(value)
+        return None
+
+    def expect(self, name: str, *allowed: object) -> None:
+        """Accepts an absent key, or one whose value is among `allowed`."""
+        value = self._left.pop(name, allowed[0])
+        # In Python False == 0 and True == 1, but a file that says one does not mean the other.
+        same = [value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed]
+        if not any(same):
+            options = " or ".join(repr(item) for item in allowed)
+            self.problems.append(f"{name} = {value!r}: only {options} is supported")
+
+    def ignore(self, *names: str) -> None:
+        """Accepts keys that change nothing of what is computed here."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def refuse(self, condition: bool, problem: str) -> None:
+        """Adds a problem if `condition` holds."""
+        if condition:
+            self.problems.append(problem)
+
+    def close(self) -> None:
+        """Raises `UnsupportedConfig` with all problems, unknown keys included, if there are any."""
+        unknown = [f"{name} = {value!r}: unknown key" for name, value in self._left.items()]
+        if problems := self.problems + unknown:
+            listing = "".join(f"\n  {problem}" for problem in problems)
+            raise UnsupportedConfig(
+                f"{self.where} describes a network not supported here:{listing}"
+            )
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int, causal: bool = False
+) -> jax.Array:
+    """Multi-head scaled dot-product attention: [B, Tq, C] from q [B, Tq, C] and k, v [B, Tk, C].
+
+    Logits and softmax are float32; the weights are cast to the dtype of v. `causal` lets position
+    i see the positions up to i only.
+    """
+    B, Tq, C = q.shape
+    split = partial(jnp.reshape, shape=(B, -1, num_heads, C // num_heads))
+    q, k, v = split(q * (C // num_heads) ** -0.5), split(k), split(v)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if causal:
+        visible = jnp.tril(jnp.ones((Tq, k.shape[1]), bool))
+        logits = jnp.where(visible[None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(B, Tq, C)
+
+
+def timestep_embedding(
+    timesteps: jax.Array, dim: int, flip_sin_to_cos: bool, freq_shift: float
+) -> jax.Array:
+    """Sinusoids float32[B, dim] of timesteps [B], whose period grows from 2 pi to 2 pi 10000.
+
+    Source: diffusers `get_timestep_embedding`; `flip_sin_to_cos` puts the cosines first.
+    """
+    half = dim // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - freq_shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None, :]
+    parts = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(parts[::-1] if flip_sin_to_cos else parts, axis=-1)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over H, W and the channels of a group; statistics in float32."""
+
+    num_groups: int
+    channels: int
+    eps: float
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.scale = self.param("scale", nn.initializers.ones, (self.channels,))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        B, _, _, C = x.shape
+        x32 = x.astype(jnp.float32)
+
+        # Mean and mean square of each channel, then of each group, both from one pass over x.
+        def over_group(moment):
+            moment = moment.reshape(B, self.num_groups, -1).mean(axis=-1, keepdims=True)
+            return jnp.broadcast_to(moment, (B, self.num_groups, C // self.num_groups))
+
+        mean = over_group(x32.mean(axis=(1, 2))).reshape(B, C)
+        square = over_group(jnp.square(x32).mean(axis=(1, 2))).reshape(B, C)
+        variance = jnp.maximum(square - jnp.square(mean), 0.0)
+        scale = self.scale.astype(jnp.float32)[None, :] * jax.lax.rsqrt(variance + self.eps)
+        shift = self.bias.astype(jnp.float32)[None, :] - mean * scale
+        return (x32 * scale[:, None, None, :] + shift[:, None, None, :]).astype(self.dtype)
+
+
+def layer_norm(eps: float, dtype: jnp.dtype) -> nn.LayerNorm:
+    """Layer normalisation over channels; statistics in float32, result in `dtype`."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype)
+
+
+def conv3x3(channels: int, dtype: jnp.dtype, stride: int = 1, padding=((1, 1), (1, 1))) -> nn.Conv:
+    """A 3x3 convolution with its padding written out."""
+    return nn.Conv(channels, (3, 3), strides=stride, padding=padding, dtype=dtype)
+
+
+class ResnetBlock2D(nn.Module):
+    """Two norm-SiLU-convolution stages with a shortcut; `time` adds a projected time embedding."""
+
+    in_channels: int
+    out_channels: int
+    num_groups: int
+    eps: float
+    dtype: jnp.dtype
+    time: bool = False
+
+    def setup(self):
+        self.norm1 = GroupNorm(self.num_groups, self.in_channels, self.eps, self.dtype)
+        self.conv1 = conv3x3(self.out_channels, self.dtype)
+        if self.time:
+            self.time_emb_proj = nn.Dense(self.out_channels, dtype=self.dtype)
+        self.norm2 = GroupNorm(self.num_groups, self.out_channels, self.eps, self.dtype)
+        self.conv2 = conv3x3(self.out_channels, self.dtype)
+        if self.in_channels != self.out_channels:
+            self.conv_shortcut = nn.Dense(self.out_channels, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array, activated_time: jax.Array | None = None) -> jax.Array:
+        """x [B, H, W, in_channels]; `activated_time` [B, E] is the time embedding after SiLU."""
+        h = self.conv1(nn.silu(self.norm1(x)))
+        if self.time:
+            h = h + self.time_emb_proj(activated_time)[:, None, None, :]
+        h = self.conv2(nn.silu(self.norm2(h)))
+        if self.in_channels != self.out_channels:
+            x = self.conv_shortcut(x)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    """Halves H and W with a 3x3 convolution of stride 2.
+
+    The UNet pads by one on every side; the VAE's encoder pads only below and to the right.
+    """
+
+    channels: int
+    dtype: jnp.dtype
+    asymmetric: bool = False
+
+    def setup(self):
+        pad = (0, 1) if self.asymmetric else (1, 1)
+        self.conv = conv3x3(self.channels, self.dtype, stride=2, padding=(pad, pad))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    """Doubles H and W by repetition, then convolves.
+
+    `size` (H, W) crops the last row or column where the map on the way down had an odd size:
+    the same values as a nearest-neighbour resize to that size.
+    """
+
+    channels: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.conv = conv3x3(self.channels, self.dtype)
+
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        B, H, W, C = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (B, H, 2, W, 2, C))
+        x = x.reshape(B, 2 * H, 2 * W, C)
+        if size is not None:
+            x = x[:, : size[0], : size[1], :]
+        return self.conv(x)
+
+
+class GEGLU(nn.Module):
+    """Linear layer to twice the width, one half gating the other through the exact GELU."""
+
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.proj = nn.Dense(2 * self.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward part of a transformer block: GEGLU to four times the width, and back."""
+
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.net_0 = GEGLU(4 * self.width, self.dtype)
+        self.net_2 = nn.Dense(self.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.net_2(self.net_0(x))
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over [B, T, C]."""
+
+    width: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.to_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.to_k = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.to_v = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.to_out_0 = nn.Dense(self.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mixed = attention(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads)
+        return self.to_out_0(mixed)
+
+
+class CrossAttention(nn.Module):
+    """Attention from [B, T, C] to keys and values that were projected outside the network."""
+
+    width: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.to_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+        self.to_out_0 = nn.Dense(self.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array, kv: dict) -> jax.Array:
+        """`kv` holds `to_k` and `to_v`, each [B, text positions, C]."""
+        k, v = kv["to_k"].astype(self.dtype), kv["to_v"].astype(self.dtype)
+        return self.to_out_0(attention(self.to_q(x), k, v, self.num_heads))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each with a LayerNorm before it."""
+
+    width: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.norm1 = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self.attn1 = SelfAttention(self.width, self.num_heads, self.dtype)
+        self.norm2 = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self.attn2 = CrossAttention(self.width, self.num_heads, self.dtype)
+        self.norm3 = layer_norm(LAYER_NORM_EPS, self.dtype)
+        self.ff = FeedForward(self.width, self.dtype)
+
+    def __call__(self, x: jax.Array, kv: dict) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), kv)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the positions of a feature map [B, H, W, C]."""
+
+    width: int
+    num_heads: int
+    depth: int
+    num_groups: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.norm = GroupNorm(self.num_groups, self.width, TRANSFORMER_NORM_EPS, self.dtype)
+        self.proj_in = nn.Dense(self.width, dtype=self.dtype)
+        self.transformer_blocks = [
+            BasicTransformerBlock(self.width, self.num_heads, self.dtype) for _ in range(self.depth)
+        ]
+        self.proj_out = nn.Dense(self.width, dtype=self.dtype)
+
+    def __call__(self, x: jax.Array, kv: dict) -> jax.Array:
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x).reshape(B, H * W, C))
+        for k, block in enumerate(self.transformer_blocks):
+            h = block(h, kv[f"transformer_blocks_{k}"])
+        return x + self.proj_out(h).reshape(B, H, W, C)

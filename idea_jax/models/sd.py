@@ -1,0 +1,307 @@
+"""Stable Diffusion as one bundle: configs, frozen weights, and pure functions over both.
+
+Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `vae.py`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from idea_jax.diffusion.schedule import ScheduleConfig
+from idea_jax.files import atomic_write
+from idea_jax.models import weights
+from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from idea_jax.models.layers import UnsupportedConfig
+from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
+from idea_jax.models.vae import AutoencoderKL, VAEConfig
+from idea_jax.models.weights import WeightsError
+from idea_jax.pytrees import flatten, unflatten
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+DIFFUSERS_VERSION = "0.42.1"  # whose layout `save` writes
+
+
+class Frozen(NamedTuple):
+    """The weights that personalising never changes: nested dicts of arrays."""
+
+    text: dict
+    unet: dict
+    cross_kv: dict
+    vae: dict
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """What the networks look like. Hashable, so it can be a static argument of `jax.jit`."""
+
+    text: CLIPTextConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        pairs = (
+            ("UNet's cross_attention_dim", self.unet.cross_attention_dim,
+             "text encoder's hidden_size", self.text.hidden_size),
+            ("UNet's in_channels", self.unet.in_channels,
+             "VAE's latent_channels", self.vae.latent_channels),
+            ("UNet's out_channels", self.unet.out_channels,
+             "VAE's latent_channels", self.vae.latent_channels),
+            ("VAE's in_channels", self.vae.in_channels, "RGB's", 3),
+            ("VAE's out_channels", self.vae.out_channels, "RGB's", 3),
+        )  # fmt: skip
+        problems = [f"{a} is {x}, but the {b} is {y}" for a, x, b, y in pairs if x != y]
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            options = " or ".join(COMPUTE_DTYPES)
+            problems.append(f"compute dtype is {self.compute_dtype!r}, expected {options}")
+        if problems:
+            raise UnsupportedConfig(
+                "not a text-to-image Stable Diffusion 1.x or 2.x: " + "; ".join(problems)
+            )
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.compute_dtype)
+
+    @property
+    def text_model(self) -> CLIPTextModel:
+        return CLIPTextModel(self.text, self.dtype)
+
+    @property
+    def unet_model(self) -> UNet2DConditionModel:
+        return UNet2DConditionModel(self.unet, self.dtype)
+
+    @property
+    def vae_model(self) -> AutoencoderKL:
+        return AutoencoderKL(self.vae, self.dtype)
+
+
+class _Part(NamedTuple):
+    folder: str
+    stem: str
+    table: weights.Table
+    trees: tuple[str, ...]
+    config: dict
+
+
+def _parts(model: StableDiffusion) -> Iterator[_Part]:
+    """The weight files of a checkpoint and the trees that each fills."""
+    stem = "diffusion_pytorch_model"
+    unet_table = weights.unet_table(model.unet.use_linear_projection)
+    yield _Part("text_encoder", "model", weights.text_table(), ("text",), model.text.to_dict())
+    yield _Part("unet", stem, unet_table, ("unet", "cross_kv"), model.unet.to_dict())
+    yield _Part("vae", stem, weights.vae_table(), ("vae",), model.vae.to_dict())
+
+
+def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusion:
+    """Reads the four config files of a checkpoint in diffusers layout.
+
+    Raises: WeightsError if one is absent or no JSON; UnsupportedConfig or ValueError naming every
+    key and value that is not supported.
+    """
+
+    def read(kind: type, path: str) -> object:
+        file = Path(folder) / path
+        if not file.is_file():
+            present = sorted(x.name for x in Path(folder).glob("*"))
+            raise WeightsError(
+                f"no {path} in {folder}, which holds {', '.join(present) or 'nothing'}; "
+                "expected a Stable Diffusion checkpoint in diffusers layout"
+            )
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WeightsError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise WeightsError(f"{file} holds no JSON object")
+        return kind.from_dict(values, str(file))
+
+    return StableDiffusion(
+        text=read(CLIPTextConfig, "text_encoder/config.json"),
+        unet=read(UNetConfig, "unet/config.json"),
+        vae=read(VAEConfig, "vae/config.json"),
+        schedule=read(ScheduleConfig, "scheduler/scheduler_config.json"),
+        compute_dtype=compute_dtype,
+    )
+
+
+def shapes(model: StableDiffusion) -> Frozen:
+    """The trees of `Frozen` with a float32 shape in place of each array; allocates nothing."""
+    cfg = model.unet
+    cross_kv = cross_kv_shapes(cfg)
+
+    def parameters(network, *inputs):
+        return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+
+    def zeros(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    size = 2 ** (len(cfg.block_out_channels) - 1)
+    kv = jax.tree.map(lambda kernel: zeros(1, 1, kernel.shape[1]), cross_kv)
+    latents, times = zeros(1, size, size, cfg.in_channels), zeros(1, dtype=jnp.int32)
+    images = zeros(1, model.vae.downscale, model.vae.downscale, model.vae.in_channels)
+    return Frozen(
+        text=parameters(model.text_model, zeros(1, 1, dtype=jnp.int32)),
+        unet=parameters(model.unet_model, latents, times, kv),
+        cross_kv=cross_kv,
+        vae=parameters(model.vae_model, images),
+    )
+
+
+def load(
+    folder: Path, *, variant: str | None = None, compute_dtype: str = "float32"
+) -> tuple[StableDiffusion, Frozen]:
+    """Reads a checkpoint in diffusers layout from a local folder.
+
+    Returns the model and its weights in `compute_dtype` ("float32" or "bfloat16"). `variant`
+    ("fp16") chooses among weight files.
+
+    Raises: WeightsError or UnsupportedConfig (both ValueError), saying which file and what in it.
+    """
+    folder = Path(folder)
+    model = read_configs(folder, compute_dtype)
+    targets = shapes(model)._asdict()
+    trees = {}
+    for part in _parts(model):
+        paths = weights.find_weights(folder / part.folder, part.stem, variant)
+        wanted = {tree: targets[tree] for tree in part.trees}
+        where = str(paths[0]) if len(paths) == 1 else f"{folder / part.folder} ({len(paths)} files)"
+        tensors = weights.TensorFiles(paths)
+        trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)
+    return model, Frozen(**trees)
+
+
+def save(
+    folder: Path,
+    model: StableDiffusion,
+    frozen: Frozen,
+    *,
+    variant: str | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Writes a checkpoint that `load` and torch's diffusers read; the tokenizer is not part of it.
+
+    Weights are written as `dtype` ("float32", "float16" or "bfloat16"), under the names of
+    `variant` if given. Each file is replaced only once it is complete.
+    """
+    folder = Path(folder)
+    trees = frozen._asdict()
+    version = {"_diffusers_version": DIFFUSERS_VERSION}
+    for part in _parts(model):
+        params = {tree: trees[tree] for tree in part.trees}
+        tensors = weights.to_tensors(part.table, params, jnp.dtype(dtype))
+        infix = f".{variant}" if variant else ""
+        with atomic_write(folder / part.folder / f"{part.stem}{infix}.safetensors") as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        config = part.config if part.folder == "text_encoder" else part.config | version
+        _write_json(folder / part.folder / "config.json", config)
+
+    # An absent timestep_spacing lets each sampler take its own default.
+    schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
+    schedule |= {"_class_name": "DDIMScheduler", "clip_sample": False, **version}
+    _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        **version,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _write_json(folder / "model_index.json", index)
+
+
+def _write_json(path: Path, values: dict) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def init(model: StableDiffusion, key: jax.Array) -> Frozen:
+    """Random float32 weights, for training from scratch or a random checkpoint.
+
+    Kernels are normal with variance 1 / fan-in, CLIP's tables as in OpenAI's CLIP, norms the
+    identity and biases zero. Drawn by numpy on the host, seeded by the key and the leaf's path:
+    compiling a draw for each shape would take minutes.
+    """
+    words = [int(word) for word in jax.random.key_data(key).ravel()]
+    table_std = {"token_embedding": 0.02, "position_embedding": 0.01}
+
+    def draw(path, shape):
+        *_, owner, name = path.split("/")
+        if name == "scale":
+            return jnp.ones(shape)
+        if name == "bias":
+            return jnp.zeros(shape)
+        digest = hashlib.sha256(path.encode()).digest()
+        rng = np.random.default_rng([*words, int.from_bytes(digest[:8], "big")])
+        std = table_std[owner] if name == "embedding" else np.prod(shape[:-1]) ** -0.5
+        values = rng.standard_normal(shape, dtype=np.float32)
+        return jnp.array(values * np.float32(std))
+
+    flat = flatten(shapes(model)._asdict())
+    return Frozen(**unflatten({path: draw(path, leaf.shape) for path, leaf in flat.items()}))
+
+
+def encode_text(
+    model: StableDiffusion,
+    frozen: Frozen,
+    token_ids: jax.Array,
+    pseudo_tokens: jax.Array | None = None,
+) -> jax.Array:
+    """The text condition float32[B, T, D] of int32[B, T]; see `CLIPTextModel.__call__`."""
+    return model.text_model.apply({"params": frozen.text}, token_ids, pseudo_tokens)
+
+
+def encode_token_embeds(
+    model: StableDiffusion, frozen: Frozen, token_embeds: jax.Array
+) -> jax.Array:
+    """The text condition float32[B, T, D] of input embeddings [B, T, D] without positions."""
+    return model.text_model.apply(
+        {"params": frozen.text}, token_embeds, method=CLIPTextModel.encode_embeds
+    )
+
+
+def embed_tokens(model: StableDiffusion, frozen: Frozen, token_ids: jax.Array) -> jax.Array:
+    """Input embeddings float32[..., D] of int32[...] token ids."""
+    return model.text_model.apply({"params": frozen.text}, token_ids, method=CLIPTextModel.embed)
+
+
+def encode_image(
+    model: StableDiffusion, frozen: Frozen, images: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and log-variance of the scaled latents, each float32[B, H/8, W/8, C].
+
+    Images are float[B, H, W, 3] in [-1, 1]; the factor 8 is that of Stable Diffusion's VAE.
+    """
+    mean, logvar = model.vae_model.apply(
+        {"params": frozen.vae}, images, method=AutoencoderKL.encode
+    )
+    scale = model.vae.scaling_factor
+    return mean * scale, logvar + 2 * np.log(scale)
+
+
+def predict(
+    model: StableDiffusion, frozen: Frozen, latents: jax.Array, timesteps: jax.Array, kv: dict
+) -> jax.Array:
+    """The UNet's prediction float32[B, h, w, C]; see `UNet2DConditionModel.__call__`."""
+    return model.unet_model.apply({"params": frozen.unet}, latents, timesteps, kv)
+
+
+def decode(model: StableDiffusion, frozen: Frozen, latents: jax.Array) -> jax.Array:
+    """Images float32[B, H, W, 3], about [-1, 1], of scaled latents [B, h, w, C]."""
+    latents = latents / model.vae.scaling_factor
+    return model.vae_model.apply({"params": frozen.vae}, latents, method=AutoencoderKL.decode)

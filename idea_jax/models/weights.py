@@ -1,0 +1,386 @@
+"""Key tables between diffusers' weight files and the parameter trees here, in both directions.
+
+A table is a tuple of rules (source key, target path, transform). `#` stands for a number, the same
+ones in the same order on both sides. The first part of a target path is the tree it belongs to:
+`text`, `unet`, `cross_kv` or `vae`. Loading is strict: whatever does not fit one to one is an error
+that lists everything that does not fit.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from idea_jax.pytrees import flatten, unflatten
+
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+LISTED_PER_KIND = 20  # an error that lists thousands of keys hides the interesting ones
+
+
+class WeightsError(ValueError):
+    """A weight file is absent, unreadable, or does not fit the network its config describes."""
+
+
+class Transform(NamedTuple):
+    """Turns a source tensor into a parameter; `layouts` are its inverses, the one written first."""
+
+    load: Callable[[np.ndarray], np.ndarray]
+    layouts: tuple[Callable[[np.ndarray], np.ndarray], ...]
+
+
+def _as_is(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+    return x.T
+
+
+def _as_conv1x1(x: np.ndarray) -> np.ndarray:
+    return x.T[:, :, None, None]
+
+
+TRANSFORMS = {
+    "as_is": Transform(_as_is, (_as_is,)),
+    # torch's Linear [out, in] and Flax's Dense [in, out]
+    "linear": Transform(_transposed, (_transposed,)),
+    # torch's OIHW and Flax's HWIO
+    "conv": Transform(lambda x: x.transpose(2, 3, 1, 0), (lambda x: x.transpose(3, 2, 0, 1),)),
+    # a convolution of size 1x1 that is a Dense here
+    "conv1x1": Transform(lambda x: x[:, :, 0, 0].T, (_as_conv1x1,)),
+    "linear_or_conv1x1": Transform(lambda x: x.reshape(x.shape[:2]).T, (_transposed, _as_conv1x1)),
+}
+
+
+class Rule(NamedTuple):
+    """One row of a table; a `legacy` row is an older name, read but never written."""
+
+    source: str
+    target: str
+    transform: str
+    legacy: bool = False
+
+
+class Table(NamedTuple):
+    """All rules of one weight file, and the keys of older files that hold no weight."""
+
+    rules: tuple[Rule, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def _layer(source: str, target: str, transform: str, bias: bool = True) -> list[Rule]:
+    rules = [Rule(f"{source}.weight", f"{target}/kernel", transform)]
+    return [*rules, Rule(f"{source}.bias", f"{target}/bias", "as_is")] if bias else rules
+
+
+def _norm(source: str, target: str) -> list[Rule]:
+    return [
+        Rule(f"{source}.weight", f"{target}/scale", "as_is"),
+        Rule(f"{source}.bias", f"{target}/bias", "as_is"),
+    ]
+
+
+def _resnet(source: str, target: str, time: bool) -> list[Rule]:
+    rules = [
+        *_norm(f"{source}.norm1", f"{target}/norm1"),
+        *_layer(f"{source}.conv1", f"{target}/conv1", "conv"),
+        *_norm(f"{source}.norm2", f"{target}/norm2"),
+        *_layer(f"{source}.conv2", f"{target}/conv2", "conv"),
+        *_layer(f"{source}.conv_shortcut", f"{target}/conv_shortcut", "conv1x1"),
+    ]
+    if time:
+        rules += _layer(f"{source}.time_emb_proj", f"{target}/time_emb_proj", "linear")
+    return rules
+
+
+def _transformer(source: str, block: str, projection: str) -> list[Rule]:
+    target = f"unet/{block}/attentions_#"
+    inner, inner_target = f"{source}.transformer_blocks.#", f"{target}/transformer_blocks_#"
+    rules = [
+        *_norm(f"{source}.norm", f"{target}/norm"),
+        *_layer(f"{source}.proj_in", f"{target}/proj_in", projection),
+        *_layer(f"{source}.proj_out", f"{target}/proj_out", projection),
+        *_layer(f"{inner}.ff.net.0.proj", f"{inner_target}/ff/net_0/proj", "linear"),
+        *_layer(f"{inner}.ff.net.2", f"{inner_target}/ff/net_2", "linear"),
+    ]
+    for n in (1, 2, 3):
+        rules += _norm(f"{inner}.norm{n}", f"{inner_target}/norm{n}")
+    for attn, layer in (("attn1", "to_q"), ("attn1", "to_k"), ("attn1", "to_v"), ("attn2", "to_q")):
+        rules += _layer(
+            f"{inner}.{attn}.{layer}", f"{inner_target}/{attn}/{layer}", "linear", False
+        )
+    for attn in ("attn1", "attn2"):
+        rules += _layer(f"{inner}.{attn}.to_out.0", f"{inner_target}/{attn}/to_out_0", "linear")
+    cross = f"cross_kv/{block}/attentions_#/transformer_blocks_#"
+    for layer in ("to_k", "to_v"):
+        rules.append(Rule(f"{inner}.attn2.{layer}.weight", f"{cross}/{layer}", "linear"))
+    return rules
+
+
+def unet_table(use_linear_projection: bool) -> Table:
+    """The table of a UNet; SD 1.x has 1x1 convolutions around its transformers, SD 2.x linears."""
+    rules = [
+        *_layer("time_embedding.linear_1", "unet/time_embedding/linear_1", "linear"),
+        *_layer("time_embedding.linear_2", "unet/time_embedding/linear_2", "linear"),
+        *_layer("conv_in", "unet/conv_in", "conv"),
+        *_norm("conv_norm_out", "unet/conv_norm_out"),
+        *_layer("conv_out", "unet/conv_out", "conv"),
+    ]
+    projection = "linear" if use_linear_projection else "conv1x1"
+    for source, block, sampler in (
+        ("down_blocks.#", "down_blocks_#", "downsamplers"),
+        ("mid_block", "mid_block", None),
+        ("up_blocks.#", "up_blocks_#", "upsamplers"),
+    ):
+        rules += _resnet(f"{source}.resnets.#", f"unet/{block}/resnets_#", time=True)
+        rules += _transformer(f"{source}.attentions.#", block, projection)
+        if sampler:
+            conv = f"unet/{block}/{sampler}_#/conv"
+            rules += _layer(f"{source}.{sampler}.#.conv", conv, "conv")
+    return Table(tuple(rules))
+
+
+def vae_table() -> Table:
+    """The table of the autoencoder, with the attention names of files before diffusers 0.18."""
+    rules = [
+        *_layer("quant_conv", "vae/quant_conv", "conv1x1"),
+        *_layer("post_quant_conv", "vae/post_quant_conv", "conv1x1"),
+    ]
+    for part, blocks, sampler in (
+        ("encoder", "down_blocks", "downsamplers"),
+        ("decoder", "up_blocks", "upsamplers"),
+    ):
+        target = f"vae/{part}"
+        rules += _layer(f"{part}.conv_in", f"{target}/conv_in", "conv")
+        rules += _norm(f"{part}.conv_norm_out", f"{target}/conv_norm_out")
+        rules += _layer(f"{part}.conv_out", f"{target}/conv_out", "conv")
+        for source, block in ((f"{blocks}.#", f"{blocks}_#"), ("mid_block", "mid_block")):
+            resnet = f"{target}/{block}/resnets_#"
+            rules += _resnet(f"{part}.{source}.resnets.#", resnet, time=False)
+        conv = f"{target}/{blocks}_#/{sampler}_#/conv"
+        rules += _layer(f"{part}.{blocks}.#.{sampler}.#.conv", conv, "conv")
+        source, target = f"{part}.mid_block.attentions.#", f"{target}/mid_block/attentions_#"
+        rules += _norm(f"{source}.group_norm", f"{target}/group_norm")
+        for name, layer, old in (
+            ("to_q", "to_q", "query"),
+            ("to_k", "to_k", "key"),
+            ("to_v", "to_v", "value"),
+            ("to_out.0", "to_out_0", "proj_attn"),
+        ):
+            rules += _layer(f"{source}.{name}", f"{target}/{layer}", "linear")
+            older = _layer(f"{source}.{old}", f"{target}/{layer}", "linear_or_conv1x1")
+            rules += [rule._replace(legacy=True) for rule in older]
+    return Table(tuple(rules))
+
+
+def text_table() -> Table:
+    """The table of the text encoder.
+
+    Stable Diffusion's own files and transformers 4 prefix every key with `text_model.`, which is
+    what is written; transformers 5 saves without the prefix. Older files hold the constant
+    `position_ids`.
+    """
+    rules = [
+        Rule(f"embeddings.{name}.weight", f"text/embeddings/{name}/embedding", "as_is")
+        for name in ("token_embedding", "position_embedding")
+    ]
+    rules += _norm("final_layer_norm", "text/final_layer_norm")
+    source, target = "encoder.layers.#", "text/encoder/layers_#"
+    for layer in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        rules += _layer(f"{source}.self_attn.{layer}", f"{target}/self_attn/{layer}", "linear")
+    for layer in ("fc1", "fc2"):
+        rules += _layer(f"{source}.mlp.{layer}", f"{target}/mlp/{layer}", "linear")
+    for layer in ("layer_norm1", "layer_norm2"):
+        rules += _norm(f"{source}.{layer}", f"{target}/{layer}")
+    prefixed = [rule._replace(source=f"text_model.{rule.source}") for rule in rules]
+    unprefixed = [rule._replace(legacy=True) for rule in rules]
+    skipped = ("text_model.embeddings.position_ids", "embeddings.position_ids")
+    return Table((*prefixed, *unprefixed), skipped)
+
+
+def _pattern(template: str) -> re.Pattern:
+    return re.compile(re.escape(template).replace(r"\#", r"(\d+)"))
+
+
+def _fill(template: str, numbers: tuple[str, ...]) -> str:
+    parts = template.split("#")
+    return parts[0] + "".join(n + part for n, part in zip(numbers, parts[1:], strict=True))
+
+
+def _raise_if_any(problems: dict[str, list[str]], where: str) -> None:
+    found = {kind: lines for kind, lines in problems.items() if lines}
+    if not found:
+        return
+    text = f"{where}: the weights do not fit the network that config.json describes"
+    for kind, lines in found.items():
+        text += f"\n{len(lines)} {kind}:" + "".join(f"\n  {x}" for x in lines[:LISTED_PER_KIND])
+        if len(lines) > LISTED_PER_KIND:
+            text += f"\n  ... and {len(lines) - LISTED_PER_KIND} more"
+    raise WeightsError(text)
+
+
+def match_keys(
+    table: Table, headers: dict, targets: dict, where: str
+) -> dict[str, tuple[str, str]]:
+    """Returns {source key: (target path, transform)}; headers are {source key: (shape, dtype)}."""
+    patterns = [(_pattern(rule.source), rule) for rule in table.rules]
+    problems: dict[str, list[str]] = defaultdict(list)
+    sources: dict[str, list[str]] = defaultdict(list)
+    plan = {}
+    for key in sorted(set(headers) - set(table.skipped)):
+        shape, dtype = headers[key]
+        matches = [(m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(key))]
+        if len(matches) > 1:
+            rules = ", ".join(rule.source for _, rule in matches)
+            problems["keys matched by two rules"].append(f"{key} ({rules})")
+            continue
+        target = _fill(matches[0][1].target, matches[0][0].groups()) if matches else None
+        if target not in targets:
+            problems["keys unknown to the network"].append(f"{key} {list(shape)}")
+            continue
+        sources[target].append(key)
+        transform = matches[0][1].transform
+        empty = np.broadcast_to(np.float32(0), targets[target].shape)  # a shape without memory
+        expected = [list(layout(empty).shape) for layout in TRANSFORMS[transform].layouts]
+        if list(shape) not in expected:
+            wanted = " or ".join(str(item) for item in expected)
+            problems["keys of another shape"].append(f"{key}: {list(shape)}, expected {wanted}")
+        elif dtype not in FLOAT_TYPES:
+            kinds = ", ".join(FLOAT_TYPES)
+            problems["keys of another type"].append(f"{key}: {dtype}, expected one of {kinds}")
+        plan[key] = (target, transform)
+    for target, keys in sources.items():
+        if len(keys) > 1:
+            problems["parameters given twice"].append(f"{target} by {' and '.join(keys)}")
+    missing = sorted(set(targets) - set(sources))
+    if missing:
+        names = source_keys(table, missing)
+        problems["missing keys"] += [
+            f"{names[path]} (parameter {path} {list(targets[path].shape)})" for path in missing
+        ]
+    _raise_if_any(problems, where)
+    return plan
+
+
+def source_keys(table: Table, paths: list[str]) -> dict[str, str]:
+    """The key under which each parameter is written; a path without exactly one raises."""
+    patterns = [(_pattern(rule.target), rule) for rule in table.rules if not rule.legacy]
+    names, problems = {}, []
+    for path in paths:
+        matches = [(m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(path))]
+        if len(matches) == 1:
+            names[path] = _fill(matches[0][1].source, matches[0][0].groups())
+        else:
+            problems.append(path)
+    _raise_if_any({"parameters without exactly one rule": problems}, "key table")
+    return names
+
+
+def to_params(
+    table: Table,
+    tensors: Mapping[str, np.ndarray],
+    targets: dict,
+    where: str,
+    dtype: jnp.dtype = jnp.float32,
+) -> dict:
+    """Returns the parameter trees of `targets`, filled from `tensors` and cast to `dtype`.
+
+    `targets` is `{"unet": tree of shapes, ...}`. Tensors are read one by one, so that no more than
+    one exists twice. Raises: WeightsError listing every key that does not fit, and naming `where`.
+    """
+    headers = tensors.headers if isinstance(tensors, TensorFiles) else _headers(tensors)
+    plan = match_keys(table, headers, flatten(targets), where)
+    params = {}
+    for key, (target, transform) in plan.items():
+        leaf = TRANSFORMS[transform].load(tensors[key])
+        # A copy: an array that shares its memory with a file's buffer is not aligned for XLA.
+        params[target] = jnp.array(np.ascontiguousarray(leaf).astype(dtype))
+    return unflatten(params)
+
+
+def to_tensors(table: Table, params: dict, dtype: np.dtype = np.float32) -> dict[str, np.ndarray]:
+    """The inverse of `to_params`: source key -> contiguous array of `dtype`, in torch's layout."""
+    flat = flatten(params)
+    names = source_keys(table, list(flat))
+    by_target = [(_pattern(rule.target), rule) for rule in table.rules if not rule.legacy]
+    tensors = {}
+    for path, leaf in flat.items():
+        transform = next(rule.transform for pattern, rule in by_target if pattern.fullmatch(path))
+        tensor = TRANSFORMS[transform].layouts[0](np.asarray(jax.device_get(leaf)))
+        tensors[names[path]] = np.ascontiguousarray(tensor.astype(dtype))
+    return tensors
+
+
+def _headers(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
+    kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    return {k: (v.shape, kinds.get(v.dtype.name, v.dtype.name)) for k, v in tensors.items()}
+
+
+class TensorFiles(Mapping):
+    """The tensors of one or several safetensors files; each is read from disk when asked for."""
+
+    def __init__(self, paths: list[Path]):
+        self._files = {}
+        self.headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="numpy")
+            except SafetensorError as error:
+                raise WeightsError(
+                    f"{path} is not a complete safetensors file ({error}); download it again"
+                ) from error
+            for key in file.keys():  # noqa: SIM118 - safe_open is no dictionary
+                if key in self.headers:
+                    raise WeightsError(f"{path}: {key} is also in another file of the same index")
+                part = file.get_slice(key)
+                self.headers[key] = (tuple(part.get_shape()), part.get_dtype())
+                self._files[key] = file
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._files[key].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files of one network: one file, or those that its index names.
+
+    `stem` is `model` or `diffusion_pytorch_model`; `variant` is written before the suffix, as in
+    `model.fp16.safetensors`. Raises: WeightsError saying what the folder holds instead.
+    """
+    infix = f".{variant}" if variant else ""
+    single = folder / f"{stem}{infix}.safetensors"
+    if single.is_file():
+        return [single]
+    index = folder / f"{stem}.safetensors.index{infix}.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsError(f"{index} is not an index of safetensors files") from error
+        paths = [folder / name for name in sorted(names)]
+        for path in paths:
+            if path.parent != folder or not path.is_file():
+                raise WeightsError(f"{index} names {path.name}, which is not in {folder}")
+        return paths
+    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    message = f"no {single.name} in {folder}; it holds {', '.join(present) or 'nothing'}"
+    if any(name.endswith(".safetensors") for name in present):
+        message += "; choose one of these with the variant, or without one"
+    elif any(name.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack")) for name in present):
+        message += (
+            "; pickles (.bin, .ckpt) and Flax files are not read: convert them, for example with "
+            "diffusers' save_pretrained(folder, safe_serialization=True)"
+        )
+    raise WeightsError(message)

@@ -1,0 +1,60 @@
+"""Named random streams and small operations on nested dictionaries of arrays."""
+
+import hashlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def stream(key: jax.Array, name: str) -> jax.Array:
+    """Returns the key of the random stream `name`: one root key serves every part of a run.
+
+    The name is folded in through SHA-256, because Python's own `hash` of a string differs from
+    process to process.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    return jax.random.fold_in(key, int.from_bytes(digest[:4], "big"))
+
+
+def flatten(tree: dict) -> dict:
+    """Returns `{"a/b/c": leaf}` for a nested dict, in sorted order of the paths."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: dict) -> dict:
+    """Inverse of `flatten`."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def stack(trees: Sequence) -> object:
+    """Stacks equal trees leaf by leaf along a new first axis (the identity axis)."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: object) -> list:
+    """Inverse of `stack`."""
+    size = jax.tree.leaves(tree)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(size)]
+
+
+def cast(tree: object, dtype: object) -> object:
+    """Casts the floating leaves of a tree to `dtype`; the others stay as they are."""
+
+    def cast_leaf(leaf):
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast_leaf, tree)
+
+
+def count(tree: object) -> int:
+    """Number of values in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

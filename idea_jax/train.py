@@ -1,0 +1,518 @@
+"""Learning one person: photos in, identity file out."""
+
+import functools
+import hashlib
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from idea_jax import checkpoint, faces, learned_embeds, sample
+from idea_jax.config import ConfigError, TrainConfig, to_yaml
+from idea_jax.data import images, text
+from idea_jax.files import atomic_write, slug
+from idea_jax.method import anchor, condition
+from idea_jax.models import hub, sd
+from idea_jax.pytrees import count
+from idea_jax.train_step import (
+    IdentityState,
+    Metrics,
+    Photos,
+    draw_batch,
+    init_state,
+    make_optimizer,
+    train_step,
+)
+
+log = logging.getLogger(__name__)
+
+# Settings that may differ between a run and its resumption: they do not touch the numbers.
+FREE_ON_RESUME = frozenset(
+    {
+        *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir"),
+        *("celeb_path", "face_model", "max_train_steps", "save_steps", "only_save_embeds"),
+        *("validation_prompt", "validation_steps", "num_validation_images"),
+        *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
+        *("report_to", "logging_dir"),
+    }
+)
+
+
+class TrainingError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run needs besides the person: the frozen model and its tokenizer."""
+
+    model: sd.StableDiffusion
+    frozen: sd.Frozen
+    tokenizer: text.Tokenizer  # knows the placeholder
+    name: str
+    revision: str | None
+
+
+def run(cfg: TrainConfig) -> Path:
+    """Trains one person and returns the path of the identity file.
+
+    Raises:
+      ConfigError, ImageError, FaceError, TextError, CheckpointNotFound, WeightsError,
+      UnsupportedConfig, CheckpointError: bad input, found before training starts.
+      TrainingError: the loss became non-finite; the last good identity is on disk.
+    """
+    # What can be wrong and is cheap to see comes first.
+    started = time.monotonic()
+    output_dir = prepare_output(Path(cfg.output_dir))
+    paths = read_folder(Path(cfg.train_data_dir))
+    method = method_of(cfg)
+    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    face_model = find_face_model(cfg.face_model, found.folder) if method.uses_face else None
+    id_embed = embed_person(face_model, paths, cfg.pre_aligned) if face_model else None
+
+    # The frozen model, and what it makes of this person
+    base = load_base(cfg, found)
+    key = jax.random.key(cfg.seed)
+    start = starting_tokens(cfg, method, base)
+    given = condition.init_given(method, base.model, key, start, id_embed)
+    trainable = condition.init_trainable(method, base.model, base.frozen.cross_kv, key, start)
+    optimizer = optimizer_of(cfg, method)
+    state = init_state(optimizer, trainable, given)
+    photos = encode_photos(cfg, base, paths)
+
+    # The loop
+    log.info(
+        "profile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: %s",
+        method.profile,
+        len(paths),
+        f"{count(trainable):,}",
+        cfg.max_train_steps,
+        cfg.train_batch_size,
+        ", ".join(f"{part} {cfg.rates()[part]:g}" for part in method.parts()),
+    )
+    results = Results(cfg, method, base, output_dir)
+    fingerprint = fingerprint_of(cfg, base, paths, face_model)
+    state, metrics = loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results)
+
+    # The results
+    path = results.save_identity(state, output_dir / "identity.safetensors")
+    results.save_embeds(state, output_dir / "learned_embeds.safetensors")
+    results.save_run(metrics, int(state.step), time.monotonic() - started)
+    return path
+
+
+def prepare_output(output_dir: Path) -> Path:
+    """Makes the output folder and proves that it can be written to.
+
+    Raises:
+      ConfigError: it cannot.
+    """
+    probe = output_dir / ".writable"
+    try:
+        with atomic_write(probe) as temporary:
+            temporary.write_bytes(b"idea_jax")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the output folder {output_dir}: {error.strerror}; choose another "
+            "--output_dir or free its disk"
+        ) from error
+    return output_dir
+
+
+def read_folder(folder: Path) -> list[Path]:
+    """Lists the pictures of a folder and proves that each can be read.
+
+    Pictures are read again when they are needed: a folder of phone photos would fill the memory.
+
+    Raises:
+      images.ImageError: there is none, or one of them cannot be used.
+    """
+    paths, skipped = images.list_images(folder)
+    for path, reason in skipped:
+        log.warning("skipped %s: %s", path.name, reason)
+    for path in paths:
+        images.read_image(path)
+    return paths
+
+
+def method_of(cfg: TrainConfig) -> condition.Method:
+    """The method that a config asks for."""
+    return condition.make_method(
+        cfg.profile,
+        kv=cfg.kv,
+        kv_rank=cfg.kv_rank,
+        num_tokens=cfg.n_pseudo_tokens,
+        beta=cfg.beta,
+        reg_weight=cfg.reg_weight,
+    )
+
+
+def find_face_model(face_model: str | None, checkpoint_folder: Path) -> Path:
+    """The ArcFace file of a run: the one given, the checkpoint's own, or an installed pack's.
+
+    Raises:
+      ConfigError: none was given and none is found.
+    """
+    if face_model is not None:
+        return Path(face_model)
+    own = sorted((checkpoint_folder / "face").glob("*.onnx"))
+    packs = Path.home() / ".insightface" / "models"
+    installed = [packs / "buffalo_l" / "w600k_r50.onnx", packs / "antelopev2" / "glintr100.onnx"]
+    for path in [*own[:1], *installed]:
+        if path.is_file():
+            log.info("face model: %s (%s)", path.name, path.parent.name)
+            return path
+    raise ConfigError(
+        "this profile needs an ArcFace model: give --face_model FILE.onnx (112x112 input), for "
+        "example w600k_r50.onnx of insightface's buffalo_l pack (non-commercial research only), "
+        "or train without a face: --profile cross_init"
+    )
+
+
+def embed_person(face_model: Path, paths: list[Path], pre_aligned: bool) -> np.ndarray:
+    """Mean ArcFace embedding of the pictures, float32[512] of unit norm."""
+    recogniser = faces.load_recogniser(face_model)
+    crops = [faces.face_crop(images.read_image(p), pre_aligned=pre_aligned) for p in paths]
+    return faces.mean_embedding(faces.embed_faces(recogniser, crops))
+
+
+def load_base(cfg: TrainConfig, found: hub.Checkpoint) -> Base:
+    """Loads the frozen model and its tokenizer, and adds the placeholder."""
+    placeholder, notice = text.normalise_placeholder(cfg.placeholder_token)
+    if notice:
+        log.warning(notice)
+    compute_dtype = "bfloat16" if cfg.mixed_precision == "bf16" else "float32"
+    model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
+    tokenizer = text.load_tokenizer(
+        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+    )
+    tokenizer = tokenizer.with_placeholder(placeholder, cfg.n_pseudo_tokens)
+    return Base(model, frozen, tokenizer, found.name, found.revision)
+
+
+def starting_tokens(cfg: TrainConfig, method: condition.Method, base: Base) -> jax.Array:
+    """The pseudo tokens' first value, float32[N, D]; it is the anchor, too."""
+    n, tokenizer = cfg.n_pseudo_tokens, base.tokenizer
+    if not method.cross_init:
+        words = cfg.initialize_tokens or ["person"]
+        ids = word_ids(tokenizer, words * n if len(words) == 1 else words, n)
+        start = anchor.from_input_embeddings(base.model, base.frozen, ids)
+    elif cfg.initialize_tokens is not None:
+        ids = word_ids(tokenizer, cfg.initialize_tokens, n)
+        start = anchor.from_words(
+            base.model, base.frozen, ids, bos=tokenizer.bos, eos=tokenizer.eos
+        )
+    else:
+        names = text.read_names(cfg.celeb_path) if cfg.celeb_path else text.shipped_names()
+        start = anchor.from_names(
+            base.model,
+            base.frozen,
+            text.name_token_ids(tokenizer, names, n),
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            pad=tokenizer.pad,
+        )
+    return start
+
+
+def word_ids(tokenizer: text.Tokenizer, words: list[str], n: int) -> np.ndarray:
+    """Token ids int32[n] of the words to start from.
+
+    Raises:
+      ConfigError: the words are not n tokens together.
+    """
+    ids = tokenizer.ids(" ".join(words))
+    if len(ids) != n:
+        raise ConfigError(
+            f"--initialize_tokens {' '.join(words)!r} are {len(ids)} tokens of this tokenizer, "
+            f"expected {n}, one for each pseudo token; choose words that are one token each"
+        )
+    return ids
+
+
+def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTransformation:
+    """AdamW over the parts that the method trains, at the config's rates."""
+    rates = cfg.rates()
+    return make_optimizer(
+        {part: rates[part] for part in method.parts()},
+        beta1=cfg.adam_beta1,
+        beta2=cfg.adam_beta2,
+        epsilon=cfg.adam_epsilon,
+        weight_decay=cfg.adam_weight_decay,
+    )
+
+
+def encode_photos(cfg: TrainConfig, base: Base, paths: list[Path]) -> Photos:
+    """Encodes every picture and its mirror once; the steps only draw from these moments.
+
+    The mirror is encoded too, because the VAE of a mirrored picture is not the mirrored VAE.
+
+    Raises:
+      ConfigError: the resolution does not fit the networks.
+    """
+    model = base.model
+    size, _ = sample.picture_size(model, cfg.resolution, cfg.resolution)
+    encode = jax.jit(functools.partial(sd.encode_image, model))
+    means, logvars = [], []
+    for path in paths:
+        pixels = images.to_pixels(images.read_image(path), size, center_crop=cfg.center_crop)
+        mean, logvar = encode(base.frozen, np.stack([pixels, pixels[:, ::-1]]))
+        means.append(np.asarray(mean))
+        logvars.append(np.asarray(logvar))
+    prompts = text.training_prompts(base.tokenizer.placeholders[0])
+    return Photos(
+        mean=jax.numpy.asarray(np.stack(means)),
+        logvar=jax.numpy.asarray(np.stack(logvars)),
+        count=jax.numpy.int32(len(paths)),
+        token_ids=jax.numpy.asarray(base.tokenizer(prompts)),
+    )
+
+
+def fingerprint_of(
+    cfg: TrainConfig, base: Base, paths: list[Path], face_model: Path | None
+) -> dict[str, object]:
+    """What a resumed run must share with the run that wrote the checkpoint."""
+    settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
+    pictures = hashlib.sha256()
+    for path in paths:
+        pictures.update(checkpoint.file_digest(path).encode())
+    files = {"celeb_path": cfg.celeb_path, "face_model": face_model}
+    digests = {name: checkpoint.file_digest(Path(f)) for name, f in files.items() if f}
+    return {
+        **settings,
+        **digests,
+        "photos": pictures.hexdigest(),
+        "base_model": base.name,
+        "revision": base.revision,
+    }
+
+
+def draw_and_step(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    optimizer: optax.GradientTransformation,
+    size: int,
+    frozen: sd.Frozen,
+    state: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+) -> tuple[IdentityState, Metrics]:
+    """Draws the batch of the state's step and takes the step: one program, one dispatch."""
+    batch = draw_batch(model, photos, key, state.step, size)
+    return train_step(model, method, optimizer, frozen, state, batch)
+
+
+def loop(
+    cfg: TrainConfig,
+    method: condition.Method,
+    base: Base,
+    optimizer: optax.GradientTransformation,
+    state: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+    fingerprint: dict[str, object],
+    results: "Results",
+) -> tuple[IdentityState, Metrics | None]:
+    """Takes all steps; returns the final state and the last step's metrics.
+
+    Raises:
+      TrainingError: a step was not finite.
+    """
+    bound = functools.partial(draw_and_step, base.model, method, optimizer, cfg.train_batch_size)
+    step_fn = jax.jit(bound, donate_argnums=1)
+    checkpoints = None
+    if cfg.checkpointing_steps or cfg.resume_from_checkpoint:
+        checkpoints = checkpoint.Checkpoints(
+            results.output_dir / "checkpoints", fingerprint, limit=cfg.checkpoints_total_limit
+        )
+    metrics = pending = None
+    try:
+        if cfg.resume_from_checkpoint:
+            state = resume(checkpoints, state, cfg)
+        first = int(state.step)
+        with results.progress(first) as bar:
+            for step in range(first + 1, cfg.max_train_steps + 1):
+                state, metrics = step_fn(base.frozen, state, photos, key)
+                # The step before is read while this one runs, so the device never waits.
+                if pending is not None:
+                    results.report(bar, step - 1, pending, state)
+                pending = metrics
+                if results.is_due(step) or step == cfg.max_train_steps:
+                    results.report(bar, step, pending, state)
+                    pending = None
+                    results.save_on_the_way(step, state)
+                    if checkpoints and is_multiple(step, cfg.checkpointing_steps):
+                        checkpoints.save(state)
+    finally:
+        if checkpoints:
+            checkpoints.close()
+        results.close()
+    return state, metrics
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that happens every N steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def resume(
+    checkpoints: checkpoint.Checkpoints, state: IdentityState, cfg: TrainConfig
+) -> IdentityState:
+    """Returns the state of the checkpoint asked for; the state itself where there is none yet."""
+    restored = checkpoints.restore(state, cfg.resume_from_checkpoint)
+    if restored is None:
+        log.warning("no checkpoint in %s yet: starting from the first step", cfg.output_dir)
+        return state
+    log.info("resumed after step %d", int(restored.step))
+    return restored
+
+
+class Results:
+    """Everything a run shows and writes: progress, losses, grids, identities."""
+
+    def __init__(self, cfg: TrainConfig, method: condition.Method, base: Base, output_dir: Path):
+        self.cfg, self.method, self.base, self.output_dir = cfg, method, base, output_dir
+        self.writer = None
+        if cfg.report_to == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(output_dir / cfg.logging_dir))
+        prompts = [
+            text.fill(prompt, base.tokenizer.placeholders[0])
+            for prompt in cfg.validation_prompt or []
+        ]
+        self.validation_ids = base.tokenizer([*prompts, ""]) if prompts else None
+
+    def progress(self, first: int) -> tqdm:
+        """A bar that counts samples; it is silent where standard error is no terminal."""
+        size = self.cfg.train_batch_size
+        total = self.cfg.max_train_steps * size
+        return tqdm(total=total, initial=first * size, unit="img", disable=None)
+
+    def report(self, bar: tqdm, step: int, metrics: Metrics, state: IdentityState) -> None:
+        """Shows one step's metrics.
+
+        Raises:
+          TrainingError: the step was not finite; the state, which such a step leaves as it was,
+            has been saved.
+        """
+        values = {k: float(v) for k, v in metrics._asdict().items()}
+        if not values["finite"]:
+            good = int(state.step)
+            path = self.output_dir / f"identity-steps-{good}.safetensors"
+            self.save_identity(state, path)
+            raise TrainingError(
+                f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; "
+                f"stopped. The identity after step {good} is in {path}. Lower the learning rate, "
+                "or use --mixed_precision no"
+            )
+        bar.update(self.cfg.train_batch_size)
+        bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}", refresh=False)
+        if bar.disable and is_multiple(step, max(1, self.cfg.max_train_steps // 10)):
+            log.info("step %d of %d: loss %.4f", step, self.cfg.max_train_steps, values["loss"])
+        if self.writer:
+            for name in ("loss", "denoising", "regulariser", "grad_norm"):
+                self.writer.add_scalar(f"train/{name}", values[name], step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether anything is saved or drawn at this step."""
+        cfg = self.cfg
+        validates = self.validation_ids is not None and is_multiple(step, cfg.validation_steps)
+        every = (cfg.save_steps, cfg.checkpointing_steps)
+        return validates or any(is_multiple(step, n) for n in every)
+
+    def save_on_the_way(self, step: int, state: IdentityState) -> None:
+        """Writes the identity and the validation grids of a step where they are due."""
+        cfg = self.cfg
+        if is_multiple(step, cfg.save_steps):
+            self.save_embeds(state, self.output_dir / f"learned_embeds-steps-{step}.safetensors")
+            if not cfg.only_save_embeds:
+                self.save_identity(state, self.output_dir / f"identity-steps-{step}.safetensors")
+        if self.validation_ids is not None and is_multiple(step, cfg.validation_steps):
+            self.validate(step, state)
+
+    def validate(self, step: int, state: IdentityState) -> None:
+        """Draws the validation prompts with the current state, one grid per prompt."""
+        cfg, base = self.cfg, self.base
+        for prompt, ids in zip(cfg.validation_prompt, self.validation_ids[:-1], strict=True):
+            kv = sample.prompt_keys_values(
+                self.method,
+                base.model,
+                base.frozen,
+                state.trainable,
+                state.given,
+                ids,
+                self.validation_ids[-1],
+                np.float32(1),
+            )
+            drawn = sample.draw_prompt(
+                base.model,
+                base.frozen,
+                kv,
+                seed=cfg.seed,
+                count=cfg.num_validation_images,
+                batch_size=cfg.num_validation_images,
+                size=sample.picture_size(base.model, cfg.resolution, cfg.resolution),
+                scheduler="dpmpp_2m",
+                steps=25,
+                guidance_scale=7.5,
+            )
+            grid = images.image_grid(list(drawn), len(drawn))
+            name = f"step-{step:05d}-{slug(prompt)}.png"
+            about = {"parameters": f"{prompt}, step {step}, seed {cfg.seed}"}
+            images.save_png(self.output_dir / "validation" / name, grid, about)
+            if self.writer:
+                self.writer.add_image(f"validation/{slug(prompt)}", grid, step, dataformats="HWC")
+
+    def save_identity(self, state: IdentityState, path: Path) -> Path:
+        """Writes the identity file of a state."""
+        identity = checkpoint.Identity(
+            method=self.method,
+            trainable=state.trainable,
+            given=state.given,
+            placeholder=self.base.tokenizer.placeholders[0].token,
+            base_model=self.base.name,
+            revision=self.base.revision,
+            seed=self.cfg.seed,
+            steps=int(state.step),
+        )
+        checkpoint.write_identity(path, identity)
+        return path
+
+    def save_embeds(self, state: IdentityState, path: Path) -> None:
+        """Writes the pseudo tokens alone, in the form that diffusers loads."""
+        about = {
+            "base_model": self.base.name,
+            "revision": self.base.revision or "unknown",
+            "profile": self.method.profile,
+            "steps": str(int(state.step)),
+            "seed": str(self.cfg.seed),
+        }
+        vectors = np.asarray(state.trainable["pseudo_tokens"])
+        learned_embeds.write(path, self.base.tokenizer.placeholders[0].token, vectors, about)
+
+    def save_run(self, metrics: Metrics | None, steps: int, seconds: float) -> None:
+        """Writes the resolved config (`--config` reads it back) and what came of it."""
+        with atomic_write(self.output_dir / "config.yaml") as temporary:
+            temporary.write_text(to_yaml(self.cfg), "utf-8")
+        about = {
+            "base_model": self.base.name,
+            "revision": self.base.revision,
+            "steps": steps,
+            "last_loss": None if metrics is None else float(metrics.loss),
+            "seconds": round(seconds, 1),
+            "device": jax.devices()[0].device_kind,
+            "versions": checkpoint.versions(),
+        }
+        sample.write_json(self.output_dir / "run.json", about)
+
+    def close(self) -> None:
+        """Flushes the log."""
+        if self.writer:
+            self.writer.close()

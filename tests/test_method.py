@@ -1,0 +1,249 @@
+"""The method's parts against closed forms and torch; what starts at zero effect has none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import torch
+
+from idea_jax.method import anchor, condition, loss
+from idea_jax.models import sd
+from idea_jax.models.unet import project_kv
+
+D = 32
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd2")
+    models = reference.write_checkpoint(folder, "sd2")
+    return models, *sd.load(folder)
+
+
+@pytest.fixture(scope="module")
+def face():
+    vector = np.random.default_rng(1).normal(size=512).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def person(method, model, frozen, face, seed=0):
+    start = jax.random.normal(jax.random.key(seed + 100), (method.num_tokens, D))
+    key = jax.random.key(seed)
+    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    return trainable, condition.init_given(method, model, key, start, face)
+
+
+def perturb(tree, seed=0, scale=0.3):
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def prompt_ids(model):
+    ids = np.random.default_rng(2).integers(0, model.text.vocab_size, (2, 77)).astype(np.int32)
+    ids[:, 4:6] = [model.text.vocab_size, model.text.vocab_size + 1]
+    return ids
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_exact_regulariser_equals_the_inverted_covariance(rows):
+    rng = np.random.default_rng(rows)
+    anchor_rows = rng.normal(size=(rows, D))
+    delta = rng.normal(size=(rows, D))
+    covariance = np.cov(anchor_rows.T) + 2e-5 * np.eye(D)
+    expected = np.sqrt(np.diag(delta @ np.linalg.inv(covariance) @ delta.T))
+    metric = loss.anchor_metric(np.float32(anchor_rows), truncated=False)
+    got = loss.mahalanobis(jnp.float32(delta), metric)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+# A step within the span of the anchor rows: |delta|^2 / zeta minus nearly the same number. The
+# difference is what a formula that subtracts squares loses.
+def test_exact_regulariser_keeps_its_digits_between_the_rows():
+    anchor_rows = np.random.default_rng(0).normal(size=(2, D))
+    delta = 0.1 * (anchor_rows[:1] - anchor_rows[1:])
+    metric = loss.anchor_metric(np.float32(anchor_rows), truncated=False)
+    squared = np.sum((anchor_rows[0] - anchor_rows[1]) ** 2)
+    expected = 0.1 * np.sqrt(squared / (squared / 2 + 2e-5))
+    np.testing.assert_allclose(loss.mahalanobis(jnp.float32(delta), metric), [expected], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("width", "scale", "ridge_is_cut"),
+    [(D, 1.0, True), (D, 0.1, False), (1024, 1.0, True), (1024, 0.01, False)],
+)
+def test_truncated_regulariser_equals_torch_pinv(width, scale, ridge_is_cut):
+    rng = np.random.default_rng(7)
+    anchor_rows = (scale * rng.normal(size=(2, width))).astype(np.float32)
+    delta = (0.1 * rng.normal(size=(2, width))).astype(np.float32)
+    covariance = torch.cov(torch.tensor(anchor_rows.T)) + 2e-5 * torch.eye(width)
+    inverse = torch.linalg.pinv(covariance)
+    step = torch.tensor(delta)
+    expected = torch.diagonal(step @ inverse @ step.T).clamp(min=1e-8).sqrt().numpy()
+    metric = loss.anchor_metric(anchor_rows, truncated=True)
+    assert (metric.ridge == 0) == ridge_is_cut
+    # torch's float32 SVD of the covariance is the less accurate side: measured 3e-6 to 6e-4.
+    np.testing.assert_allclose(loss.mahalanobis(delta, metric), expected, rtol=2e-3)
+
+
+def test_cut_off_lies_where_the_pseudo_inverse_has_it():
+    # For two rows the ridge survives while zeta > d 2^-23 (|row0 - row1|^2 / 2 + zeta).
+    limit = np.sqrt(2 * (2e-5 / (1024 * 2.0**-23) - 2e-5))
+    for factor, survives in ((0.99, True), (1.01, False)):
+        rows = np.zeros((2, 1024), np.float32)
+        rows[0, 0] = factor * limit
+        assert (loss.anchor_metric(rows, truncated=True).ridge > 0) == survives
+
+
+def test_regulariser_at_the_anchor_is_the_floor_with_zero_gradient():
+    metric = loss.anchor_metric(np.eye(2, D, dtype=np.float32), truncated=False)
+    value, gradient = jax.value_and_grad(lambda x: loss.mahalanobis(x, metric).sum())(
+        jnp.zeros((2, D))
+    )
+    np.testing.assert_allclose(value, 2e-4, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_one_token_has_the_ridge_alone():
+    metric = loss.anchor_metric(np.ones((1, D), np.float32), truncated=False)
+    delta = np.full((1, D), 0.1, np.float32)
+    expected = [np.sqrt(D * 0.01 / 2e-5)]
+    np.testing.assert_allclose(loss.mahalanobis(delta, metric), expected, rtol=1e-5)
+
+
+def test_euclidean_is_torch_pairwise_distance():
+    delta = np.random.default_rng(0).normal(size=(3, D)).astype(np.float32)
+    delta[2] = 0
+    expected = torch.nn.functional.pairwise_distance(torch.tensor(delta), torch.zeros(3, D))
+    np.testing.assert_allclose(loss.euclidean(delta), expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv", ["low_rank", "full", "none"])
+def test_fresh_identity_draws_as_plain_tokens(loaded, face, kv):
+    _, model, frozen = loaded
+    method = condition.make_method("paper", kv=kv)
+    trainable, given = person(method, model, frozen, face)
+    ids = prompt_ids(model)
+    plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
+    context = condition.context(method, model, frozen, trainable, given, ids)
+    np.testing.assert_array_equal(context, plain)
+    kv_tree = condition.keys_values(method, model, frozen, trainable, context)
+    expected = project_kv(frozen.cross_kv, plain, model.dtype)
+    jax.tree.map(np.testing.assert_array_equal, kv_tree, expected)
+
+
+def test_low_rank_delta_equals_the_full_delta_of_its_product(loaded, face):
+    _, model, frozen = loaded
+    low = condition.make_method("paper", kv="low_rank")
+    full = condition.make_method("paper", kv="full")
+    trainable, given = person(low, model, frozen, face)
+    trainable = perturb(trainable)
+    context = condition.context(low, model, frozen, trainable, given, prompt_ids(model))
+    product = jax.tree.map(
+        lambda d: d["down"] @ d["up"], trainable["kv"], is_leaf=lambda node: "down" in node
+    )
+    got = condition.keys_values(low, model, frozen, trainable, context, strength=0.7)
+    merged = jax.tree.map(lambda w, d: w + 0.7 * d, frozen.cross_kv, product)
+    expected = project_kv(merged, context, model.dtype)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+    as_full = condition.keys_values(
+        full, model, frozen, trainable | {"kv": product}, context, strength=0.7
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), as_full, expected)
+
+
+def test_strength_zero_leaves_the_tokens_alone(loaded, face):
+    _, model, frozen = loaded
+    method = condition.make_method("paper", kv="low_rank")
+    trainable, given = person(method, model, frozen, face)
+    trainable = perturb(trainable)
+    ids = prompt_ids(model)
+    plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
+    expected = project_kv(frozen.cross_kv, plain, model.dtype)
+
+    def draw(strength):
+        return condition.drawing_keys_values(
+            method, model, frozen, trainable, given, ids, strength=strength
+        )
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), draw(0.0), expected)
+    gap = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), draw(1.0), expected)
+    assert min(jax.tree.leaves(gap)) > 1e-3
+
+
+def test_official_identity_draws_with_the_tokens_alone(loaded, face):
+    _, model, frozen = loaded
+    method = condition.make_method("official")
+    trainable, given = person(method, model, frozen, face)
+    trainable = perturb(trainable)
+    ids = prompt_ids(model)
+    plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
+    trained = condition.context(method, model, frozen, trainable, given, ids)
+    assert np.abs(trained - plain).max() > 1e-3  # the adapter acts while training
+    drawn = condition.drawing_keys_values(method, model, frozen, trainable, given, ids)
+    expected = project_kv(frozen.cross_kv, plain, model.dtype)
+    jax.tree.map(np.testing.assert_array_equal, drawn, expected)
+
+
+def test_face_reaches_the_condition(loaded, face):
+    _, model, frozen = loaded
+    method = condition.make_method("paper", kv="none")
+    trainable, given = person(method, model, frozen, face)
+    trainable = perturb(trainable)
+    other = given | {"id_embed": -given["id_embed"]}
+    ids = prompt_ids(model)
+    a = condition.context(method, model, frozen, trainable, given, ids)
+    b = condition.context(method, model, frozen, trainable, other, ids)
+    assert np.abs(a - b).max() > 1e-4
+
+
+def test_profiles_train_what_the_table_says(loaded, face):
+    _, model, frozen = loaded
+    expected = {
+        "paper": {"pseudo_tokens", "adapter", "enhancer", "kv"},
+        "official": {"pseudo_tokens", "adapter"},
+        "cross_init": {"pseudo_tokens"},
+        "textual_inversion": {"pseudo_tokens"},
+    }
+    for profile, parts in expected.items():
+        kv = "low_rank" if profile == "paper" else "none"
+        method = condition.make_method(profile, kv=kv)
+        trainable, _ = person(method, model, frozen, face)
+        assert set(trainable) == set(method.parts()) == parts
+
+
+def torch_encoder_with_rows(models, rows):
+    """A copy of the torch text encoder with further rows in its table."""
+    folderless = reference.text_from(reference.TINY["sd2"][2])
+    folderless.load_state_dict(models.text.state_dict())
+    table = torch.nn.Embedding(len(models.text.get_input_embeddings().weight) + len(rows), D)
+    old = models.text.get_input_embeddings().weight.data
+    table.weight.data = torch.cat([old, rows])
+    folderless.set_input_embeddings(table)
+    return folderless.eval()
+
+
+def test_anchor_of_names_is_the_encoded_column_mean(loaded):
+    models, model, frozen = loaded
+    names = np.array([[5, 6], [7, -1], [9, 11]])  # the second name has one token
+    table = models.text.get_input_embeddings().weight.data
+    rows = torch.stack([table[[5, 7, 9]].mean(0), table[[6, 11]].mean(0)])
+    vocab = len(table)
+    ids = torch.tensor([[118, vocab, vocab + 1, 119] + [3] * 73])
+    with torch.no_grad():
+        expected = torch_encoder_with_rows(models, rows)(ids).last_hidden_state[0, 1:3]
+    got = anchor.from_names(model, frozen, names, bos=118, eos=119, pad=3)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_anchor_of_words_is_encoded_without_padding(loaded):
+    models, model, frozen = loaded
+    with torch.no_grad():
+        expected = models.text(torch.tensor([[118, 20, 21, 119]])).last_hidden_state[0, 1:3]
+    got = anchor.from_words(model, frozen, np.array([20, 21]), bos=118, eos=119)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
+    plain = anchor.from_input_embeddings(model, frozen, np.array([20, 21]))
+    table = models.text.get_input_embeddings().weight.data
+    np.testing.assert_array_equal(plain, table[[20, 21]].numpy())

@@ -1,0 +1,401 @@
+"""The networks against torch's diffusers and transformers, in float32 on the CPU.
+
+The models are small and random; `quiet` ones show the epsilons of the norms (see reference.py).
+"""
+
+import dataclasses
+import json
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import torch
+
+from idea_jax.models import sd, weights
+from idea_jax.models.clip_text import CLIPTextConfig
+from idea_jax.models.layers import GroupNorm, UnsupportedConfig, attention, timestep_embedding
+from idea_jax.models.unet import UNetConfig, project_kv
+from idea_jax.models.vae import VAEConfig
+from idea_jax.pytrees import cast
+
+RTOL, ATOL = 1e-4, 1e-5
+KINDS = ["sd1", "sd2"]
+TIMESTEPS = np.array([3, 871], np.int32)
+
+
+class Loaded(NamedTuple):
+    torch: reference.TorchModels
+    model: sd.StableDiffusion
+    frozen: sd.Frozen
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """(kind, quiet) -> the same weights in torch and here."""
+    cache = {}
+
+    def load(kind, quiet=False):
+        if (kind, quiet) not in cache:
+            folder = tmp_path_factory.mktemp(kind)
+            built = reference.write_checkpoint(folder, kind, quiet)
+            cache[kind, quiet] = Loaded(built, *sd.load(folder))
+        return cache[kind, quiet]
+
+    return load
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def nchw(x: np.ndarray) -> torch.Tensor:
+    return torch.tensor(x).permute(0, 3, 1, 2)
+
+
+def nhwc(x: torch.Tensor) -> np.ndarray:
+    return x.detach().permute(0, 2, 3, 1).numpy()
+
+
+def assert_gradients_close(ours, theirs):
+    theirs = np.asarray(theirs)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.sqrt(np.mean(theirs**2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unet_output_and_context_gradient_match_diffusers(loaded, kind):
+    # 10x13 latents have odd sizes at a lower level, so that the way up has to crop.
+    model = loaded(kind).model
+    latents, weighting = noise(0, 2, 10, 13, 4), noise(1, 2, 10, 13, 4)
+    context = noise(2, 2, 7, model.unet.cross_attention_dim)
+
+    @jax.jit
+    def run(frozen, context):
+        def loss(context):
+            kv = project_kv(frozen.cross_kv, context, jnp.float32)
+            prediction = sd.predict(model, frozen, latents, TIMESTEPS, kv)
+            return jnp.sum(prediction * weighting), prediction
+
+        return jax.grad(loss, has_aux=True)(context)
+
+    for quiet in (False, True):
+        torch_models, _, frozen = loaded(kind, quiet)
+        torch_context = torch.tensor(context, requires_grad=True)
+        expected = torch_models.unet(nchw(latents), torch.tensor(TIMESTEPS), torch_context).sample
+        (expected * nchw(weighting)).sum().backward()
+        gradient, prediction = run(frozen, context)
+        assert prediction.dtype == jnp.float32
+        np.testing.assert_allclose(prediction, nhwc(expected), rtol=RTOL, atol=ATOL)
+        assert_gradients_close(gradient, torch_context.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vae_moments_and_images_match_diffusers(loaded, kind):
+    model = loaded(kind).model
+    scale = model.vae.scaling_factor
+    images = np.tanh(noise(0, 2, 24, 20, 3))
+    latents = noise(1, 2, 6, 5, 4)
+    encode = jax.jit(partial(sd.encode_image, model))
+    decode = jax.jit(partial(sd.decode, model))
+    for quiet in (False, True):
+        torch_models, _, frozen = loaded(kind, quiet)
+        vae = torch_models.vae
+        posterior = vae.encode(nchw(images)).latent_dist
+        mean, logvar = encode(frozen, images)
+        np.testing.assert_allclose(mean, nhwc(posterior.mean) * scale, rtol=RTOL, atol=ATOL)
+        expected = nhwc(posterior.logvar) + 2 * np.log(scale)
+        np.testing.assert_allclose(logvar, expected, rtol=RTOL, atol=ATOL)
+        expected = nhwc(vae.decode(nchw(latents) / scale).sample)
+        np.testing.assert_allclose(decode(frozen, latents), expected, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_output_and_pseudo_token_gradient_match_transformers(loaded, kind):
+    model = loaded(kind).model
+    first = model.text.vocab_size
+    pseudo = noise(0, 2, model.text.hidden_size)
+    token_ids = np.random.default_rng(1).integers(0, first, (3, 77)).astype(np.int32)
+    token_ids[:2, 5], token_ids[:2, 6], token_ids[1, 70] = first, first + 1, first
+    weighting = noise(2, 3, 77, model.text.hidden_size)
+
+    @jax.jit
+    def run(frozen, pseudo):
+        def loss(pseudo):
+            hidden = sd.encode_text(model, frozen, token_ids, pseudo)
+            return jnp.sum(hidden * weighting), hidden
+
+        return jax.grad(loss, has_aux=True)(pseudo)
+
+    for quiet in (False, True):
+        torch_models, _, frozen = loaded(kind, quiet)
+        # torch's way: a table with the rows of the pseudo tokens appended
+        embeddings = torch_models.text.get_input_embeddings()
+        table = embeddings.weight
+        rows = torch.tensor(pseudo, requires_grad=True)
+        embeds = torch.nn.functional.embedding(
+            torch.tensor(token_ids).long(), torch.cat([table, rows])
+        )
+        handle = embeddings.register_forward_hook(lambda *_, embeds=embeds: embeds)
+        ids = torch.tensor(np.minimum(token_ids, first - 1))
+        expected = torch_models.text(ids).last_hidden_state
+        handle.remove()
+        (expected * torch.tensor(weighting)).sum().backward()
+        gradient, hidden = run(frozen, pseudo)
+        np.testing.assert_allclose(hidden, expected.detach(), rtol=RTOL, atol=ATOL)
+        assert_gradients_close(gradient, rows.grad)
+
+
+def test_text_ids_beyond_the_pseudo_tokens_give_nan(loaded):
+    _, model, frozen = loaded("sd1")
+    first = model.text.vocab_size
+    pseudo = noise(0, 2, model.text.hidden_size)
+    encode = jax.jit(partial(sd.encode_text, model))
+    assert np.isfinite(encode(frozen, np.array([[1, first + 1]], np.int32), pseudo)).all()
+    assert np.isnan(encode(frozen, np.array([[1, first + 2]], np.int32), pseudo)).any()
+
+
+def test_text_from_embeddings_equals_text_from_ids(loaded):
+    _, model, frozen = loaded("sd1")
+    token_ids = np.array([[1, 5, 7, 2]], np.int32)
+    embeds = sd.embed_tokens(model, frozen, token_ids)
+    assert embeds.shape == (1, 4, model.text.hidden_size)
+    hidden = jax.jit(partial(sd.encode_token_embeds, model))(frozen, embeds)
+    expected = jax.jit(partial(sd.encode_text, model))(frozen, token_ids)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-6)
+
+
+def test_text_longer_than_the_positions_is_refused(loaded):
+    _, model, frozen = loaded("sd1")
+    with pytest.raises(ValueError, match="at most 77 tokens, got 78"):
+        sd.encode_text(model, frozen, np.zeros((1, 78), np.int32))
+
+
+def test_bfloat16_stays_close_to_float32(loaded):
+    torch_models, model, frozen = loaded("sd1")
+    model = dataclasses.replace(model, compute_dtype="bfloat16")
+    frozen = cast(frozen, jnp.bfloat16)
+    latents, images = noise(0, 2, 8, 8, 4), np.tanh(noise(1, 1, 8, 8, 3))
+    context = noise(2, 2, 7, model.unet.cross_attention_dim)
+    token_ids = np.arange(77, dtype=np.int32)[None]
+
+    @jax.jit
+    def run(frozen, timesteps):
+        kv = project_kv(frozen.cross_kv, context, model.dtype)
+        return {
+            "unet": sd.predict(model, frozen, latents, timesteps, kv),
+            "text": sd.encode_text(model, frozen, token_ids),
+            "moments": sd.encode_image(model, frozen, images)[0],
+            "images": sd.decode(model, frozen, latents),
+        }
+
+    unet, vae, text = torch_models
+    scale = model.vae.scaling_factor
+    exact = {
+        "unet": nhwc(unet(nchw(latents), torch.tensor(TIMESTEPS), torch.tensor(context)).sample),
+        "text": text(torch.tensor(token_ids)).last_hidden_state.numpy(),
+        "moments": nhwc(vae.encode(nchw(images)).latent_dist.mean) * scale,
+        "images": nhwc(vae.decode(nchw(latents) / scale).sample),
+    }
+    # Measured: MEASURED; one rounding to bfloat16 is 0.2 %.
+    for name, output in run(frozen, TIMESTEPS).items():
+        assert output.dtype == jnp.float32
+        error = np.sqrt(np.mean((output - exact[name]) ** 2) / np.mean(exact[name] ** 2))
+        print(name, error)
+        assert 1e-3 < error < 0.04, f"{name}: relative error {error:.4f}"
+    # Rounded to bfloat16, both timesteps would be 1000.
+    near, nearer = (run(frozen, np.full(2, t, np.int32))["unet"] for t in (999, 1000))
+    assert np.any(np.asarray(near) != np.asarray(nearer))
+
+
+def test_group_norm_statistics_are_float32():
+    x = (3 + noise(0, 1, 32, 32, 8)).astype(jnp.bfloat16)
+    norm = GroupNorm(2, 8, 1e-5, jnp.bfloat16)
+    y = norm.apply(norm.init(jax.random.key(0), x), x)
+    groups = np.asarray(x, np.float64).reshape(32 * 32, 2, 4)
+    expected = (groups - groups.mean((0, 2))[:, None]) / groups.std((0, 2))[:, None]
+    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(expected.shape), expected,
+                               rtol=2**-8, atol=1e-3)  # fmt: skip
+
+
+def test_attention_softmax_is_float32():
+    # Logits of about 100: rounded to bfloat16 they would be off by up to 0.25.
+    q, k, v = (x.astype(jnp.bfloat16) for x in (100 * noise(0, 1, 4, 8), noise(1, 1, 16, 8),
+                                                noise(2, 1, 16, 8)))  # fmt: skip
+    q64, k64, v64 = (np.asarray(x, np.float64)[0] for x in (q, k, v))
+    q64 = np.asarray((q * 8**-0.5).astype(jnp.bfloat16), np.float64)[0]
+    logits = q64 @ k64.T
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = shares / shares.sum(-1, keepdims=True) @ v64
+    np.testing.assert_allclose(
+        np.asarray(attention(q, k, v, 1), np.float64)[0], expected, rtol=0.01, atol=0.01
+    )
+
+
+@pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])
+def test_timestep_embedding_matches_diffusers(flip, shift):
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    timesteps = np.array([0, 1, 500, 999])
+    expected = get_timestep_embedding(torch.tensor(timesteps), 32, flip, shift)
+    # float32 angles near 1000 are known to 6e-5
+    np.testing.assert_allclose(
+        timestep_embedding(jnp.asarray(timesteps), 32, flip, shift), expected, atol=1e-4
+    )
+
+
+def convolutions(jaxpr) -> list:
+    """All convolution equations of a jaxpr, nested ones included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            found.append(equation)
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(parameter):
+                found += convolutions(getattr(parameter, "jaxpr", parameter))
+    return found
+
+
+def is_jaxpr(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def test_vmap_over_identities_keeps_every_convolution_one(loaded):
+    """With frozen weights shared, an identity axis becomes batch: no grouped convolutions."""
+    _, model, frozen = loaded("sd1")
+    latents = noise(0, 3, 2, 8, 8, 4)  # [identity, batch, ...]
+    context = noise(1, 3, 2, 7, model.unet.cross_attention_dim)
+
+    def predict(frozen, context, latents):
+        kv = project_kv(frozen.cross_kv, context, jnp.float32)
+        return sd.predict(model, frozen, latents, TIMESTEPS, kv)
+
+    def gradient(frozen, context, latents):
+        return jax.grad(lambda c: jnp.sum(predict(frozen, c, latents) ** 2))(context)
+
+    axes = (None, 0, 0)
+    for function in (predict, gradient):
+        alone = jax.make_jaxpr(function)(frozen, context[0], latents[0])
+        many = jax.make_jaxpr(jax.vmap(function, axes))(frozen, context, latents)
+        batched = convolutions(many.jaxpr)
+        assert len(batched) == len(convolutions(alone.jaxpr)) > 20
+        for equation in batched:
+            assert equation.params["feature_group_count"] == 1
+            assert equation.params["batch_group_count"] == 1
+
+    # and each identity gets what it gets alone
+    together = jax.jit(jax.vmap(predict, axes))(frozen, context, latents)
+    alone = jax.jit(predict)
+    for i in range(3):
+        expected = alone(frozen, context[i], latents[i])
+        np.testing.assert_allclose(together[i], expected, rtol=RTOL, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (UNetConfig, reference.SD15_UNET),
+        (UNetConfig, reference.SD21_UNET),
+        (UNetConfig, reference.SD21_V_UNET),
+        (VAEConfig, reference.SD15_VAE),
+        (VAEConfig, reference.SD21_VAE),
+        (VAEConfig, reference.NEW_VAE),
+        (CLIPTextConfig, reference.SD15_TEXT),
+        (CLIPTextConfig, reference.SD21_TEXT),
+    ],
+)
+def test_config_of_published_checkpoints_is_read_and_written_back(kind, values):
+    config = kind.from_dict(values, "config.json")
+    assert kind.from_dict(json.loads(json.dumps(config.to_dict())), "again") == config
+    assert hash(config) == hash(kind.from_dict(values, "config.json"))
+
+
+def test_config_attention_head_dim_is_the_number_of_heads():
+    assert UNetConfig.from_dict(reference.SD15_UNET, "").num_attention_heads == (8, 8, 8, 8)
+    assert UNetConfig.from_dict(reference.SD21_UNET, "").num_attention_heads == (5, 10, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "changes"),
+    [
+        (UNetConfig, reference.SD15_UNET, {"class_embed_type": "timestep"}),
+        (UNetConfig, reference.SD15_UNET, {"dual_cross_attention": True}),
+        (UNetConfig, reference.SD15_UNET, {"only_cross_attention": True}),
+        (UNetConfig, reference.SD15_UNET, {"num_attention_heads": 8}),
+        (UNetConfig, reference.SD15_UNET, {"act_fn": "gelu"}),
+        (UNetConfig, reference.SD15_UNET, {"center_input_sample": 0}),
+        (UNetConfig, reference.SD15_UNET, {"layers_per_block": [2, 2, 2, 2]}),
+        (UNetConfig, reference.SD15_UNET, {"attention_head_dim": [8, 8]}),
+        (UNetConfig, reference.SD15_UNET, {"mid_block_type": "UNetMidBlock2D"}),
+        (UNetConfig, reference.SD15_UNET, {"addition_embed_type": "text_time"}),
+        (UNetConfig, reference.SD15_UNET, {"some_new_key": 1}),
+        (VAEConfig, reference.SD15_VAE, {"mid_block_add_attention": False}),
+        (VAEConfig, reference.SD15_VAE, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}),
+        (VAEConfig, reference.SD15_VAE, {"shift_factor": 0.1}),
+        (VAEConfig, reference.SD15_VAE, {"scaling_factor": "0.18"}),
+        (CLIPTextConfig, reference.SD15_TEXT, {"hidden_act": "relu"}),
+        (CLIPTextConfig, reference.SD15_TEXT, {"model_type": "t5"}),
+        (CLIPTextConfig, reference.SD15_TEXT, {"vocab_size": None}),
+        (UNetConfig, reference.SD15_UNET, {"dropout": 0.1, "some_new_key": 1, "norm_eps": "x"}),
+    ],
+)
+def test_config_value_not_supported_is_refused_by_name(kind, values, changes):
+    with pytest.raises(UnsupportedConfig, match=r"unet-or-so/config\.json") as error:
+        kind.from_dict({**values, **changes}, "unet-or-so/config.json")
+    for name in changes:
+        assert name in str(error.value)
+
+
+def test_config_with_unknown_block_type_is_refused_by_name():
+    blocks = ["AttnDownBlock2D", *reference.SD15_UNET["down_block_types"][1:]]
+    with pytest.raises(UnsupportedConfig, match="AttnDownBlock2D"):
+        UNetConfig.from_dict({**reference.SD15_UNET, "down_block_types": blocks}, "config.json")
+
+
+def test_networks_that_do_not_fit_together_are_refused(loaded):
+    model = loaded("sd1").model
+    with pytest.raises(UnsupportedConfig, match="cross_attention_dim is 32"):
+        sd.StableDiffusion(model.text, loaded("sd2").model.unet, model.vae, model.schedule)
+    with pytest.raises(UnsupportedConfig, match="compute dtype is 'float16'"):
+        sd.StableDiffusion(model.text, model.unet, model.vae, model.schedule, "float16")
+
+
+def test_init_fills_every_parameter_and_depends_on_the_key_only(loaded):
+    model = loaded("sd2").model
+    frozen = sd.init(model, jax.random.key(0))
+    again = sd.init(model, jax.random.key(0))
+    other = sd.init(model, jax.random.key(1))
+    shapes = sd.shapes(model)
+    jax.tree.map(np.testing.assert_array_equal, frozen, again)
+    assert jax.tree.map(lambda x: x.shape, frozen) == jax.tree.map(lambda x: x.shape, shapes)
+    kernel = frozen.unet["mid_block"]["resnets_0"]["conv1"]["kernel"]
+    assert np.std(kernel) == pytest.approx((9 * 48) ** -0.5, rel=0.05)
+    assert np.any(kernel != other.unet["mid_block"]["resnets_0"]["conv1"]["kernel"])
+    assert np.any(kernel != frozen.unet["mid_block"]["resnets_1"]["conv1"]["kernel"])
+    to_k = frozen.cross_kv["mid_block"]["attentions_0"]["transformer_blocks_0"]["to_k"]
+    assert np.std(to_k) == pytest.approx(32**-0.5, rel=0.1)
+
+
+@pytest.mark.slow
+def test_full_size_unet_matches_diffusers():
+    """SD 2.1-base's UNet at 64x64 latents; about 10 GB of memory."""
+    torch_unet = reference.unet_from(reference.SD21_UNET)
+    reference.randomise(torch_unet, 0)
+    latents, context = noise(0, 1, 64, 64, 4), noise(1, 1, 77, 1024)
+    timesteps = np.array([500], np.int32)
+    expected = torch_unet(nchw(latents), torch.tensor(timesteps), torch.tensor(context)).sample
+
+    model = reference.published(reference.SD21_UNET, reference.SD21_VAE, reference.SD21_TEXT)
+    targets = {tree: sd.shapes(model)._asdict()[tree] for tree in ("unet", "cross_kv")}
+    tensors = {name: tensor.numpy() for name, tensor in torch_unet.state_dict().items()}
+    params = weights.to_params(weights.unet_table(True), tensors, targets, "torch")
+    del torch_unet, tensors
+
+    @jax.jit
+    def run(params):
+        kv = project_kv(params["cross_kv"], context, jnp.float32)
+        return model.unet_model.apply({"params": params["unet"]}, latents, timesteps, kv)
+
+    np.testing.assert_allclose(run(params), nhwc(expected), rtol=RTOL, atol=ATOL)

@@ -1,0 +1,269 @@
+"""The train step: what it changes, what it never touches, and that people do not see each other."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from idea_jax import pytrees
+from idea_jax.method import condition
+from idea_jax.models import sd
+from idea_jax.train_step import (
+    Photos,
+    draw_batch,
+    init_state,
+    make_optimizer,
+    train_step,
+    training_loss,
+)
+
+BATCH, SIZE, D = 5, 8, 32
+RATES = {"pseudo_tokens": 1e-2, "adapter": 1e-3, "enhancer": 1e-3, "kv": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd2")
+    reference.write_checkpoint(folder, "sd2")
+    return sd.load(folder)
+
+
+def optimizer_for(method):
+    return make_optimizer(
+        {part: RATES[part] for part in method.parts()},
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-7,
+        weight_decay=1e-2,
+    )
+
+
+def person(loaded, method, seed, pictures=2):
+    """State, photos and key of one random person."""
+    model, frozen = loaded
+    key = jax.random.key(seed)
+    rng = np.random.default_rng(seed)
+    face = rng.normal(size=512)
+    start = jnp.asarray(rng.normal(size=(2, D)), jnp.float32)
+    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    # An open gate, so that the gradients of everything behind it are alive from the first step.
+    trainable["adapter"]["gamma"] = jnp.float32(0.5)
+    vocab = model.text.vocab_size
+    ids = rng.integers(0, vocab, (3, 77)).astype(np.int32)
+    ids[:, 5:7] = [vocab, vocab + 1]
+    moments = rng.normal(size=(2, pictures, 2, SIZE, SIZE, 4)).astype(np.float32)
+    photos = Photos(
+        jnp.asarray(moments[0]), jnp.asarray(moments[1]), jnp.int32(pictures), jnp.asarray(ids)
+    )
+    return init_state(optimizer_for(method), trainable, given), photos, key
+
+
+def one_step(loaded, method):
+    return functools.partial(train_step, loaded[0], method, optimizer_for(method))
+
+
+PAPER = condition.make_method("paper", kv="low_rank", reg_weight=8e-4)
+
+
+def assert_trees_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("kv", ["low_rank", "full"])
+def test_every_trainable_moves_and_frozen_weights_stay(loaded, kv):
+    model, frozen = loaded
+    method = condition.make_method("paper", kv=kv, reg_weight=8e-4)
+    state, photos, key = person(loaded, method, 0)
+    before = jax.tree.map(np.array, frozen)
+    step = jax.jit(one_step(loaded, method))
+    new = state
+    for i in range(2):
+        new, metrics = step(frozen, new, draw_batch(model, photos, key, jnp.int32(i), BATCH))
+    assert bool(metrics.finite) and int(new.step) == 2
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), new.trainable, state.trainable)
+    still = [name for name, did_move in pytrees.flatten(moved).items() if not did_move]
+    assert not still
+    jax.tree.map(np.testing.assert_array_equal, new.given, state.given)
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+
+
+def values_of(jaxpr, tainted):
+    """Yields (tainted, shape) of every value a jaxpr computes; taint spreads from `tainted`."""
+    tainted = dict(zip(jaxpr.invars, tainted, strict=True))
+
+    def is_tainted(atom):
+        return not isinstance(atom, jax.extend.core.Literal) and tainted.get(atom, False)
+
+    for eqn in jaxpr.eqns:
+        taint = [is_tainted(atom) for atom in eqn.invars]
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and len(inner.invars) == len(eqn.invars):
+                yield from values_of(inner, taint)
+        for out in eqn.outvars:
+            tainted[out] = any(taint)
+            yield any(taint), out.aval.shape
+
+
+def weight_gradients(loss_fn, argnums, frozen, trainable, kernels):
+    """Shapes of frozen kernels that occur among the values computed from the trainables."""
+    grad = jax.grad(loss_fn, argnums=argnums)
+    jaxpr = jax.make_jaxpr(grad)(frozen, trainable).jaxpr
+    count = len(jax.tree.leaves(frozen))
+    taint = [i >= count for i in range(len(jaxpr.invars))]
+    found = {tuple(sorted(shape)) for tainted, shape in values_of(jaxpr, taint) if tainted}
+    return found & kernels
+
+
+def test_step_holds_no_gradient_of_a_frozen_weight(loaded):
+    model, frozen = loaded
+    state, photos, key = person(loaded, PAPER, 0)
+    batch = draw_batch(model, photos, key, jnp.int32(0), BATCH)
+
+    def loss_fn(frozen, trainable):
+        return training_loss(model, PAPER, trainable, frozen, state.given, batch)[0]
+
+    own = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(state.trainable)}
+    kernels = {
+        tuple(sorted(leaf.shape))
+        for leaf in jax.tree.leaves((frozen.unet, frozen.cross_kv))
+        if leaf.ndim >= 2
+    } - own
+    assert len(kernels) > 15
+    assert not weight_gradients(loss_fn, 1, frozen, state.trainable, kernels)
+    # The same search finds them where they are: when the frozen tree is differentiated.
+    assert len(weight_gradients(loss_fn, 0, frozen, state.trainable, kernels)) > 10
+
+
+def test_non_finite_step_leaves_the_state_as_it_was(loaded):
+    model, frozen = loaded
+    state, photos, key = person(loaded, PAPER, 0)
+    step = jax.jit(one_step(loaded, PAPER))
+    good, _ = step(frozen, state, draw_batch(model, photos, key, jnp.int32(0), BATCH))
+    batch = draw_batch(model, photos, key, jnp.int32(1), BATCH)
+    broken = batch._replace(latents=batch.latents.at[0, 0, 0, 0].set(jnp.nan))
+    after, metrics = step(frozen, good, broken)
+    assert not bool(metrics.finite)
+    jax.tree.map(np.testing.assert_array_equal, after, good)
+
+
+def test_each_part_has_its_own_learning_rate(loaded):
+    model, frozen = loaded
+    state, photos, key = person(loaded, PAPER, 0)
+    batch = draw_batch(model, photos, key, jnp.int32(0), BATCH)
+    new, _ = jax.jit(one_step(loaded, PAPER))(frozen, state, batch)
+    # Adam's first step is the learning rate wherever the gradient is well above epsilon.
+    for part, rate in RATES.items():
+        moved = jax.tree.map(
+            lambda a, b: jnp.abs(a - b).max(), new.trainable[part], state.trainable[part]
+        )
+        largest = max(float(x) for x in jax.tree.leaves(moved))
+        assert 0.8 * rate < largest < 1.1 * rate, part
+
+
+def test_vmap_and_shard_map_equal_the_single_person(loaded):
+    model, frozen = loaded
+    people = [person(loaded, PAPER, seed) for seed in range(8)]
+    step = one_step(loaded, PAPER)
+
+    def run(frozen, state, batch):
+        return step(frozen, state, batch)
+
+    def batches(i):
+        return [draw_batch(model, photos, key, jnp.int32(i), BATCH) for _, photos, key in people]
+
+    alone = jax.jit(run)
+    states = [state for state, _, _ in people]
+    stacked = pytrees.stack(states)
+    mesh = jax.make_mesh((8,), ("identity",), axis_types=(AxisType.Auto,))
+    many = jax.vmap(run, in_axes=(None, 0, 0))
+    spread = jax.jit(
+        jax.shard_map(
+            many,
+            mesh=mesh,
+            in_specs=(P(), P("identity"), P("identity")),
+            out_specs=P("identity"),
+        )
+    )
+    together, sharded = stacked, stacked
+    for i in range(2):
+        singles = [alone(frozen, s, b) for s, b in zip(states, batches(i), strict=True)]
+        states = [state for state, _ in singles]
+        losses = jnp.stack([metrics.loss for _, metrics in singles])
+        stacked_batch = pytrees.stack(batches(i))
+        together, metrics = jax.jit(many)(frozen, together, stacked_batch)
+        sharded, sharded_metrics = spread(frozen, sharded, stacked_batch)
+        np.testing.assert_allclose(metrics.loss, losses, rtol=1e-5)
+        np.testing.assert_allclose(sharded_metrics.loss, losses, rtol=1e-5)
+    assert len(sharded.step.sharding.device_set) == 8
+    assert "all-reduce" not in spread.lower(frozen, sharded, stacked_batch).compile().as_text()
+    for result in (together, sharded):
+        for one, expected in zip(pytrees.unstack(result), states, strict=True):
+            # Adam turns rounding in near-zero gradients into steps; the tokens' are large.
+            got = one.trainable["pseudo_tokens"]
+            np.testing.assert_allclose(got, expected.trainable["pseudo_tokens"], atol=1e-5)
+            assert_trees_close(one.trainable, expected.trainable, atol=2e-4)
+
+
+def test_batch_depends_on_person_and_step_alone(loaded):
+    model, _ = loaded
+    _, photos, key = person(loaded, PAPER, 0)
+    first = draw_batch(model, photos, key, jnp.int32(3), BATCH)
+    again = jax.jit(functools.partial(draw_batch, model, size=BATCH))(photos, key, jnp.int32(3))
+    assert_trees_close(first, again, rtol=1e-6, atol=1e-6)
+    other = draw_batch(model, photos, key, jnp.int32(4), BATCH)
+    assert (np.asarray(first.noise) != np.asarray(other.noise)).all()
+    assert (np.asarray(first.latents) != np.asarray(other.latents)).any()
+    # Padding of the pictures, as for people with fewer of them, changes nothing.
+    padded = photos._replace(
+        mean=jnp.pad(photos.mean, ((0, 3), *[(0, 0)] * 5), constant_values=jnp.nan),
+        logvar=jnp.pad(photos.logvar, ((0, 3), *[(0, 0)] * 5), constant_values=jnp.nan),
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, draw_batch(model, padded, key, jnp.int32(3), BATCH), first
+    )
+
+
+def test_batch_draws_pictures_mirrors_texts_and_timesteps_evenly(loaded):
+    model, _ = loaded
+    _, photos, key = person(loaded, PAPER, 0)
+    # One pixel per picture and mirror, which tells which of the four it is.
+    photos = photos._replace(
+        mean=jnp.arange(4.0).reshape(2, 2, 1, 1, 1), logvar=jnp.full((2, 2, 1, 1, 1), -60.0)
+    )
+    batch = draw_batch(model, photos, key, jnp.int32(0), 4000)
+    shares = np.bincount(np.asarray(batch.latents).round().astype(int).ravel(), minlength=4) / 4000
+    np.testing.assert_allclose(shares, 0.25, atol=0.03)
+    texts = np.asarray(batch.token_ids)[:, None] == np.asarray(photos.token_ids)[None]
+    np.testing.assert_allclose(texts.all(-1).mean(0), 1 / 3, atol=0.03)
+    steps = np.asarray(batch.timesteps)
+    assert steps.min() < 10 and steps.max() > 989 and abs(steps.mean() - 499.5) < 20
+
+
+def test_posterior_is_sampled_with_its_spread(loaded):
+    model, _ = loaded
+    _, photos, key = person(loaded, PAPER, 0)
+    shape = photos.mean.shape
+    photos = photos._replace(mean=jnp.full(shape, 2.0), logvar=jnp.full(shape, np.log(0.09)))
+    latents = np.asarray(draw_batch(model, photos, key, jnp.int32(0), 200).latents)
+    assert abs(latents.mean() - 2) < 0.01 and abs(latents.std() - 0.3) < 0.01
+
+
+def test_bf16_loss_is_close_to_float32(loaded):
+    model, frozen = loaded
+    state, photos, key = person(loaded, PAPER, 0)
+    batch = draw_batch(model, photos, key, jnp.int32(0), BATCH)
+    half = dataclasses.replace(model, compute_dtype="bfloat16")
+    narrow = pytrees.cast(frozen, jnp.bfloat16)
+    full_loss, _ = training_loss(model, PAPER, state.trainable, frozen, state.given, batch)
+    half_loss, _ = training_loss(half, PAPER, state.trainable, narrow, state.given, batch)
+    assert half_loss.dtype == jnp.float32
+    np.testing.assert_allclose(half_loss, full_loss, rtol=2e-2)

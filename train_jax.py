@@ -1,0 +1,20 @@
+"""Learns one person from photos: see `python train_jax.py --help` and README.md."""
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    from idea_jax import cli, config, train
+
+    return cli.main(
+        config.TrainConfig,
+        train.run,
+        argv,
+        prog="train_jax.py",
+        description="Learn one person from photos; writes OUT/identity.safetensors.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
