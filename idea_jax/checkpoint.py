@@ -73,7 +73,7 @@ def write_identity(path: Path, identity: Identity) -> None:
         "trainable": identity.trainable,
         "given": {k: v for k, v in identity.given.items() if k in GIVEN_IN_FILE},
     }
-    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in pytrees.flatten(trees).items()}
+    tensors = {name: np.array(leaf, order="C") for name, leaf in pytrees.flatten(trees).items()}
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
         raise IdentityError(f"not written to {path.name}: not finite: {', '.join(broken)}")

@@ -28,7 +28,7 @@ INPUT_ERRORS = (
 
 
 def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> int:
-    """Parses the arguments, runs, and returns the exit code.
+    """Parses the arguments, runs, prints the paths that `run` returns, and returns the exit code.
 
     0: done; 1: the input or the disk; 2: the arguments; 130: interrupted.
     """
@@ -42,7 +42,8 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        print(run(settings))
+        for path in run(settings):
+            print(path)
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

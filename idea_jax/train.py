@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,8 +59,8 @@ class Base:
     revision: str | None
 
 
-def run(cfg: TrainConfig) -> Path:
-    """Trains one person and returns the path of the identity file.
+def run(cfg: TrainConfig) -> list[Path]:
+    """Trains one person and returns the path of the identity file, alone in a list.
 
     Raises:
       ConfigError, ImageError, FaceError, TextError, CheckpointNotFound, WeightsError,
@@ -101,9 +102,10 @@ def run(cfg: TrainConfig) -> Path:
 
     # The results
     path = results.save_identity(state, output_dir / "identity.safetensors")
-    results.save_embeds(state, output_dir / "learned_embeds.safetensors")
+    results.save_embeds(state, output_dir / learned_embeds.FILE_NAME)
+    results.save_webui(state)
     results.save_run(metrics, int(state.step), time.monotonic() - started)
-    return path
+    return [path]
 
 
 def prepare_output(output_dir: Path) -> Path:
@@ -201,10 +203,10 @@ def starting_tokens(cfg: TrainConfig, method: condition.Method, base: Base) -> j
     n, tokenizer = cfg.n_pseudo_tokens, base.tokenizer
     if not method.cross_init:
         words = cfg.initialize_tokens or ["person"]
-        ids = word_ids(tokenizer, words * n if len(words) == 1 else words, n)
+        ids = text.word_token_ids(tokenizer, words * n if len(words) == 1 else words, n)
         start = anchor.from_input_embeddings(base.model, base.frozen, ids)
     elif cfg.initialize_tokens is not None:
-        ids = word_ids(tokenizer, cfg.initialize_tokens, n)
+        ids = text.word_token_ids(tokenizer, cfg.initialize_tokens, n)
         start = anchor.from_words(
             base.model, base.frozen, ids, bos=tokenizer.bos, eos=tokenizer.eos
         )
@@ -219,21 +221,6 @@ def starting_tokens(cfg: TrainConfig, method: condition.Method, base: Base) -> j
             pad=tokenizer.pad,
         )
     return start
-
-
-def word_ids(tokenizer: text.Tokenizer, words: list[str], n: int) -> np.ndarray:
-    """Token ids int32[n] of the words to start from.
-
-    Raises:
-      ConfigError: the words are not n tokens together.
-    """
-    ids = tokenizer.ids(" ".join(words))
-    if len(ids) != n:
-        raise ConfigError(
-            f"--initialize_tokens {' '.join(words)!r} are {len(ids)} tokens of this tokenizer, "
-            f"expected {n}, one for each pseudo token; choose words that are one token each"
-        )
-    return ids
 
 
 def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTransformation:
@@ -496,6 +483,13 @@ class Results:
         }
         vectors = np.asarray(state.trainable["pseudo_tokens"])
         learned_embeds.write(path, self.base.tokenizer.placeholders[0].token, vectors, about)
+
+    def save_webui(self, state: IdentityState) -> None:
+        """Writes the pseudo tokens for AUTOMATIC1111 and ComfyUI, where the file is the trigger."""
+        token = self.base.tokenizer.placeholders[0].token
+        name = re.sub(r"[^a-z0-9]+", "-", token).strip("-") or "person"
+        path = self.output_dir / "webui" / f"{name}.safetensors"
+        learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
 
     def save_run(self, metrics: Metrics | None, steps: int, seconds: float) -> None:
         """Writes the resolved config (`--config` reads it back) and what came of it."""

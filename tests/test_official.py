@@ -1,7 +1,7 @@
-"""The `official` profile against the published arithmetic, computed by torch from its description.
+"""The `official` profile against the published arithmetic, done by torch from its description.
 
-Same initial tensors, pictures, flips, noise, timesteps and texts; torch's own attention, covariance,
-pseudo-inverse and AdamW; the frozen networks are those of diffusers and transformers.
+Same initial tensors, pictures, flips, noise, timesteps and texts; torch's own attention,
+covariance, pseudo-inverse and AdamW; the frozen networks are those of diffusers and transformers.
 """
 
 import functools

@@ -98,6 +98,32 @@ class ConfigReader:
             )
 
 
+@jax.custom_vjp
+def _attention_logits(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Products float32[B, H, Tq, Tk] of q [B, Tq, H, D] and k [B, Tk, H, D].
+
+    Their cotangent is cast to the dtype of q and k: left in float32, it would make the two
+    products of the backward pass float32, too, several times slower than bfloat16 on accelerators.
+    """
+    return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+
+
+def _attention_logits_fwd(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple]:
+    return _attention_logits(q, k), (q, k)
+
+
+def _attention_logits_bwd(inputs: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q, k = inputs
+    cotangent = cotangent.astype(q.dtype)
+    return (
+        jnp.einsum("bhqk,bkhd->bqhd", cotangent, k),
+        jnp.einsum("bhqk,bqhd->bkhd", cotangent, q),
+    )
+
+
+_attention_logits.defvjp(_attention_logits_fwd, _attention_logits_bwd)
+
+
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int, causal: bool = False
 ) -> jax.Array:
@@ -109,7 +135,7 @@ def attention(
     B, Tq, C = q.shape
     split = partial(jnp.reshape, shape=(B, -1, num_heads, C // num_heads))
     q, k, v = split(q * (C // num_heads) ** -0.5), split(k), split(v)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    logits = _attention_logits(q, k)
     if causal:
         visible = jnp.tril(jnp.ones((Tq, k.shape[1]), bool))
         logits = jnp.where(visible[None, None], logits, jnp.finfo(jnp.float32).min)

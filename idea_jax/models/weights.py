@@ -301,7 +301,7 @@ def to_params(
     for key, (target, transform) in plan.items():
         leaf = TRANSFORMS[transform].load(tensors[key])
         # A copy: an array that shares its memory with a file's buffer is not aligned for XLA.
-        params[target] = jnp.array(np.ascontiguousarray(leaf).astype(dtype))
+        params[target] = jnp.array(leaf.astype(dtype, order="C", copy=False))
     return unflatten(params)
 
 
