@@ -4,16 +4,18 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from idea_jax import __version__, pytrees
-from idea_jax.files import atomic_write
+from idea_jax.files import atomic_write, cannot_write
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.train_step import IdentityState
@@ -76,8 +78,12 @@ def write_identity(path: Path, identity: Identity) -> None:
     tensors = {name: np.array(leaf, order="C") for name, leaf in pytrees.flatten(trees).items()}
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
-        raise IdentityError(f"not written to {path.name}: not finite: {', '.join(broken)}")
+        raise IdentityError(
+            f"{path.name} was not written, since it would hold values that are not finite "
+            f"({', '.join(broken)}); train with a lower learning rate"
+        )
     about = {
+        "format_version": FORMAT_VERSION,
         "method": asdict(identity.method),
         "placeholder": identity.placeholder,
         "base_model": identity.base_model,
@@ -85,15 +91,13 @@ def write_identity(path: Path, identity: Identity) -> None:
         "seed": identity.seed,
         "steps": identity.steps,
         "versions": versions(),
+        "licence": "the base model's and the face model's terms of use apply",
     }
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "identity": json.dumps(about),
-        "licence": "inherits the use restrictions of the base model and of the face model",
-    }
+    # One entry: safetensors writes several in random order, and equal runs should be equal files.
+    metadata = {FORMAT: json.dumps(about)}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        # Not `save_file`: on a full disk it raises an error of its own kind.
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def read_identity(path: Path) -> Identity:
@@ -111,29 +115,50 @@ def read_identity(path: Path) -> Identity:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise IdentityError(f"{path} is damaged or no safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        hint = (
-            "; for a file of token embeddings use --learned_embedding_path"
-            if len(tensors) <= 4
-            else ""
-        )
-        raise IdentityError(f"{path} is no identity file of this project{hint}")
-    if metadata.get("format_version") != str(FORMAT_VERSION):
+    if FORMAT not in metadata:
         raise IdentityError(
-            f"{path} has format version {metadata.get('format_version')}, expected "
-            f"{FORMAT_VERSION}; install the idea_jax that wrote it, or train again"
+            f"{path} is no identity file of this project; for a file of token embeddings use "
+            "--learned_embedding_path"
         )
     try:
-        about = json.loads(metadata["identity"])
+        about = json.loads(metadata[FORMAT])
+        if about["format_version"] != FORMAT_VERSION:
+            raise IdentityError(
+                f"{path} has format version {about['format_version']}, expected "
+                f"{FORMAT_VERSION}; install the idea_jax that wrote it, or train again"
+            )
         trees = pytrees.unflatten(tensors)
-        return Identity(
+        identity = Identity(
             method=condition.Method(**about["method"]),
             trainable=trees["trainable"],
             given=trees["given"],
             **{k: about[k] for k in ("placeholder", "base_model", "revision", "seed", "steps")},
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
         raise IdentityError(f"{path} lacks a part of its description: {error!r}") from error
+    problems = wrong_types(identity) + wrong_types(identity.method)
+    problems += [f"{k} is not finite" for k, v in tensors.items() if not np.isfinite(v).all()]
+    if problems:
+        raise IdentityError(f"{path} is damaged: {'; '.join(problems[:20])}; train again")
+    tokens = identity.trainable.get("pseudo_tokens")
+    if getattr(tokens, "ndim", None) != 2 or len(tokens) != identity.method.num_tokens:
+        found = "none" if tokens is None else getattr(tokens, "shape", "a folder")
+        raise IdentityError(
+            f"{path} is damaged: expected pseudo tokens [{identity.method.num_tokens}, width], "
+            f"found {found}; train again"
+        )
+    return identity
+
+
+def wrong_types(instance: object) -> list[str]:
+    """The fields of a dataclass whose values are not of the type that is declared."""
+    problems = []
+    for spec in fields(instance):
+        value = getattr(instance, spec.name)
+        kind = spec.type | int if spec.type is float else spec.type
+        if not isinstance(value, kind):
+            problems.append(f"{spec.name} is a {type(value).__name__}")
+    return problems
 
 
 def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Frozen, where) -> None:
@@ -141,8 +166,8 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Fro
 
     Every array is compared with what a new identity of the same method would have on this model.
     """
-    tokens = identity.trainable.get("pseudo_tokens")
-    width = None if tokens is None else tokens.shape[-1]
+    tokens = identity.trainable["pseudo_tokens"]
+    width = tokens.shape[-1]
     if width != model.text.hidden_size:
         raise IdentityError(
             f"{where} was learned for a text width of {width}, this checkpoint has "
@@ -203,15 +228,16 @@ class Checkpoints:
         # Host copies: the caller's next step may reuse the device buffers while orbax still writes.
         tree = jax.tree.map(np.array, resumable(state))
         step = int(state.step)
-        if step in self.manager.all_steps():
-            self.manager.delete(step)
-        self.manager.save(
-            step,
-            args=self.ocp.args.Composite(
-                state=self.ocp.args.StandardSave(tree),
-                run=self.ocp.args.JsonSave(self.fingerprint),
-            ),
-        )
+        with self.writing():
+            if step in self.manager.all_steps():
+                self.manager.delete(step)
+            self.manager.save(
+                step,
+                args=self.ocp.args.Composite(
+                    state=self.ocp.args.StandardSave(tree),
+                    run=self.ocp.args.JsonSave(self.fingerprint),
+                ),
+            )
 
     def restore(self, state: IdentityState, which: str) -> IdentityState | None:
         """Returns `state` as it was at a checkpoint; None if "latest" finds none.
@@ -261,9 +287,22 @@ class Checkpoints:
         return state._replace(**tree)
 
     def close(self) -> None:
-        """Waits until every checkpoint is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits until every checkpoint is on disk.
+
+        Raises:
+          WriteError: one could not be written.
+        """
+        with self.writing():
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Gives the errors of orbax's writers, which have no common type, one that is known."""
+        try:
+            yield
+        except Exception as error:
+            raise cannot_write(self.manager.directory, error) from error
 
 
 def resumable(state: IdentityState) -> dict:

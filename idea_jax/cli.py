@@ -34,8 +34,11 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     # Libraries speak up only when something is wrong; the run's own messages are the program's.
-    for name in ("absl", "orbax", "jax", "httpx", "huggingface_hub", "transformers"):
+    for name in ("jax", "httpx", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Orbax logs a traceback for each error that it raises as well.
+    for name in ("absl", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         settings = config.parse(cls, sys.argv[1:] if argv is None else argv, **about)
     except config.ConfigError as error:
@@ -45,9 +48,16 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         for path in run(settings):
             print(path)
     except INPUT_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def describe(error: Exception) -> str:
+    """An error's message; for one of the operating system the file and what was wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

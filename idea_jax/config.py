@@ -7,6 +7,7 @@ is its YAML key and its flag. Nothing else in the package holds a default of a s
 import argparse
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -171,7 +172,8 @@ class TrainConfig:
         positive(self, "checkpoints_total_limit", "adam_epsilon")
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
-        not_negative(self, "kv_learning_rate", "beta", "seed")
+        not_negative(self, "kv_learning_rate", "beta")
+        check_seed(self.seed)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -243,7 +245,8 @@ class SampleConfig:
     def __post_init__(self):
         positive(self, "num_images_per_prompt", "n_iter", "batch_size", "num_inference_steps")
         positive(self, "height", "width")
-        not_negative(self, "guidance_scale", "id_strength", "eta", "seed")
+        not_negative(self, "guidance_scale", "id_strength", "eta")
+        check_seed(self.seed)
         if (self.identity is None) == (self.learned_embedding_path is None):
             raise ConfigError("give exactly one of --identity and --learned_embedding_path")
         if (self.prompt is None) == (self.prompt_file is None):
@@ -255,19 +258,29 @@ class SampleConfig:
 
 
 def positive(config: object, *names: str) -> None:
-    """Raises unless each named field is None or greater than zero."""
+    """Raises unless each named field is None or greater than zero, and finite."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be greater than 0, got {value}")
+        if value == math.inf:
+            raise ConfigError(f"{name} must be finite, got {value}")
 
 
 def not_negative(config: object, *names: str) -> None:
-    """Raises unless each named field is None or at least zero."""
+    """Raises unless each named field is None or at least zero, and finite."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= 0:
             raise ConfigError(f"{name} must not be negative, got {value}")
+        if value == math.inf:
+            raise ConfigError(f"{name} must be finite, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises unless a seed fits the 32 bits that random keys are made from."""
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must lie between 0 and {2**32 - 1}, got {seed}")
 
 
 def parse(cls: type, argv: Sequence[str], **about: str) -> object:

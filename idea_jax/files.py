@@ -3,10 +3,24 @@
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+class WriteError(OSError):
+    """A result cannot be written; the message names it, the cause and what to do."""
+
+
+def cannot_write(path: str | os.PathLike, error: Exception) -> WriteError:
+    """The error to raise when `error` kept `path` from being written."""
+    reason = getattr(error, "strerror", None) or error
+    return WriteError(
+        f"cannot write {path}: {reason}; free some disk space or choose another folder. Nothing "
+        "that was there before is lost"
+    )
 
 
 @contextmanager
@@ -15,11 +29,17 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     The temporary file keeps the suffix of `path`, since many writers choose the format by it. On
     any error it is removed, and whatever was at `path` before is untouched.
+
+    Raises:
+      WriteError: the disk is full, or the place cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     temporary = Path(name)
     # mkstemp makes the file private to the user; a result gets the permissions any new file gets.
     umask = os.umask(0)
@@ -30,9 +50,57 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not isinstance(error, WriteError):
+            raise cannot_write(path, error) from error
         raise
+
+
+@contextmanager
+def write_together(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder; moves its files into `folder` only if the block succeeds.
+
+    For results that belong together: on any error `folder` keeps what it held, so that it never
+    mixes the files of two runs.
+
+    Raises:
+      WriteError: the disk is full, or the place cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    except OSError as error:
+        raise cannot_write(folder, error.__cause__ or error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # not empty, as a rule: only a folder made in vain goes
+            folder.rmdir()
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Makes a folder and proves that files can be written to it, before any work is done.
+
+    Raises:
+      WriteError: they cannot.
+    """
+    probe = Path(folder) / ".writable"
+    try:
+        with atomic_write(probe) as temporary:
+            temporary.write_bytes(b"idea_jax")
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error.__cause__ or error) from error
 
 
 def slug(text: str, length: int = 80) -> str:

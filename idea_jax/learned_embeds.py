@@ -84,14 +84,15 @@ def write_webui(path: str | Path, vectors: np.ndarray, metadata: Mapping[str, st
 
 
 def _write(path: str | Path, key: str, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     vectors = np.ascontiguousarray(vectors, np.float32)
     if vectors.ndim != 2:
         raise EmbedsError(f"expected vectors [N, D] to write to {path}, got {list(vectors.shape)}")
     _check(vectors, f"the vectors to write to {path}")
     with atomic_write(path) as temporary:
-        save_file({key: vectors}, str(temporary), metadata={**metadata, "format": "pt"})
+        # Not `save_file`: on a full disk it raises an error of its own kind.
+        temporary.write_bytes(save({key: vectors}, metadata={**metadata, "format": "pt"}))
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:

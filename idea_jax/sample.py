@@ -16,7 +16,7 @@ from idea_jax import checkpoint, learned_embeds
 from idea_jax.config import ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
-from idea_jax.files import atomic_write, slug
+from idea_jax.files import atomic_write, check_writable, slug, write_together
 from idea_jax.method import condition
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
@@ -209,6 +209,10 @@ def run(cfg: SampleConfig) -> list[Path]:
     """Draws every prompt of a run; returns the folders written, one per prompt."""
     prompts = read_prompts(cfg)
     identity, source = read_person(cfg)
+    # All prompts are read before anything is loaded: the last one's mistake should not cost a run.
+    person = text.Placeholder(identity.placeholder, identity.method.num_tokens)
+    filled = [text.fill(prompt, person) for prompt in prompts]
+    check_writable(cfg.save_dir)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = "bfloat16" if cfg.mixed_precision == "bf16" else "float32"
     model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
@@ -221,8 +225,6 @@ def run(cfg: SampleConfig) -> list[Path]:
     tokenizer = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     ).with_placeholder(identity.placeholder, identity.method.num_tokens)
-    # All prompts are read before the first is drawn: the last one's mistake should not cost a run.
-    filled = [text.fill(prompt, tokenizer.placeholders[0]) for prompt in prompts]
     token_ids = tokenizer([*filled, cfg.negative_prompt])
     settings = {
         "seed": cfg.seed,
@@ -283,13 +285,13 @@ def save_pictures(save_dir: Path, prompt: str, drawn: np.ndarray, settings: dict
     """
     about = {"prompt": prompt, **settings, "versions": checkpoint.versions()}
     folder = free_folder(save_dir / slug(prompt), about)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "run.json", about)
-    for index, pixels in enumerate(drawn):
-        note = {**about, "picture": index}
-        images.save_png(folder / f"{index:05d}.png", pixels, {"parameters": json.dumps(note)})
     grid = images.image_grid(list(drawn), math.ceil(math.sqrt(len(drawn))))
-    images.save_png(folder / "grid.png", grid, {"parameters": json.dumps(about)})
+    with write_together(folder) as temporary:
+        write_json(temporary / "run.json", about)
+        for index, pixels in enumerate(drawn):
+            note = {"parameters": json.dumps({**about, "picture": index})}
+            images.save_png(temporary / f"{index:05d}.png", pixels, note)
+        images.save_png(temporary / "grid.png", grid, {"parameters": json.dumps(about)})
     return folder
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from idea_jax import checkpoint, faces, learned_embeds, sample
 from idea_jax.config import ConfigError, TrainConfig, to_yaml
 from idea_jax.data import images, text
-from idea_jax.files import atomic_write, slug
+from idea_jax.files import atomic_write, check_writable, slug, write_together
 from idea_jax.method import anchor, condition
 from idea_jax.models import hub, sd
 from idea_jax.pytrees import count
@@ -69,7 +69,8 @@ def run(cfg: TrainConfig) -> list[Path]:
     """
     # What can be wrong and is cheap to see comes first.
     started = time.monotonic()
-    output_dir = prepare_output(Path(cfg.output_dir))
+    output_dir = Path(cfg.output_dir)
+    check_writable(output_dir)
     paths = read_folder(Path(cfg.train_data_dir))
     method = method_of(cfg)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
@@ -101,30 +102,12 @@ def run(cfg: TrainConfig) -> list[Path]:
     state, metrics = loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results)
 
     # The results
-    path = results.save_identity(state, output_dir / "identity.safetensors")
-    results.save_embeds(state, output_dir / learned_embeds.FILE_NAME)
-    results.save_webui(state)
-    results.save_run(metrics, int(state.step), time.monotonic() - started)
-    return [path]
-
-
-def prepare_output(output_dir: Path) -> Path:
-    """Makes the output folder and proves that it can be written to.
-
-    Raises:
-      ConfigError: it cannot.
-    """
-    probe = output_dir / ".writable"
-    try:
-        with atomic_write(probe) as temporary:
-            temporary.write_bytes(b"idea_jax")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the output folder {output_dir}: {error.strerror}; choose another "
-            "--output_dir or free its disk"
-        ) from error
-    return output_dir
+    with write_together(output_dir) as folder:
+        results.save_identity(state, folder / "identity.safetensors")
+        results.save_embeds(state, folder / learned_embeds.FILE_NAME)
+        results.save_webui(state, folder / "webui")
+        results.save_run(metrics, int(state.step), time.monotonic() - started, folder)
+    return [output_dir / "identity.safetensors"]
 
 
 def read_folder(folder: Path) -> list[Path]:
@@ -220,7 +203,17 @@ def starting_tokens(cfg: TrainConfig, method: condition.Method, base: Base) -> j
             eos=tokenizer.eos,
             pad=tokenizer.pad,
         )
+    check_finite(start, f"the text encoder of {base.name}")
     return start
+
+
+def check_finite(values: jax.Array | np.ndarray, source: str) -> None:
+    """Raises TrainingError if a frozen network gave values that are not finite."""
+    if not np.isfinite(values).all():
+        raise TrainingError(
+            f"{source} gives values that are not finite: check its weights, and use "
+            "--mixed_precision no"
+        )
 
 
 def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTransformation:
@@ -250,6 +243,7 @@ def encode_photos(cfg: TrainConfig, base: Base, paths: list[Path]) -> Photos:
     for path in paths:
         pixels = images.to_pixels(images.read_image(path), size, center_crop=cfg.center_crop)
         mean, logvar = encode(base.frozen, np.stack([pixels, pixels[:, ::-1]]))
+        check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {path.name},")
         means.append(np.asarray(mean))
         logvars.append(np.asarray(logvar))
     prompts = text.training_prompts(base.tokenizer.placeholders[0])
@@ -387,17 +381,13 @@ class Results:
 
         Raises:
           TrainingError: the step was not finite; the state, which such a step leaves as it was,
-            has been saved.
+            has been saved, unless it is the first one.
         """
         values = {k: float(v) for k, v in metrics._asdict().items()}
         if not values["finite"]:
-            good = int(state.step)
-            path = self.output_dir / f"identity-steps-{good}.safetensors"
-            self.save_identity(state, path)
             raise TrainingError(
                 f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; "
-                f"stopped. The identity after step {good} is in {path}. Lower the learning rate, "
-                "or use --mixed_precision no"
+                f"stopped. {self.save_last_good(state)}, or use --mixed_precision no"
             )
         bar.update(self.cfg.train_batch_size)
         bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}", refresh=False)
@@ -406,6 +396,18 @@ class Results:
         if self.writer:
             for name in ("loss", "denoising", "regulariser", "grad_norm"):
                 self.writer.add_scalar(f"train/{name}", values[name], step)
+
+    def save_last_good(self, state: IdentityState) -> str:
+        """Writes the state before a step that was not finite; says where it is and what to do."""
+        good = int(state.step)
+        if good == 0:
+            return f"No step was finite: check the weights of {self.base.name}"
+        path = self.output_dir / f"identity-steps-{good}.safetensors"
+        try:
+            self.save_identity(state, path)
+        except checkpoint.IdentityError:
+            return f"Step {good} had left values that are not finite. Lower the learning rate"
+        return f"The identity after step {good} is in {path}. Lower the learning rate"
 
     def is_due(self, step: int) -> bool:
         """Whether anything is saved or drawn at this step."""
@@ -484,16 +486,16 @@ class Results:
         vectors = np.asarray(state.trainable["pseudo_tokens"])
         learned_embeds.write(path, self.base.tokenizer.placeholders[0].token, vectors, about)
 
-    def save_webui(self, state: IdentityState) -> None:
+    def save_webui(self, state: IdentityState, folder: Path) -> None:
         """Writes the pseudo tokens for AUTOMATIC1111 and ComfyUI, where the file is the trigger."""
         token = self.base.tokenizer.placeholders[0].token
         name = re.sub(r"[^a-z0-9]+", "-", token).strip("-") or "person"
-        path = self.output_dir / "webui" / f"{name}.safetensors"
+        path = folder / f"{name}.safetensors"
         learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
 
-    def save_run(self, metrics: Metrics | None, steps: int, seconds: float) -> None:
+    def save_run(self, metrics: Metrics | None, steps: int, seconds: float, folder: Path) -> None:
         """Writes the resolved config (`--config` reads it back) and what came of it."""
-        with atomic_write(self.output_dir / "config.yaml") as temporary:
+        with atomic_write(folder / "config.yaml") as temporary:
             temporary.write_text(to_yaml(self.cfg), "utf-8")
         about = {
             "base_model": self.base.name,
@@ -504,7 +506,7 @@ class Results:
             "device": jax.devices()[0].device_kind,
             "versions": checkpoint.versions(),
         }
-        sample.write_json(self.output_dir / "run.json", about)
+        sample.write_json(folder / "run.json", about)
 
     def close(self) -> None:
         """Flushes the log."""

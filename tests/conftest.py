@@ -1,6 +1,7 @@
 """Strictness for every test: no implicit rank promotion, no random key used twice, no network."""
 
 import os
+import tempfile
 
 # Eight simulated devices for the tests of vmap and shard_map; must be set before jax starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -8,6 +9,32 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
+from PIL import Image
+from skimage import data
+
+from idea_jax import random_face, random_sd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+# Several tests compile the same training step; the second time it comes from here.
+compiled = tempfile.TemporaryDirectory(prefix="idea-jax-test-")
+jax.config.update("jax_compilation_cache_dir", compiled.name)
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    """A tiny Stable Diffusion checkpoint with random weights and a face model."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    random_sd.write(folder, size="tiny")
+    random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory):
+    """A folder with one real photo: scikit-image's portrait of an astronaut."""
+    folder = tmp_path_factory.mktemp("photos")
+    Image.fromarray(data.astronaut()).resize((160, 128)).save(folder / "astronaut.jpg")
+    return folder

@@ -68,7 +68,7 @@ def test_local_folder_wins(tmp_path, monkeypatch, cache, no_network):
     folder = fill(tmp_path / name, CONFIGS + weights())
     monkeypatch.chdir(tmp_path)
     found = resolve(name)
-    assert found == hub.Checkpoint(Path(name), name, None)
+    assert found == hub.Checkpoint(Path(name), Path(name).name, None)
     assert found.folder.resolve() == folder.resolve()
     assert no_network == []
 
@@ -80,7 +80,8 @@ def test_local_folder_needs_no_index(tmp_path):
 
 def test_local_snapshot_knows_its_commit(tmp_path):
     folder = add_to_cache(tmp_path, "a/b", CONFIGS + weights())
-    assert resolve(folder).revision == COMMIT
+    found = resolve(folder)
+    assert (found.name, found.revision) == ("a/b", COMMIT)
 
 
 @pytest.mark.parametrize("name", [*hub.CONFIGS, "tokenizer/"])

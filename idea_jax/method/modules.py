@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from idea_jax.models.layers import UnsupportedConfig
+
 NUM_HEADS = 8  # arXiv 2507.11990 and the published code use eight heads everywhere
 
 
@@ -39,7 +41,7 @@ class MultiheadAttention(nn.Module):
 
     def setup(self):
         if self.dim % NUM_HEADS:
-            raise ValueError(
+            raise UnsupportedConfig(
                 f"ID-EA's attention has {NUM_HEADS} heads; the text width {self.dim} of this "
                 "checkpoint is no multiple of that"
             )

@@ -47,7 +47,8 @@ class CheckpointNotFound(FileNotFoundError):
 @dataclass(frozen=True)
 class Checkpoint:
     folder: Path
-    name: str  # the folder or Hub id as asked for, or the mirror that stood in for it
+    name: str  # Hub id (a mirror's, where one stood in), or the folder's own name: never a path,
+    # since it is written into files that people share
     revision: str | None  # commit hash of the snapshot, if known
 
 
@@ -79,7 +80,7 @@ def resolve(
                 f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
                 f"{', '.join(missing)}"
             )
-        return Checkpoint(folder, name, _commit(folder))
+        return Checkpoint(folder, *_origin(folder))
     if folder.exists():
         raise CheckpointNotFound(
             f"{name} is a file; expected a folder in diffusers layout. To convert it with "
@@ -102,13 +103,13 @@ def _is_complete(folder: Path, variant: str | None) -> bool:
     return not _missing_configs(folder)
 
 
-def _commit(folder: Path) -> str | None:
-    """Returns the commit hash, if the folder is a snapshot in the Hugging Face cache."""
+def _origin(folder: Path) -> tuple[str, str | None]:
+    """Returns a local folder's name and commit: Hub id and hash for a snapshot in the Hub cache."""
     resolved = folder.resolve()
-    is_snapshot = resolved.parent.name == "snapshots" and re.fullmatch(
-        "[0-9a-f]{40}", resolved.name
-    )
-    return resolved.name if is_snapshot else None
+    repository, snapshots, commit = resolved.parts[-3:] if len(resolved.parts) > 3 else ("",) * 3
+    if snapshots == "snapshots" and re.fullmatch("[0-9a-f]{40}", commit):
+        return repository.removeprefix("models--").replace("--", "/"), commit
+    return resolved.name, None
 
 
 def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoint:
@@ -129,7 +130,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         folder = _cached(repository, revision, variant)
         if folder is not None:
             _notice_mirror(name, repository)
-            return Checkpoint(folder, repository, _commit(folder))
+            return Checkpoint(folder, repository, _origin(folder)[1])
 
     repository = mirror or name
     advice = (
@@ -154,7 +155,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
             f"layout: it lacks {', '.join(missing)}"
         )
-    return Checkpoint(folder, repository, _commit(folder))
+    return Checkpoint(folder, repository, _origin(folder)[1])
 
 
 def _notice_mirror(name: str, repository: str) -> None:

@@ -170,13 +170,19 @@ def load(
     folder = Path(folder)
     model = read_configs(folder, compute_dtype)
     targets = shapes(model)._asdict()
-    trees = {}
+    trees, problems = {}, []
     for part in _parts(model):
-        paths = weights.find_weights(folder / part.folder, part.stem, variant)
-        wanted = {tree: targets[tree] for tree in part.trees}
-        where = str(paths[0]) if len(paths) == 1 else f"{folder / part.folder} ({len(paths)} files)"
-        tensors = weights.TensorFiles(paths)
-        trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)
+        try:
+            paths = weights.find_weights(folder / part.folder, part.stem, variant)
+            is_one = len(paths) == 1
+            where = str(paths[0]) if is_one else f"{folder / part.folder} ({len(paths)} files)"
+            wanted = {tree: targets[tree] for tree in part.trees}
+            tensors = weights.TensorFiles(paths)
+            trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)
+        except WeightsError as error:  # those of the other files belong into the same message
+            problems.append(str(error))
+    if problems:
+        raise WeightsError("\n".join(problems))
     return model, Frozen(**trees)
 
 

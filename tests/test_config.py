@@ -1,0 +1,138 @@
+"""Settings: which source wins, and what is refused."""
+
+import pytest
+
+from idea_jax.config import (
+    PROFILE_DEFAULTS,
+    ConfigError,
+    SampleConfig,
+    TrainConfig,
+    build,
+    parse,
+    to_yaml,
+)
+
+REQUIRED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
+SAMPLE = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_flag_wins_over_yaml_over_profile_over_default(tmp_path):
+    config = write(tmp_path, "profile: cross_init\nreg_weight: 0.5\nmax_train_steps: 7\n")
+    cfg = parse(TrainConfig, [*REQUIRED, *config, "--max_train_steps", "9"])
+    assert cfg.max_train_steps == 9  # flag
+    assert cfg.reg_weight == 0.5  # YAML over profile
+    assert cfg.learning_rate == PROFILE_DEFAULTS["cross_init"]["learning_rate"]
+    assert cfg.train_batch_size == 8  # field default
+
+
+def test_flag_chooses_the_profile_whose_defaults_apply(tmp_path):
+    config = write(tmp_path, "profile: paper\n")
+    cfg = parse(TrainConfig, [*REQUIRED, *config, "--profile", "textual_inversion"])
+    assert (cfg.learning_rate, cfg.kv, cfg.scale_lr) == (5e-4, "none", False)
+
+
+def test_commands_of_the_original_readme_parse():
+    cfg = parse(
+        TrainConfig,
+        "--save_steps 100 --only_save_embeds --placeholder_token <00011> --train_batch_size 8 "
+        "--scale_lr --n_persudo_tokens 2 --reg_weight 8e-4 --learning_rate 0.0015 "
+        "--max_train_step 320 --train_data_dir d --celeb_path c --pretrained_model_name_or_path m "
+        "--output_dir o".split(),
+    )
+    assert (cfg.max_train_steps, cfg.n_pseudo_tokens, cfg.only_save_embeds) == (320, 2, True)
+    assert cfg.rates()["pseudo_tokens"] == pytest.approx(0.012)
+    cfg = parse(
+        SampleConfig,
+        [
+            *"--pretrained_model_name_or_path m --num_inference_steps 50 --save_dir s".split(),
+            *"--learned_embedding_path o/learned_embeds.bin --num_images_per_prompt 32".split(),
+            *("--n_iter", "1", "--prompt", "{} wearing an oversized sweater"),
+        ],
+    )
+    assert (cfg.prompt, cfg.num_images_per_prompt) == (["{} wearing an oversized sweater"], 32)
+
+
+@pytest.mark.parametrize("profile", PROFILE_DEFAULTS)
+def test_shipped_config_names_its_profile_and_has_a_command(profile, request):
+    path = request.config.rootpath / "configs" / f"{profile}.yaml"
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith(f"# train_jax.py --config configs/{profile}.yaml ")
+    cfg = parse(TrainConfig, [*lines[0].split()[2:]])
+    assert cfg.profile == profile
+    parts = {"paper": 4, "official": 2}.get(profile, 1)
+    assert len(cfg.rates()) == parts
+
+
+def test_resolved_config_reads_back_to_the_same_run(tmp_path):
+    cfg = parse(TrainConfig, [*REQUIRED, "--validation_prompt", "a {}", "ünï {}", "--kv", "full"])
+    assert parse(TrainConfig, write(tmp_path, to_yaml(cfg))) == cfg
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("max_train_stepz: 3", "did you mean 'max_train_steps'"),
+        ("max_train_steps: three", "max_train_steps in .* must be int, got 'three'"),
+        ("max_train_steps: true", "must be int, got True"),
+        ("learning_rate: 1e-4", "write 1.0e-4"),
+        ("validation_prompt: a photo", "must be a list of str"),
+        ("profile: papper", "must be one of paper, official"),
+        ("seed: 1\nseed: 2", "repeated key seed"),
+        ("- a\n- b", "must hold `key: value` lines, got list"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_yaml_mistakes_are_named(tmp_path, yaml, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainConfig, [*REQUIRED, *write(tmp_path, yaml)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--profile cross_init --kv full", "only the paper profile trains keys"),
+        ("--profile official --kv_learning_rate 1", "--kv_learning_rate has no effect"),
+        ("--profile cross_init --face_model f", "--face_model has no effect"),
+        ("--profile textual_inversion --reg_weight 1", "has no regulariser"),
+        ("--initialize_tokens a b --celeb_path c", "either --initialize_tokens or --celeb_path"),
+        ("--train_batch_size 0", "must be greater than 0, got 0"),
+        ("--learning_rate -1", "must not be negative, got -1"),
+        ("--adam_beta1 1", r"must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainConfig, [*REQUIRED, *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learned_embedding_path", "x"], "exactly one of --identity"),
+        (["--prompt_file", "x"], "exactly one of --prompt"),
+        (["--eta", "0.5", "--scheduler", "dpmpp_2m"], "--eta belongs to --scheduler ddim"),
+        (["--eta", "1.5"], "between 0 and 1"),
+    ],
+)
+def test_sample_settings_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(SampleConfig, [*SAMPLE, *flags])
+
+
+def test_missing_settings_are_listed():
+    with pytest.raises(
+        ConfigError, match="missing: --pretrained_model_name_or_path, --train_data_dir"
+    ):
+        build(TrainConfig, {}, {})
+
+
+def test_abbreviated_flags_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, [*REQUIRED, "--max_train", "3"])
+    assert stop.value.code == 2 and "--max_train" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""Atomic writing, safe names, and the tree operations that other tests take for granted."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idea_jax import pytrees
+from idea_jax.files import atomic_write, slug
+
+
+def test_failed_write_leaves_the_earlier_file_and_no_trace(tmp_path):
+    path = tmp_path / "result.bin"
+    path.write_bytes(b"earlier")
+    with pytest.raises(OSError, match="disk"), atomic_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"earlier"
+    assert os.listdir(tmp_path) == ["result.bin"]
+
+
+def test_written_file_has_the_usual_permissions(tmp_path):
+    path = tmp_path / "deep" / "result.png"
+    with atomic_write(path) as temporary:
+        assert temporary.suffix == ".png" and temporary.parent == path.parent
+        temporary.write_bytes(b"x")
+    (tmp_path / "plain").write_bytes(b"x")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("text", ["../../x", "/abs", "a/b", "\0", "é" * 400, "🙂", ".", "..", ""])
+def test_slug_is_one_safe_name(text):
+    name = slug(text)
+    assert name == os.path.basename(name)
+    assert 8 <= len(name) <= 89 and name.isascii() and not name.startswith(".")
+
+
+def test_slug_tells_texts_apart_that_look_alike():
+    alike = ["a b", "a-b", "A b", "a  b", "a/b", "a b."]
+    assert len({slug(text) for text in alike}) == len(alike)
+    assert slug("A photo of {}").startswith("a-photo-of-")
+
+
+def test_flatten_and_unflatten_are_inverse():
+    tree = {"b": {"x": np.ones(2), "a": np.zeros(())}, "a": np.arange(3)}
+    flat = pytrees.flatten(tree)
+    assert list(flat) == ["a", "b/a", "b/x"]
+    assert jax.tree.structure(pytrees.unflatten(flat)) == jax.tree.structure(tree)
+
+
+def test_stack_and_unstack_are_inverse():
+    trees = [{"x": jnp.full((2,), float(i)), "y": jnp.asarray(i)} for i in range(3)]
+    for one, back in zip(trees, pytrees.unstack(pytrees.stack(trees)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, back)
+
+
+def test_streams_differ_and_survive_a_new_process():
+    key = jax.random.key(0)
+    data = [jax.random.key_data(pytrees.stream(key, name)).tolist() for name in ("noise", "text")]
+    assert data[0] != data[1]
+    code = (
+        "import jax; from idea_jax.pytrees import stream; "
+        "print(jax.random.key_data(stream(jax.random.key(0), 'noise')).tolist())"
+    )
+    fresh = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert fresh.stdout.strip() == str(data[0])

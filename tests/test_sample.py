@@ -1,0 +1,174 @@
+"""Drawing: what a picture depends on, and what is written beside it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample_jax
+from idea_jax import checkpoint, sample
+from idea_jax.data import images, text
+from idea_jax.method import condition
+from idea_jax.models import sd
+
+
+@pytest.fixture(scope="module")
+def loaded(random_checkpoint):
+    model, frozen = sd.load(random_checkpoint)
+    tokenizer = text.load_tokenizer(random_checkpoint / "tokenizer", model.text.vocab_size, 77)
+    return model, frozen, tokenizer.with_placeholder("<person>", 2)
+
+
+@pytest.fixture(scope="module")
+def identity(loaded):
+    """An identity whose parts are all far from their start."""
+    model, frozen, _ = loaded
+    method = condition.make_method("paper", kv="low_rank")
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(2, 32)).astype(np.float32)
+    key = jax.random.key(0)
+    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    trainable = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), trainable)
+    face = rng.normal(size=512)
+    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
+    return checkpoint.Identity(
+        method=method,
+        trainable=jax.tree.map(np.float32, trainable),
+        given=given,
+        placeholder="<person>",
+        base_model="tiny",
+        revision=None,
+        seed=0,
+        steps=1,
+    )
+
+
+def keys_values(loaded, identity, prompt="a photo of {}", negative="", strength=1.0):
+    model, frozen, tokenizer = loaded
+    ids = tokenizer([text.fill(prompt, tokenizer.placeholders[0]), negative])
+    return sample.prompt_keys_values(
+        identity.method, model, frozen, identity.trainable, identity.given, *ids,
+        jnp.float32(strength),
+    )  # fmt: skip
+
+
+def draw(loaded, kv, indices, guidance_scale=5.0, is_guided=True, scheduler="ddim", eta=0.0):
+    drawn = sample.draw(
+        loaded[0], loaded[1], kv, jnp.uint32(7), jnp.asarray(indices, jnp.int32),
+        jnp.float32(guidance_scale), size=(32, 32), scheduler=scheduler, steps=4,
+        is_guided=is_guided, eta=eta,
+    )  # fmt: skip
+    return np.asarray(drawn)
+
+
+def test_picture_is_the_same_in_any_batch(loaded, identity):
+    kv = keys_values(loaded, identity)
+    together = draw(loaded, kv, [0, 1, 2, 3], eta=0.5)
+    alone = draw(loaded, kv, [2], eta=0.5)
+    shuffled = draw(loaded, kv, [3, 2, 9, 0], eta=0.5)
+    np.testing.assert_allclose(alone[0], together[2], atol=1e-4)
+    np.testing.assert_allclose(shuffled[1], together[2], atol=1e-4)
+    assert np.abs(together[0] - together[1]).mean() > 0.01
+
+
+def test_guidance_of_one_is_the_prompt_alone(loaded, identity):
+    kv = keys_values(loaded, identity)
+    alone = draw(loaded, kv, [0], guidance_scale=1.0, is_guided=False)
+    guided = draw(loaded, kv, [0], guidance_scale=1.0)
+    np.testing.assert_allclose(alone, guided, atol=1e-4)
+    assert np.abs(draw(loaded, kv, [0], guidance_scale=5.0) - guided).max() > 1e-2
+
+
+def test_negative_prompt_is_drawn_by_the_plain_model(loaded, identity):
+    model, frozen, tokenizer = loaded
+    kv = keys_values(loaded, identity, negative="blurry")
+    plain = sd.encode_text(model, frozen, tokenizer(["blurry"]))
+    expected = jax.tree.map(lambda kernel: plain[0] @ kernel, frozen.cross_kv)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got[0], want, atol=1e-5), kv, expected
+    )
+
+
+def test_prompt_and_strength_change_the_picture(loaded, identity):
+    first = draw(loaded, keys_values(loaded, identity), [0])
+    for change in ({"prompt": "a drawing of {}"}, {"negative": "red"}, {"strength": 0.0}):
+        assert (
+            np.abs(draw(loaded, keys_values(loaded, identity, **change), [0]) - first).max() > 1e-3
+        )
+
+
+def test_person_may_stand_anywhere_and_twice(loaded, identity):
+    for prompt in ("{}", "{} and {}", "a ({}), smiling", "the face of {}'s friend"):
+        kv = keys_values(loaded, identity, prompt=prompt)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kv))
+
+
+def run(folder, identity_file, save_dir, *flags):
+    common = ["--pretrained_model_name_or_path", folder, "--save_dir", save_dir]
+    source = [] if identity_file is None else ["--identity", identity_file]
+    quick = ["--num_inference_steps", "4", "--num_images_per_prompt", "2"]
+    return sample_jax.main([str(f) for f in (*common, *source, *quick, *flags)])
+
+
+def read_folder(folder):
+    return np.stack([np.asarray(Image.open(p)) for p in sorted(folder.glob("0*.png"))])
+
+
+def test_command_writes_pictures_grid_and_what_made_them(
+    random_checkpoint, identity, tmp_path, capsys
+):
+    file = tmp_path / "identity.safetensors"
+    checkpoint.write_identity(file, identity)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\ufeff\na photo of {}\n\na painting of {}\na photo of {}\n", "utf-8")
+    save_dir = tmp_path / "pictures"
+    args = (random_checkpoint, file, save_dir, "--prompt_file", prompts, "--n_iter", 2)
+    assert run(*args) == 0
+    folders = [save_dir / line.split("/")[-1] for line in capsys.readouterr().out.split()]
+    assert len(folders) == 2 and set(folders) == set(save_dir.iterdir())  # a repeated one once
+    photos, paintings = (read_folder(folder) for folder in folders)
+    assert photos.shape == (4, 32, 32, 3)  # two iterations of two
+    about = json.loads((folders[0] / "run.json").read_text())
+    assert about["prompt"] == "a photo of {}" and about["seed"] == 0
+    assert about["model"] == "tiny" and about["identity"]["file"] == "identity.safetensors"
+    assert about["identity"]["sha256"] == checkpoint.file_digest(file)
+    marks = images.read_png_text(folders[0] / "00001.png")
+    assert marks["AIGenerated"] == "true"
+    assert json.loads(marks["parameters"])["picture"] == 1
+    # The other prompts, the batch and the number of pictures change no picture.
+    again = tmp_path / "again"
+    assert (
+        run(random_checkpoint, file, again, "--prompt", "a painting of {}", "--batch_size", 1) == 0
+    )
+    (folder,) = again.iterdir()
+    difference = np.abs(read_folder(folder).astype(int) - paintings[:2])
+    assert difference.max() <= 1
+
+
+def test_other_settings_get_a_folder_of_their_own(random_checkpoint, identity, tmp_path):
+    file = tmp_path / "identity.safetensors"
+    checkpoint.write_identity(file, identity)
+    save_dir = tmp_path / "pictures"
+    base = (random_checkpoint, file, save_dir, "--prompt", "{}", "--guidance_scale", 2)
+    for seed, count in ((0, 1), (0, 1), (1, 2), (0, 2)):
+        assert run(*base, "--seed", seed) == 0
+        assert len(list(save_dir.iterdir())) == count
+
+
+def test_legacy_embeddings_draw_as_the_same_tokens(random_checkpoint, identity, tmp_path):
+    vectors = identity.trainable["pseudo_tokens"]
+    legacy = tmp_path / "learned_embeds.bin"
+    torch.save({f"<00011>_v{i}": torch.tensor(row) for i, row in enumerate(vectors)}, legacy)
+    base = (random_checkpoint, None, tmp_path / "bin", "--prompt", "a photo of {}")
+    assert run(*base, "--learned_embedding_path", legacy) == 0
+    file = tmp_path / "identity.safetensors"
+    checkpoint.write_identity(file, identity)
+    base = (random_checkpoint, file, tmp_path / "all", "--prompt", "a photo of {}")
+    assert run(*base, "--id_strength", 0) == 0
+    (tokens,), (silenced,) = (tmp_path / "bin").iterdir(), (tmp_path / "all").iterdir()
+    difference = np.abs(read_folder(tokens).astype(int) - read_folder(silenced))
+    assert difference.max() <= 1

@@ -1,0 +1,189 @@
+"""Whole runs through the command line, on a tiny checkpoint with random weights."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import sample_jax
+import train_jax
+from idea_jax import checkpoint
+from idea_jax.data import images
+from idea_jax.diffusion.samplers import initial_noise
+
+
+def train(checkpoint_folder, photos, out, *flags):
+    common = ["--pretrained_model_name_or_path", checkpoint_folder, "--train_data_dir", photos]
+    return train_jax.main([str(flag) for flag in (*common, "--output_dir", out, *flags)])
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def straight(random_checkpoint, photo_folder, tmp_path_factory):
+    """Six uninterrupted steps of the paper profile, everything on the way switched on."""
+    out = tmp_path_factory.mktemp("straight")
+    code = train(
+        random_checkpoint,
+        photo_folder,
+        out,
+        *"--max_train_steps 6 --train_batch_size 2 --seed 5 --save_steps 2".split(),
+        *"--checkpointing_steps 3 --validation_steps 4 --num_validation_images 2".split(),
+        *("--validation_prompt", "a photo of {}"),
+    )
+    assert code == 0
+    return out
+
+
+def test_training_writes_what_it_promises(straight, random_checkpoint):
+    identity = checkpoint.read_identity(straight / "identity.safetensors")
+    assert identity.method.profile == "paper" and identity.steps == 6 and identity.seed == 5
+    assert identity.base_model == random_checkpoint.name  # a name, not the user's path
+    assert identity.placeholder == "<person>"
+    assert set(identity.trainable) == {"pseudo_tokens", "adapter", "enhancer", "kv"}
+    assert set(identity.given) == {"anchor", "id_embed"}
+    np.testing.assert_allclose(np.linalg.norm(identity.given["id_embed"]), 1, rtol=1e-5)
+    embeds = load_file(straight / "learned_embeds.safetensors")
+    np.testing.assert_array_equal(embeds["<person>"], identity.trainable["pseudo_tokens"])
+    webui = load_file(straight / "webui" / "person.safetensors")
+    np.testing.assert_array_equal(webui["emb_params"], embeds["<person>"])
+    run = json.loads((straight / "run.json").read_text())
+    assert run["steps"] == 6 and np.isfinite(run["last_loss"]) and "jax" in run["versions"]
+    for step in (2, 4):
+        assert (
+            checkpoint.read_identity(straight / f"identity-steps-{step}.safetensors").steps == step
+        )
+    (grid,) = (straight / "validation").iterdir()
+    assert grid.name.startswith("step-00004-a-photo-of-")
+    assert Image.open(grid).size == (64, 32)
+    assert images.read_png_text(grid)["AIGenerated"] == "true"
+
+
+def test_face_embedding_is_in_no_metadata_and_no_log(straight):
+    with safe_open(straight / "identity.safetensors", "numpy") as file:
+        metadata = json.dumps(file.metadata())
+        value = float(file.get_tensor("given/id_embed")[0])
+    texts = [metadata, *(p.read_text() for p in straight.glob("*.json"))]
+    assert not any(f"{value:.4f}"[:6] in text for text in texts)
+
+
+def test_tensorboard_log_holds_every_step(straight):
+    raw = next((straight / "logs").iterdir()).read_bytes()
+    for name in ("train/loss", "train/denoising", "train/regulariser", "train/grad_norm"):
+        assert raw.count(name.encode()) == 6
+    assert raw.count(b"validation/") == 1
+
+
+def test_resumed_run_equals_the_straight_run_bit_for_bit(
+    straight, random_checkpoint, photo_folder, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    flags = "--train_batch_size 2 --seed 5 --checkpointing_steps 3".split()
+    resume = ["--resume_from_checkpoint", "latest"]
+    # "latest" without any checkpoint starts from the beginning, and says so.
+    assert (
+        train(random_checkpoint, photo_folder, tmp_path, *flags, *resume, "--max_train_steps", 3)
+        == 0
+    )
+    assert "starting from the first step" in caplog.text
+    stopped = digest(tmp_path / "identity.safetensors")
+    assert (
+        train(random_checkpoint, photo_folder, tmp_path, *flags, *resume, "--max_train_steps", 6)
+        == 0
+    )
+    assert "resumed after step 3" in caplog.text
+    assert digest(tmp_path / "identity.safetensors") != stopped
+    assert digest(tmp_path / "identity.safetensors") == digest(straight / "identity.safetensors")
+    # By path, from the middle of the run.
+    path = tmp_path / "checkpoints" / "3"
+    assert train(
+        random_checkpoint, photo_folder, tmp_path, *flags, "--max_train_steps", 6,
+        "--resume_from_checkpoint", path,
+    ) == 0  # fmt: skip
+    assert digest(tmp_path / "identity.safetensors") == digest(straight / "identity.safetensors")
+
+
+def test_checkpoints_beyond_the_limit_are_removed(random_checkpoint, photo_folder, tmp_path):
+    flags = "--profile cross_init --max_train_steps 4 --train_batch_size 1 --checkpointing_steps 1"
+    limit = ["--checkpoints_total_limit", "2"]
+    assert train(random_checkpoint, photo_folder, tmp_path, *flags.split(), *limit) == 0
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == ["3", "4"]
+    assert not (tmp_path / "identity-steps-2.safetensors").exists()
+
+
+def test_commands_of_the_original_readme_run(random_checkpoint, photo_folder, tmp_path, caplog):
+    names = tmp_path / "celeb_names.txt"
+    names.write_text("Marie Curie\nAlan Turing\nAda Lovelace\n")
+    out, pictures = tmp_path / "out", tmp_path / "pictures"
+    code = train_jax.main(
+        [
+            *"--save_steps 100 --only_save_embeds --placeholder_token <00011>".split(),
+            *"--train_batch_size 8 --scale_lr --n_persudo_tokens 2 --reg_weight 8e-4".split(),
+            *"--learning_rate 0.0015 --max_train_step 320".split(),
+            *("--train_data_dir", str(photo_folder), "--celeb_path", str(names)),
+            *("--pretrained_model_name_or_path", str(random_checkpoint)),
+            *("--output_dir", str(out)),
+        ]
+    )
+    assert code == 0
+    assert load_file(out / "learned_embeds-steps-300.safetensors")["<00011>"].shape == (2, 32)
+    assert not (out / "identity-steps-300.safetensors").exists()  # --only_save_embeds
+    code = sample_jax.main(
+        [
+            *("--pretrained_model_name_or_path", str(random_checkpoint)),
+            *("--num_inference_steps", "50"),
+            *("--learned_embedding_path", str(out / "learned_embeds.bin")),
+            *("--prompt", "{} wearing an oversized sweater", "--save_dir", str(pictures)),
+            *("--num_images_per_prompt", "32", "--n_iter", "1"),
+        ]
+    )
+    assert code == 0
+    assert "learned_embeds.bin does not exist; reading learned_embeds.safetensors" in caplog.text
+    assert "--identity" in caplog.text  # there is more than the embeddings
+    (folder,) = pictures.iterdir()
+    assert len(list(folder.glob("000*.png"))) == 32
+    assert Image.open(folder / "grid.png").size == (6 * 32, 6 * 32)
+
+
+def test_pictures_equal_those_of_diffusers(random_checkpoint, photo_folder, tmp_path):
+    """The whole chain against diffusers: its own loader of our tokens, its pipeline, same noise."""
+    out = tmp_path / "out"
+    flags = "--profile cross_init --max_train_steps 3 --train_batch_size 2 --report_to none"
+    assert train(random_checkpoint, photo_folder, out, *flags.split()) == 0
+    prompt = "a photo of {} on the beach"
+    code = sample_jax.main(
+        [
+            *("--pretrained_model_name_or_path", str(random_checkpoint), "--prompt", prompt),
+            *("--identity", str(out / "identity.safetensors"), "--save_dir", str(tmp_path / "x")),
+            *"--num_images_per_prompt 2 --num_inference_steps 7 --guidance_scale 5".split(),
+            *("--negative_prompt", "blurry", "--seed", "3"),
+        ]
+    )
+    assert code == 0
+    (folder,) = (tmp_path / "x").iterdir()
+    ours = np.stack([np.asarray(Image.open(folder / f"{i:05d}.png")) for i in range(2)])
+    pipeline = StableDiffusionPipeline.from_pretrained(random_checkpoint)
+    pipeline.load_textual_inversion(out / "learned_embeds.safetensors")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    noise, _ = initial_noise(3, np.arange(2), (8, 8, 4))
+    theirs = pipeline(
+        [prompt.replace("{}", "<person>")] * 2,
+        negative_prompt=["blurry"] * 2,
+        latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=7,
+        guidance_scale=5.0,
+        output_type="np",
+    ).images
+    difference = np.abs(ours / 255 - theirs)
+    assert ours.std() > 10  # not a flat picture
+    assert difference.max() <= 2 / 255
