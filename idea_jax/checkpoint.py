@@ -12,10 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from idea_jax import __version__, pytrees
-from idea_jax.files import atomic_write, cannot_write
+from idea_jax.files import cannot_write, write_tensors
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.train_step import IdentityState
@@ -93,11 +92,7 @@ def write_identity(path: Path, identity: Identity) -> None:
         "versions": versions(),
         "licence": "the base model's and the face model's terms of use apply",
     }
-    # One entry: safetensors writes several in random order, and equal runs should be equal files.
-    metadata = {FORMAT: json.dumps(about)}
-    with atomic_write(path) as temporary:
-        # Not `save_file`: on a full disk it raises an error of its own kind.
-        temporary.write_bytes(save(tensors, metadata))
+    write_tensors(path, tensors, {FORMAT: json.dumps(about)})
 
 
 def read_identity(path: Path) -> Identity:

@@ -1,13 +1,16 @@
 """Writing files so that a failure never costs an earlier result, and safe names for folders."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 
 class WriteError(OSError):
@@ -101,6 +104,26 @@ def check_writable(folder: str | os.PathLike) -> None:
         probe.unlink()
     except OSError as error:
         raise cannot_write(folder, error.__cause__ or error) from error
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a safetensors file, atomically; equal contents are equal files.
+
+    The library orders the metadata at random, so the header is written again with sorted keys.
+
+    Raises:
+      WriteError: the disk is full, or the place cannot be written to.
+    """
+    from safetensors.numpy import save
+
+    content = save(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # the data stay aligned, as the format asks
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 def slug(text: str, length: int = 80) -> str:

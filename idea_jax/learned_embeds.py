@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idea_jax.files import atomic_write
+from idea_jax.files import write_tensors
 
 FILE_NAME = "learned_embeds.safetensors"
 # The key that AUTOMATIC1111's web UI and ComfyUI write; both name the token after the file.
@@ -84,15 +84,11 @@ def write_webui(path: str | Path, vectors: np.ndarray, metadata: Mapping[str, st
 
 
 def _write(path: str | Path, key: str, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
-    from safetensors.numpy import save
-
     vectors = np.ascontiguousarray(vectors, np.float32)
     if vectors.ndim != 2:
         raise EmbedsError(f"expected vectors [N, D] to write to {path}, got {list(vectors.shape)}")
     _check(vectors, f"the vectors to write to {path}")
-    with atomic_write(path) as temporary:
-        # Not `save_file`: on a full disk it raises an error of its own kind.
-        temporary.write_bytes(save({key: vectors}, metadata={**metadata, "format": "pt"}))
+    write_tensors(path, {key: vectors}, {**metadata, "format": "pt"})
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
@@ -136,10 +132,11 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 def _parse(content: bytes) -> object:
     if content.startswith(b"PK\x03\x04"):
         return _parse_torch_zip(content)
-    if content.startswith(b"\x80"):
-        return _parse_torch_legacy(content)
+    # Before the pickles: the length in front of a safetensors header may begin with their byte.
     if content[8:9] == b"{":
         return _parse_safetensors(content)
+    if content.startswith(b"\x80"):
+        return _parse_torch_legacy(content)
     raise EmbedsError("neither a safetensors file nor one written by torch.save")
 
 

@@ -190,16 +190,22 @@ def read_person(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
     return identity, path
 
 
-def picture_size(model: sd.StableDiffusion, height: int | None, width: int | None):
+def picture_size(
+    model: sd.StableDiffusion,
+    height: int | None,
+    width: int | None,
+    names: tuple[str, str] = ("height", "width"),
+) -> tuple[int, int]:
     """Height and width in pixels, the model's own where not given.
 
     Raises:
-      ConfigError: the UNet cannot halve such a picture as often as it must.
+      ConfigError: the VAE cannot halve such a picture as often as it must; the message calls the
+        sides by `names`.
     """
     own = model.unet.sample_size * model.vae.downscale
     size = (height or own, width or own)
     multiple = model.vae.downscale
-    for name, side in zip(("height", "width"), size, strict=True):
+    for name, side in zip(names, size, strict=True):
         if side % multiple:
             raise ConfigError(f"--{name} must be a multiple of {multiple}, got {side}")
     return size

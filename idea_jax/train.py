@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from idea_jax import checkpoint, faces, learned_embeds, sample
+from idea_jax import checkpoint, faces, learned_embeds, sample, tensorboard
 from idea_jax.config import ConfigError, TrainConfig, to_yaml
 from idea_jax.data import images, text
 from idea_jax.files import atomic_write, check_writable, slug, write_together
@@ -237,7 +237,8 @@ def encode_photos(cfg: TrainConfig, base: Base, paths: list[Path]) -> Photos:
       ConfigError: the resolution does not fit the networks.
     """
     model = base.model
-    size, _ = sample.picture_size(model, cfg.resolution, cfg.resolution)
+    side = cfg.resolution
+    size, _ = sample.picture_size(model, side, side, ("resolution", "resolution"))
     encode = jax.jit(functools.partial(sd.encode_image, model))
     means, logvars = [], []
     for path in paths:
@@ -359,11 +360,9 @@ class Results:
 
     def __init__(self, cfg: TrainConfig, method: condition.Method, base: Base, output_dir: Path):
         self.cfg, self.method, self.base, self.output_dir = cfg, method, base, output_dir
-        self.writer = None
+        self.log = None
         if cfg.report_to == "tensorboard":
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(output_dir / cfg.logging_dir))
+            self.log = tensorboard.Log(output_dir / cfg.logging_dir)
         prompts = [
             text.fill(prompt, base.tokenizer.placeholders[0])
             for prompt in cfg.validation_prompt or []
@@ -393,9 +392,9 @@ class Results:
         bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}", refresh=False)
         if bar.disable and is_multiple(step, max(1, self.cfg.max_train_steps // 10)):
             log.info("step %d of %d: loss %.4f", step, self.cfg.max_train_steps, values["loss"])
-        if self.writer:
-            for name in ("loss", "denoising", "regulariser", "grad_norm"):
-                self.writer.add_scalar(f"train/{name}", values[name], step)
+        if self.log:
+            names = ("loss", "denoising", "regulariser", "grad_norm")
+            self.log.scalars({f"train/{name}": values[name] for name in names}, step)
 
     def save_last_good(self, state: IdentityState) -> str:
         """Writes the state before a step that was not finite; says where it is and what to do."""
@@ -456,8 +455,8 @@ class Results:
             name = f"step-{step:05d}-{slug(prompt)}.png"
             about = {"parameters": f"{prompt}, step {step}, seed {cfg.seed}"}
             images.save_png(self.output_dir / "validation" / name, grid, about)
-            if self.writer:
-                self.writer.add_image(f"validation/{slug(prompt)}", grid, step, dataformats="HWC")
+            if self.log:
+                self.log.image(f"validation/{slug(prompt)}", grid, step)
 
     def save_identity(self, state: IdentityState, path: Path) -> Path:
         """Writes the identity file of a state."""
@@ -510,5 +509,5 @@ class Results:
 
     def close(self) -> None:
         """Flushes the log."""
-        if self.writer:
-            self.writer.close()
+        if self.log:
+            self.log.close()

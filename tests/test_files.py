@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from idea_jax import pytrees
-from idea_jax.files import atomic_write, slug
+from idea_jax.files import atomic_write, slug, write_tensors
 
 
 def test_failed_write_leaves_the_earlier_file_and_no_trace(tmp_path):
@@ -30,6 +31,19 @@ def test_written_file_has_the_usual_permissions(tmp_path):
         temporary.write_bytes(b"x")
     (tmp_path / "plain").write_bytes(b"x")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_equal_tensors_and_metadata_are_equal_files(tmp_path):
+    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array(3.0, np.float32)}
+    metadata = {f"key {i}": str(i) for i in range(20)}
+    for i in range(3):
+        write_tensors(tmp_path / f"{i}.safetensors", tensors, metadata)
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(3)}) == 1
+    with safe_open(tmp_path / "0.safetensors", "numpy") as file:
+        assert file.metadata() == metadata
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(file.get_tensor(name), value)
+            assert file.get_tensor(name).shape == value.shape
 
 
 @pytest.mark.parametrize("text", ["../../x", "/abs", "a/b", "\0", "é" * 400, "🙂", ".", "..", ""])
