@@ -21,6 +21,7 @@ jax.config.update("jax_debug_key_reuse", True)
 # Several tests compile the same training step; the second time it comes from here.
 compiled = tempfile.TemporaryDirectory(prefix="idea-jax-test-")
 jax.config.update("jax_compilation_cache_dir", compiled.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")
