@@ -224,6 +224,11 @@ def run(cfg: SampleConfig) -> list[Path]:
     model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
     checkpoint.check_identity(identity, model, frozen, source)
     size = picture_size(model, cfg.height, cfg.width)
+    if cfg.id_strength != 1 and not identity.method.acts_at_sampling:
+        log.warning(
+            "--id_strength has no effect: an identity of profile %r draws with its tokens alone",
+            identity.method.profile,
+        )
     if identity.base_model not in ("unknown", found.name):
         log.warning(
             "the identity was learned on %s and is drawn with %s", identity.base_model, found.name
