@@ -1,5 +1,6 @@
 """What a run leaves on disk: the identity file, and checkpoints to resume from."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -203,6 +204,24 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tree_digest(tree: dict) -> str:
+    """SHA-256 of the names and values of all leaves, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, leaf in pytrees.flatten(tree).items():
+        digest.update(name.encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def refuse_checkpoints(folder: Path) -> None:
+    """Raises CheckpointError if an earlier run left checkpoints: a new one would mix with them."""
+    if any(path.name.isdigit() for path in folder.glob("*")):
+        raise CheckpointError(
+            f"{folder} holds checkpoints of an earlier run; go on from there with "
+            "--resume_from_checkpoint latest, choose another --output_dir, or delete that folder"
+        )
+
+
 class Checkpoints:
     """Checkpoints of a run in `folder/STEP`, written by orbax in the background.
 
@@ -211,31 +230,46 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, fingerprint: dict, *, limit: int | None = None):
-        import orbax.checkpoint as ocp
-
-        self.ocp = ocp
+        self.folder = folder.resolve()
         self.fingerprint = fingerprint
-        options = ocp.CheckpointManagerOptions(max_to_keep=limit)
-        self.manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self.limit = limit
+
+    @functools.cached_property
+    def ocp(self):
+        import orbax.checkpoint
+
+        return orbax.checkpoint
+
+    @functools.cached_property
+    def manager(self):
+        """orbax's manager; made when first needed, since making it makes the folder."""
+        options = self.ocp.CheckpointManagerOptions(max_to_keep=self.limit)
+        return self.ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: IdentityState) -> None:
-        """Starts writing a checkpoint of this state, replacing one of the same step."""
+        """Starts writing a checkpoint of this state, which must be later than all there are.
+
+        Raises:
+          WriteError: it cannot be written.
+          CheckpointError: there is one of this or of a later step.
+        """
         # Host copies: the caller's next step may reuse the device buffers while orbax still writes.
         tree = jax.tree.map(np.array, resumable(state))
-        step = int(state.step)
+        items = self.ocp.args.Composite(
+            state=self.ocp.args.StandardSave(tree), run=self.ocp.args.JsonSave(self.fingerprint)
+        )
         with self.writing():
-            if step in self.manager.all_steps():
-                self.manager.delete(step)
-            self.manager.save(
-                step,
-                args=self.ocp.args.Composite(
-                    state=self.ocp.args.StandardSave(tree),
-                    run=self.ocp.args.JsonSave(self.fingerprint),
-                ),
+            is_saved = self.manager.save(int(state.step), args=items, force=True)
+        if not is_saved:
+            raise CheckpointError(
+                f"checkpoint {int(state.step)} was not written: {self.folder} already holds "
+                f"{', '.join(map(str, self.manager.all_steps()))}"
             )
 
     def restore(self, state: IdentityState, which: str) -> IdentityState | None:
         """Returns `state` as it was at a checkpoint; None if "latest" finds none.
+
+        Checkpoints of later steps are removed: the run goes on from this one.
 
         Args:
           which: "latest" or the path of a checkpoint's folder.
@@ -279,6 +313,9 @@ class Checkpoints:
                 f"checkpoint {step} in {self.manager.directory} cannot be read "
                 f"({type(error).__name__}); delete that folder to resume from an earlier one"
             ) from error
+        with self.writing():
+            for later in [other for other in self.manager.all_steps() if other > step]:
+                self.manager.delete(later)
         return state._replace(**tree)
 
     def close(self) -> None:
@@ -287,6 +324,8 @@ class Checkpoints:
         Raises:
           WriteError: one could not be written.
         """
+        if "manager" not in self.__dict__:
+            return
         with self.writing():
             self.manager.wait_until_finished()
             self.manager.close()

@@ -30,7 +30,7 @@ INPUT_ERRORS = (
 def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> int:
     """Parses the arguments, runs, prints the paths that `run` returns, and returns the exit code.
 
-    0: done; 1: the input or the disk; 2: the arguments; 130: interrupted.
+    0: done; 1: the input or the disk; 2: the arguments; 130 or 143: stopped by SIGINT or SIGTERM.
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     # Libraries speak up only when something is wrong; the run's own messages are the program's.
@@ -50,6 +50,9 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     except INPUT_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
+    except train.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

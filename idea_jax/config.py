@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 
@@ -30,6 +31,8 @@ def setting(default: object, text: str, *, aliases: Sequence[str] = (), choices=
         return field(metadata={**metadata, "required": True})
     return field(default=default, metadata=metadata)
 
+
+COMPUTE_DTYPES = {"no": "float32", "bf16": "bfloat16"}  # of the frozen networks, by precision
 
 # What each profile of the method sets, where nothing more specific is given. The learning rates are
 # those that the authors recommend (see docs/method.md); those of the paper profile's adapter,
@@ -143,7 +146,7 @@ class TrainConfig:
     adam_epsilon: float = setting(1e-7, "AdamW epsilon")
     adam_weight_decay: float = setting(1e-2, "AdamW weight decay, towards zero")
     mixed_precision: str = setting(
-        "no", "compute type of the frozen networks", choices=("no", "bf16")
+        "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way
@@ -177,10 +180,20 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         if self.kv not in (None, "none") and self.profile != "paper":
             raise ConfigError(
                 f"kv={self.kv!r} has no effect with profile {self.profile!r}: only the paper "
                 "profile trains keys and values; leave --kv out or take --profile paper"
+            )
+        if self.kv != "low_rank" and self.kv_rank != defaults["kv_rank"]:
+            raise ConfigError(f"--kv_rank has no effect with --kv {self.kv}: it is of low_rank")
+        own_rate = PROFILE_DEFAULTS[self.profile].get("kv_learning_rate")
+        if self.kv == "none" and self.kv_learning_rate not in (None, own_rate):
+            raise ConfigError("--kv_learning_rate has no effect with --kv none")
+        if ".." in Path(self.logging_dir).parts or Path(self.logging_dir).is_absolute():
+            raise ConfigError(
+                f"--logging_dir is a folder inside output_dir, got {self.logging_dir!r}"
             )
         if self.reg_weight and self.profile == "textual_inversion":
             raise ConfigError(
@@ -188,7 +201,6 @@ class TrainConfig:
             )
         if self.initialize_tokens is not None and self.celeb_path is not None:
             raise ConfigError("give either --initialize_tokens or --celeb_path, not both")
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, profiles in PROFILE_PARTS.items():
             if getattr(self, name) != defaults[name] and self.profile not in profiles:
                 raise ConfigError(
@@ -239,7 +251,7 @@ class SampleConfig:
     width: int | None = setting(None, "pixels (default: the checkpoint's own size)")
     seed: int = setting(0, "picture i of a seed is the same whatever else is drawn")
     mixed_precision: str = setting(
-        "no", "compute type of the frozen networks", choices=("no", "bf16")
+        "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
 
     def __post_init__(self):
@@ -251,6 +263,13 @@ class SampleConfig:
             raise ConfigError("give exactly one of --identity and --learned_embedding_path")
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give exactly one of --prompt and --prompt_file")
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ConfigError("--negative_prompt has no effect with --guidance_scale 1")
+        if "{" in self.negative_prompt or "}" in self.negative_prompt:
+            raise ConfigError(
+                "--negative_prompt is drawn by the plain model, without the person; {} can stand "
+                "in --prompt only"
+            )
         if self.eta > 1:
             raise ConfigError(f"eta must lie between 0 and 1, got {self.eta}")
         if self.eta and self.scheduler != "ddim":

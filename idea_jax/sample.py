@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from idea_jax import checkpoint, learned_embeds
-from idea_jax.config import ConfigError, SampleConfig
+from idea_jax.config import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
 from idea_jax.files import atomic_write, check_writable, slug, write_together
@@ -92,10 +92,8 @@ def draw(
 
     if is_guided:
         predict = samplers.guided(predict, guidance_scale)
-    if scheduler == "ddim":
-        x = samplers.ddim(predict, x, model.schedule, steps, eta=eta, keys=keys)
-    else:
-        x = samplers.dpmpp_2m(predict, x, model.schedule, steps)
+    fresh_noise = {"eta": eta, "keys": keys} if scheduler == "ddim" else {}
+    x = samplers.SAMPLERS[scheduler](predict, x, model.schedule, steps, **fresh_noise)
     return sd.decode(model, frozen, x)
 
 
@@ -175,12 +173,13 @@ def read_person(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
     tokens = learned_embeds.read(path)
     if len(tokens) != 1:
         raise ConfigError(f"expected one learned token in {path}, found {', '.join(tokens)}")
-    ((token, vectors),) = tokens.items()
+    (vectors,) = tokens.values()
     identity = checkpoint.Identity(
         method=condition.make_method("textual_inversion", num_tokens=len(vectors)),
         trainable={"pseudo_tokens": vectors},
         given={},
-        placeholder=text.normalise_placeholder(token)[0],
+        # Prompts say {}; the file's own name for the token may be a word of the vocabulary.
+        placeholder="<person>",
         base_model="unknown",
         revision=None,
         seed=0,
@@ -220,10 +219,20 @@ def run(cfg: SampleConfig) -> list[Path]:
     filled = [text.fill(prompt, person) for prompt in prompts]
     check_writable(cfg.save_dir)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
-    compute_dtype = "bfloat16" if cfg.mixed_precision == "bf16" else "float32"
+    compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    model = sd.read_configs(found.folder, compute_dtype)
+    size = picture_size(model, cfg.height, cfg.width)
+    tokenizer = text.load_tokenizer(
+        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+    ).with_placeholder(person.token, person.n)
+    token_ids = tokenizer([*filled, cfg.negative_prompt])
+    if (token_ids[-1] >= tokenizer.vocab_size).any():
+        raise ConfigError(
+            "--negative_prompt is drawn by the plain model, without the person; leave "
+            f"{person.token} out of it"
+        )
     model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
     checkpoint.check_identity(identity, model, frozen, source)
-    size = picture_size(model, cfg.height, cfg.width)
     if cfg.id_strength != 1 and not identity.method.acts_at_sampling:
         log.warning(
             "--id_strength has no effect: an identity of profile %r draws with its tokens alone",
@@ -233,31 +242,7 @@ def run(cfg: SampleConfig) -> list[Path]:
         log.warning(
             "the identity was learned on %s and is drawn with %s", identity.base_model, found.name
         )
-    tokenizer = text.load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    ).with_placeholder(identity.placeholder, identity.method.num_tokens)
-    token_ids = tokenizer([*filled, cfg.negative_prompt])
-    settings = {
-        "seed": cfg.seed,
-        "pictures": cfg.num_images_per_prompt * cfg.n_iter,
-        "scheduler": cfg.scheduler,
-        "num_inference_steps": cfg.num_inference_steps,
-        "guidance_scale": cfg.guidance_scale,
-        "eta": cfg.eta,
-        "negative_prompt": cfg.negative_prompt,
-        "id_strength": cfg.id_strength,
-        "height": size[0],
-        "width": size[1],
-        "mixed_precision": cfg.mixed_precision,
-        "model": found.name,
-        "revision": found.revision,
-        "identity": {
-            "file": source.name,
-            "sha256": checkpoint.file_digest(source),
-            "profile": identity.method.profile,
-            "steps": identity.steps,
-        },
-    }
+    settings = describe(cfg, found, size, identity, source)
     folders = []
     for prompt, prompt_ids in zip(prompts, token_ids[:-1], strict=True):
         kv = prompt_keys_values(
@@ -287,6 +272,34 @@ def run(cfg: SampleConfig) -> list[Path]:
         folders.append(save_pictures(Path(cfg.save_dir), prompt, drawn, settings))
         log.info("%d pictures in %s", len(drawn), folders[-1])
     return folders
+
+
+def describe(
+    cfg: SampleConfig,
+    found: hub.Checkpoint,
+    size: tuple[int, int],
+    identity: checkpoint.Identity,
+    source: Path,
+) -> dict:
+    """All that the pictures of a run depend on, but for the prompt."""
+    same = (
+        *("seed", "scheduler", "num_inference_steps", "guidance_scale", "eta"),
+        *("negative_prompt", "id_strength", "mixed_precision"),
+    )
+    return {
+        **{name: getattr(cfg, name) for name in same},
+        "pictures": cfg.num_images_per_prompt * cfg.n_iter,
+        "height": size[0],
+        "width": size[1],
+        "model": found.name,
+        "revision": found.revision,
+        "identity": {
+            "file": source.name,
+            "sha256": checkpoint.file_digest(source),
+            "profile": identity.method.profile,
+            "steps": identity.steps,
+        },
+    }
 
 
 def save_pictures(save_dir: Path, prompt: str, drawn: np.ndarray, settings: dict) -> Path:

@@ -4,8 +4,12 @@ import functools
 import hashlib
 import logging
 import re
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -14,7 +18,7 @@ import optax
 from tqdm import tqdm
 
 from idea_jax import checkpoint, faces, learned_embeds, sample, tensorboard
-from idea_jax.config import ConfigError, TrainConfig, to_yaml
+from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig, to_yaml
 from idea_jax.data import images, text
 from idea_jax.files import atomic_write, check_writable, slug, write_together
 from idea_jax.method import anchor, condition
@@ -48,6 +52,14 @@ class TrainingError(RuntimeError):
     """The loss is no longer a number."""
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint has been written."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
 @dataclass(frozen=True)
 class Base:
     """What a run needs besides the person: the frozen model and its tokenizer."""
@@ -66,26 +78,41 @@ def run(cfg: TrainConfig) -> list[Path]:
       ConfigError, ImageError, FaceError, TextError, CheckpointNotFound, WeightsError,
       UnsupportedConfig, CheckpointError: bad input, found before training starts.
       TrainingError: the loss became non-finite; the last good identity is on disk.
+      Interrupted: SIGINT or SIGTERM; a checkpoint is on disk.
     """
     # What can be wrong and is cheap to see comes first.
     started = time.monotonic()
     output_dir = Path(cfg.output_dir)
-    check_writable(output_dir)
     paths = read_folder(Path(cfg.train_data_dir))
+    check_writable(output_dir)
     method = method_of(cfg)
+    placeholder = placeholder_of(cfg)
+    validation = [text.fill(prompt, placeholder) for prompt in cfg.validation_prompt or []]
+    names = text.read_names(cfg.celeb_path) if cfg.celeb_path else text.shipped_names()
+    if not cfg.resume_from_checkpoint:
+        checkpoint.refuse_checkpoints(output_dir / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    model = sd.read_configs(found.folder, COMPUTE_DTYPES[cfg.mixed_precision])
+    side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
+    tokenizer = text.load_tokenizer(
+        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+    ).with_placeholder(placeholder.token, placeholder.n)
+    start_ids = starting_ids(cfg, method, tokenizer, names)
     face_model = find_face_model(cfg.face_model, found.folder) if method.uses_face else None
     id_embed = embed_person(face_model, paths, cfg.pre_aligned) if face_model else None
 
     # The frozen model, and what it makes of this person
-    base = load_base(cfg, found)
+    model, frozen = sd.load(
+        found.folder, variant=cfg.variant, compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision]
+    )
+    base = Base(model, frozen, tokenizer, found.name, found.revision)
     key = jax.random.key(cfg.seed)
-    start = starting_tokens(cfg, method, base)
-    given = condition.init_given(method, base.model, key, start, id_embed)
-    trainable = condition.init_trainable(method, base.model, base.frozen.cross_kv, key, start)
+    start = starting_tokens(cfg, method, base, start_ids)
+    given = condition.init_given(method, model, key, start, id_embed)
+    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
     optimizer = optimizer_of(cfg, method)
     state = init_state(optimizer, trainable, given)
-    photos = encode_photos(cfg, base, paths)
+    photos = encode_photos(base, paths, side, cfg.center_crop)
 
     # The loop
     log.info(
@@ -97,7 +124,7 @@ def run(cfg: TrainConfig) -> list[Path]:
         cfg.train_batch_size,
         ", ".join(f"{part} {cfg.rates()[part]:g}" for part in method.parts()),
     )
-    results = Results(cfg, method, base, output_dir)
+    results = Results(cfg, method, base, output_dir, validation)
     fingerprint = fingerprint_of(cfg, base, paths, face_model)
     state, metrics = loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results)
 
@@ -167,41 +194,40 @@ def embed_person(face_model: Path, paths: list[Path], pre_aligned: bool) -> np.n
     return faces.mean_embedding(faces.embed_faces(recogniser, crops))
 
 
-def load_base(cfg: TrainConfig, found: hub.Checkpoint) -> Base:
-    """Loads the frozen model and its tokenizer, and adds the placeholder."""
-    placeholder, notice = text.normalise_placeholder(cfg.placeholder_token)
+def placeholder_of(cfg: TrainConfig) -> text.Placeholder:
+    """The person's name in prompts, spelled as the tokenizer will see it."""
+    token, notice = text.normalise_placeholder(cfg.placeholder_token)
     if notice:
         log.warning(notice)
-    compute_dtype = "bfloat16" if cfg.mixed_precision == "bf16" else "float32"
-    model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
-    tokenizer = text.load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    )
-    tokenizer = tokenizer.with_placeholder(placeholder, cfg.n_pseudo_tokens)
-    return Base(model, frozen, tokenizer, found.name, found.revision)
+    return text.Placeholder(token, cfg.n_pseudo_tokens)
 
 
-def starting_tokens(cfg: TrainConfig, method: condition.Method, base: Base) -> jax.Array:
+def starting_ids(
+    cfg: TrainConfig, method: condition.Method, tokenizer: text.Tokenizer, names: list[str]
+) -> np.ndarray:
+    """Token ids to start from: int32[N] of words, or int32[K, N] of names.
+
+    One word stands for all pseudo tokens.
+    """
+    n, words = cfg.n_pseudo_tokens, cfg.initialize_tokens
+    if words is None and method.cross_init:
+        return text.name_token_ids(tokenizer, names, n)
+    words = words or ["person"]
+    return text.word_token_ids(tokenizer, words * n if len(words) == 1 else words, n)
+
+
+def starting_tokens(
+    cfg: TrainConfig, method: condition.Method, base: Base, ids: np.ndarray
+) -> jax.Array:
     """The pseudo tokens' first value, float32[N, D]; it is the anchor, too."""
-    n, tokenizer = cfg.n_pseudo_tokens, base.tokenizer
+    model, frozen, special = base.model, base.frozen, base.tokenizer
     if not method.cross_init:
-        words = cfg.initialize_tokens or ["person"]
-        ids = text.word_token_ids(tokenizer, words * n if len(words) == 1 else words, n)
-        start = anchor.from_input_embeddings(base.model, base.frozen, ids)
+        start = anchor.from_input_embeddings(model, frozen, ids)
     elif cfg.initialize_tokens is not None:
-        ids = text.word_token_ids(tokenizer, cfg.initialize_tokens, n)
-        start = anchor.from_words(
-            base.model, base.frozen, ids, bos=tokenizer.bos, eos=tokenizer.eos
-        )
+        start = anchor.from_words(model, frozen, ids, bos=special.bos, eos=special.eos)
     else:
-        names = text.read_names(cfg.celeb_path) if cfg.celeb_path else text.shipped_names()
         start = anchor.from_names(
-            base.model,
-            base.frozen,
-            text.name_token_ids(tokenizer, names, n),
-            bos=tokenizer.bos,
-            eos=tokenizer.eos,
-            pad=tokenizer.pad,
+            model, frozen, ids, bos=special.bos, eos=special.eos, pad=special.pad
         )
     check_finite(start, f"the text encoder of {base.name}")
     return start
@@ -228,21 +254,16 @@ def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTr
     )
 
 
-def encode_photos(cfg: TrainConfig, base: Base, paths: list[Path]) -> Photos:
+def encode_photos(base: Base, paths: list[Path], side: int, center_crop: bool) -> Photos:
     """Encodes every picture and its mirror once; the steps only draw from these moments.
 
     The mirror is encoded too, because the VAE of a mirrored picture is not the mirrored VAE.
-
-    Raises:
-      ConfigError: the resolution does not fit the networks.
     """
     model = base.model
-    side = cfg.resolution
-    size, _ = sample.picture_size(model, side, side, ("resolution", "resolution"))
     encode = jax.jit(functools.partial(sd.encode_image, model))
     means, logvars = [], []
     for path in paths:
-        pixels = images.to_pixels(images.read_image(path), size, center_crop=cfg.center_crop)
+        pixels = images.to_pixels(images.read_image(path), side, center_crop=center_crop)
         mean, logvar = encode(base.frozen, np.stack([pixels, pixels[:, ::-1]]))
         check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {path.name},")
         means.append(np.asarray(mean))
@@ -272,6 +293,7 @@ def fingerprint_of(
         "photos": pictures.hexdigest(),
         "base_model": base.name,
         "revision": base.revision,
+        "base_weights": checkpoint.tree_digest(base.frozen.cross_kv),
     }
 
 
@@ -301,41 +323,71 @@ def loop(
     fingerprint: dict[str, object],
     results: "Results",
 ) -> tuple[IdentityState, Metrics | None]:
-    """Takes all steps; returns the final state and the last step's metrics.
+    """Takes all steps; returns the final state and the last step's metrics (None: no step left).
 
     Raises:
       TrainingError: a step was not finite.
+      Interrupted: a signal came; the step under way was finished and a checkpoint written.
     """
     bound = functools.partial(draw_and_step, base.model, method, optimizer, cfg.train_batch_size)
     step_fn = jax.jit(bound, donate_argnums=1)
-    checkpoints = None
-    if cfg.checkpointing_steps or cfg.resume_from_checkpoint:
-        checkpoints = checkpoint.Checkpoints(
-            results.output_dir / "checkpoints", fingerprint, limit=cfg.checkpoints_total_limit
-        )
+    checkpoints = checkpoint.Checkpoints(
+        results.output_dir / "checkpoints", fingerprint, limit=cfg.checkpoints_total_limit
+    )
     metrics = pending = None
     try:
         if cfg.resume_from_checkpoint:
             state = resume(checkpoints, state, cfg)
-        first = int(state.step)
-        with results.progress(first) as bar:
-            for step in range(first + 1, cfg.max_train_steps + 1):
+        first, last = int(state.step), cfg.max_train_steps
+        with results.progress(first) as bar, noted_signals() as signals:
+            for step in range(first + 1, last + 1):
                 state, metrics = step_fn(base.frozen, state, photos, key)
                 # The step before is read while this one runs, so the device never waits.
                 if pending is not None:
                     results.report(bar, step - 1, pending, state)
                 pending = metrics
-                if results.is_due(step) or step == cfg.max_train_steps:
+                if results.is_due(step) or step == last or signals:
                     results.report(bar, step, pending, state)
                     pending = None
                     results.save_on_the_way(step, state)
-                    if checkpoints and is_multiple(step, cfg.checkpointing_steps):
-                        checkpoints.save(state)
+                is_last = step == last and cfg.checkpointing_steps > 0
+                if is_last or is_multiple(step, cfg.checkpointing_steps) or signals:
+                    checkpoints.save(state)
+                if signals and step < last:
+                    raise Interrupted(
+                        signals[0],
+                        f"stopped after step {step} of {last}, which is kept in "
+                        f"{checkpoints.folder}; add --resume_from_checkpoint latest to go on",
+                    )
     finally:
-        if checkpoints:
-            checkpoints.close()
+        checkpoints.close()
         results.close()
     return state, metrics
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the step under way can end; a second one stops at once.
+
+    Does nothing outside the main thread, where Python allows no handlers.
+    """
+    noted: list[int] = []
+
+    def note(signum, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(signum)
+        log.warning("stopping after this step; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_multiple(step: int, every: int) -> bool:
@@ -351,23 +403,32 @@ def resume(
     if restored is None:
         log.warning("no checkpoint in %s yet: starting from the first step", cfg.output_dir)
         return state
-    log.info("resumed after step %d", int(restored.step))
+    step, last = int(restored.step), cfg.max_train_steps
+    if step > last:
+        raise checkpoint.CheckpointError(
+            f"the checkpoint is of step {step}, beyond --max_train_steps {last}; ask for more "
+            "steps, or name an earlier checkpoint"
+        )
+    log.info("resumed after step %d%s", step, "; nothing is left to do" if step == last else "")
     return restored
 
 
 class Results:
     """Everything a run shows and writes: progress, losses, grids, identities."""
 
-    def __init__(self, cfg: TrainConfig, method: condition.Method, base: Base, output_dir: Path):
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        method: condition.Method,
+        base: Base,
+        output_dir: Path,
+        validation: list[str],
+    ):
         self.cfg, self.method, self.base, self.output_dir = cfg, method, base, output_dir
         self.log = None
         if cfg.report_to == "tensorboard":
             self.log = tensorboard.Log(output_dir / cfg.logging_dir)
-        prompts = [
-            text.fill(prompt, base.tokenizer.placeholders[0])
-            for prompt in cfg.validation_prompt or []
-        ]
-        self.validation_ids = base.tokenizer([*prompts, ""]) if prompts else None
+        self.validation_ids = base.tokenizer([*validation, ""]) if validation else None
 
     def progress(self, first: int) -> tqdm:
         """A bar that counts samples; it is silent where standard error is no terminal."""
@@ -495,7 +556,10 @@ class Results:
     def save_run(self, metrics: Metrics | None, steps: int, seconds: float, folder: Path) -> None:
         """Writes the resolved config (`--config` reads it back) and what came of it."""
         with atomic_write(folder / "config.yaml") as temporary:
-            temporary.write_text(to_yaml(self.cfg), "utf-8")
+            # Without the way this run was resumed: the file says how to do all of it again.
+            temporary.write_text(to_yaml(replace(self.cfg, resume_from_checkpoint=None)), "utf-8")
+        if metrics is None and (self.output_dir / "run.json").is_file():
+            return  # nothing was left to do: what the file says of the run is still true
         about = {
             "base_model": self.base.name,
             "revision": self.base.revision,

@@ -104,6 +104,10 @@ def test_yaml_mistakes_are_named(tmp_path, yaml, message):
         ("--train_batch_size 0", "must be greater than 0, got 0"),
         ("--learning_rate -1", "must not be negative, got -1"),
         ("--adam_beta1 1", r"must lie in \[0, 1\)"),
+        ("--kv none --kv_learning_rate 0.5", "--kv_learning_rate has no effect with --kv none"),
+        ("--kv full --kv_rank 8", "--kv_rank has no effect with --kv full"),
+        ("--logging_dir ../logs", "a folder inside output_dir"),
+        ("--logging_dir /logs", "a folder inside output_dir"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(flags, message):
@@ -118,6 +122,8 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
         (["--prompt_file", "x"], "exactly one of --prompt"),
         (["--eta", "0.5", "--scheduler", "dpmpp_2m"], "--eta belongs to --scheduler ddim"),
         (["--eta", "1.5"], "between 0 and 1"),
+        (["--guidance_scale", "1", "--negative_prompt", "x"], "--negative_prompt has no effect"),
+        (["--negative_prompt", "{} ugly"], "{} can stand in --prompt only"),
     ],
 )
 def test_sample_settings_that_do_not_fit_are_refused(flags, message):

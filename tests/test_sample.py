@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 import sample_jax
-from idea_jax import checkpoint, sample
+from idea_jax import checkpoint, learned_embeds, sample
 from idea_jax.data import images, text
 from idea_jax.method import condition
 from idea_jax.models import sd
@@ -73,6 +75,16 @@ def test_picture_is_the_same_in_any_batch(loaded, identity):
     np.testing.assert_allclose(alone[0], together[2], atol=1e-4)
     np.testing.assert_allclose(shuffled[1], together[2], atol=1e-4)
     assert np.abs(together[0] - together[1]).mean() > 0.01
+
+
+def test_picture_is_the_same_on_any_number_of_devices(loaded, identity):
+    kv = keys_values(loaded, identity)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(jnp.arange(8, dtype=jnp.int32), NamedSharding(mesh, P("data")))
+    model, frozen, _ = loaded
+    everywhere = jax.device_put((frozen, kv), NamedSharding(mesh, P()))
+    drawn = draw((model, everywhere[0]), everywhere[1], spread)
+    np.testing.assert_allclose(drawn[:4], draw(loaded, kv, [0, 1, 2, 3]), atol=1e-4)
 
 
 def test_guidance_of_one_is_the_prompt_alone(loaded, identity):
@@ -165,10 +177,27 @@ def test_legacy_embeddings_draw_as_the_same_tokens(random_checkpoint, identity, 
     torch.save({f"<00011>_v{i}": torch.tensor(row) for i, row in enumerate(vectors)}, legacy)
     base = (random_checkpoint, None, tmp_path / "bin", "--prompt", "a photo of {}")
     assert run(*base, "--learned_embedding_path", legacy) == 0
+    # A file for the web interfaces has no name inside; its own may be a word of the vocabulary.
+    webui = tmp_path / "person.safetensors"
+    learned_embeds.write_webui(webui, vectors, {})
+    base = (random_checkpoint, None, tmp_path / "webui", "--prompt", "a photo of {}")
+    assert run(*base, "--learned_embedding_path", webui) == 0
     file = tmp_path / "identity.safetensors"
     checkpoint.write_identity(file, identity)
     base = (random_checkpoint, file, tmp_path / "all", "--prompt", "a photo of {}")
     assert run(*base, "--id_strength", 0) == 0
-    (tokens,), (silenced,) = (tmp_path / "bin").iterdir(), (tmp_path / "all").iterdir()
-    difference = np.abs(read_folder(tokens).astype(int) - read_folder(silenced))
-    assert difference.max() <= 1
+    (silenced,) = (tmp_path / "all").iterdir()
+    for name in ("bin", "webui"):
+        (tokens,) = (tmp_path / name).iterdir()
+        difference = np.abs(read_folder(tokens).astype(int) - read_folder(silenced))
+        assert difference.max() <= 1
+
+
+def test_negative_prompt_that_names_the_person_is_refused(
+    random_checkpoint, identity, tmp_path, capsys
+):
+    file = tmp_path / "identity.safetensors"
+    checkpoint.write_identity(file, identity)
+    args = (random_checkpoint, file, tmp_path / "x", "--prompt", "{}")
+    assert run(*args, "--negative_prompt", "<person>_v0 ugly") == 1
+    assert "drawn by the plain model" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import sample_jax
 import train_jax
 from idea_jax import checkpoint
+from idea_jax import train as train_module
 from idea_jax.data import images
 from idea_jax.diffusion.samplers import initial_noise
 
@@ -102,12 +105,75 @@ def test_resumed_run_equals_the_straight_run_bit_for_bit(
     assert "resumed after step 3" in caplog.text
     assert digest(tmp_path / "identity.safetensors") != stopped
     assert digest(tmp_path / "identity.safetensors") == digest(straight / "identity.safetensors")
-    # By path, from the middle of the run.
-    path = tmp_path / "checkpoints" / "3"
-    assert train(
-        random_checkpoint, photo_folder, tmp_path, *flags, "--max_train_steps", 6,
-        "--resume_from_checkpoint", path,
-    ) == 0  # fmt: skip
+
+    # By path, from the middle of the run; the checkpoints after it give way to new ones.
+    def steps():
+        return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+
+    assert steps() == [3, 6]
+    path = ["--resume_from_checkpoint", tmp_path / "checkpoints" / "3"]
+    often = [*flags[:-1], "1", *path]
+    assert train(random_checkpoint, photo_folder, tmp_path, *often, "--max_train_steps", 5) == 0
+    assert steps() == [3, 4, 5]
+    assert train(random_checkpoint, photo_folder, tmp_path, *often, "--max_train_steps", 6) == 0
+    assert steps() == [3, 4, 5, 6]
+    assert digest(tmp_path / "identity.safetensors") == digest(straight / "identity.safetensors")
+
+
+def test_second_run_in_the_same_folder_keeps_the_firsts_checkpoints(
+    straight, random_checkpoint, photo_folder, capsys
+):
+    before = {p: digest(p) for p in straight.rglob("*") if p.is_file()}
+    assert train(random_checkpoint, photo_folder, straight, "--seed", 6) == 1
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert {p: digest(p) for p in straight.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_where_nothing_is_left_or_too_much_is_done(
+    straight, random_checkpoint, photo_folder, tmp_path, capsys, caplog
+):
+    caplog.set_level("INFO")
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    resume = "--resume_from_checkpoint latest --train_batch_size 2 --seed 5".split()
+    before = digest(out / "run.json"), digest(out / "identity.safetensors")
+    assert train(random_checkpoint, photo_folder, out, *resume, "--max_train_steps", 6) == 0
+    assert "nothing is left to do" in caplog.text
+    assert (digest(out / "run.json"), digest(out / "identity.safetensors")) == before
+    assert train(random_checkpoint, photo_folder, out, *resume, "--max_train_steps", 5) == 1
+    assert "beyond --max_train_steps 5" in capsys.readouterr().err
+    # A checkpoint with the same name and other weights is another base model.
+    other = tmp_path / "tiny"
+    shutil.copytree(random_checkpoint, other)
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if "attn2.to_k" in key)
+    save_file(tensors | {name: tensors[name] + 0.01}, weights, {"format": "pt"})
+    assert train(other, photo_folder, out, *resume, "--max_train_steps", 7) == 1
+    assert "base_weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_goes_on_where_it_was(
+    straight, random_checkpoint, photo_folder, tmp_path, monkeypatch, capsys, number
+):
+    report = train_module.Results.report
+
+    def report_and_stop(self, bar, step, *rest):
+        report(self, bar, step, *rest)
+        if step == 2:
+            signal.raise_signal(number)
+
+    flags = "--train_batch_size 2 --seed 5 --max_train_steps 6".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module.Results, "report", report_and_stop)
+        assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 128 + number
+    # Step 2 is reported while step 3 runs.
+    assert "stopped after step 3 of 6" in capsys.readouterr().err
+    assert not (tmp_path / "identity.safetensors").exists()
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert train(random_checkpoint, photo_folder, tmp_path, *flags, *resume) == 0
     assert digest(tmp_path / "identity.safetensors") == digest(straight / "identity.safetensors")
 
 
@@ -120,7 +186,15 @@ def test_checkpoints_beyond_the_limit_are_removed(random_checkpoint, photo_folde
     assert not (tmp_path / "identity-steps-2.safetensors").exists()
 
 
-def test_commands_of_the_original_readme_run(random_checkpoint, photo_folder, tmp_path, caplog):
+def test_commands_of_the_original_readme_run(
+    random_checkpoint, photo_folder, tmp_path, caplog, monkeypatch
+):
+    # A plain checkpoint; the face model is where insightface keeps it.
+    plain, pack = tmp_path / "plain", tmp_path / ".insightface" / "models" / "buffalo_l"
+    shutil.copytree(random_checkpoint, plain, ignore=shutil.ignore_patterns("face"))
+    pack.mkdir(parents=True)
+    shutil.copy(random_checkpoint / "face" / "arcface.onnx", pack / "w600k_r50.onnx")
+    monkeypatch.setenv("HOME", str(tmp_path))
     names = tmp_path / "celeb_names.txt"
     names.write_text("Marie Curie\nAlan Turing\nAda Lovelace\n")
     out, pictures = tmp_path / "out", tmp_path / "pictures"
@@ -130,7 +204,7 @@ def test_commands_of_the_original_readme_run(random_checkpoint, photo_folder, tm
             *"--train_batch_size 8 --scale_lr --n_persudo_tokens 2 --reg_weight 8e-4".split(),
             *"--learning_rate 0.0015 --max_train_step 320".split(),
             *("--train_data_dir", str(photo_folder), "--celeb_path", str(names)),
-            *("--pretrained_model_name_or_path", str(random_checkpoint)),
+            *("--pretrained_model_name_or_path", str(plain)),
             *("--output_dir", str(out)),
         ]
     )
@@ -139,7 +213,7 @@ def test_commands_of_the_original_readme_run(random_checkpoint, photo_folder, tm
     assert not (out / "identity-steps-300.safetensors").exists()  # --only_save_embeds
     code = sample_jax.main(
         [
-            *("--pretrained_model_name_or_path", str(random_checkpoint)),
+            *("--pretrained_model_name_or_path", str(plain)),
             *("--num_inference_steps", "50"),
             *("--learned_embedding_path", str(out / "learned_embeds.bin")),
             *("--prompt", "{} wearing an oversized sweater", "--save_dir", str(pictures)),
