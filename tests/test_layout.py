@@ -49,6 +49,10 @@ ROWS = (
         "sample checkpoint train_step learned_embeds tensorboard faces config pytrees files data.* "
         "diffusion.* method.* models.*",
     ),
+    # the drawn world: knows neither networks nor runs
+    ("mini.traits", ""),
+    ("mini.face", "mini.traits"),
+    ("mini.world", "mini.* data.images pytrees"),
     # level 6: the command line
     ("cli", "train sample checkpoint learned_embeds faces config data.* diffusion.* models.*"),
     ("demo", "cli train sample config random_sd random_face"),
