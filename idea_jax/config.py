@@ -91,7 +91,8 @@ class TrainConfig:
     """Everything that decides what `train_jax.py` does."""
 
     pretrained_model_name_or_path: str = setting(
-        ..., "Stable Diffusion checkpoint in diffusers layout: a folder or a Hub id"
+        ...,
+        "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
     )
     train_data_dir: str = setting(..., "folder with one or more photos of one person")
     output_dir: str = setting("idea-output", "folder that receives all results")
@@ -111,7 +112,9 @@ class TrainConfig:
         None, "words to start from instead of the names", aliases=("initializer_token",)
     )
     celeb_path: str | None = setting(
-        None, "file of names, one per line, for Cross Initialization (default: the shipped list)"
+        None,
+        "file of names, one per line, for Cross Initialization (default: the checkpoint's own "
+        "names.txt, or the shipped list)",
     )
     face_model: str | None = setting(
         None, "ArcFace model, ONNX, 112x112 input (profiles paper and official)"
@@ -225,7 +228,8 @@ class SampleConfig:
     """Everything that decides what `sample_jax.py` does."""
 
     pretrained_model_name_or_path: str = setting(
-        ..., "Stable Diffusion checkpoint in diffusers layout: a folder or a Hub id"
+        ...,
+        "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
     )
     identity: str | None = setting(None, "identity.safetensors that training wrote")
     learned_embedding_path: str | None = setting(

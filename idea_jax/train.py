@@ -88,7 +88,7 @@ def run(cfg: TrainConfig) -> list[Path]:
     method = method_of(cfg)
     placeholder = placeholder_of(cfg)
     validation = [text.fill(prompt, placeholder) for prompt in cfg.validation_prompt or []]
-    names = text.read_names(cfg.celeb_path) if cfg.celeb_path else text.shipped_names()
+    given_names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
     if not cfg.resume_from_checkpoint:
         checkpoint.refuse_checkpoints(output_dir / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
@@ -97,6 +97,7 @@ def run(cfg: TrainConfig) -> list[Path]:
     tokenizer = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     ).with_placeholder(placeholder.token, placeholder.n)
+    names = given_names or known_names(found.folder)
     start_ids = starting_ids(cfg, method, tokenizer, names)
     face_model = find_face_model(cfg.face_model, found.folder) if method.uses_face else None
     id_embed = embed_person(face_model, paths, cfg.pre_aligned) if face_model else None
@@ -194,6 +195,12 @@ def embed_person(face_model: Path, paths: list[Path], pre_aligned: bool) -> np.n
     return faces.mean_embedding(faces.embed_faces(recogniser, crops))
 
 
+def known_names(checkpoint_folder: Path) -> list[str]:
+    """Names that the text encoder knows: the checkpoint's own list, or the shipped one."""
+    own = checkpoint_folder / "names.txt"
+    return text.read_names(own) if own.is_file() else text.shipped_names()
+
+
 def placeholder_of(cfg: TrainConfig) -> text.Placeholder:
     """The person's name in prompts, spelled as the tokenizer will see it."""
     token, notice = text.normalise_placeholder(cfg.placeholder_token)
@@ -260,11 +267,10 @@ def encode_photos(base: Base, paths: list[Path], side: int, center_crop: bool) -
     The mirror is encoded too, because the VAE of a mirrored picture is not the mirrored VAE.
     """
     model = base.model
-    encode = jax.jit(functools.partial(sd.encode_image, model))
     means, logvars = [], []
     for path in paths:
         pixels = images.to_pixels(images.read_image(path), side, center_crop=center_crop)
-        mean, logvar = encode(base.frozen, np.stack([pixels, pixels[:, ::-1]]))
+        mean, logvar = _encode_image(model, base.frozen, np.stack([pixels, pixels[:, ::-1]]))
         check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {path.name},")
         means.append(np.asarray(mean))
         logvars.append(np.asarray(logvar))
@@ -275,6 +281,10 @@ def encode_photos(base: Base, paths: list[Path], side: int, center_crop: bool) -
         count=jax.numpy.int32(len(paths)),
         token_ids=jax.numpy.asarray(base.tokenizer(prompts)),
     )
+
+
+# One program for all pictures, and for all people of a process.
+_encode_image = jax.jit(sd.encode_image, static_argnums=0)
 
 
 def fingerprint_of(
@@ -297,6 +307,7 @@ def fingerprint_of(
     }
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def draw_and_step(
     model: sd.StableDiffusion,
     method: condition.Method,
@@ -307,7 +318,10 @@ def draw_and_step(
     photos: Photos,
     key: jax.Array,
 ) -> tuple[IdentityState, Metrics]:
-    """Draws the batch of the state's step and takes the step: one program, one dispatch."""
+    """Draws the batch of the state's step and takes the step: one program, one dispatch.
+
+    Compiled once for all people who are trained with the same method and optimiser object.
+    """
     batch = draw_batch(model, photos, key, state.step, size)
     return train_step(model, method, optimizer, frozen, state, batch)
 
@@ -329,8 +343,7 @@ def loop(
       TrainingError: a step was not finite.
       Interrupted: a signal came; the step under way was finished and a checkpoint written.
     """
-    bound = functools.partial(draw_and_step, base.model, method, optimizer, cfg.train_batch_size)
-    step_fn = jax.jit(bound, donate_argnums=1)
+    step_fn = functools.partial(draw_and_step, base.model, method, optimizer, cfg.train_batch_size)
     checkpoints = checkpoint.Checkpoints(
         results.output_dir / "checkpoints", fingerprint, limit=cfg.checkpoints_total_limit
     )
@@ -425,6 +438,7 @@ class Results:
         validation: list[str],
     ):
         self.cfg, self.method, self.base, self.output_dir = cfg, method, base, output_dir
+        self.losses: list[tuple[int, float]] = []
         self.log = None
         if cfg.report_to == "tensorboard":
             self.log = tensorboard.Log(output_dir / cfg.logging_dir)
@@ -449,6 +463,7 @@ class Results:
                 f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; "
                 f"stopped. {self.save_last_good(state)}, or use --mixed_precision no"
             )
+        self.losses.append((step, values["loss"]))
         bar.update(self.cfg.train_batch_size)
         bar.set_postfix_str(f"step {step}, loss {values['loss']:.4f}", refresh=False)
         if bar.disable and is_multiple(step, max(1, self.cfg.max_train_steps // 10)):
@@ -565,6 +580,7 @@ class Results:
             "revision": self.base.revision,
             "steps": steps,
             "last_loss": None if metrics is None else float(metrics.loss),
+            "loss_curve": loss_curve(self.losses),
             "seconds": round(seconds, 1),
             "device": jax.devices()[0].device_kind,
             "versions": checkpoint.versions(),
@@ -575,3 +591,9 @@ class Results:
         """Flushes the log."""
         if self.log:
             self.log.close()
+
+
+def loss_curve(losses: list[tuple[int, float]], points: int = 40) -> list[tuple[int, float]]:
+    """Means of at most `points` equal parts of (step, loss), each with its last step."""
+    parts = np.array_split(np.array(losses, np.float64).reshape(-1, 2), points)
+    return [(int(p[-1, 0]), float(f"{p[:, 1].mean():.6g}")) for p in parts if len(p)]

@@ -29,6 +29,7 @@ ROWS = (
     ("models.layers", ""),
     ("models.clip_text", "models.layers"),
     ("models.unet", "models.layers"),
+    ("models.clip_vision", "models.layers models.clip_text"),
     ("models.vae", "models.layers"),
     ("models.weights", "pytrees"),
     ("models.hub", "models.weights"),
@@ -53,14 +54,22 @@ ROWS = (
     ("mini.traits", ""),
     ("mini.face", "mini.traits"),
     ("mini.world", "mini.* data.images pytrees"),
+    ("mini.people", "mini.traits"),
+    ("mini.captions", "mini.traits"),
+    ("mini.drawings", "mini.* data.images files pytrees"),
+    # the mini: a Stable Diffusion of that world
+    ("mini.networks", "files"),
+    ("mini.pretrain", "mini.* models.* diffusion.schedule data.text files pytrees random_sd"),
+    ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
+    ("mini.lab", "mini.* train train_step sample faces config models.hub pytrees"),
     # level 6: the command line
     ("cli", "train sample checkpoint learned_embeds faces config data.* diffusion.* models.*"),
-    ("demo", "cli train sample config random_sd random_face"),
+    ("demo", "cli mini.* data.images"),
 )
 
 FLAX = {
-    *("models.layers", "models.clip_text", "models.unet", "models.vae"),
-    "method.modules",
+    *("models.layers", "models.clip_text", "models.clip_vision", "models.unet", "models.vae"),
+    *("method.modules", "mini.networks"),
 }
 # Imported inside the functions that need them: slow to import, or not needed by every run.
 LAZY = {

@@ -113,10 +113,10 @@ def _frame(who, scene, nuisance, x, y, pixel, place) -> face.Frame:
 
 
 def _brushed(scene, x, y):
-    amount = 0.014 * (scene.style == 1)
+    amount = 0.008 * (scene.style == 1)
     return (
-        x + amount * (jnp.sin(11 * y + 3 * jnp.sin(5 * x)) + 0.5 * jnp.sin(23 * y - 7 * x)),
-        y + amount * (jnp.sin(12 * x + 3 * jnp.sin(6 * y)) + 0.5 * jnp.sin(21 * x + 9 * y)),
+        x + amount * (jnp.sin(9 * y + 2 * jnp.sin(4 * x)) + 0.4 * jnp.sin(17 * y - 6 * x)),
+        y + amount * (jnp.sin(10 * x + 2 * jnp.sin(5 * y)) + 0.4 * jnp.sin(16 * x + 7 * y)),
     )
 
 
@@ -145,7 +145,7 @@ def _finish(image, scene, nuisance, x, y, pixel):
         jnp.sin(40 * x + 13 * y + 4 * jnp.sin(9 * y - 5 * x))
         + jnp.sin(17 * x - 47 * y + 5 * jnp.sin(7 * x))
     )[..., None]
-    painted = (gray + 1.18 * (image - gray)) * (1 + 0.055 * stroke) + 0.012 * stroke
+    painted = (gray + 1.18 * (image - gray)) * (1 + 0.03 * stroke) + 0.006 * stroke
     hatch = 0.5 + 0.5 * jnp.sin(38 * (x + y) + 1.2 * jnp.sin(9 * x - 7 * y))[..., None]
     pale = 0.30 + 0.74 * (gray + 0.45 * (image - gray))
     ink = jnp.clip((0.22 - gray) / 0.22, 0, 1)

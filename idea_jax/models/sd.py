@@ -5,7 +5,7 @@ Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -193,16 +193,19 @@ def save(
     *,
     variant: str | None = None,
     dtype: str = "float32",
+    parts: Collection[str] = ("text_encoder", "unet", "vae"),
 ) -> None:
     """Writes a checkpoint that `load` and torch's diffusers read; the tokenizer is not part of it.
 
     Weights are written as `dtype` ("float32", "float16" or "bfloat16"), under the names of
-    `variant` if given. Each file is replaced only once it is complete.
+    `variant` if given, and those of `parts` only. Each file is replaced only once it is complete.
     """
     folder = Path(folder)
     trees = frozen._asdict()
     version = {"_diffusers_version": DIFFUSERS_VERSION}
     for part in _parts(model):
+        if part.folder not in parts:
+            continue
         params = {tree: trees[tree] for tree in part.trees}
         tensors = weights.to_tensors(part.table, params, jnp.dtype(dtype))
         infix = f".{variant}" if variant else ""

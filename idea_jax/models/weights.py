@@ -192,17 +192,41 @@ def text_table() -> Table:
         for name in ("token_embedding", "position_embedding")
     ]
     rules += _norm("final_layer_norm", "text/final_layer_norm")
-    source, target = "encoder.layers.#", "text/encoder/layers_#"
+    rules += _clip_layers("text")
+    prefixed = [rule._replace(source=f"text_model.{rule.source}") for rule in rules]
+    unprefixed = [rule._replace(legacy=True) for rule in rules]
+    skipped = ("text_model.embeddings.position_ids", "embeddings.position_ids")
+    return Table((*prefixed, *unprefixed), skipped)
+
+
+def vision_table() -> Table:
+    """The table of a CLIP image encoder with its projection."""
+    embeddings = "vision_model.embeddings"
+    rules = [
+        Rule(f"{embeddings}.class_embedding", "vision/class_embedding", "as_is"),
+        Rule(f"{embeddings}.patch_embedding.weight", "vision/patch_embedding/kernel", "conv"),
+        Rule(
+            f"{embeddings}.position_embedding.weight",
+            "vision/position_embedding/embedding",
+            "as_is",
+        ),
+        *_norm("vision_model.pre_layrnorm", "vision/pre_layernorm"),  # so spelled in the files
+        *_norm("vision_model.post_layernorm", "vision/post_layernorm"),
+        *_layer("visual_projection", "vision/visual_projection", "linear", False),
+    ]
+    rules += [r._replace(source=f"vision_model.{r.source}") for r in _clip_layers("vision")]
+    return Table(tuple(rules), (f"{embeddings}.position_ids",))
+
+
+def _clip_layers(tree: str) -> list[Rule]:
+    source, target, rules = "encoder.layers.#", f"{tree}/encoder/layers_#", []
     for layer in ("q_proj", "k_proj", "v_proj", "out_proj"):
         rules += _layer(f"{source}.self_attn.{layer}", f"{target}/self_attn/{layer}", "linear")
     for layer in ("fc1", "fc2"):
         rules += _layer(f"{source}.mlp.{layer}", f"{target}/mlp/{layer}", "linear")
     for layer in ("layer_norm1", "layer_norm2"):
         rules += _norm(f"{source}.{layer}", f"{target}/{layer}")
-    prefixed = [rule._replace(source=f"text_model.{rule.source}") for rule in rules]
-    unprefixed = [rule._replace(legacy=True) for rule in rules]
-    skipped = ("text_model.embeddings.position_ids", "embeddings.position_ids")
-    return Table((*prefixed, *unprefixed), skipped)
+    return rules
 
 
 def _pattern(template: str) -> re.Pattern:

@@ -1,0 +1,298 @@
+"""Personalisation measured: people whom no network has seen, one drawing each, every profile.
+
+    python -m idea_jax.mini.lab [--split test|validation] [--people N] [--profiles P ...] \\
+        [--set KEY=VALUE ...] [--json FILE]
+
+For each profile the config is configs/mini_PROFILE.yaml. Similarities are those of the scoring
+recogniser, which training never sees; what a prompt asks for is read by the judge.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from idea_jax import config, faces, sample, train
+from idea_jax.mini import captions, drawings, people, quality, traits
+from idea_jax.models import hub
+from idea_jax.pytrees import stream
+from idea_jax.train_step import IdentityState, init_state
+
+PROFILES = ("paper", "official", "cross_init", "textual_inversion")
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+REFERENCES = 8  # true drawings of a person that pictures of them are compared with
+DRAWS = 2000  # of the bootstrap
+
+
+class Person(NamedTuple):
+    """One person of the drawn world, and what is known about them."""
+
+    photo: np.ndarray  # uint8[64, 64, 3], all that training sees
+    references: np.ndarray  # float32[REFERENCES, 512], embeddings of other true drawings
+    true: np.ndarray  # uint8[prompts, pictures, 64, 64, 3], the person as each prompt asks
+
+
+class Score(NamedTuple):
+    """Of one person: similarity to the references, share of what prompts asked for, seconds."""
+
+    similarity: float
+    prompt: float
+    seconds: float
+
+
+def meet(
+    mini: quality.Mini,
+    split: str,
+    numbers: Sequence[int],
+    pictures: int,
+    seed: int = 0,
+    prompts: Sequence[captions.Prompt] = captions.PROMPTS,
+) -> list[Person]:
+    """Returns people of a split by their numbers; the photo is a plain one, without a hat.
+
+    A person's drawings depend on the seed and their number, not on who else is asked for.
+    """
+    scoring = mini.recogniser("scoring")
+    everybody = people.unnamed(split, max(numbers) + 1)
+    met = []
+    for number in numbers:
+        key = jax.random.fold_in(stream(jax.random.key(seed), f"lab {split}"), number)
+        wanted = [{"hat": "none", "expression": "neutral"}, *({},) * REFERENCES]
+        wanted += [prompt.asks for prompt in prompts for _ in range(pictures)]
+        scenes = _scenes(stream(key, "scenes"), wanted)
+        rows = np.full(len(wanted), number)
+        who = jax.tree.map(lambda leaf, rows=rows: leaf[rows], everybody)
+        images = drawings.draw(who, scenes, jax.random.split(stream(key, "drawings"), len(wanted)))
+        photo, references, true = np.split(images, [1, 1 + REFERENCES])
+        true = true.reshape(len(prompts), pictures, *true.shape[1:])
+        met.append(Person(photo[0], quality.embed(scoring, references), true))
+    return met
+
+
+def _scenes(key: jax.Array, wanted: Sequence[Mapping[str, str]]) -> traits.Scene:
+    """Returns random scenes (leaves [N]), but plain photos, and where something is wanted, that."""
+    columns = drawings.random_scenes(key, (len(wanted),))._asdict()
+    for row, kinds in enumerate(wanted):
+        for field, kind in {
+            "style": "photo",
+            "light": "plain",
+            "framing": "plain",
+            **kinds,
+        }.items():
+            columns[field][row] = captions.KINDS[field].index(kind)
+    return traits.Scene(**columns)
+
+
+class Learner:
+    """Trains people one after the other with one config; compiles once for all of them."""
+
+    def __init__(self, mini: quality.Mini, cfg: config.TrainConfig):
+        self.mini, self.cfg = mini, cfg
+        self.method = train.method_of(cfg)
+        placeholder = train.placeholder_of(cfg)
+        tokenizer = mini.tokenizer.with_placeholder(placeholder.token, placeholder.n)
+        self.base = train.Base(mini.model, mini.frozen, tokenizer, hub.MINI, None)
+        names = train.known_names(mini.folder)
+        ids = train.starting_ids(cfg, self.method, tokenizer, names)
+        self.start = train.starting_tokens(cfg, self.method, self.base, ids)
+        self.optimizer = train.optimizer_of(cfg, self.method)
+        self.recogniser = mini.recogniser("recogniser") if self.method.uses_face else None
+
+    def begin(self, photo: np.ndarray) -> tuple[IdentityState, train.Photos]:
+        """Returns the state before the first step, and what is trained on."""
+        key = jax.random.key(self.cfg.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "photo.png"
+            Image.fromarray(photo).save(path)
+            crop = bool(self.cfg.center_crop)
+            photos = train.encode_photos(self.base, [path], photo.shape[0], crop)
+        face = None
+        if self.recogniser is not None:
+            face = faces.mean_embedding(quality.embed(self.recogniser, photo[None]))
+        model, frozen = self.mini.model, self.mini.frozen
+        given = train.condition.init_given(self.method, model, key, self.start, face)
+        trainable = train.condition.init_trainable(
+            self.method, model, frozen.cross_kv, key, self.start
+        )
+        return init_state(self.optimizer, trainable, given), photos
+
+    def learn(
+        self, photo: np.ndarray, steps: int | None = None
+    ) -> tuple[IdentityState, list[float]]:
+        """Returns the state after the config's steps, and the loss of every one."""
+        state, photos = self.begin(photo)
+        key, size = jax.random.key(self.cfg.seed), self.cfg.train_batch_size
+        losses = []
+        for _ in range(self.cfg.max_train_steps if steps is None else steps):
+            state, metrics = train.draw_and_step(
+                self.mini.model,
+                self.method,
+                self.optimizer,
+                size,
+                self.mini.frozen,
+                state,
+                photos,
+                key,
+            )
+            losses.append(metrics.loss)
+        return jax.block_until_ready(state), [float(loss) for loss in losses]
+
+    def draw(self, state: IdentityState, prompt: str, count: int, **settings) -> np.ndarray:
+        """Draws a prompt with `{}` for the person: uint8[count, 64, 64, 3]."""
+        mini, tokenizer = self.mini, self.base.tokenizer
+        empty, ids = tokenizer(["", train.text.fill(prompt, tokenizer.placeholder)])
+        kv = sample.prompt_keys_values(
+            self.method, mini.model, mini.frozen, state.trainable, state.given,
+            jnp.asarray(ids), jnp.asarray(empty), jnp.float32(1.0),
+        )  # fmt: skip
+        settings = {
+            "seed": 0,
+            "steps": quality.STEPS,
+            "guidance_scale": quality.GUIDANCE,
+        } | settings
+        side = drawings.SIZE
+        return sample.draw_prompt(
+            mini.model, mini.frozen, kv, count=count, batch_size=count, size=(side, side),
+            scheduler="ddim", **settings,
+        )  # fmt: skip
+
+
+def judge_pictures(
+    mini: quality.Mini,
+    scoring: faces.Recogniser,
+    person: Person,
+    pictures: np.ndarray,
+    prompts: Sequence[captions.Prompt] = captions.PROMPTS,
+) -> tuple[float, float]:
+    """Returns similarity to a person, and the share of what the prompts asked for.
+
+    Args:
+        pictures: uint8[prompts, pictures, 64, 64, 3], in the order of `prompts`.
+    """
+    flat = pictures.reshape(-1, *pictures.shape[2:])
+    similarity = quality.embed(scoring, flat) @ person.references.T
+    seen = quality.read_scenes(mini.folder, flat)
+    each, kept = pictures.shape[1], []
+    for number, prompt in enumerate(prompts):
+        part = {
+            field: values[number * each : (number + 1) * each] for field, values in seen.items()
+        }
+        kept += [hits.mean() for hits in quality.kept(prompt.asks, part).values()]
+    return float(similarity.mean()), float(np.mean(kept))
+
+
+def experiment(
+    mini: quality.Mini,
+    configs: dict[str, config.TrainConfig],
+    split: str,
+    count: int,
+    pictures: int = 2,
+    seed: int = 0,
+    progress: Callable = iter,
+) -> dict[str, list[Score]]:
+    """Returns the scores of every person: of each config, of the floor and of the ceiling.
+
+    The floor are true drawings of the next person, the ceiling those of the person: both as the
+    prompts ask.
+    """
+    met = meet(mini, split, range(count), pictures, seed)
+    scoring = mini.recogniser("scoring")
+    scores: dict[str, list[Score]] = {}
+    for i, person in enumerate(met):
+        for name, other in (("another person", met[i - 1]), ("true drawings", person)):
+            result = judge_pictures(mini, scoring, person, other.true)
+            scores.setdefault(name, []).append(Score(*result, 0.0))
+    for name, cfg in configs.items():
+        learner = Learner(mini, cfg)
+        learner.learn(met[0].photo, 1)  # compiles
+        for person in progress(met):
+            started = time.perf_counter()
+            state, _ = learner.learn(person.photo)
+            seconds = time.perf_counter() - started
+            drawn = [learner.draw(state, p.text, pictures, seed=seed) for p in captions.PROMPTS]
+            result = judge_pictures(mini, scoring, person, np.stack(drawn))
+            scores.setdefault(name, []).append(Score(*result, seconds))
+    return scores
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Returns the 95% bootstrap interval of the mean of values, one per person."""
+    values = np.asarray(values)
+    rng = np.random.default_rng([seed, *b"bootstrap"])
+    means = values[rng.integers(0, len(values), (DRAWS, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def markdown(scores: dict[str, list[Score]]) -> str:
+    """Returns a table of means with 95% intervals; `closed` is the way from floor to ceiling."""
+    lines = [
+        "| | ID similarity | closed | prompt kept | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    floor, ceiling = (
+        np.mean([s.similarity for s in scores[name]])
+        for name in ("another person", "true drawings")
+    )
+    for name, each in scores.items():
+        similarity, prompt = [s.similarity for s in each], [s.prompt for s in each]
+        (low, high), (least, most) = interval(similarity), interval(prompt)
+        closed = (np.mean(similarity) - floor) / (ceiling - floor)
+        seconds = np.median([s.seconds for s in each])
+        lines.append(
+            f"| {name} | {np.mean(similarity):.3f} ({low:.3f} to {high:.3f}) | {closed:.0%} | "
+            f"{np.mean(prompt):.1%} ({least:.1%} to {most:.1%}) | "
+            f"{f'{seconds:.1f}' if seconds else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def read_config(profile: str, overrides: dict) -> config.TrainConfig:
+    """Reads configs/mini_PROFILE.yaml with some settings replaced."""
+    path = CONFIGS / f"mini_{profile}.yaml"
+    values = config.read_yaml(str(path)) | overrides
+    return config.build(config.TrainConfig, values, {"train_data_dir": "."}, source=str(path))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table of an experiment; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.mini.lab", description="Measures personalisation on the mini."
+    )
+    parser.add_argument("--checkpoint", default=hub.MINI, help="default: the shipped one")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--people", type=int, default=20)
+    parser.add_argument("--pictures", type=int, default=2, help="for each prompt (default: 2)")
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the scores to this file")
+    args = parser.parse_args(argv)
+    overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
+    mini = quality.load(args.checkpoint)
+    configs = {profile: read_config(profile, overrides) for profile in args.profiles}
+    scores = experiment(
+        mini, configs, args.split, args.people, args.pictures, args.seed,
+        lambda met: tqdm(met, unit="person"),
+    )  # fmt: skip
+    print(markdown(scores))
+    if args.json:
+        args.json.write_text(
+            json.dumps({n: [s._asdict() for s in each] for n, each in scores.items()}) + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The small networks that read pictures of the drawn world, and their way into ONNX."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from idea_jax.files import atomic_write
+
+SLOPE = 0.1  # of the activation below zero
+_OPSET = 17
+_IR_VERSION = 8  # understood by every onnxruntime since 1.14
+
+
+class ConvNet(nn.Module):
+    """Pictures float[B, S, S, 3] in [-1, 1] to float32[B, outputs].
+
+    The mean of each 2x2 pixels if `halve`; a convolution; then per width a convolution with stride
+    2 and a residual block; a weighted mean over all places for each channel (MobileFaceNet, arXiv
+    1804.07573: what lies in the middle of a face counts for more); a linear layer. There is no
+    normalisation: residual branches start at a tenth of their size instead.
+    """
+
+    widths: tuple[int, ...]
+    outputs: int
+    halve: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(width, stride, name, scale=2.0):
+            kernel = nn.initializers.variance_scaling(scale, "fan_in", "normal")
+            return nn.Conv(width, (3, 3), (stride, stride), kernel_init=kernel, name=name)
+
+        def act(x):
+            return nn.leaky_relu(x, SLOPE)
+
+        if self.halve:
+            x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = act(conv(self.widths[0], 1, "first")(x))
+        for i, width in enumerate(self.widths[1:]):
+            x = act(conv(width, 2, f"down_{i}")(x))
+            inner = act(conv(width, 1, f"inner_{i}")(x))
+            x = act(x + conv(width, 1, f"outer_{i}", scale=0.02)(inner))
+        side, channels = x.shape[1], x.shape[3]
+        mean = nn.initializers.constant(1 / side**2)
+        place = self.param("place", mean, (side, side, channels))
+        x = jnp.sum(x * place, axis=(1, 2))
+        return nn.Dense(self.outputs, name="last")(x)
+
+
+def write_onnx(path: str | Path, net: ConvNet, params: dict, size: int) -> None:
+    """Writes a network as ONNX: float [batch, 3, size, size] in [-1, 1] -> [batch, outputs].
+
+    Weights are kept as float16 and cast to float32 where they are used. No node's name begins with
+    `Sub` or `Mul`: by these names insightface recognises models that scale pixels themselves.
+    """
+    from onnx import TensorProto, helper, numpy_helper, save_model
+
+    nodes, stored = [], []
+
+    def weight(name: str, values: np.ndarray) -> str:
+        stored.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
+        nodes.append(
+            helper.make_node(
+                "Cast", [f"{name}.half"], [name], name=f"cast.{name}", to=TensorProto.FLOAT
+            )
+        )
+        return name
+
+    def node(kind: str, inputs: list[str], name: str, **attributes) -> str:
+        nodes.append(helper.make_node(kind, inputs, [name], name=f"node.{name}", **attributes))
+        return name
+
+    def conv(x: str, name: str, stride: int) -> str:
+        kernel = np.asarray(params[name]["kernel"]).transpose(3, 2, 0, 1)
+        bias = np.asarray(params[name]["bias"])
+        return node(
+            "Conv",
+            [x, weight(f"{name}.weight", kernel), weight(f"{name}.bias", bias)],
+            name,
+            kernel_shape=[3, 3],
+            strides=[stride, stride],
+            auto_pad="SAME_UPPER",
+        )
+
+    def act(x: str) -> str:
+        return node("LeakyRelu", [x], f"{x}.act", alpha=SLOPE)
+
+    x = "input.1"
+    if net.halve:
+        x = node("AveragePool", [x], "halved", kernel_shape=[2, 2], strides=[2, 2])
+    x = act(conv(x, "first", 1))
+    for i in range(len(net.widths) - 1):
+        x = act(conv(x, f"down_{i}", 2))
+        inner = act(conv(x, f"inner_{i}", 1))
+        x = act(node("Add", [x, conv(inner, f"outer_{i}", 1)], f"sum_{i}"))
+    place = np.asarray(params["place"])
+    side, channels = place.shape[0], place.shape[2]
+    kernel = weight("place.weight", place.transpose(2, 0, 1)[:, None])
+    x = node("Conv", [x, kernel], "placed", kernel_shape=[side, side], group=channels)
+    x = node("Flatten", [x], "features")
+    last = [weight(f"last.{part}", np.asarray(params["last"][part])) for part in ("kernel", "bias")]
+    node("Gemm", [x, *last], "embedding")
+    graph = helper.make_graph(
+        nodes,
+        "idea_jax mini",
+        [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", net.outputs])],
+        stored,
+    )
+    model = helper.make_model(
+        graph,
+        producer_name="idea_jax mini",
+        opset_imports=[helper.make_opsetid("", _OPSET)],
+        ir_version=_IR_VERSION,
+    )
+    with atomic_write(path) as temporary:
+        save_model(model, str(temporary))

@@ -1,0 +1,795 @@
+"""Makes the mini: a whole Stable Diffusion of the drawn world, trained from nothing.
+
+    python -m idea_jax.mini.pretrain FOLDER [--budget full|tiny] [--seed N] [--work FOLDER] \
+        [--stages NAME ...]
+
+FOLDER is a checkpoint in diffusers layout after every stage. Stages that its `pretraining.json`
+lists are done; a stage that was interrupted goes on where it last saved its state, under --work.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers
+from optax.contrib import muon as muon_optimizer
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from idea_jax.data.text import Tokenizer, load_tokenizer
+from idea_jax.diffusion import schedule
+from idea_jax.files import atomic_write
+from idea_jax.mini import captions, drawings, networks, people, traits
+from idea_jax.models import sd, weights
+from idea_jax.models.clip_text import CLIPTextConfig
+from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
+from idea_jax.models.unet import UNetConfig, project_kv
+from idea_jax.models.vae import AutoencoderKL, VAEConfig
+from idea_jax.pytrees import cast, flatten, stream
+from idea_jax.random_sd import write_tokenizer
+
+TEXT_LENGTH = 40  # positions of the text encoder
+FACE_SIZE = 112  # of ArcFace's input
+FACE_WIDTH = 512  # of its output
+MARGIN, SCALE = 0.2, 20.0  # of ArcFace's loss, arXiv 1801.07698; margin in radians
+EMPTY_CAPTIONS = 0.1
+KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
+SAVE_SECONDS = 120
+RECORD = "pretraining.json"  # in the checkpoint: how it was made
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is drawn, and how long each stage trains: steps and samples a step."""
+
+    drawings: int
+    people: int
+    each: int
+    captions: int
+    vae: tuple[int, int]
+    recogniser: tuple[int, int]
+    judge: tuple[int, int]
+    clip: tuple[int, int]
+    unet: tuple[int, int]
+    vae_widths: tuple[int, ...]
+    unet_widths: tuple[int, ...]
+    unet_layers: int
+    text_width: int
+    face_widths: tuple[int, ...]
+
+
+BUDGETS = {
+    "full": Budget(
+        drawings=72_000,
+        people=2200,
+        each=10,
+        captions=4,
+        vae=(6000, 8),
+        recogniser=(1400, 64),
+        judge=(800, 64),
+        clip=(1000, 192),
+        unet=(12_000, 64),
+        vae_widths=(16, 32, 96, 112),
+        unet_widths=(96, 128),
+        unet_layers=1,
+        text_width=192,
+        face_widths=(16, 32, 64, 128),
+    ),
+    # Minutes, to see that every stage learns.
+    "tiny": Budget(
+        drawings=256,
+        people=32,
+        each=4,
+        captions=1,
+        vae=(12, 4),
+        recogniser=(16, 16),
+        judge=(16, 16),
+        clip=(12, 16),
+        unet=(16, 8),
+        vae_widths=(8, 8, 16, 16),
+        unet_widths=(16, 32),
+        unet_layers=1,
+        text_width=32,
+        face_widths=(8, 8, 16, 16),
+    ),
+}
+
+
+class Training(NamedTuple):
+    params: dict
+    average: dict  # exponential moving average of params
+    opt_state: optax.OptState
+
+
+@dataclass
+class Run:
+    """Where a run writes to and what its stages share."""
+
+    folder: Path
+    work: Path
+    budget: Budget
+    seed: int
+    quiet: bool = False
+
+    @property
+    def key(self) -> jax.Array:
+        return jax.random.key(self.seed)
+
+    def progress(self, rows: range, what: str) -> Iterator:
+        return tqdm(rows, desc=what, disable=self.quiet)
+
+    def named(self) -> drawings.Drawings:
+        return drawings.drawings(
+            self.budget.drawings,
+            0.06,
+            stream(self.key, "drawings of named people"),
+            self.work / "drawings" / "named",
+            lambda rows: self.progress(rows, "drawing named people"),
+        )
+
+    def portraits(self, split: str) -> drawings.Portraits:
+        return drawings.portraits(
+            people.unnamed(split, self.budget.people),
+            self.budget.each,
+            stream(self.key, f"drawings for {split}"),
+            self.work / "drawings" / split,
+            lambda rows: self.progress(rows, f"drawing for {split}"),
+        )
+
+    def load(self) -> tuple[sd.StableDiffusion, sd.Frozen, Tokenizer]:
+        model, frozen = sd.load(self.folder)
+        text = model.text
+        tokenizer = load_tokenizer(
+            self.folder / "tokenizer", text.vocab_size, text.max_position_embeddings
+        )
+        return model, frozen, tokenizer
+
+
+# Stages
+
+
+def prepare(run: Run) -> dict:
+    """Writes the names, the tokenizer and random weights."""
+    names = "".join(f"{name}\n" for name in people.named_people())
+    with atomic_write(run.folder / "names.txt") as path:
+        path.write_text("# Names of people of the drawn world\n" + names, encoding="utf-8")
+    words = [*captions.words(), *people.name_parts(), *people.first_names(), *people.last_names()]
+    size = write_tokenizer(run.folder / "tokenizer", words, pad="!", length=TEXT_LENGTH)
+    model = configuration(run.budget, size)
+    frozen = sd.init(model, stream(run.key, "initial weights"))
+    table = frozen.text["embeddings"]["token_embedding"]
+    tokenizer = load_tokenizer(run.folder / "tokenizer", size, TEXT_LENGTH)
+    table["embedding"] = jnp.array(name_embeddings(tokenizer, np.array(table["embedding"])))
+    sd.save(run.folder, model, frozen, dtype="float16")
+    return {"vocabulary": size}
+
+
+def configuration(budget: Budget, vocab_size: int) -> sd.StableDiffusion:
+    """Returns the mini's configuration: SD 2.1's, with fewer and narrower layers."""
+    width, groups = budget.text_width, 8
+    return sd.StableDiffusion(
+        text=CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=512 * width // 192,
+            num_hidden_layers=3,
+            num_attention_heads=width // 32 if width > 32 else 4,
+            max_position_embeddings=TEXT_LENGTH,
+            hidden_act="gelu",
+        ),
+        unet=UNetConfig(
+            sample_size=drawings.SIZE // 8,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            block_out_channels=budget.unet_widths,
+            layers_per_block=budget.unet_layers,
+            transformer_layers=(1, 1),
+            num_attention_heads=tuple(max(1, w // 32) for w in budget.unet_widths),
+            cross_attention_dim=width,
+            use_linear_projection=True,
+            norm_num_groups=groups,
+        ),
+        vae=VAEConfig(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=budget.vae_widths,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=groups,
+            sample_size=drawings.SIZE,
+        ),
+        schedule=schedule.ScheduleConfig(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+    )
+
+
+def name_embeddings(tokenizer: Tokenizer, table: np.ndarray) -> np.ndarray:
+    """Returns the token table with the rows of names set to what the names say.
+
+    A real text encoder has seen its celebrities in so many captions that names of similar people
+    lie close to each other. Here a name starts as a random linear map of the traits that its code
+    stands for, of the table's scale, and training goes on from there: with a thousand times fewer
+    captions, it would not find the order of two thousand names by itself.
+    """
+    width = table.shape[1]
+    table = table.copy()
+    rng = np.random.default_rng(0)
+    codes = people.name_codes()
+    for half, names in enumerate((people.first_names(), people.last_names())):
+        fields = traits.Identity._fields[half * traits.CODE_SIZE : (half + 1) * traits.CODE_SIZE]
+        columns = []
+        who = people.identities(np.stack([codes[half]] * 2, axis=1))
+        for field in fields:
+            values = getattr(who, field)
+            if field in traits.KINDS:
+                shares = traits.KINDS[field] / np.sum(traits.KINDS[field])
+                columns.append((np.eye(len(shares))[values] - shares) / np.sqrt(1 - np.max(shares)))
+            else:
+                columns.append(np.sqrt(3) * values[:, None])
+        features = np.concatenate(columns, axis=1)
+        mapped = features @ rng.standard_normal((features.shape[1], width))
+        ids = np.concatenate([tokenizer.ids(name) for name in names])
+        if len(ids) != len(names):
+            raise AssertionError("each name must be one token")
+        table[ids] = 0.02 * mapped / mapped.std()
+    return table
+
+
+def train_vae(run: Run) -> dict:
+    """Trains the autoencoder on all drawings; its latents are scaled to unit variance."""
+    model, frozen, _ = run.load()
+    sets = [run.named().images, *(run.portraits(s).images for s in ("recognition", "scoring"))]
+    images = np.concatenate(sets)
+    net = model.vae_model
+
+    def loss(params, batch, key):
+        target = drawings.to_float(batch)
+        mean, logvar = net.apply({"params": params}, target, method=AutoencoderKL.encode)
+        noise = jax.random.normal(key, mean.shape)
+        latents = mean + jnp.exp(logvar / 2) * noise
+        image = net.apply({"params": params}, latents, method=AutoencoderKL.decode)
+        error = jnp.mean(jnp.square(image - target)) + 0.1 * jnp.mean(jnp.abs(image - target))
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
+        return error + KL_WEIGHT * kl
+
+    steps, size = run.budget.vae
+
+    def batch(rng):
+        return images[np.sort(rng.integers(0, len(images), size))]
+
+    optimizer = muon(frozen.vae, steps)
+    params, losses = fit(run, "vae", frozen.vae, loss, batch, steps, optimizer, ema=0.998)
+    frozen = frozen._replace(vae=params)
+    sample = images[np.random.default_rng(0).integers(0, len(images), 512)]
+    mean, _ = moments(model, frozen, sample)
+    scale = float(model.vae.scaling_factor / np.std(mean))
+    vae = dataclasses.replace(model.vae, scaling_factor=round(scale, 5))
+    model = dataclasses.replace(model, vae=vae)
+    sd.save(run.folder, model, frozen, dtype="float16", parts=["vae"])
+    return {"losses": losses, "scaling_factor": vae.scaling_factor}
+
+
+def moments(
+    model: sd.StableDiffusion, frozen: sd.Frozen, images: np.ndarray, progress: Callable = iter
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of the scaled latents of uint8[N, 64, 64, 3]."""
+    encode = jax.jit(lambda vae, x: sd.encode_image(model, frozen._replace(vae=vae), x))
+    means, stds = [], []
+    for start in progress(range(0, len(images), 64)):
+        rows = np.minimum(np.arange(start, start + 64), len(images) - 1)
+        mean, logvar = encode(frozen.vae, drawings.to_float(images[rows]))
+        means.append(np.asarray(mean))
+        stds.append(np.exp(np.asarray(logvar) / 2))
+    return np.concatenate(means)[: len(images)], np.concatenate(stds)[: len(images)]
+
+
+def train_recogniser(run: Run, split: str, name: str) -> dict:
+    """Trains a face recogniser with ArcFace's margin on the people of a split."""
+    set_ = run.portraits(split)
+    count = run.budget.people
+    # In training it sees what is left of a crop after the network's first layer has halved it.
+    net = networks.ConvNet(run.budget.face_widths, FACE_WIDTH)
+    side = FACE_SIZE // 2
+    key = stream(run.key, f"recogniser for {split}")
+    start = net.init(key, jnp.zeros((1, side, side, 3)))["params"]
+    steps, size = run.budget.recogniser
+
+    def features_of(params, images, key):
+        features = net.apply({"params": params}, disturbed(drawings.to_float(images), key, side))
+        # Of one batch, as in batch normalisation: all faces are alike, and what they have in
+        # common would keep every angle small.
+        return unit((features - features.mean(0)) / (features.std(0) + 1e-3))
+
+    # First each drawing is to find another one of the same person among those of a batch: from
+    # random centres of so many people, the margin loss alone hardly begins to learn.
+    def pair_loss(params, batch, key):
+        one, other = jnp.split(features_of(params, batch, key), 2)
+        return (
+            margin_loss(one @ other.T, jnp.eye(len(one)))
+            + margin_loss(other @ one.T, jnp.eye(len(one)))
+        ) / 2
+
+    def pairs(rng):
+        who = rng.choice(count, size // 2, replace=False)
+        which = rng.permuted(np.tile(np.arange(run.budget.each), (size // 2, 1)), axis=1)[:, :2]
+        return set_.images[(who[:, None] * run.budget.each + which).T.reshape(-1)]
+
+    optimizer = muon(start, steps // 2)
+    start, before = fit(run, f"{name} pairs", start, pair_loss, pairs, steps // 2, optimizer)
+
+    # Then ArcFace proper, against a centre for each person that starts at their mean.
+    apply = jax.jit(features_of)
+    shown = set_.images.reshape(count, run.budget.each, *set_.images.shape[1:])
+    rows = np.arange(count).reshape(-1, min(count, 50))
+    means = sum(
+        np.concatenate([apply(start, shown[row, i], jax.random.fold_in(key, i)) for row in rows])
+        for i in range(min(4, run.budget.each))
+    )
+
+    def loss(params, batch, key):
+        images, who = batch
+        cosine = features_of(params["net"], images, key) @ unit(params["centres"]).T
+        return margin_loss(cosine, jax.nn.one_hot(who, count))
+
+    def batch(rng):
+        rows = rng.integers(0, len(set_.images), size)
+        return set_.images[rows], set_.who[rows]
+
+    params = {"net": start, "centres": unit(jnp.asarray(means))}
+    optimizer = muon(params, steps // 2, 0.003)
+    params, losses = fit(run, name, params, loss, batch, steps // 2, optimizer, ema=0.99)
+
+    # The statistics of many batches go into the last layer.
+    raw = jax.jit(
+        lambda images, key: net.apply(
+            {"params": params["net"]}, disturbed(drawings.to_float(images), key, side)
+        )
+    )
+    rows = np.random.default_rng(0).integers(0, len(set_.images), (32, size))
+    features = np.concatenate(
+        [raw(set_.images[row], jax.random.fold_in(key, i)) for i, row in enumerate(rows)]
+    )
+    mean, std = features.mean(0), features.std(0) + 1e-3
+    last = params["net"]["last"]
+    last = {"kernel": last["kernel"] / std, "bias": (last["bias"] - mean) / std}
+    whole = dataclasses.replace(net, halve=True)
+    networks.write_onnx(
+        run.folder / "face" / f"{name}.onnx", whole, params["net"] | {"last": last}, FACE_SIZE
+    )
+    return {"losses": losses, "losses of pairs": before}
+
+
+def margin_loss(cosine: jax.Array, own: jax.Array) -> jax.Array:
+    """ArcFace's loss of cosines float32[B, K], one-hot `own`: the own angle counts as wider."""
+    cosine = jnp.clip(cosine, -1 + 1e-6, 1 - 1e-6)
+    shifted = jnp.cos(jnp.minimum(jnp.arccos(cosine) + MARGIN, np.pi))
+    return jnp.mean(optax.softmax_cross_entropy(SCALE * jnp.where(own > 0, shifted, cosine), own))
+
+
+def disturbed(images: jax.Array, key: jax.Array, size: int) -> jax.Array:
+    """Returns float32[B, size, size, 3]: shifted, scaled, mirrored, blurred, of other light.
+
+    So that a recogniser trained on drawings also knows the softer ones that a network makes.
+    """
+    side = images.shape[1]
+    keys = jax.random.split(key, 7)
+    B = len(images)
+    scale = (size / side) * (1 + 0.08 * jax.random.uniform(keys[0], (B, 1), minval=-1))
+    shift = 0.05 * size * jax.random.uniform(keys[1], (B, 2), minval=-1)
+
+    def move(image, scale, shift):
+        both = jnp.broadcast_to(scale, (2,))
+        centred = shift + (size - side * both) / 2
+        return jax.image.scale_and_translate(
+            image, (size, size, 3), (0, 1), both, centred, "linear", antialias=False
+        )
+
+    moved = jax.vmap(move)(images, scale, shift)
+    flip = jax.random.bernoulli(keys[2], 0.5, (B, 1, 1, 1))
+    moved = jnp.where(flip, moved[:, :, ::-1], moved)
+    blurred = moved
+    for axis in (1, 2):
+        blurred = sum(jnp.roll(blurred, by, axis) for by in (-1, 0, 1)) / 3
+    amount = jax.random.uniform(keys[3], (B, 1, 1, 1)) * jax.random.bernoulli(
+        keys[4], 0.6, (B, 1, 1, 1)
+    )
+    moved = moved + amount * (blurred - moved)
+    gain = 1 + 0.1 * jax.random.normal(keys[5], (B, 1, 1, 3))
+    noise = 0.03 * jax.random.normal(keys[6], moved.shape)
+    return jnp.clip((moved + 1) * gain - 1 + noise, -1, 1)
+
+
+def unit(x: jax.Array, axis: int = -1) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True) + 1e-12)
+
+
+JUDGED = {field: len(kinds) for field, kinds in captions.KINDS.items()}
+
+
+def judge_network(budget: Budget) -> networks.ConvNet:
+    """The network that reads a scene off a picture: logits of all fields, one after the other."""
+    return networks.ConvNet(budget.face_widths[:1] + budget.face_widths[:3], sum(JUDGED.values()))
+
+
+def split_logits(logits: jax.Array) -> dict:
+    """Returns the logits of each field of a scene."""
+    edges = np.cumsum(list(JUDGED.values()))[:-1]
+    return dict(zip(JUDGED, jnp.split(logits, edges, axis=-1), strict=True))
+
+
+def train_judge(run: Run) -> dict:
+    """Trains the classifier that reads a scene off a picture."""
+    parts = [run.portraits(split) for split in ("recognition", "scoring")]
+    images = np.concatenate([part.images for part in parts])
+    kinds = [np.concatenate(leaves) for leaves in zip(*(p.scenes for p in parts), strict=True)]
+    kinds = np.stack(kinds, axis=-1)
+    net = judge_network(run.budget)
+    start = net.init(stream(run.key, "judge"), jnp.zeros((1, drawings.SIZE, drawings.SIZE, 3)))
+    steps, size = run.budget.judge
+
+    def loss(params, batch, key):
+        images, kinds = batch
+        x = disturbed(drawings.to_float(images), key, drawings.SIZE)
+        logits = split_logits(net.apply({"params": params}, x))
+        scene = traits.Scene(*jnp.moveaxis(kinds, -1, 0))
+        total = 0.0
+        for field, values in logits.items():
+            each = optax.softmax_cross_entropy_with_integer_labels(values, getattr(scene, field))
+            seen = scene.hat > 0 if field == "hat_colour" else jnp.ones_like(each)
+            total += jnp.sum(each * seen) / jnp.maximum(jnp.sum(seen), 1)
+        return total / len(logits)
+
+    def batch(rng):
+        rows = rng.integers(0, len(images), size)
+        return images[rows], kinds[rows]
+
+    optimizer = muon(start["params"], steps)
+    params, losses = fit(run, "judge", start["params"], loss, batch, steps, optimizer, ema=0.99)
+    tensors = {name: np.asarray(leaf, np.float16) for name, leaf in flatten(params).items()}
+    with atomic_write(run.folder / "judge" / "model.safetensors") as path:
+        save_file(tensors, path)
+    return {"losses": losses}
+
+
+def image_configuration(budget: Budget) -> CLIPVisionConfig:
+    """The small tower that CLIP's text encoder is trained against."""
+    return CLIPVisionConfig(
+        hidden_size=128 * budget.text_width // 192,
+        intermediate_size=256 * budget.text_width // 192,
+        projection_dim=budget.text_width,
+        num_hidden_layers=3,
+        num_attention_heads=4 if budget.text_width > 32 else 1,
+        image_size=drawings.SIZE,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+
+
+def caption_ids(run: Run, set_: drawings.Drawings, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns int16[N, captions, T]: what is said about each drawing."""
+    rng = np.random.default_rng([run.seed, *b"captions"])
+    rows = [
+        tokenizer([drawings.say(rng, set_, row) for _ in range(run.budget.captions)])
+        for row in run.progress(range(len(set_.images)), "captions")
+    ]
+    return np.stack(rows).astype(np.int16)
+
+
+def train_clip(run: Run) -> dict:
+    """Trains both towers on drawings and captions; the text encoder is frozen from then on."""
+    model, frozen, tokenizer = run.load()
+    set_ = run.named()
+    ids = caption_ids(run, set_, tokenizer)
+    config = image_configuration(run.budget)
+    tower = CLIPVisionModel(config)
+    key = stream(run.key, "clip")
+    vision = tower.init(key, jnp.zeros((1, drawings.SIZE, drawings.SIZE, 3)))["params"]
+    steps, size = run.budget.clip
+
+    def loss(params, batch, key):
+        images, ids = batch
+        x = drawings.to_float(images)
+        x = x * (1 + 0.05 * jax.random.normal(key, (len(x), 1, 1, 1)))
+        seen = unit(tower.apply({"params": params["vision"]}, x))
+        states = model.text_model.apply({"params": params["text"]}, ids)
+        said = unit(pooled(states, ids, tokenizer.eos))
+        logits = jnp.exp(jnp.minimum(params["scale"], np.log(100.0))) * seen @ said.T
+        own = jnp.arange(len(x))
+        each = optax.softmax_cross_entropy_with_integer_labels
+        return jnp.mean(each(logits, own) + each(logits.T, own)) / 2
+
+    def batch(rng):
+        rows = rng.choice(len(ids), size, replace=False)
+        which = rng.integers(0, ids.shape[1], size)
+        return set_.images[rows], ids[rows, which].astype(np.int32)
+
+    params = {"text": frozen.text, "vision": vision, "scale": jnp.log(1 / 0.07)}
+    # Adam moves rare rows as fast as common ones: at the full rate, names would lose what they say.
+    optimizer = muon(params, steps, slow={"text/embeddings/token_embedding": 0.1})
+    params, losses = fit(run, "clip", params, loss, batch, steps, optimizer)
+    frozen = frozen._replace(text=params["text"])
+    sd.save(run.folder, model, frozen, dtype="float16", parts=["text_encoder"])
+    tensors = weights.to_tensors(weights.vision_table(), {"vision": params["vision"]}, np.float16)
+    folder = run.folder / "image_encoder"
+    with atomic_write(folder / "model.safetensors") as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_json(folder / "config.json", config.to_dict())
+    half = [0.5] * 3
+    preprocessor = {"image_processor_type": "CLIPImageProcessor", "image_mean": half}
+    preprocessor |= {"image_std": half, "size": {"shortest_edge": drawings.SIZE}}
+    preprocessor |= {"crop_size": {"height": drawings.SIZE, "width": drawings.SIZE}}
+    write_json(folder / "preprocessor_config.json", preprocessor)
+    return {"losses": losses}
+
+
+def pooled(states: jax.Array, ids: jax.Array, eos: int) -> jax.Array:
+    """Returns float32[B, D]: the text encoder's output at the end of each text."""
+    return states[jnp.arange(len(ids)), jnp.argmax(ids == eos, axis=1)]
+
+
+def train_unet(run: Run) -> dict:
+    """Trains the denoising network on the frozen latents and text, with 10% empty captions."""
+    model, frozen, tokenizer = run.load()
+    set_ = run.named()
+    cache = run.work / "latents.safetensors"
+    if not cache.is_file():
+        ids = caption_ids(run, set_, tokenizer)
+        bar = "encoding drawings"
+        mean, std = moments(model, frozen, set_.images, lambda rows: run.progress(rows, bar))
+        with atomic_write(cache) as path:
+            half = {"mean": mean.astype(np.float16), "std": std.astype(np.float16)}
+            save_file({"ids": ids, **half}, path)
+    data = load_file(cache)
+    empty = tokenizer([""])[0]
+    steps, size = run.budget.unet
+    fixed = frozen.text
+
+    def loss(params, batch, key):
+        mean, std, ids = batch
+        noise_key, time_key, sample_key = jax.random.split(key, 3)
+        latents = mean + std * jax.random.normal(sample_key, mean.shape)
+        noise = jax.random.normal(noise_key, mean.shape)
+        # One time from each part of the schedule: the same distribution, less noise in the loss.
+        parts = model.schedule.num_train_timesteps / len(mean)
+        times = (jnp.arange(len(mean)) + jax.random.uniform(time_key, (len(mean),))) * parts
+        times = times.astype(jnp.int32)
+        noisy = schedule.add_noise(model.schedule, latents, noise, times)
+        text = sd.encode_text(model, frozen._replace(text=fixed), ids)
+        kv = project_kv(params["cross_kv"], text, model.dtype)
+        prediction = sd.predict(model, frozen._replace(unet=params["unet"]), noisy, times, kv)
+        target = schedule.training_target(model.schedule, latents, noise, times)
+        return jnp.mean(jnp.square(prediction - target))
+
+    def batch(rng):
+        rows = rng.integers(0, len(data["ids"]), size)
+        ids = data["ids"][rows, rng.integers(0, data["ids"].shape[1], size)].astype(np.int32)
+        ids = np.where(rng.random(size)[:, None] < EMPTY_CAPTIONS, empty, ids)
+        return data["mean"][rows].astype(np.float32), data["std"][rows].astype(np.float32), ids
+
+    params = {"unet": frozen.unet, "cross_kv": frozen.cross_kv}
+    optimizer = muon(params, steps)
+    params, losses = fit(run, "unet", params, loss, batch, steps, optimizer, ema=0.999)
+    sd.save(run.folder, model, frozen._replace(**params), dtype="float16", parts=["unet"])
+    return {"losses": losses}
+
+
+STAGES: dict[str, Callable[[Run], dict]] = {
+    "prepare": prepare,
+    "vae": train_vae,
+    "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser"),
+    "scoring": lambda run: train_recogniser(run, "scoring", "scoring"),
+    "judge": train_judge,
+    "clip": train_clip,
+    "unet": train_unet,
+}
+NEEDS = {
+    "vae": ["prepare"],
+    "clip": ["prepare"],
+    "unet": ["vae", "clip"],
+}
+
+
+# Training
+
+
+def muon(
+    params: dict, steps: int, rate: float = 0.01, slow: dict[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Muon for the kernels, Adam at a tenth of the rate for all else; warm-up, cosine, clipping.
+
+    Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks") took the
+    autoencoder in 250 steps as far as AdamW did in 450.
+
+    Args:
+        slow: start of a path of `params` -> factor on the rate of Adam there.
+    """
+    warm = max(1, min(100, steps // 10))
+
+    def rates(peak):
+        return optax.warmup_cosine_decay_schedule(
+            peak / 10, peak, warm, max(steps, warm + 1), peak / 100
+        )
+
+    def path_of(entries):
+        return "/".join(str(entry.key) for entry in entries)
+
+    def matrix(entries, leaf):
+        """Which axes are inputs and outputs, None for what is no kernel or hardly a matrix."""
+        if not path_of(entries).endswith("kernel") or min(leaf.shape[-2:]) <= 8:
+            return None
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    def factor(entries):
+        name = path_of(entries)
+        return next((f for start, f in (slow or {}).items() if name.startswith(start)), 1.0)
+
+    def slowed(updates, state, params=None):
+        del params
+        return jax.tree.map_with_path(lambda path, u: factor(path) * u, updates), state
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon_optimizer(
+            rates(rate),
+            adam_learning_rate=rates(rate / 10),
+            adam_b2=0.99,
+            muon_weight_dimension_numbers=jax.tree.map_with_path(matrix, params),
+        ),
+        optax.GradientTransformation(lambda params: optax.EmptyState(), slowed),
+    )
+
+
+def fit(
+    run: Run,
+    name: str,
+    params: dict,
+    loss: Callable,
+    batch: Callable,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: float = 0.0,
+) -> tuple[dict, list[float]]:
+    """Minimises loss(params, batch, key); returns the averaged parameters and the mean losses.
+
+    Step i depends on the seed, the name and i alone, so that a run that was interrupted goes on as
+    if it had not been. Its state is in the work folder, saved every two minutes.
+
+    Args:
+        batch: rng, or rng and the share of steps done, -> arrays.
+        ema: decay of the moving average that is returned; 0 returns the last parameters.
+
+    Returns: the losses as at most 50 means over equal parts of the run.
+    """
+    key = stream(stream(run.key, "training"), name)
+    with_progress = batch.__code__.co_argcount == 2
+
+    def step(state, index, data):
+        value, gradient = jax.value_and_grad(loss)(
+            state.params, data, jax.random.fold_in(key, index)
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema, (1.0 + index) / (10.0 + index)) if ema else 0.0
+        average = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), state.average, params)
+        return Training(params, average, opt_state), value
+
+    step = jax.jit(step, donate_argnums=0)
+    params = cast(params, jnp.float32)
+    state = Training(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    leaves, structure = jax.tree.flatten(state)
+    file = run.work / f"{name}.state.safetensors"
+    losses: list[float] = []
+    if file.is_file():
+        saved = load_file(file)
+        losses = saved["losses"].tolist()
+        leaves = [jnp.asarray(saved[f"{i}"]) for i in range(len(leaves))]
+        state = jax.tree.unflatten(structure, leaves)
+
+    def save():
+        tensors = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        with atomic_write(file) as path:
+            save_file({**tensors, "losses": np.array(losses, np.float64)}, path)
+
+    last = time.monotonic()
+    with tqdm(total=steps, initial=len(losses), desc=name, disable=run.quiet) as bar:
+        for index in range(len(losses), steps):
+            rng = np.random.default_rng([run.seed, index, *name.encode()])
+            data = batch(rng, index / steps) if with_progress else batch(rng)
+            state, value = step(state, np.int32(index), data)
+            losses.append(float(value))
+            if not np.isfinite(losses[-1]):
+                raise FloatingPointError(f"the loss of {name} is {losses[-1]} at step {index}")
+            bar.update()
+            if index % 20 == 0:
+                bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}")
+            if time.monotonic() - last > SAVE_SECONDS:
+                save()
+                last = time.monotonic()
+    save()
+    parts = np.array_split(np.array(losses), min(50, len(losses)))
+    return state.average, [round(float(part.mean()), 5) for part in parts]
+
+
+def pretrain(run: Run, stages: Collection[str] = ()) -> None:
+    """Runs the stages that are not done yet, or of these only the ones that are named.
+
+    Stages that do not need each other may run at the same time in several processes, if all
+    drawings are there already.
+
+    Raises: ValueError if the folder holds a checkpoint of another seed or budget.
+    """
+    about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget)}
+    about = json.loads(json.dumps(about))
+    for name, stage in STAGES.items():
+        done = read_record(run, about)["stages"]
+        if name in done or (stages and name not in stages):
+            continue
+        if missing := [needed for needed in NEEDS.get(name, ()) if needed not in done]:
+            raise ValueError(f"stage {name} needs {' and '.join(missing)}, which is not done yet")
+        started = time.monotonic()
+        result = stage(run)
+        result["seconds"] = round(time.monotonic() - started)
+        record = read_record(run, about)
+        record["stages"][name] = result
+        write_json(run.folder / RECORD, record)
+
+
+def read_record(run: Run, about: dict) -> dict:
+    """Returns what is known of a run: seed, budget, and the results of the stages that are done."""
+    path = run.folder / RECORD
+    if not path.is_file():
+        return {**about, "stages": {}}
+    record = json.loads(path.read_text())
+    if {name: record[name] for name in about} != about:
+        raise ValueError(
+            f"{run.folder} was made with another seed or budget; choose another folder"
+        )
+    return record
+
+
+def write_json(path: Path, values: dict) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains the mini; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.mini.pretrain",
+        description="Trains a miniature Stable Diffusion of the drawn world from nothing.",
+    )
+    parser.add_argument("folder", type=Path, help="checkpoint to write, or to go on with")
+    parser.add_argument("--budget", choices=BUDGETS, default="full")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="drawings and states (default: FOLDER-work)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=(), help="default: all")
+    args = parser.parse_args(argv)
+    work = args.work or args.folder.with_name(args.folder.name + "-work")
+    with contextlib.suppress(KeyboardInterrupt):
+        pretrain(Run(args.folder, work, BUDGETS[args.budget], args.seed), args.stages)
+        return 0
+    print("interrupted; the same command goes on from here", file=sys.stderr)
+    return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""How good a mini is: a table of measurements on drawings and people that it was not trained on.
+
+python -m idea_jax.mini.quality [--checkpoint mini|FOLDER] [--people N] [--seed N]
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+
+from idea_jax import faces, sample
+from idea_jax.data import text
+from idea_jax.data.images import to_uint8
+from idea_jax.mini import captions, drawings, networks, people, traits
+from idea_jax.models import hub, sd
+from idea_jax.models.unet import project_kv
+from idea_jax.pytrees import stream, unflatten
+
+STEPS, GUIDANCE = 50, 4.0
+FIELDS = {field: len(kinds) for field, kinds in captions.KINDS.items()}
+REPORTED = ("shirt", "background", "hat", "hat_colour", "expression", "style")
+
+
+class Row(NamedTuple):
+    """One line of the table; `value` and `ceiling` are as the unit says."""
+
+    name: str
+    value: float
+    ceiling: float | None
+    must: float | None
+    unit: str
+
+
+@dataclass(frozen=True)
+class Mini:
+    """A checkpoint with everything that is needed to judge what it draws."""
+
+    model: sd.StableDiffusion
+    frozen: sd.Frozen
+    tokenizer: text.Tokenizer
+    folder: Path
+
+    def recogniser(self, name: str = "scoring") -> faces.Recogniser:
+        return faces.load_recogniser(self.folder / "face" / f"{name}.onnx")
+
+
+def load(name_or_path: str = hub.MINI) -> Mini:
+    """Loads the shipped mini, or one from a folder that `pretrain` wrote."""
+    folder = hub.resolve(name_or_path).folder
+    model, frozen = sd.load(folder)
+    tokenizer = text.load_tokenizer(
+        folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+    )
+    return Mini(model, frozen, tokenizer, folder)
+
+
+# Reading pictures
+
+
+def embed(recogniser: faces.Recogniser, images: np.ndarray) -> np.ndarray:
+    """Returns float32[N, 512] of unit norm for pictures uint8[N, H, W, 3] with one face each."""
+    crops = [faces.face_crop(Image.fromarray(image), pre_aligned=False) for image in images]
+    return faces.embed_faces(recogniser, crops)
+
+
+def read_judge(folder: Path) -> tuple[networks.ConvNet, dict]:
+    """Returns the network that reads scenes off pictures, and its weights."""
+    tensors = load_file(folder / "judge" / "model.safetensors")
+    params = unflatten({name: jnp.asarray(x, jnp.float32) for name, x in tensors.items()})
+    levels = sum(name.startswith("down_") for name in params)
+    widths = [params["first"]["bias"].shape[0]]
+    widths += [params[f"down_{i}"]["bias"].shape[0] for i in range(levels)]
+    return networks.ConvNet(tuple(widths), sum(FIELDS.values())), params
+
+
+def read_scenes(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns what the judge sees in pictures uint8[N, 64, 64, 3]: int[N] for each field."""
+    net, params = read_judge(folder)
+    apply = jax.jit(net.apply)
+    edges = np.cumsum(list(FIELDS.values()))[:-1]
+    found = []
+    for start in range(0, len(images), 64):
+        rows = np.minimum(np.arange(start, start + 64), len(images) - 1)
+        logits = np.asarray(apply({"params": params}, drawings.to_float(images[rows])))
+        found.append(np.stack([p.argmax(-1) for p in np.split(logits, edges, axis=-1)]))
+    columns = np.concatenate(found, axis=1)[:, : len(images)]
+    return dict(zip(FIELDS, columns, strict=True))
+
+
+def kept(asks: dict[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns bool[N] for each thing that a prompt asks for: whether the pictures show it."""
+    return {field: seen[field] == captions.KINDS[field].index(kind) for field, kind in asks.items()}
+
+
+# Drawing
+
+
+def draw(
+    mini: Mini,
+    prompt: str,
+    count: int,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Draws a prompt without a person of the user's: uint8[count, 64, 64, 3]."""
+    side = drawings.SIZE
+    return sample.draw_prompt(
+        mini.model,
+        mini.frozen,
+        plain_keys_values(mini, prompt),
+        seed=seed,
+        count=count,
+        batch_size=batch_size,
+        size=(side, side),
+        scheduler="ddim",
+        steps=steps,
+        guidance_scale=guidance,
+    )
+
+
+def plain_keys_values(mini: Mini, prompt: str) -> dict:
+    """Keys and values of the empty prompt and of this one: leaves [2, T, inner]."""
+    ids = mini.tokenizer(["", prompt])
+    encoded = _encode(mini.model, mini.frozen, ids)
+    return project_kv(mini.frozen.cross_kv, encoded, mini.model.dtype)
+
+
+_encode = jax.jit(sd.encode_text, static_argnums=0)
+
+
+# Measuring
+
+
+def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns float[N] in dB of pictures uint8[N, ...], for the full range of 255."""
+    error = np.square(images.astype(np.float64) - others).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 1e-9))
+
+
+def reconstruct(mini: Mini, images: np.ndarray) -> np.ndarray:
+    """Returns the autoencoder's version of pictures uint8[N, 64, 64, 3], from the mean latents."""
+    batches = []
+    for start in range(0, len(images), 32):
+        rows = np.minimum(np.arange(start, start + 32), len(images) - 1)
+        drawn = _reconstruct(mini.model, mini.frozen, drawings.to_float(images[rows]))
+        batches.append(to_uint8(np.asarray(drawn)))
+    return np.concatenate(batches)[: len(images)]
+
+
+def _both(model, frozen, images):
+    return sd.decode(model, frozen, sd.encode_image(model, frozen, images)[0])
+
+
+_reconstruct = jax.jit(_both, static_argnums=0)
+
+
+def auc(same: np.ndarray, different: np.ndarray) -> float:
+    """Returns the chance that a same-person similarity is above a different-person one."""
+    values = np.concatenate([same, different])
+    order = values.argsort(kind="stable")
+    ranks = np.empty(len(values))
+    ranks[order] = np.arange(1, len(values) + 1)
+    # Equal values share the mean of their ranks.
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.bincount(inverse, ranks) / counts)[inverse]
+    wins = ranks[: len(same)].sum() - len(same) * (len(same) + 1) / 2
+    return float(wins / (len(same) * len(different)))
+
+
+def verification(
+    embeds: np.ndarray, who: np.ndarray, pairs: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the similarities of `pairs` // 2 random pairs of the same person, and of others."""
+    half, count = pairs // 2, len(who)
+    same, different = [], []
+    while min(len(same), len(different)) < half:
+        one, other = rng.integers(0, count, 2)
+        if who[one] != who[other]:
+            different.append((one, other))
+        partner = rng.choice(np.flatnonzero(who == who[one]))
+        if partner != one:
+            same.append((one, partner))
+
+    def similarity(rows):
+        left, right = np.array(rows[:half]).T
+        return np.sum(embeds[left] * embeds[right], axis=1)
+
+    return similarity(same), similarity(different)
+
+
+def gallery(recogniser: faces.Recogniser, count: int, each: int, key: jax.Array) -> np.ndarray:
+    """Returns float32[count, 512]: the mean embedding of true drawings of the named people."""
+    who = people.named(np.arange(count), np.arange(count))
+    set_ = drawings.portraits(who, each, key)
+    embeds = embed(recogniser, set_.images).reshape(count, each, -1)
+    return np.stack([faces.mean_embedding(them) for them in embeds])
+
+
+def table(mini: Mini, seed: int, count: int, pairs: int = 10_000) -> list[Row]:
+    """Measures everything; `count` named people are drawn, each in one of the prompts, too."""
+    key = stream(jax.random.key(seed), "quality")
+    rng = np.random.default_rng([seed, *b"quality"])
+    rows = []
+
+    # The autoencoder, on people whom nothing was trained on
+    held_out = drawings.portraits(people.unnamed("test", 500), 4, stream(key, "held out"))
+    some = held_out.images[:: len(held_out.images) // 512][:512]
+    values = psnr(some, reconstruct(mini, some))
+    rows.append(Row("autoencoder, PSNR", float(values.mean()), None, 27.0, "dB"))
+
+    # Both recognisers, on the same people
+    for name in ("recogniser", "scoring"):
+        embeds = embed(mini.recogniser(name), held_out.images)
+        value = auc(*verification(embeds, held_out.who, pairs, rng))
+        rows.append(Row(f"face/{name}.onnx, AUC of {pairs:,} pairs", value, None, 0.99, ""))
+
+    # Named people, found again among all names
+    scoring = mini.recogniser("scoring")
+    known = gallery(scoring, people.NAMES, 4, stream(key, "gallery"))
+    chosen = np.sort(rng.choice(people.NAMES, count, replace=False))
+
+    def rank1(images, each):
+        found = (embed(scoring, images) @ known.T).argmax(axis=1)
+        return 100 * float(np.mean(found == np.repeat(chosen, each)))
+
+    true = drawings.portraits(people.named(chosen, chosen), 4, stream(key, "true drawings"))
+    photos = true.scenes.style == traits.STYLES.index("photo")
+    found = (embed(scoring, true.images[photos]) @ known.T).argmax(axis=1)
+    ceiling = 100 * float(np.mean(found == chosen[true.who[photos]]))
+    drawn = [
+        draw(mini, f"a photo of {people.full_name(i, i)}", 4, seed=seed, batch_size=4)
+        for i in chosen
+    ]
+    value = rank1(np.concatenate(drawn), 4)
+    rows.append(
+        Row(f"named people found first of {people.NAMES:,}", value, ceiling, 0.7 * ceiling, "%")
+    )
+
+    # Prompts, on the same people
+    hits: dict[str, list] = {}
+    for number, person in enumerate(chosen):
+        prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
+        name = people.full_name(person, person)
+        pictures = draw(mini, prompt.text.format(name), 8, seed=seed, batch_size=8)
+        for field, is_kept in kept(prompt.asks, read_scenes(mini.folder, pictures)).items():
+            hits.setdefault(field, []).extend(is_kept)
+    seen = read_scenes(mini.folder, held_out.images)
+    for field in REPORTED:
+        right = seen[field] == getattr(held_out.scenes, field)
+        if field == "hat_colour":
+            right = right[held_out.scenes.hat > 0]
+        rows.append(
+            Row(
+                f"{field.replace('_', ' ')} as prompted",
+                100 * float(np.mean(hits[field])),
+                100 * float(right.mean()),
+                85.0,
+                "%",
+            )
+        )
+
+    draw(mini, "a photo", 16)
+    started = time.perf_counter()
+    draw(mini, "a photo", 16)
+    rows.append(
+        Row(f"16 pictures, {STEPS} DDIM steps", time.perf_counter() - started, None, 20, "s")
+    )
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the table as Markdown."""
+    lines = ["| what | measured | true drawings | must |", "|---|---|---|---|"]
+    for row in rows:
+        sign = "≤" if row.unit == "s" else "≥"
+        digits = 4 if not row.unit else 1
+        unit = f" {row.unit}" if row.unit else ""
+        ceiling = "" if row.ceiling is None else f"{row.ceiling:.{digits}f}{unit}"
+        must = "" if row.must is None else f"{sign} {row.must:.{digits}f}{unit}"
+        lines.append(f"| {row.name} | {row.value:.{digits}f}{unit} | {ceiling} | {must} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns 1 if a line misses what it must reach."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.mini.quality", description="Measures how good a mini is."
+    )
+    parser.add_argument("--checkpoint", default=hub.MINI, help="default: the shipped one")
+    parser.add_argument("--people", type=int, default=96, help="named people to draw (default: 96)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args(argv)
+    rows = table(load(args.checkpoint), args.seed, args.people)
+    print(markdown(rows))
+    if args.json:
+        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    missed = [
+        row.name
+        for row in rows
+        if row.must is not None
+        and (row.value > row.must if row.unit == "s" else row.value < row.must)
+    ]
+    if missed:
+        print(f"below what it must reach: {', '.join(missed)}", file=sys.stderr)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
