@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import reference
 import torch
+import transformers
+from safetensors.numpy import load_file
 
 from idea_jax.models import sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
+from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.layers import GroupNorm, UnsupportedConfig, attention, timestep_embedding
 from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import VAEConfig
@@ -424,3 +427,57 @@ def test_full_size_unet_matches_diffusers():
         return model.unet_model.apply({"params": params["unet"]}, latents, timesteps, kv)
 
     np.testing.assert_allclose(run(params), nhwc(expected), rtol=RTOL, atol=ATOL)
+
+
+def test_image_encoder_matches_transformers(tmp_path):
+    """Features and the gradient of the picture; the weights survive the way there and back."""
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**config.to_dict())
+    ).eval()
+    for parameter in theirs.parameters():  # biases and norms start at values that hide mistakes
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert CLIPVisionConfig.from_dict(values, "config.json") == config
+    net = CLIPVisionModel(config)
+    target = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    tensors = load_file(tmp_path / "model.safetensors")
+    tree = weights.to_params(weights.vision_table(), tensors, {"vision": target}, "model")["vision"]
+
+    images, weight = noise(0, 2, 64, 64, 3), noise(1, 2, 24)
+    x = nchw(images).requires_grad_()
+    features = theirs(x).image_embeds
+    (features * torch.tensor(weight)).sum().backward()
+    ours, pull = jax.vjp(lambda images: net.apply({"params": tree}, images), jnp.asarray(images))
+    np.testing.assert_allclose(ours, features.detach().numpy(), rtol=RTOL, atol=ATOL)
+    assert_gradients_close(pull(jnp.asarray(weight))[0], nhwc(x.grad))
+    written = weights.to_tensors(weights.vision_table(), {"vision": tree})
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("hidden_act", "relu", "hidden_act"),
+        ("patch_size", 7, "does not divide into patches"),
+        ("num_attention_heads", 5, "does not divide into 5 heads"),
+        ("num_channels", 1, "num_channels"),
+        ("surprise", 1, "surprise"),
+    ],
+)
+def test_image_encoder_config_not_supported_is_refused_by_name(name, value, problem):
+    config = CLIPVisionConfig(32, 64, 24, 2, 4, 64, 8).to_dict() | {name: value}
+    with pytest.raises(UnsupportedConfig, match=problem):
+        CLIPVisionConfig.from_dict(config, "config.json")

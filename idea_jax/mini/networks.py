@@ -46,7 +46,7 @@ class ConvNet(nn.Module):
         side, channels = x.shape[1], x.shape[3]
         mean = nn.initializers.constant(1 / side**2)
         place = self.param("place", mean, (side, side, channels))
-        x = jnp.sum(x * place, axis=(1, 2))
+        x = jnp.sum(x * place[None], axis=(1, 2))
         return nn.Dense(self.outputs, name="last")(x)
 
 

@@ -10,6 +10,7 @@ lists are done; a stage that was interrupted goes on where it last saved its sta
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import sys
 import time
@@ -36,7 +37,7 @@ from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
-from idea_jax.pytrees import cast, flatten, stream
+from idea_jax.pytrees import flatten, stream
 from idea_jax.random_sd import write_tokenizer
 
 TEXT_LENGTH = 40  # positions of the text encoder
@@ -47,6 +48,7 @@ EMPTY_CAPTIONS = 0.1
 KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
 SAVE_SECONDS = 120
 RECORD = "pretraining.json"  # in the checkpoint: how it was made
+SUMS = "SHA256SUMS"  # as sha256sum writes and checks them
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,8 @@ def train_recogniser(run: Run, split: str, name: str) -> dict:
         features = net.apply({"params": params}, disturbed(drawings.to_float(images), key, side))
         # Of one batch, as in batch normalisation: all faces are alike, and what they have in
         # common would keep every angle small.
-        return unit((features - features.mean(0)) / (features.std(0) + 1e-3))
+        centred = features - features.mean(0, keepdims=True)
+        return unit(centred / (features.std(0, keepdims=True) + 1e-3))
 
     # First each drawing is to find another one of the same person among those of a batch: from
     # random centres of so many people, the margin loss alone hardly begins to learn.
@@ -591,6 +594,31 @@ def train_unet(run: Run) -> dict:
     return {"losses": losses}
 
 
+_CARD = """\
+# The mini
+
+A Stable Diffusion of a drawn world, trained from nothing by `python -m idea_jax.mini.pretrain`
+(seed {seed}; `pretraining.json` has the sizes, steps and losses). It knows {names} people by name,
+nine colours, three hats, four expressions and four styles, and nothing else. All of its people are
+made up. docs/mini.md of idea_jax says how good it is. Licence: MIT, as the code.
+"""
+
+
+def finish(run: Run) -> dict:
+    """Writes the model card and the check sums of all files."""
+    card = _CARD.format(seed=run.seed, names=people.NAMES)
+    with atomic_write(run.folder / "README.md") as path:
+        path.write_text(card, encoding="utf-8")
+    files = {
+        str(path.relative_to(run.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.folder.rglob("*"))
+        if path.is_file() and path.name not in (RECORD, SUMS)
+    }
+    with atomic_write(run.folder / SUMS) as path:
+        path.write_text("".join(f"{digest}  {name}\n" for name, digest in files.items()))
+    return {"megabytes": round(sum((run.folder / n).stat().st_size for n in files) / 1e6, 2)}
+
+
 STAGES: dict[str, Callable[[Run], dict]] = {
     "prepare": prepare,
     "vae": train_vae,
@@ -599,11 +627,13 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "judge": train_judge,
     "clip": train_clip,
     "unet": train_unet,
+    "finish": finish,
 }
 NEEDS = {
     "vae": ["prepare"],
     "clip": ["prepare"],
     "unet": ["vae", "clip"],
+    "finish": ["vae", "recogniser", "scoring", "judge", "clip", "unet"],
 }
 
 
@@ -693,7 +723,7 @@ def fit(
         return Training(params, average, opt_state), value
 
     step = jax.jit(step, donate_argnums=0)
-    params = cast(params, jnp.float32)
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)  # to be donated
     state = Training(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     leaves, structure = jax.tree.flatten(state)
     file = run.work / f"{name}.state.safetensors"

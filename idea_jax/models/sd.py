@@ -218,11 +218,14 @@ def save(
     schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
     schedule |= {"_class_name": "DDIMScheduler", "clip_sample": False, **version}
     _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    # An image encoder is no part of Stable Diffusion, but may lie beside it (adapters use it).
+    has_image_encoder = (folder / "image_encoder" / "config.json").is_file()
+    image_encoder = ["transformers", "CLIPVisionModelWithProjection"]
     index = {
         "_class_name": "StableDiffusionPipeline",
         **version,
         "feature_extractor": [None, None],
-        "image_encoder": [None, None],
+        "image_encoder": image_encoder if has_image_encoder else [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],

@@ -1,0 +1,303 @@
+"""The mini's parts: names, captions, the small networks, training that can go on, measurements."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from idea_jax.data import text
+from idea_jax.mini import captions, drawings, lab, networks, people, pretrain, quality, traits
+from idea_jax.random_sd import write_tokenizer
+
+# People and their names
+
+
+def test_names_are_unique_words_and_say_half_of_a_face_each():
+    first, last = people.first_names(), people.last_names()
+    assert len({*first, *last}) == 2 * people.NAMES
+    assert all(re.fullmatch("[a-z]{3,}", name) for name in (*first, *last))
+    one, other = people.named(np.array([3, 3]), np.array([5, 8])), traits.Identity._fields
+    for field in other[: traits.CODE_SIZE]:
+        left, right = getattr(one, field)
+        assert left == right, f"{field} changed with the last name"
+    differing = [f for f in other[traits.CODE_SIZE :] if np.diff(getattr(one, f))[0] != 0]
+    assert len(differing) > traits.CODE_SIZE // 2
+
+
+def test_people_of_a_split_are_the_same_however_many_are_asked_for():
+    few, many = people.unnamed("test", 3), people.unnamed("test", 9)
+    for a, b in zip(few, many, strict=True):
+        np.testing.assert_array_equal(a, b[:3])
+    codes = [people.unnamed(split, 50).eye_size for split in people.SPLITS]
+    for one, other in itertools.combinations(codes, 2):
+        assert not np.intersect1d(one, other).size
+    with pytest.raises(ValueError, match="no split 'train'"):
+        people.unnamed("train", 1)
+
+
+# Captions
+
+
+def said(caption):
+    """What a caption claims, by looking for its words."""
+    claims = {}
+    colours = "|".join(traits.COLOURS)
+    if match := re.search(rf"({colours}) (?:background|wall)", caption):
+        claims["background"] = match[1]
+    if match := re.search(rf"({colours}) shirt|dressed in ({colours})", caption):
+        claims["shirt"] = match[1] or match[2]
+    if match := re.search(rf"(?:({colours}) )?(cap|beanie|(?<!without a )hat)\b", caption):
+        claims["hat"] = match[2]
+        if match[1]:
+            claims["hat_colour"] = match[1]
+    if "without a hat" in caption:
+        claims["hat"] = "none"
+    for expression, words in (
+        ("smiling", "smil"),
+        ("sad", "sad"),
+        ("surprised", "surprised"),
+        ("neutral", "neutral"),
+    ):
+        if words in caption:
+            claims["expression"] = expression
+    for style, words in (
+        ("photo", "photo"),
+        ("painting", "painting"),
+        ("sketch", "sketch|pencil"),
+        ("cartoon", "cartoon|comic"),
+    ):
+        if re.search(words, caption):
+            claims["style"] = style
+    for field in ("light", "framing"):
+        for kind in captions.KINDS[field][1:]:
+            if re.search(rf"\b{kind}\b", caption):
+                claims[field] = kind
+    return claims
+
+
+def random_words(rng):
+    return {field: str(rng.choice(kinds)) for field, kinds in captions.KINDS.items()}
+
+
+def test_captions_claim_nothing_that_the_picture_does_not_show():
+    rng = np.random.default_rng(0)
+    counts = dict.fromkeys(captions.KINDS, 0)
+    for _ in range(3000):
+        scene = random_words(rng)
+        caption = captions.caption(rng, scene, "Zed Zed")
+        assert re.search(r"\bof (.*\bof )?Zed Zed\b", caption), caption
+        assert not re.search(r"\ba [aeiou]|  |\{", caption), caption
+        for field, kind in said(caption).items():
+            assert scene[field] == kind, f"{caption!r} but {field} is {scene[field]}"
+            counts[field] += 1
+    # Everything is mentioned often, nothing always.
+    assert all(500 < count < 2900 for count in counts.values()), counts
+
+
+def test_captions_of_pairs_name_both_in_their_order():
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        caption = captions.pair_caption(rng, (random_words(rng), random_words(rng)), ("Aa", "Bb"))
+        assert re.search(r"of Aa\b.*\bBb\b", caption), caption
+
+
+def test_prompts_ask_for_what_they_say():
+    for prompt in captions.PROMPTS:
+        assert prompt.text.count("{}") == 1
+        claims = said(prompt.text)
+        if claims.get("style") == "photo":
+            claims.pop("style")
+        assert claims == dict(prompt.asks)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = [*captions.words(), *people.name_parts(), *people.first_names(), *people.last_names()]
+    size = write_tokenizer(folder, words, pad="!", length=pretrain.TEXT_LENGTH)
+    return text.load_tokenizer(folder, size, pretrain.TEXT_LENGTH)
+
+
+def test_each_name_is_one_token_and_captions_fit_the_text_encoder(tokenizer):
+    for names in (people.first_names(), people.last_names()):
+        assert {len(tokenizer.ids(name)) for name in names} == {1}
+    rng = np.random.default_rng(2)
+    longest = max(
+        len(tokenizer.ids(captions.caption(rng, random_words(rng), people.full_name(1, 2))))
+        for _ in range(2000)
+    )
+    assert longest <= pretrain.TEXT_LENGTH - 2
+    # Also the texts that people are trained with, with the tokens of a placeholder.
+    learner = tokenizer.with_placeholder("<person>", 2)
+    for prompt in text.training_prompts(learner.placeholder):
+        words = len(re.findall(r"[\w<>]+|-", prompt.replace("<person>_v", "v")))
+        assert len(learner.ids(prompt)) == words, prompt
+
+
+def test_names_of_similar_people_start_close_to_each_other(tokenizer):
+    """The distance of two names' embeddings follows the difference of their codes."""
+    table = np.random.default_rng(0).normal(0, 0.02, (tokenizer.vocab_size, 64)).astype(np.float32)
+    named = pretrain.name_embeddings(tokenizer, table)
+    ids = np.concatenate([tokenizer.ids(name) for name in people.first_names()[:200]])
+    who = people.named(np.arange(200), np.zeros(200, int))
+    rows = named[ids]
+    assert abs(rows.std() / 0.02 - 1) < 0.1
+    apart, differ = [], []
+    for i, j in itertools.combinations(range(0, 200, 4), 2):
+        apart.append(np.linalg.norm(rows[i] - rows[j]))
+        pair = [jax.tree.map(lambda leaf, k=k: leaf[k], who) for k in (i, j)]
+        differ.append(traits.distance(*pair))
+    assert np.corrcoef(apart, differ)[0, 1] > 0.6
+    untouched = np.setdiff1d(
+        np.arange(len(table)),
+        [tokenizer.ids(n)[0] for n in (*people.first_names(), *people.last_names())],
+    )
+    np.testing.assert_array_equal(named[untouched], table[untouched])
+
+
+# The small networks
+
+
+def test_onnx_gives_what_the_network_gives(tmp_path):
+    import onnxruntime
+
+    net = networks.ConvNet((8, 8, 16), 32, halve=True)
+    params = net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    rng = np.random.default_rng(0)
+    # Random biases and places too: the initial ones would hide that they are left out.
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.05 * rng.standard_normal(leaf.shape), jnp.float32),
+        params,
+    )
+    networks.write_onnx(tmp_path / "net.onnx", net, params, 32)
+    images = rng.uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), params)
+    expected = net.apply({"params": half}, images)
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (got,) = session.run(None, {"input.1": images.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected).mean() > 0.01
+
+
+def test_margin_loss_is_the_cross_entropy_of_a_wider_angle():
+    angles = np.array([[1.2, 0.9, 2.0]])
+    own = jnp.array([[1.0, 0.0, 0.0]])
+    wider = angles + np.array([[pretrain.MARGIN, 0, 0]])
+    logits = pretrain.SCALE * np.cos(wider)
+    expected = -np.log(np.exp(logits[0, 0]) / np.exp(logits).sum())
+    got = pretrain.margin_loss(jnp.cos(jnp.asarray(angles)), own)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+# Training
+
+
+@pytest.fixture
+def run(tmp_path):
+    return pretrain.Run(tmp_path / "out", tmp_path / "work", pretrain.BUDGETS["tiny"], 0, True)
+
+
+def test_an_interrupted_training_ends_like_one_that_was_not(run, monkeypatch):
+    kernel = np.random.default_rng(0).standard_normal((12, 12))
+    params = {"layer": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.zeros(12)}}
+
+    def loss(params, batch, key):
+        x = batch + 0.1 * jax.random.normal(key, batch.shape)
+        return jnp.mean(jnp.square(x @ params["layer"]["kernel"] + params["layer"]["bias"][None]))
+
+    def batch(rng):
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        calls.append(rng)
+        return rng.standard_normal((4, 12)).astype(np.float32)
+
+    def train(name):
+        optimizer = pretrain.muon(params, 20, 0.3)
+        # The name decides the random numbers, so both runs have the same, in folders of their own.
+        other = pretrain.Run(run.folder, run.work / name, run.budget, 0, True)
+        return pretrain.fit(other, "test", params, loss, batch, 20, optimizer, ema=0.9)
+
+    calls, stop = [], None
+    straight, losses = train("straight")
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
+    calls, stop = [], 7
+    with pytest.raises(KeyboardInterrupt):
+        train("interrupted")
+    calls, stop = [], None
+    resumed, again = train("interrupted")
+    assert len(calls) == 13 and again == losses
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_an_average_is_returned_where_one_is_asked_for(run):
+    """Of two steps the first weighs (1 + 1) / (10 + 1): the decay grows from small values."""
+    params = {"a": {"bias": jnp.zeros(1)}}
+
+    def loss(params, batch, key):
+        return jnp.sum(jnp.square(params["a"]["bias"] - 1.0))
+
+    last, _ = pretrain.fit(run, "last", params, loss, lambda rng: 0, 2, pretrain.muon(params, 2))
+    one, _ = pretrain.fit(
+        run, "one", params, loss, lambda rng: 0, 1, pretrain.muon(params, 2), ema=0.99
+    )
+    mean, _ = pretrain.fit(
+        run, "mean", params, loss, lambda rng: 0, 2, pretrain.muon(params, 2), ema=0.99
+    )
+    first, second = float(one["a"]["bias"][0]) / 0.9, float(last["a"]["bias"][0])
+    expected = (2 / 11) * 0.9 * first + (9 / 11) * second
+    np.testing.assert_allclose(mean["a"]["bias"][0], expected, rtol=1e-5)
+
+
+def test_another_budget_does_not_continue_a_checkpoint(run):
+    run.folder.mkdir()
+    pretrain.write_json(run.folder / pretrain.RECORD, {"seed": 1, "budget": {}, "stages": {}})
+    with pytest.raises(ValueError, match="another seed or budget"):
+        pretrain.pretrain(run)
+
+
+def test_drawings_come_from_disk_where_they_are_there(tmp_path):
+    key = jax.random.key(3)
+    first = drawings.drawings(6, 0.5, key, tmp_path)
+    assert (first.names[:3, 1] == -1).all() and (first.names[3:, 1] >= 0).all()
+    (path,) = tmp_path.glob("*.npy")
+    np.save(path, 255 - np.load(path))
+    again = drawings.drawings(6, 0.5, key, tmp_path)
+    np.testing.assert_array_equal(again.images, 255 - first.images)
+
+
+# Measurements
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    rng = np.random.default_rng(0)
+    same, different = rng.normal(1, 1, 40).round(1), rng.normal(0, 1, 60).round(1)
+    wins = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in same for b in different])
+    assert quality.auc(same, different) == pytest.approx(wins, abs=1e-12)
+
+
+def test_psnr_of_a_known_error():
+    images = np.full((2, 4, 4, 3), 100, np.uint8)
+    others = images + np.array([1, 5], np.uint8)[:, None, None, None]
+    expected = [20 * np.log10(255 / error) for error in (1, 5)]
+    np.testing.assert_allclose(quality.psnr(images, others), expected, rtol=1e-12)
+
+
+def test_bootstrap_interval_is_about_two_standard_errors_wide():
+    values = np.random.default_rng(0).normal(5, 2, 200)
+    low, high = lab.interval(values)
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error * 2)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error * 2)
+
+
+def test_verification_pairs_are_of_one_person_or_of_two():
+    """Embeddings that tell people apart perfectly give 1 and 0."""
+    who = np.repeat(np.arange(5), 3)
+    same, different = quality.verification(np.eye(5)[who], who, 40, np.random.default_rng(0))
+    assert len(same) == len(different) == 20
+    assert (same == 1).all() and (different == 0).all()
