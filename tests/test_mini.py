@@ -1,6 +1,7 @@
 """The mini's parts: names, captions, the small networks, training that can go on, measurements."""
 
 import itertools
+import json
 import re
 
 import jax
@@ -301,3 +302,31 @@ def test_verification_pairs_are_of_one_person_or_of_two():
     same, different = quality.verification(np.eye(5)[who], who, 40, np.random.default_rng(0))
     assert len(same) == len(different) == 20
     assert (same == 1).all() and (different == 0).all()
+
+
+# All of it, in small
+
+
+def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path):
+    """`pretrain` from nothing: each loss falls, the folder is whole, and done stages stay done."""
+    run = pretrain.Run(
+        tmp_path / "tiny", tmp_path / "work", pretrain.BUDGETS["tiny"], 0, quiet=True
+    )
+    pretrain.pretrain(run)
+    record = json.loads((run.folder / pretrain.RECORD).read_text())
+    assert list(record["stages"]) == list(pretrain.STAGES)
+    losses = {
+        f"{name} {what}": values
+        for name, stage in record["stages"].items()
+        for what, values in stage.items()
+        if what.startswith("losses")
+    }
+    assert len(losses) == 8
+    for name, values in losses.items():
+        third = max(1, len(values) // 3)
+        assert np.mean(values[-third:]) < np.mean(values[:third]), (name, values)
+    sums = (run.folder / pretrain.SUMS).read_text()
+    pretrain.pretrain(run)
+    assert (run.folder / pretrain.SUMS).read_text() == sums
+    mini = quality.load(str(run.folder))
+    assert {row.name for row in quality.table(mini, named=1, unnamed=4, pairs=20, each=1)}

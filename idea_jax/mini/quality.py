@@ -209,15 +209,30 @@ def gallery(recogniser: faces.Recogniser, count: int, each: int, key: jax.Array)
     return np.stack([faces.mean_embedding(them) for them in embeds])
 
 
-def table(mini: Mini, seed: int, count: int, pairs: int = 10_000) -> list[Row]:
-    """Measures everything; `count` named people are drawn, each in one of the prompts, too."""
+def table(
+    mini: Mini,
+    seed: int = 0,
+    named: int = 96,
+    *,
+    unnamed: int = 500,
+    pairs: int = 10_000,
+    each: int = 4,
+) -> list[Row]:
+    """Measures everything.
+
+    Args:
+        named: how many people the model draws, as a photo and in one of the prompts.
+        unnamed: how many people are drawn for the autoencoder, the recognisers and the judge.
+        pairs: of unnamed people, half of them the same person twice.
+        each: drawings of a person: of the unnamed ones, of all names for the gallery, of the model.
+    """
     key = stream(jax.random.key(seed), "quality")
     rng = np.random.default_rng([seed, *b"quality"])
     rows = []
 
     # The autoencoder, on people whom nothing was trained on
-    held_out = drawings.portraits(people.unnamed("test", 500), 4, stream(key, "held out"))
-    some = held_out.images[:: len(held_out.images) // 512][:512]
+    held_out = drawings.portraits(people.unnamed("test", unnamed), each, stream(key, "held out"))
+    some = held_out.images[:: max(1, len(held_out.images) // 512)][:512]
     values = psnr(some, reconstruct(mini, some))
     rows.append(Row("autoencoder, PSNR", float(values.mean()), None, 27.0, "dB"))
 
@@ -229,22 +244,20 @@ def table(mini: Mini, seed: int, count: int, pairs: int = 10_000) -> list[Row]:
 
     # Named people, found again among all names
     scoring = mini.recogniser("scoring")
-    known = gallery(scoring, people.NAMES, 4, stream(key, "gallery"))
-    chosen = np.sort(rng.choice(people.NAMES, count, replace=False))
-
-    def rank1(images, each):
-        found = (embed(scoring, images) @ known.T).argmax(axis=1)
-        return 100 * float(np.mean(found == np.repeat(chosen, each)))
-
-    true = drawings.portraits(people.named(chosen, chosen), 4, stream(key, "true drawings"))
+    known = gallery(scoring, people.NAMES, each, stream(key, "gallery"))
+    chosen = np.sort(rng.choice(people.NAMES, named, replace=False))
+    true = drawings.portraits(people.named(chosen, chosen), each, stream(key, "true drawings"))
     photos = true.scenes.style == traits.STYLES.index("photo")
     found = (embed(scoring, true.images[photos]) @ known.T).argmax(axis=1)
     ceiling = 100 * float(np.mean(found == chosen[true.who[photos]]))
-    drawn = [
-        draw(mini, f"a photo of {people.full_name(i, i)}", 4, seed=seed, batch_size=4)
-        for i in chosen
-    ]
-    value = rank1(np.concatenate(drawn), 4)
+    drawn = np.concatenate(
+        [
+            draw(mini, f"a photo of {people.full_name(i, i)}", each, seed=seed, batch_size=each)
+            for i in chosen
+        ]
+    )
+    found = (embed(scoring, drawn) @ known.T).argmax(axis=1)
+    value = 100 * float(np.mean(found == np.repeat(chosen, each)))
     rows.append(
         Row(f"named people found first of {people.NAMES:,}", value, ceiling, 0.7 * ceiling, "%")
     )
@@ -254,7 +267,7 @@ def table(mini: Mini, seed: int, count: int, pairs: int = 10_000) -> list[Row]:
     for number, person in enumerate(chosen):
         prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
         name = people.full_name(person, person)
-        pictures = draw(mini, prompt.text.format(name), 8, seed=seed, batch_size=8)
+        pictures = draw(mini, prompt.text.format(name), each, seed=seed, batch_size=each)
         for field, is_kept in kept(prompt.asks, read_scenes(mini.folder, pictures)).items():
             hits.setdefault(field, []).extend(is_kept)
     seen = read_scenes(mini.folder, held_out.images)
