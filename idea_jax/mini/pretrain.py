@@ -95,7 +95,7 @@ BUDGETS = {
         each=4,
         captions=1,
         vae=(12, 4),
-        recogniser=(16, 16),
+        recogniser=(60, 16),
         judge=(16, 16),
         clip=(12, 16),
         unet=(16, 8),
@@ -372,7 +372,7 @@ def train_recogniser(run: Run, split: str, name: str) -> dict:
     )
     mean, std = features.mean(0), features.std(0) + 1e-3
     last = params["net"]["last"]
-    last = {"kernel": last["kernel"] / std, "bias": (last["bias"] - mean) / std}
+    last = {"kernel": last["kernel"] / std[None], "bias": (last["bias"] - mean) / std}
     whole = dataclasses.replace(net, halve=True)
     networks.write_onnx(
         run.folder / "face" / f"{name}.onnx", whole, params["net"] | {"last": last}, FACE_SIZE
