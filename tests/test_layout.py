@@ -58,7 +58,7 @@ ROWS = (
     ("mini.captions", "mini.traits"),
     ("mini.drawings", "mini.* data.images files pytrees"),
     # the mini: a Stable Diffusion of that world
-    ("mini.networks", "files"),
+    ("mini.networks", "files pytrees"),
     ("mini.pretrain", "mini.* models.* diffusion.schedule data.text files pytrees random_sd"),
     ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
     ("mini.lab", "mini.* train train_step sample faces config models.hub pytrees"),

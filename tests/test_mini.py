@@ -183,6 +183,34 @@ def test_onnx_gives_what_the_network_gives(tmp_path):
     assert np.abs(expected).mean() > 0.01
 
 
+def test_a_saved_network_is_read_back_with_its_widths(tmp_path):
+    net = networks.ConvNet((4, 8, 12), 7)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    params = net.init(jax.random.key(1), images)["params"]
+    networks.save(tmp_path / "net.safetensors", params)
+    same, read = networks.load(tmp_path / "net.safetensors")
+    assert same == net
+    expected = net.apply({"params": params}, images)
+    np.testing.assert_allclose(same.apply({"params": read}, images), expected, atol=5e-3)
+
+
+def test_features_apart_sees_what_each_layer_gives():
+    net = networks.ConvNet((4, 8), 3)
+    one, other = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 3))
+    params = net.init(jax.random.key(1), one)["params"]
+    layers = networks.outputs(net, params, one)
+    assert sorted(x.shape[-1] for x in layers) == [3, 4, 8, 8, 8]
+    (last,) = (x for x in layers if x.ndim == 2)
+    np.testing.assert_array_equal(last, net.apply({"params": params}, one))
+    cosines = [
+        jnp.sum(pretrain.unit(a) * pretrain.unit(b), axis=-1).mean()
+        for a, b in zip(layers, networks.outputs(net, params, other), strict=True)
+    ]
+    expected = 2 - 2 * np.mean(cosines)  # the squared distance of two unit vectors
+    value = pretrain.features_apart(net, params, one, other)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+
+
 def test_margin_loss_is_the_cross_entropy_of_a_wider_angle():
     angles = np.array([[1.2, 0.9, 2.0]])
     own = jnp.array([[1.0, 0.0, 0.0]])

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from safetensors.numpy import load_file, save_file
 
 from idea_jax.files import atomic_write
+from idea_jax.pytrees import flatten, unflatten
 
 SLOPE = 0.1  # of the activation below zero
 _OPSET = 17
@@ -48,6 +50,33 @@ class ConvNet(nn.Module):
         place = self.param("place", mean, (side, side, channels))
         x = jnp.sum(x * place[None], axis=(1, 2))
         return nn.Dense(self.outputs, name="last")(x)
+
+
+def outputs(net: ConvNet, params: dict, images: jax.Array) -> list[jax.Array]:
+    """Returns the outputs float32[B, ..., C] of all layers, before their activations."""
+    _, state = net.apply(
+        {"params": params},
+        images,
+        capture_intermediates=lambda module, _: isinstance(module, nn.Conv | nn.Dense),
+        mutable=["intermediates"],
+    )
+    return jax.tree.leaves(state["intermediates"])
+
+
+def save(path: str | Path, params: dict) -> None:
+    """Writes the weights as float16 safetensors."""
+    tensors = {name: np.asarray(leaf, np.float16) for name, leaf in flatten(params).items()}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def load(path: str | Path) -> tuple[ConvNet, dict]:
+    """Returns a network that `save` wrote (without `halve`), and its weights as float32."""
+    tensors = load_file(path)
+    params = unflatten({name: jnp.asarray(x, jnp.float32) for name, x in tensors.items()})
+    levels = sum(name.startswith("down_") for name in params)
+    biases = [params["first"]["bias"], *(params[f"down_{i}"]["bias"] for i in range(levels))]
+    return ConvNet(tuple(map(len, biases)), len(params["last"]["bias"])), params
 
 
 def write_onnx(path: str | Path, net: ConvNet, params: dict, size: int) -> None:

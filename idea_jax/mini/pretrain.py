@@ -10,6 +10,7 @@ lists are done; a stage that was interrupted goes on where it last saved its sta
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -37,7 +38,7 @@ from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
-from idea_jax.pytrees import flatten, stream
+from idea_jax.pytrees import stream
 from idea_jax.random_sd import write_tokenizer
 
 TEXT_LENGTH = 40  # positions of the text encoder
@@ -45,8 +46,11 @@ FACE_SIZE = 112  # of ArcFace's input
 FACE_WIDTH = 512  # of its output
 MARGIN, SCALE = 0.2, 20.0  # of ArcFace's loss, arXiv 1801.07698; margin in radians
 EMPTY_CAPTIONS = 0.1
+MAX_SNR = 5.0  # of the UNet's loss: times of less noise weigh less
+DETAILS_WEIGHT = 0.1  # of what the judge sees, against the same
 KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
 SAVE_SECONDS = 120
+JUDGE = "judge.safetensors"  # in the work folder: the one that training sees
 RECORD = "pretraining.json"  # in the checkpoint: how it was made
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks them
 
@@ -60,6 +64,7 @@ class Budget:
     each: int
     captions: int
     vae: tuple[int, int]
+    vae_details: tuple[int, int]
     recogniser: tuple[int, int]
     judge: tuple[int, int]
     clip: tuple[int, int]
@@ -77,9 +82,10 @@ BUDGETS = {
         people=2200,
         each=10,
         captions=4,
-        vae=(6000, 8),
+        vae=(3500, 8),
+        vae_details=(1000, 8),
         recogniser=(1400, 64),
-        judge=(800, 64),
+        judge=(1500, 32),
         clip=(800, 96),
         unet=(12_000, 64),
         vae_widths=(16, 32, 96, 112),
@@ -95,6 +101,7 @@ BUDGETS = {
         each=4,
         captions=1,
         vae=(12, 4),
+        vae_details=(8, 4),
         recogniser=(60, 16),
         judge=(16, 16),
         clip=(12, 16),
@@ -256,13 +263,18 @@ def name_embeddings(tokenizer: Tokenizer, table: np.ndarray) -> np.ndarray:
 
 
 def train_vae(run: Run) -> dict:
-    """Trains the autoencoder on all drawings; its latents are scaled to unit variance."""
+    """Trains the autoencoder on all drawings; its latents are scaled to unit variance.
+
+    The second part adds the difference that the judge's layers see (as LPIPS does,
+    arXiv 1801.03924): a mouth is few pixels, and to the squared error alone a blur will do.
+    """
     model, frozen, _ = run.load()
     sets = [run.named().images, *(run.portraits(s).images for s in ("recognition", "scoring"))]
     images = np.concatenate(sets)
     net = model.vae_model
+    judge, seen = networks.load(run.work / JUDGE)
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, details):
         target = drawings.to_float(batch)
         mean, logvar = net.apply({"params": params}, target, method=AutoencoderKL.encode)
         noise = jax.random.normal(key, mean.shape)
@@ -270,15 +282,21 @@ def train_vae(run: Run) -> dict:
         image = net.apply({"params": params}, latents, method=AutoencoderKL.decode)
         error = jnp.mean(jnp.square(image - target)) + 0.1 * jnp.mean(jnp.abs(image - target))
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
-        return error + KL_WEIGHT * kl
+        total = error + KL_WEIGHT * kl
+        if details:
+            total += DETAILS_WEIGHT * features_apart(judge, seen, image, target)
+        return total
 
-    steps, size = run.budget.vae
+    def batch(size):
+        return lambda rng: images[np.sort(rng.integers(0, len(images), size))]
 
-    def batch(rng):
-        return images[np.sort(rng.integers(0, len(images), size))]
-
-    optimizer = muon(frozen.vae, steps)
-    params, losses = fit(run, "vae", frozen.vae, loss, batch, steps, optimizer, ema=0.998)
+    params, all_losses = frozen.vae, {}
+    parts = (("vae", run.budget.vae, 0.01), ("vae details", run.budget.vae_details, 0.005))
+    for name, (steps, size), rate in parts:
+        part_loss = functools.partial(loss, details=name == "vae details")
+        optimizer = muon(params, steps, rate)
+        params, losses = fit(run, name, params, part_loss, batch(size), steps, optimizer, ema=0.998)
+        all_losses[f"losses of {name}"] = losses
     frozen = frozen._replace(vae=params)
     sample = images[np.random.default_rng(0).integers(0, len(images), 512)]
     mean, _ = moments(model, frozen, sample)
@@ -286,7 +304,20 @@ def train_vae(run: Run) -> dict:
     vae = dataclasses.replace(model.vae, scaling_factor=round(scale, 5))
     model = dataclasses.replace(model, vae=vae)
     sd.save(run.folder, model, frozen, dtype="float16", parts=["vae"])
-    return {"losses": losses, "scaling_factor": vae.scaling_factor}
+    return {**all_losses, "scaling_factor": vae.scaling_factor}
+
+
+def features_apart(
+    net: networks.ConvNet, params: dict, one: jax.Array, other: jax.Array
+) -> jax.Array:
+    """Returns float32[]: how far apart a network sees pictures, as the mean over its layers of the
+    squared distance of their outputs, of unit length at each place."""
+
+    def features(images):
+        return [unit(x) for x in networks.outputs(net, params, images)]
+
+    pairs = list(zip(features(one), features(other), strict=True))
+    return sum(jnp.mean(jnp.sum(jnp.square(a - b), axis=-1)) for a, b in pairs) / len(pairs)
 
 
 def moments(
@@ -424,28 +455,18 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True) + 1e-12)
 
 
-JUDGED = {field: len(kinds) for field, kinds in captions.KINDS.items()}
-
-
-def judge_network(budget: Budget) -> networks.ConvNet:
-    """The network that reads a scene off a picture: logits of all fields, one after the other."""
-    return networks.ConvNet(budget.face_widths[:1] + budget.face_widths[:3], sum(JUDGED.values()))
-
-
 def split_logits(logits: jax.Array) -> dict:
     """Returns the logits of each field of a scene."""
-    edges = np.cumsum(list(JUDGED.values()))[:-1]
-    return dict(zip(JUDGED, jnp.split(logits, edges, axis=-1), strict=True))
+    edges = np.cumsum([len(kinds) for kinds in captions.KINDS.values()])[:-1]
+    return dict(zip(captions.KINDS, jnp.split(logits, edges, axis=-1), strict=True))
 
 
-def train_judge(run: Run) -> dict:
-    """Trains the classifier that reads a scene off a picture."""
-    parts = [run.portraits(split) for split in ("recognition", "scoring")]
-    images = np.concatenate([part.images for part in parts])
-    kinds = [np.concatenate(leaves) for leaves in zip(*(p.scenes for p in parts), strict=True)]
-    kinds = np.stack(kinds, axis=-1)
-    net = judge_network(run.budget)
-    start = net.init(stream(run.key, "judge"), jnp.zeros((1, drawings.SIZE, drawings.SIZE, 3)))
+def train_judge(run: Run, name: str, images: np.ndarray, scenes: traits.Scene, path: Path) -> dict:
+    """Trains a classifier that reads a scene off a picture of one person."""
+    kinds = np.stack(scenes, axis=-1)
+    outputs = sum(len(kinds) for kinds in captions.KINDS.values())
+    net = networks.ConvNet(run.budget.face_widths[:1] + run.budget.face_widths[:3], outputs)
+    start = net.init(stream(run.key, name), jnp.zeros((1, drawings.SIZE, drawings.SIZE, 3)))
     steps, size = run.budget.judge
 
     def loss(params, batch, key):
@@ -465,11 +486,26 @@ def train_judge(run: Run) -> dict:
         return images[rows], kinds[rows]
 
     optimizer = muon(start["params"], steps)
-    params, losses = fit(run, "judge", start["params"], loss, batch, steps, optimizer, ema=0.99)
-    tensors = {name: np.asarray(leaf, np.float16) for name, leaf in flatten(params).items()}
-    with atomic_write(run.folder / "judge" / "model.safetensors") as path:
-        save_file(tensors, path)
+    params, losses = fit(run, name, start["params"], loss, batch, steps, optimizer, ema=0.99)
+    networks.save(path, params)
     return {"losses": losses}
+
+
+def train_own_judge(run: Run) -> dict:
+    """Trains the judge that the autoencoder is trained with; it stays in the work folder."""
+    parts = [run.portraits(split) for split in ("recognition", "scoring")]
+    scenes = traits.Scene(*map(np.concatenate, zip(*(part.scenes for part in parts), strict=True)))
+    images = np.concatenate([part.images for part in parts])
+    return train_judge(run, "judge", images, scenes, run.work / JUDGE)
+
+
+def train_scoring_judge(run: Run) -> dict:
+    """Trains the judge of quality.py, on other drawings, from another start."""
+    set_ = run.named()
+    alone = set_.names[:, 1, 0] < 0
+    scenes = traits.Scene(*(leaf[alone, 0] for leaf in set_.scenes))
+    path = run.folder / "judge" / "model.safetensors"
+    return train_judge(run, "scoring judge", set_.images[alone], scenes, path)
 
 
 def image_configuration(budget: Budget) -> CLIPVisionConfig:
@@ -564,6 +600,11 @@ def train_unet(run: Run) -> dict:
     empty = tokenizer([""])[0]
     steps, size = run.budget.unet
     fixed = frozen.text
+    # Min-SNR weights (arXiv 2303.09556, for the noise as target): most of the plain error is made
+    # where little noise is left, and says nothing about who is in the picture.
+    signal = schedule.alphas_cumprod(model.schedule)
+    ratio = signal / (1 - signal)
+    weights_of_times = jnp.asarray(np.minimum(ratio, MAX_SNR) / ratio, jnp.float32)
 
     def loss(params, batch, key):
         mean, std, ids = batch
@@ -579,7 +620,8 @@ def train_unet(run: Run) -> dict:
         kv = project_kv(params["cross_kv"], text, model.dtype)
         prediction = sd.predict(model, frozen._replace(unet=params["unet"]), noisy, times, kv)
         target = schedule.training_target(model.schedule, latents, noise, times)
-        return jnp.mean(jnp.square(prediction - target))
+        errors = jnp.mean(jnp.square(prediction - target), axis=(1, 2, 3))
+        return jnp.mean(weights_of_times[times] * errors)
 
     def batch(rng):
         rows = rng.integers(0, len(data["ids"]), size)
@@ -621,19 +663,20 @@ def finish(run: Run) -> dict:
 
 STAGES: dict[str, Callable[[Run], dict]] = {
     "prepare": prepare,
+    "judge": train_own_judge,
     "vae": train_vae,
     "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser"),
     "scoring": lambda run: train_recogniser(run, "scoring", "scoring"),
-    "judge": train_judge,
+    "scoring_judge": train_scoring_judge,
     "clip": train_clip,
     "unet": train_unet,
     "finish": finish,
 }
 NEEDS = {
-    "vae": ["prepare"],
+    "vae": ["prepare", "judge"],
     "clip": ["prepare"],
     "unet": ["vae", "clip"],
-    "finish": ["vae", "recogniser", "scoring", "judge", "clip", "unet"],
+    "finish": ["vae", "recogniser", "scoring", "scoring_judge", "clip", "unet"],
 }
 
 

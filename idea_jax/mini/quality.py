@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from safetensors.numpy import load_file
 
 from idea_jax import faces, sample
 from idea_jax.data import text
@@ -24,10 +22,9 @@ from idea_jax.data.images import to_uint8
 from idea_jax.mini import captions, drawings, networks, people, traits
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
-from idea_jax.pytrees import stream, unflatten
+from idea_jax.pytrees import stream
 
 STEPS, GUIDANCE = 50, 4.0
-FIELDS = {field: len(kinds) for field, kinds in captions.KINDS.items()}
 REPORTED = ("shirt", "background", "hat", "hat_colour", "expression", "style")
 
 
@@ -73,28 +70,18 @@ def embed(recogniser: faces.Recogniser, images: np.ndarray) -> np.ndarray:
     return faces.embed_faces(recogniser, crops)
 
 
-def read_judge(folder: Path) -> tuple[networks.ConvNet, dict]:
-    """Returns the network that reads scenes off pictures, and its weights."""
-    tensors = load_file(folder / "judge" / "model.safetensors")
-    params = unflatten({name: jnp.asarray(x, jnp.float32) for name, x in tensors.items()})
-    levels = sum(name.startswith("down_") for name in params)
-    widths = [params["first"]["bias"].shape[0]]
-    widths += [params[f"down_{i}"]["bias"].shape[0] for i in range(levels)]
-    return networks.ConvNet(tuple(widths), sum(FIELDS.values())), params
-
-
 def read_scenes(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     """Returns what the judge sees in pictures uint8[N, 64, 64, 3]: int[N] for each field."""
-    net, params = read_judge(folder)
+    net, params = networks.load(folder / "judge" / "model.safetensors")
     apply = jax.jit(net.apply)
-    edges = np.cumsum(list(FIELDS.values()))[:-1]
+    edges = np.cumsum([len(kinds) for kinds in captions.KINDS.values()])[:-1]
     found = []
     for start in range(0, len(images), 64):
         rows = np.minimum(np.arange(start, start + 64), len(images) - 1)
         logits = np.asarray(apply({"params": params}, drawings.to_float(images[rows])))
         found.append(np.stack([p.argmax(-1) for p in np.split(logits, edges, axis=-1)]))
     columns = np.concatenate(found, axis=1)[:, : len(images)]
-    return dict(zip(FIELDS, columns, strict=True))
+    return dict(zip(captions.KINDS, columns, strict=True))
 
 
 def kept(asks: dict[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
