@@ -18,9 +18,12 @@ from idea_jax import random_face, random_sd
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 
-# Several tests compile the same training step; the second time it comes from here.
-compiled = tempfile.TemporaryDirectory(prefix="idea-jax-test-")
-jax.config.update("jax_compilation_cache_dir", compiled.name)
+# Several tests compile the same training step; the second time it comes from here. The process that
+# starts the others makes the folder, and they inherit its name.
+if "IDEA_JAX_TEST_CACHE" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="idea-jax-test-")
+    os.environ["IDEA_JAX_TEST_CACHE"] = compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["IDEA_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -74,7 +74,7 @@ def test_pictures_equal_those_of_torch(mini, prompt):
     pipeline = StableDiffusionPipeline.from_pretrained(mini.folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    noise, _ = initial_noise(7, np.arange(2), (8, 8, 4))
+    noise, _ = initial_noise(7, np.arange(2), (8, 8, mini.model.unet.in_channels))
     theirs = pipeline(
         [prompt] * 2,
         latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
