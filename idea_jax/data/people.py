@@ -46,16 +46,26 @@ class StoredPicture:
         return f"{self.index:06d}"
 
     def read(self) -> Image.Image:
-        """The picture, 8-bit RGB."""
-        with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
-            return image.convert("RGB")
+        """The picture, 8-bit RGB.
+
+        Raises:
+            ImageError: the data set is damaged.
+        """
+        try:
+            with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise images.ImageError(f"{self} is damaged ({error}); prepare it again") from error
 
     def sha256(self) -> str:
         """Hex digest of the encoded picture."""
         return hashlib.sha256(self._bytes()).hexdigest()
 
     def _bytes(self) -> bytes:
-        return self.source[self.index]["image"]
+        try:
+            return self.source[self.index]["image"]
+        except RuntimeError as error:  # of the array_record library, for files gone or cut off
+            raise images.ImageError(f"{self} cannot be read ({error})") from error
 
     def __str__(self) -> str:
         return f"picture {self.index} of the data set"
@@ -110,20 +120,19 @@ def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
             f"no prepared CelebA in {data_dir}: expected the folder {builder.data_dir}; "
             f"{HOW_TO_PREPARE}"
         )
+    people: dict[str, list[StoredPicture]] = {}
     try:
         decoders = {"image": tfds.decode.SkipDecoding()}
         source = builder.as_data_source("all", decoders=decoders)
-        size = len(source)
-    except (NotImplementedError, AssertionError, ValueError, OSError) as error:
+        for index in tqdm(range(len(source)), desc="CelebA", unit="img", disable=None):
+            number = int(source[index]["identity"]["Identity_No"])
+            people.setdefault(f"{number:05d}", []).append(StoredPicture(source, index))
+    except (NotImplementedError, AssertionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PeopleError(
             f"CelebA in {builder.data_dir} cannot be read without TensorFlow ({reason[0]}); "
             f"{HOW_TO_PREPARE}"
         ) from error
-    people: dict[str, list[StoredPicture]] = {}
-    for index in tqdm(range(size), desc="CelebA", unit="img", disable=None):
-        number = int(source[index]["identity"]["Identity_No"])
-        people.setdefault(f"{number:05d}", []).append(StoredPicture(source, index))
     return dict(sorted(people.items()))
 
 
