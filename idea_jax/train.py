@@ -50,9 +50,8 @@ FREE_ON_RESUME = frozenset(
         *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir"),
         *("dataset", "dataset_dir", "identities"),
         *("celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
-        # How faces were found is compared by what it was, not by how it was asked for.
+        # How faces were found is compared by what did it: see fingerprint_of.
         *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
-        *("face_select", "pre_aligned"),
         *("validation_prompt", "validation_steps", "num_validation_images"),
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir"),

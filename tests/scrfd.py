@@ -39,14 +39,14 @@ def face(x, y, side, score=0.9, angle=0.0):
 
 
 def write_detector(
-    path: Path, faces, *, size=640, only_up_to=None, only_with_border=False, points=True
+    path: Path, faces, *, size=640, only_up_to=None, only_with_corner=None, points=True
 ):
     """Writes the model.
 
     Args:
         faces: (box [4], points [5, 2], score) each, in pixels of a detector input of side `size`.
         only_up_to: no face is seen in a larger input.
-        only_with_border: no face is seen unless the upper left corner of the input is mid-grey.
+        only_with_corner: no face is seen unless this is the colour (RGB) of the upper left corner.
         points: whether there are outputs for the points.
     """
     count = {s: (640 // s) ** 2 * ANCHORS for s in STRIDES}
@@ -80,14 +80,19 @@ def write_detector(
     if only_up_to is not None:
         small = node("LessOrEqual", [width, constant("limit", np.int64(only_up_to))], "small")
         gate = node("Cast", [small], "is_small", to=TensorProto.FLOAT)
-    if only_with_border:
+    if only_with_corner is not None:
         starts, ends = constant("from", np.int64([0, 0])), constant("to", np.int64([4, 4]))
         corner = node(
             "Slice", ["input.1", starts, ends, constant("hw", np.int64([2, 3]))], "corner"
         )
-        brightest = node("ReduceMax", [node("Abs", [corner], "abs")], "brightest", keepdims=0)
-        grey = node("Less", [brightest, constant("nearly", np.float32(0.05))], "grey")
-        gate = node("Cast", [grey], "is_grey", to=TensorProto.FLOAT)
+        # As insightface's SCRFD scales colours.
+        colour = (np.float32(only_with_corner) - 127.5) / 128
+        difference = node(
+            "Sub", [corner, constant("colour", colour.reshape(1, 3, 1, 1))], "differs"
+        )
+        most = node("ReduceMax", [node("Abs", [difference], "abs")], "most", keepdims=0)
+        alike = node("Less", [most, constant("nearly", np.float32(0.02))], "alike")
+        gate = node("Cast", [alike], "is_alike", to=TensorProto.FLOAT)
 
     zero, axis = constant("zero", np.int64([0])), constant("axis", np.int64([0]))
     kinds = (("score", 1), ("bbox", 4), ("kps", 10))[: 3 if points else 2]
