@@ -110,7 +110,7 @@ def find_recogniser(
         raise FaceError(
             "this run needs a face model: give --face_model_dir PACK (a folder of insightface with "
             "a detector and a recogniser), or --face_model FILE.onnx (ArcFace, 112x112 input), or "
-            f"--accept_face_licence to let insightface download {PACKS[0]} (326 MB; {LICENCE}); "
+            f"--accept_face_licence to let insightface download {PACKS[0]} (290 MB; {LICENCE}); "
             "or train without a face: --profile cross_init"
         )
     return find_in_pack(download(PACKS[0]), "recognition")

@@ -283,7 +283,8 @@ def portraits_of(
     pictures = list(person.train)
     if eyes is None:
         return Portraits(pictures, [], None)
-    sights = [eyes.look(picture) for picture in pictures]
+    shown = tqdm(pictures, desc="faces", unit="img", leave=False, disable=None)
+    sights = [eyes.look(picture) for picture in shown]
     if not method.uses_face:
         return Portraits(pictures, sights, None)
     embeds = np.stack([sight.embed for sight in sights])
