@@ -7,7 +7,7 @@ float32[P], `picture_sha256` and `crop_sha256` uint8[P, 32]. The embeddings are 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +109,9 @@ def read(path: str | Path) -> Table:
         raise FaceError(
             f"{path} is damaged or no safetensors file ({error}); delete it and write it again"
         ) from error
-    if about.get("format_version") != _VERSION or set(arrays) != set(_SHAPES):
+    expected = {"format_version", "names", *(field.name for field in fields(About))}
+    is_table = isinstance(about, dict) and set(about) == expected and set(arrays) == set(_SHAPES)
+    if not is_table or about["format_version"] != _VERSION:
         raise FaceError(
             f"{path} holds no face embeddings of format version {_VERSION}; expected a file that "
             "python -m idea_jax.faces wrote"

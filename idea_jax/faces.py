@@ -467,9 +467,9 @@ def precompute(
         for picture in tqdm(pictures, unit="img", disable=None):
             try:
                 digest = picture.sha256()
+                names[digest] = picture.name  # first: no row may be without its name
                 if digest not in rows:
                     rows[digest] = finder.look(picture)
-                names[digest] = picture.name
             except (FaceError, images.ImageError, OSError) as error:
                 failed.append((picture, str(error)))
             if len(rows) - saved >= save_every:

@@ -199,9 +199,10 @@ def test_tables_that_cannot_be_used(run, tmp_path, change, says):
 def test_table_that_is_absent_or_something_else(tmp_path):
     with pytest.raises(faces.FaceError, match=r"does not exist; write it with: python -m idea_jax"):
         face_table.read(tmp_path / "none")
-    save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(faces.FaceError, match="no face embeddings of format version 1"):
-        face_table.read(tmp_path / "other.safetensors")
+    for metadata in (None, {"idea_jax.faces": "[1]"}, {"idea_jax.faces": '{"format_version": 1}'}):
+        save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", metadata)
+        with pytest.raises(faces.FaceError, match="no face embeddings of format version 1"):
+            face_table.read(tmp_path / "other.safetensors")
 
 
 def test_module_runs_as_a_command(pack, photos, tmp_path):

@@ -13,7 +13,7 @@ from test_people import celeb_a  # noqa: F401  (a fixture)
 
 import train_jax
 from idea_jax import checkpoint, faces, random_face, train
-from idea_jax.data import images
+from idea_jax.data import images, people
 from idea_jax.train_step import Metrics
 
 QUICK = "--max_train_steps 1 --train_batch_size 1 --report_to none".split()
@@ -189,16 +189,18 @@ def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == count
 
 
-def test_celeb_a_people_are_trained_one_after_the_other(run, celeb_a, tmp_path):  # noqa: F811
+def test_celeb_a_people_are_trained_one_after_the_other(run, seen, celeb_a, tmp_path):  # noqa: F811
     dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
     assert run(None, *CROSS, *dataset, "--pictures_per_person", "1") == 0
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["00007", "00091"]
-    for name in names:
-        identity = checkpoint.read_identity(tmp_path / "out" / name / "identity.safetensors")
-        assert identity.steps == 1
-    about = json.loads((tmp_path / "out" / "00007" / "run.json").read_text())
-    assert len(about["held_out"]) == 2
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["00007", "00091"]
+    for name, held_out in (("00007", 2), ("00091", 0)):
+        assert checkpoint.read_identity(out / name / "identity.safetensors").base_model == "tiny"
+        assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == held_out
+    (picture,) = people.from_celeb_a(celeb_a)["00091"]  # the last one that was begun
+    ((_, pixels),) = seen["pixels"]
+    expected = images.to_pixels(picture.read(), 32, center_crop=True)
+    np.testing.assert_array_equal(pixels, expected)
 
 
 # --- what is refused ------------------------------------------------------------------------------
