@@ -4,8 +4,8 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from idea_jax import checkpoint, config, faces, learned_embeds, train
-from idea_jax.data import images, text
+from idea_jax import checkpoint, config, face_models, learned_embeds, train
+from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
 from idea_jax.models import hub, layers, weights
 
@@ -13,7 +13,8 @@ from idea_jax.models import hub, layers, weights
 INPUT_ERRORS = (
     config.ConfigError,
     images.ImageError,
-    faces.FaceError,
+    people.PeopleError,
+    face_models.FaceError,
     text.TextError,
     learned_embeds.EmbedsError,
     layers.UnsupportedConfig,

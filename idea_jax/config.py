@@ -21,12 +21,15 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, or does not fit the others."""
 
 
-def setting(default: object, text: str, *, aliases: Sequence[str] = (), choices=None) -> object:
+def setting(
+    default: object, text: str, *, aliases: Sequence[str] = (), choices=None, switch=None
+) -> object:
     """A dataclass field with its help text, extra flag names and allowed values.
 
-    A default of `...` makes the setting required.
+    A default of `...` makes the setting required. `switch` is the name of an on-off flag that means
+    the same setting, with the values that on and off stand for.
     """
-    metadata = {"help": text, "aliases": tuple(aliases), "choices": choices}
+    metadata = {"help": text, "aliases": tuple(aliases), "choices": choices, "switch": switch}
     if default is ...:
         return field(metadata={**metadata, "required": True})
     return field(default=default, metadata=metadata)
@@ -47,7 +50,7 @@ PROFILE_DEFAULTS: dict[str, dict] = {
         "scale_lr": True,
         "reg_weight": 8e-4,
         "kv": "low_rank",
-        "center_crop": True,
+        "crop": "center",
     },
     "official": {
         "learning_rate": 1.5e-3,
@@ -55,21 +58,21 @@ PROFILE_DEFAULTS: dict[str, dict] = {
         "scale_lr": True,
         "reg_weight": 8e-4,
         "kv": "none",
-        "center_crop": False,
+        "crop": "none",
     },
     "cross_init": {
         "learning_rate": 6.25e-4,
         "scale_lr": True,
         "reg_weight": 1e-5,
         "kv": "none",
-        "center_crop": True,
+        "crop": "center",
     },
     "textual_inversion": {
         "learning_rate": 5e-4,
         "scale_lr": False,
         "reg_weight": 0.0,
         "kv": "none",
-        "center_crop": True,
+        "crop": "center",
     },
 }
 
@@ -80,10 +83,17 @@ PROFILE_PARTS: dict[str, tuple[str, ...]] = {
     "enhancer_learning_rate": ("paper",),
     "kv_learning_rate": ("paper",),
     "kv_rank": ("paper",),
-    "face_model": ("paper", "official"),
-    "pre_aligned": ("paper", "official"),
+    "drop_outliers": ("paper", "official"),
     "celeb_path": ("paper", "official", "cross_init"),
 }
+
+# Settings of how a face is found, which the profiles with a face embedding need, and --crop face;
+# with --face_embeddings, all but the last were settled when that file was written.
+FACE_PROFILES = ("paper", "official")
+FACE_SETTINGS = (
+    *("face_model", "face_model_dir", "accept_face_licence", "face_select", "face_provider"),
+    *("pre_aligned", "face_embeddings"),
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,9 @@ class TrainConfig:
         ...,
         "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
     )
-    train_data_dir: str = setting(..., "folder with one or more photos of one person")
+    train_data_dir: str | None = setting(
+        None, "folder with one or more photos of one person, or with one such folder per person"
+    )
     output_dir: str = setting("idea-output", "folder that receives all results")
     profile: str = setting(
         "paper",
@@ -116,16 +128,54 @@ class TrainConfig:
         "file of names, one per line, for Cross Initialization (default: the checkpoint's own "
         "names.txt, or the shipped list)",
     )
+    # Several people, one after the other
+    dataset: str | None = setting(
+        None, "data set to learn people from, instead of train_data_dir", choices=("celeb_a",)
+    )
+    dataset_dir: str | None = setting(
+        None, "folder in which tensorflow-datasets prepared the data set, as array_record"
+    )
+    identities: str | None = setting(
+        None, "which people of a data set or folder, FROM:TO without TO (default: all)"
+    )
+    pictures_per_person: int | None = setting(
+        None, "pictures of each person to train on, chosen by the seed; the rest is held out"
+    )
+    # The face (profiles paper and official, and --crop face)
+    face_model_dir: str | None = setting(
+        None, "folder of an insightface pack: a detector and a recogniser"
+    )
     face_model: str | None = setting(
-        None, "ArcFace model, ONNX, 112x112 input (profiles paper and official)"
+        None, "ArcFace model, ONNX, 112x112 input; a detector is looked for beside it"
+    )
+    accept_face_licence: bool = setting(
+        False,
+        "let insightface download its models if there are none (non-commercial research only)",
+    )
+    face_embeddings: str | None = setting(
+        None, "faces that python -m idea_jax.faces has computed; no face model is needed then"
+    )
+    face_select: str = setting(
+        "largest",
+        "which of several faces: largest, center, left, right, or a number from the left",
+    )
+    face_provider: str = setting(
+        "cpu", "where the face models run (cpu leaves the GPU to JAX)", choices=("cpu", "cuda")
     )
     pre_aligned: bool = setting(False, "the photos are aligned 112x112 face crops already")
+    drop_outliers: bool = setting(
+        False, "leave out photos whose face is unlike the others' (otherwise only reported)"
+    )
     # Pictures
     resolution: int | None = setting(
         None, "side of the training image in pixels (default: what the checkpoint was trained on)"
     )
-    center_crop: bool | None = setting(
-        None, "crop the central square before resizing (otherwise the whole is squeezed)"
+    crop: str | None = setting(
+        None,
+        "what of a photo is trained on: a square around the face, the central square, or none: the "
+        "whole, squeezed to a square (default: by profile)",
+        choices=("face", "center", "none"),
+        switch=("center_crop", "center", "none"),
     )
     # Method
     reg_weight: float | None = setting(None, "weight of the regulariser (default: by profile)")
@@ -175,7 +225,7 @@ class TrainConfig:
     def __post_init__(self):
         positive(self, "n_pseudo_tokens", "kv_rank", "max_train_steps", "train_batch_size")
         positive(self, "resolution", "validation_steps", "num_validation_images")
-        positive(self, "checkpoints_total_limit", "adam_epsilon")
+        positive(self, "checkpoints_total_limit", "adam_epsilon", "pictures_per_person")
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
         not_negative(self, "kv_learning_rate", "beta")
@@ -210,6 +260,44 @@ class TrainConfig:
                     f"--{name} has no effect with profile {self.profile!r}; it belongs to "
                     f"{' and '.join(profiles)}"
                 )
+
+        self.check_sources()
+        self.check_face()
+
+    def check_sources(self) -> None:
+        """Raises unless there is one source of photos."""
+        if self.train_data_dir is None and self.dataset is None:
+            raise ConfigError(
+                "missing: --train_data_dir, or --dataset with --dataset_dir (see --help)"
+            )
+        if self.train_data_dir is not None and self.dataset is not None:
+            raise ConfigError("give either --train_data_dir or --dataset, not both")
+        if (self.dataset is None) != (self.dataset_dir is None):
+            raise ConfigError("--dataset and --dataset_dir belong together: give both or none")
+
+    def check_face(self) -> None:
+        """Raises unless the settings of the face fit together."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        given = [name for name in FACE_SETTINGS if getattr(self, name) != defaults[name]]
+        if given and self.profile not in FACE_PROFILES and self.crop != "face":
+            raise ConfigError(
+                f"--{given[0]} has no effect with profile {self.profile!r}; it belongs to "
+                f"{' and '.join(FACE_PROFILES)}, and to --crop face"
+            )
+        if self.face_embeddings is not None and given != ["face_embeddings"]:
+            raise ConfigError(
+                f"--{given[0]} has no effect with --face_embeddings: how faces are found was "
+                "settled when that file was written"
+            )
+        if self.face_model is not None and self.face_model_dir is not None:
+            raise ConfigError("give either --face_model or --face_model_dir, not both")
+        if self.pre_aligned and self.crop == "face":
+            raise ConfigError("--crop face has no effect on --pre_aligned photos: they are crops")
+
+    @property
+    def center_crop(self) -> bool:
+        """Whether the central square of a photo is trained on."""
+        return self.crop == "center"
 
     def rates(self) -> dict[str, float]:
         """Effective learning rate of each trained part, `scale_lr` included."""
@@ -329,6 +417,14 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
 
 def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
     kind, is_list = plain_type(spec.type)
+    if spec.metadata["switch"]:
+        switch, on, off = spec.metadata["switch"]
+        parser.add_argument(
+            f"--{switch}",
+            action=argparse.BooleanOptionalAction,
+            default=argparse.SUPPRESS,
+            help=f"the same as --{spec.name} {on}; --no-{switch} as --{spec.name} {off}",
+        )
     names = [f"--{name}" for name in (spec.name, *spec.metadata["aliases"])]
     # Absent flags stay absent (SUPPRESS), so that the YAML file and the profile can speak.
     options: dict = {"dest": spec.name, "default": argparse.SUPPRESS, "help": spec.metadata["help"]}
@@ -349,6 +445,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
       ConfigError: as `parse`.
     """
     known = {spec.name: spec for spec in dataclasses.fields(cls)}
+    file_values, flags = without_switches(known, file_values), without_switches(known, flags)
     for name, value in file_values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -369,6 +466,29 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
             )
         given = {**PROFILE_DEFAULTS[profile], **given}
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
+
+
+def without_switches(known: dict[str, dataclasses.Field], values: dict) -> dict:
+    """The settings of one source, with each on-off flag replaced by the setting that it means.
+
+    Raises:
+      ConfigError: the source has both, and they differ; or the flag is neither on nor off.
+    """
+    values = dict(values)
+    for name, spec in known.items():
+        switch, on, off = spec.metadata["switch"] or (None, None, None)
+        if switch not in values:
+            continue
+        value = values.pop(switch)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{switch} must be bool, got {value!r}")
+        meant = on if value else off
+        if values.setdefault(name, meant) != meant:
+            raise ConfigError(
+                f"{switch} {str(value).lower()} means {name} {meant}, which contradicts {name} "
+                f"{values[name]}; give one of them"
+            )
+    return values
 
 
 def plain_type(annotation: object) -> tuple[type, bool]:

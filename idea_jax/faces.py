@@ -1,151 +1,243 @@
-"""From a picture to an ArcFace embedding, with insightface's own recognition class on the CPU.
+"""From a picture to the embedding of the face on it: find, choose, align, embed.
 
-Embeddings are biometric data: nothing here logs or prints them.
+The detector, the recogniser and the alignment are insightface's own. Embeddings are biometric data:
+nothing here logs or prints them. `python -m idea_jax.faces DIR --out FILE` computes them once for a
+folder of pictures, so that training needs neither the models nor onnxruntime.
 """
 
+import argparse
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-SIZE = 112  # side of ArcFace's input, in pixels
-WIDTH = 512  # length of an ArcFace embedding
-# The CPU always: JAX takes most of an accelerator's memory for itself.
-PROVIDERS = ("CPUExecutionProvider",)
+from idea_jax import face_models, face_table
+from idea_jax.data import images
+from idea_jax.face_models import (
+    SIZE,
+    WIDTH,
+    Detector,
+    FaceError,
+    Recogniser,
+    load_detector,
+    load_recogniser,
+)
+from idea_jax.face_table import Sight
+from idea_jax.files import check_writable
+
+log = logging.getLogger(__name__)
+
+SELECT = ("largest", "center", "left", "right")
+DET_SIZE = 640  # side of the detector's input, insightface's own default
+
+# Until a face is found: side of the detector's input, threshold of its score, border around the
+# picture as a share of its longer side. A face that fills the picture, or is cut by its edge, is
+# found with a border, or when it is smaller; what is left is a face that is hard to see.
+ATTEMPTS = (
+    (DET_SIZE, 0.5, 0.0),
+    (DET_SIZE, 0.5, 0.5),
+    (DET_SIZE // 2, 0.5, 0.5),
+    (DET_SIZE // 4, 0.5, 0.5),
+    (DET_SIZE, 0.3, 0.0),
+    (DET_SIZE // 2, 0.3, 0.5),
+)
+
+# A photo is unlike the others if its similarity to their mean lies this many standard deviations
+# below the median (robustly estimated), and by at least this much. The first is the usual limit of
+# the median rule; the second keeps photos that are all alike from being told apart by noise.
+OUTLIER_DEVIATIONS = 3.0
+OUTLIER_LEAST = 0.15
 
 
-class FaceError(ValueError):
-    """A face model, crop or embedding that cannot be used; the message says what was expected."""
+class Face(NamedTuple):
+    """A detected face, in pixels of the picture: box float32[4] (left, top, right, bottom), points
+    float32[5, 2] (left eye, right eye, nose, corners of the mouth, as seen), score 0 to 1."""
+
+    box: np.ndarray
+    points: np.ndarray
+    score: float
 
 
-@dataclass(frozen=True)
-class Recogniser:
-    """A loaded face recognition model.
+# --- finding a face -------------------------------------------------------------------------------
 
-    Attributes:
-        model: insightface's `ArcFaceONNX`.
-        path: the file it came from.
-        sha256: hex digest of that file; embeddings of different models cannot be compared.
-        provider: the onnxruntime provider that is really in use.
+
+def detect(
+    detector: Detector,
+    image: Image.Image,
+    *,
+    size: int = DET_SIZE,
+    threshold: float = 0.5,
+    border: float = 0.0,
+) -> list[Face]:
+    """Returns the faces that the detector sees on an RGB picture, from left to right.
+
+    Args:
+        size: side of the detector's input in pixels; ignored by a model of one fixed size.
+        threshold: least score.
+        border: width of a grey border that is put around the picture, as a share of its longer
+            side.
     """
+    width, height = image.size
+    # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
+    shrink = max(width, height) / (2 * DET_SIZE)
+    if shrink > 1:
+        image = image.resize((max(1, round(width / shrink)), max(1, round(height / shrink))))
+    scale = np.array([width / image.width, height / image.height], np.float32)
+    pixels = np.asarray(image)[:, :, ::-1]
+    margin = round(border * max(image.size))
+    if margin:
+        pixels = np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), constant_values=127)
+    boxes, points = detector.model.detect(
+        np.ascontiguousarray(pixels), input_size=(size, size), det_thresh=threshold
+    )
+    boxes[:, :4] = (boxes[:, :4] - margin) * np.tile(scale, 2)
+    points = (points - margin) * scale
+    found = [
+        Face(box[:4].astype(np.float32), five.astype(np.float32), float(box[4]))
+        for box, five in zip(boxes, points, strict=True)
+        if np.isfinite(box).all() and (box[2:4] > box[:2]).all()
+    ]
+    return sorted(found, key=lambda face: (face.box[0] + face.box[2], face.box[1]))
 
-    model: object
-    path: Path
-    sha256: str
-    provider: str
 
-
-def load_recogniser(model_file: str | Path) -> Recogniser:
-    """Loads an ArcFace model: one input float [*, 3, 112, 112], one output [*, 512].
-
-    The file is inspected before onnxruntime sees it, since a model with external data makes it read
-    any file that the model names.
+def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Face]:
+    """Returns the faces on a picture, from left to right, trying harder until there is one.
 
     Raises:
-        FaceError: the file is missing, damaged, refers to other files, or has other inputs or
-            outputs; or insightface is not installed.
+        FaceError: there is none; the message has the picture's `name`.
     """
-    path = Path(model_file)
-    try:
-        import onnxruntime
-        from insightface.model_zoo.arcface_onnx import ArcFaceONNX
-    except ImportError as error:
-        raise FaceError(
-            f"faces need the packages insightface and onnxruntime ({error}); "
-            "install them with: pip install insightface onnxruntime"
-        ) from error
-
-    digest = _inspect(path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: warnings about graph clean-up help nobody here
-    try:
-        session = onnxruntime.InferenceSession(
-            str(path), sess_options=options, providers=list(PROVIDERS)
-        )
-    except Exception as error:  # onnxruntime's errors share no public base class
-        raise FaceError(f"onnxruntime cannot load the face model {path}: {error}") from error
-    _check_interface(path, session)
-    model = ArcFaceONNX(model_file=str(path), session=session)
-    return Recogniser(model, path, digest, session.get_providers()[0])
-
-
-def _inspect(path: Path) -> str:
-    """Checks that `path` is one ONNX model without external data; returns its SHA-256."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FaceError(
-            f"expected the ONNX file of an ArcFace model, such as w600k_r50.onnx, but {path} {what}"
-        )
-    if path.stat().st_size >= 2**31:
-        raise FaceError(f"{path} is larger than an ONNX file can be (2 GiB); is it a checkpoint?")
-    try:
-        content = path.read_bytes()
-        model = onnx.load_model_from_string(content)
-    except OSError as error:
-        raise FaceError(f"the face model {path} cannot be read: {error.strerror}") from error
-    except DecodeError as error:
-        raise FaceError(
-            f"the face model {path} is damaged or no ONNX file; download it again"
-        ) from error
-    if not model.graph.node:
-        raise FaceError(
-            f"the face model {path} ({len(content)} bytes) holds no network: it is empty, cut off "
-            "or no ONNX file; download it again"
-        )
-    external = sorted({tensor.name for tensor in _external_tensors(model)})
-    if external:
-        raise FaceError(
-            f"the face model {path} keeps weights in other files (external data: "
-            f"{', '.join(external[:3])}), which is refused because it can name any file; "
-            "save it as one file"
-        )
-    return hashlib.sha256(content).hexdigest()
-
-
-def _external_tensors(message: object) -> Iterator:
-    """Yields every tensor anywhere in an ONNX model (subgraphs, attributes, functions) that points
-    to another file."""
-    import onnx
-    from google.protobuf.message import Message
-
-    if isinstance(message, onnx.TensorProto):
-        if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
-            yield message
-        return
-    for _, value in message.ListFields():
-        items = [value] if isinstance(value, Message) else value
-        if not isinstance(items, str | bytes | int | float):
-            for item in items:
-                if isinstance(item, Message):
-                    yield from _external_tensors(item)
-
-
-def _check_interface(path: Path, session: object) -> None:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    expected = f"one input float [*, 3, {SIZE}, {SIZE}] and one output [*, {WIDTH}]"
-    got = "; ".join(
-        [f"input {item.name} {item.type} {item.shape}" for item in inputs]
-        + [f"output {item.name} {item.shape}" for item in outputs]
+    for size, threshold, border in ATTEMPTS:
+        found = detect(detector, image, size=size, threshold=threshold, border=border)
+        if found:
+            if (size, threshold, border) != ATTEMPTS[0]:
+                log.info(
+                    "%s: a face was found only with detection size %d, threshold %g, border %g; "
+                    "see whether it is the right one",
+                    *(name, size, threshold, border),
+                )
+            return found
+    raise FaceError(
+        f"no face found in {name} ({image.width} x {image.height} pixels), neither as it is, nor "
+        f"with a border, nor at smaller sizes, nor with a threshold of {ATTEMPTS[-1][1]}; take a "
+        "photo with a larger, clearer face, or crop and align it to 112 x 112 yourself and use "
+        "--pre_aligned"
     )
-    fits = (
-        len(inputs) == 1
-        and len(outputs) == 1
-        and inputs[0].type == "tensor(float)"
-        and len(inputs[0].shape) == 4
-        and list(inputs[0].shape[1:]) == [3, SIZE, SIZE]
-        and len(outputs[0].shape) == 2
-        and outputs[0].shape[1] == WIDTH
-    )
-    if not fits:
-        raise FaceError(
-            f"{path} is not an ArcFace recognition model: expected {expected}, got {got}"
+
+
+def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name: object) -> Face:
+    """Returns the face that `select` means: one of `SELECT`, or a number that counts from the left.
+
+    Args:
+        found: at least one, from left to right, as `find_faces` returns them.
+        image_size: width and height of the picture.
+
+    Raises:
+        FaceError: there is no face of that number.
+    """
+    boxes = np.stack([face.box for face in found]).astype(np.float64)
+    if select == "largest":
+        index = int(np.argmax((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
+    elif select == "center":
+        offsets = (boxes[:, :2] + boxes[:, 2:]) / 2 - np.array([image_size], np.float64) / 2
+        index = int(np.argmin((offsets**2).sum(axis=1)))
+    elif select in ("left", "right"):
+        index = 0 if select == "left" else len(found) - 1
+    else:
+        index = int(select)
+        if index >= len(found):
+            raise FaceError(
+                f"--face_select {index}, but {name} has {len(found)} face(s), numbered from the "
+                f"left: 0 to {len(found) - 1}"
+            )
+    if len(found) > 1:
+        log.info(
+            "%s: %d faces; taken is number %d from the left (--face_select %s)",
+            *(name, len(found), index, select),
         )
+    return found[index]
+
+
+def check_select(select: str) -> None:
+    """Raises FaceError unless `select` is one of `SELECT` or a number."""
+    if select not in SELECT and not (select.isascii() and select.isdigit()):
+        raise FaceError(
+            f"--face_select must be one of {', '.join(SELECT)}, or a number that counts the faces "
+            f"from the left, beginning with 0; got {select!r}"
+        )
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+def alignment(points: np.ndarray) -> np.ndarray:
+    """Returns the similarity float64[2, 3] that brings five points [5, 2] to ArcFace's template.
+
+    Raises:
+        FaceError: the points are not finite, coincide, or do not lie as on a face.
+    """
+    from insightface.utils import face_align
+
+    points = np.asarray(points, np.float32)
+    if points.shape != (5, 2) or not np.isfinite(points).all():
+        raise FaceError("the five points of the face are not finite")
+    if np.ptp(points, axis=0).max() < 2:
+        raise FaceError("the five points of the face coincide")
+    with warnings.catch_warnings():
+        # The scikit-image call in it is marked for removal.
+        warnings.simplefilter("ignore", FutureWarning)
+        matrix = face_align.estimate_norm(points, SIZE)
+    template = face_align.arcface_dst
+    # Mean distance to the template, in pixels of the crop. Of a face in profile it is below 10;
+    # half the spread of the template means that the points say nothing of where a face is.
+    error = np.linalg.norm(points @ matrix[:, :2].T + matrix[:, 2] - template, axis=1).mean()
+    spread = np.linalg.norm(template - template.mean(axis=0), axis=1).mean()
+    if not np.isfinite(matrix).all() or not error < spread / 2:
+        raise FaceError("the five points of the face do not lie as on a face")
+    return matrix
+
+
+def align(image: Image.Image, points: np.ndarray) -> np.ndarray:
+    """Returns the aligned crop uint8[112, 112, 3] of an RGB picture, black beyond its edge.
+
+    Raises:
+        FaceError: as `alignment`.
+    """
+    from insightface.utils import face_align
+
+    matrix = alignment(points)
+    # A large face is averaged down first, to no less than twice the crop's resolution: the bilinear
+    # filter of the alignment would skip pixels.
+    factor = int(0.5 / np.hypot(*matrix[:, 0]))
+    if factor > 1:
+        image = image.reduce(factor)
+        points = (np.asarray(points) + 0.5) / factor - 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return face_align.norm_crop(np.asarray(image), np.asarray(points, np.float32), SIZE)
+
+
+def training_square(points: np.ndarray, image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """Returns left, top and side of the square to train on, inside the picture.
+
+    Centre and side are those of FFHQ and CelebA-HQ, from the eyes and the mouth, but upright; the
+    square is moved, and if it must be, made smaller, to lie inside the picture.
+
+    Source: arXiv 1710.10196, appendix C (c and s).
+    """
+    eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
+    across, down = points[1] - points[0], mouth - eyes
+    side = max(4.0 * np.hypot(*across), 3.6 * np.hypot(*down))
+    side = max(1, round(min(side, *image_size)))
+    corner = (eyes + 0.1 * down - side / 2).round().clip(0, np.array(image_size) - side)
+    return int(corner[0]), int(corner[1]), side
 
 
 def face_crop(image: Image.Image, *, pre_aligned: bool) -> np.ndarray:
@@ -162,11 +254,8 @@ def face_crop(image: Image.Image, *, pre_aligned: bool) -> np.ndarray:
     if image.mode != "RGB":
         raise FaceError(f"expected an RGB picture, got mode {image.mode}")
     if not pre_aligned:
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
         # Cropped first: with `box`, Pillow's filter would reach beyond the square.
-        square = image.crop((left, top, left + side, top + side))
+        square = images.crop_square(image, images.central_square(image.size))
         return np.array(square.resize((SIZE, SIZE), resample=Image.Resampling.BICUBIC))
     if image.size != (SIZE, SIZE):
         width, height = image.size
@@ -214,6 +303,22 @@ def mean_embedding(embeds: np.ndarray) -> np.ndarray:
     return _normalise(mean, "the mean embedding")[0]
 
 
+def unlike(embeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which of P photos are unlike the others, bool[P], and similarities to the mean [P].
+
+    Of fewer than three photos nobody can tell.
+
+    Args:
+        embeds: float32[P, 512] of unit norm.
+    """
+    similarities = np.asarray(embeds, np.float64) @ mean_embedding(embeds).astype(np.float64)
+    median = np.median(similarities)
+    # 1.4826 makes the median deviation that of a normal distribution.
+    deviation = 1.4826 * np.median(np.abs(similarities - median))
+    limit = median - max(OUTLIER_DEVIATIONS * deviation, OUTLIER_LEAST)
+    return (similarities < limit) & (len(embeds) >= 3), similarities
+
+
 def _normalise(embeds: np.ndarray, what: str) -> np.ndarray:
     embeds = embeds.astype(np.float64)
     norms = np.linalg.norm(embeds, axis=1, keepdims=True)
@@ -224,3 +329,210 @@ def _normalise(embeds: np.ndarray, what: str) -> np.ndarray:
             f"{what} (row {rows}) is zero or not finite; check the picture and the face model"
         )
     return (embeds / norms).astype(np.float32)
+
+
+# --- one picture ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Looks at pictures.
+
+    Attributes:
+        recogniser: None if only the place of the face is wanted.
+        detector: None to take the central square, or with `pre_aligned` the whole, for the face.
+        select: which of several faces is meant.
+        pre_aligned: the pictures are aligned crops of 112 x 112 pixels.
+    """
+
+    recogniser: Recogniser | None
+    detector: Detector | None
+    select: str = "largest"
+    pre_aligned: bool = False
+
+    @property
+    def about(self) -> face_table.About:
+        """What decides the results."""
+        return face_table.About(
+            face_model=self.recogniser.sha256 if self.recogniser else None,
+            detector=self.detector.sha256 if self.detector else None,
+            face_select=self.select,
+            pre_aligned=self.pre_aligned,
+        )
+
+    def look(self, picture: images.PictureFile) -> Sight:
+        """Returns what is known of the face on one picture.
+
+        Raises:
+            ImageError: the picture cannot be read.
+            FaceError: it has no usable face; the message names the picture.
+        """
+        image = picture.read()
+        try:
+            box, points, score, crop = self._crop(image, picture)
+            embed = embed_faces(self.recogniser, [crop])[0] if self.recogniser else None
+        except FaceError as error:
+            named = str(picture) in str(error)
+            raise FaceError(str(error) if named else f"{picture}: {error}") from error
+        return Sight(box, points, score, hashlib.sha256(crop.tobytes()).hexdigest(), embed)
+
+    def _crop(self, image: Image.Image, name: object) -> tuple:
+        if self.pre_aligned:
+            from insightface.utils import face_align
+
+            whole = np.array([0, 0, SIZE, SIZE], np.float32)
+            crop = face_crop(image, pre_aligned=True)
+            return whole, face_align.arcface_dst.copy(), 1.0, crop
+        if self.detector is None:
+            left, top, side = images.central_square(image.size)
+            box = np.array([left, top, left + side, top + side], np.float32)
+            return box, None, 1.0, face_crop(image, pre_aligned=False)
+        face = choose(find_faces(self.detector, image, name), self.select, image.size, name)
+        return face.box, face.points, face.score, align(image, face.points)
+
+
+def open_finder(
+    face_model: Path,
+    *,
+    provider: str = "cpu",
+    select: str = "largest",
+    pre_aligned: bool = False,
+    embeds: bool = True,
+    needs_detector: bool = True,
+) -> Finder:
+    """Loads a recogniser and the detector beside it.
+
+    Args:
+        face_model: the recogniser's file.
+        embeds: whether embeddings are wanted; otherwise only the detector is loaded.
+        needs_detector: otherwise, where there is no detector, the central square of a picture is
+            taken for the face, with a warning. Aligned crops need none at all.
+
+    Raises:
+        FaceError: a model is missing, or one of them cannot be used.
+    """
+    check_select(select)
+    log.info("face model: %s (%s)", face_model.name, face_model.parent.name)
+    if face_model.name in face_models.KNOWN_SHA256:
+        log.info(face_models.LICENCE)
+    recogniser = load_recogniser(face_model, provider) if embeds else None
+    detector = None
+    if not pre_aligned:
+        try:
+            file = face_models.find_in_pack(face_model.parent, "detection")
+        except FaceError:
+            if needs_detector:
+                raise
+            log.warning(
+                "there is no face detector beside %s: the central square of each photo is taken "
+                "for the face; --face_model_dir PACK finds it",
+                face_model.name,
+            )
+        else:
+            detector = load_detector(file, provider)
+    return Finder(recogniser, detector, select, pre_aligned)
+
+
+# --- a folder, once -------------------------------------------------------------------------------
+
+
+def precompute(
+    pictures: Sequence[images.PictureFile], out: Path, finder: Finder, *, save_every: int = 50
+) -> list[tuple[object, str]]:
+    """Adds the faces of pictures to the table at `out`; returns the pictures that failed, and why.
+
+    Pictures whose contents are in the table are not looked at again. The table is saved every
+    `save_every` pictures and when anything stops the work, so that the same call goes on with it.
+
+    Raises:
+        FaceError: `out` is a table that was made in another way, or no table.
+        WriteError: it cannot be written.
+    """
+    about, rows, names = finder.about, {}, {}
+    if out.exists():
+        table = face_table.read(out)
+        if table.about != about:
+            raise FaceError(
+                f"{out} was made with {table.about}, now it is {about}; choose another --out, or "
+                "delete the file"
+            )
+        rows, names = dict(table.rows), dict(table.names)
+    saved = len(rows)
+
+    def save():
+        face_table.write(out, face_table.Table(about, rows, names))
+
+    failed = []
+    try:
+        for picture in tqdm(pictures, unit="img", disable=None):
+            try:
+                digest = picture.sha256()
+                names[digest] = picture.name  # first: no row may be without its name
+                if digest not in rows:
+                    rows[digest] = finder.look(picture)
+            except (FaceError, images.ImageError, OSError) as error:
+                failed.append((picture, str(error)))
+            if len(rows) - saved >= save_every:
+                save()
+                saved = len(rows)
+    finally:
+        if len(rows) > saved:
+            save()
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the precomputation; returns the exit code, 1 if no picture had a face."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    args = _parser().parse_args(argv)
+    try:
+        pictures = [images.PictureFile(path) for path in images.list_tree(args.folder)]
+        check_writable(args.out.resolve().parent)
+        face_model = face_models.find_recogniser(
+            args.face_model, args.face_model_dir, None, accept_licence=args.accept_face_licence
+        )
+        finder = open_finder(
+            face_model,
+            provider=args.face_provider,
+            select=args.face_select,
+            pre_aligned=args.pre_aligned,
+        )
+        failed = precompute(pictures, args.out, finder)
+    except (FaceError, images.ImageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with {args.out}", file=sys.stderr)
+        return 130
+    if failed:
+        print(f"{len(failed)} of {len(pictures)} pictures have no row:", file=sys.stderr)
+        width = max(len(picture.name) for picture, _ in failed)
+        for picture, why in failed:
+            print(f"  {picture.name:{width}}  {why}", file=sys.stderr)
+    if len(failed) == len(pictures):
+        return 1
+    print(args.out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.faces",
+        description="Compute the face embeddings of a folder of photos, and of its sub-folders, "
+        "once; training reads them with --face_embeddings. The same command goes on where it "
+        "stopped.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder of photos, or of one folder per person")
+    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--face_model_dir", help="folder of an insightface pack")
+    parser.add_argument("--face_model", help="ArcFace model; its detector lies beside it")
+    parser.add_argument("--accept_face_licence", action="store_true", help="allow the download")
+    parser.add_argument("--face_provider", choices=tuple(face_models.PROVIDERS), default="cpu")
+    parser.add_argument("--face_select", default="largest", help="which of several faces")
+    parser.add_argument("--pre_aligned", action="store_true", help="photos are 112x112 crops")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

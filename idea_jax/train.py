@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +17,17 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from idea_jax import checkpoint, faces, learned_embeds, sample, tensorboard
+from idea_jax import (
+    checkpoint,
+    face_models,
+    face_table,
+    faces,
+    learned_embeds,
+    sample,
+    tensorboard,
+)
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig, to_yaml
-from idea_jax.data import images, text
+from idea_jax.data import images, people, text
 from idea_jax.files import atomic_write, check_writable, slug, write_together
 from idea_jax.method import anchor, condition
 from idea_jax.models import hub, sd
@@ -40,7 +48,10 @@ log = logging.getLogger(__name__)
 FREE_ON_RESUME = frozenset(
     {
         *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir"),
-        *("celeb_path", "face_model", "max_train_steps", "save_steps", "only_save_embeds"),
+        *("dataset", "dataset_dir", "identities"),
+        *("celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
+        # How faces were found is compared by what did it: see fingerprint_of.
+        *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
         *("validation_prompt", "validation_steps", "num_validation_images"),
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir"),
@@ -71,26 +82,45 @@ class Base:
     revision: str | None
 
 
+@dataclass(frozen=True)
+class Portraits:
+    """One person as training sees them.
+
+    Attributes:
+        pictures: those to train on.
+        sights: the face on each of them; empty where no face is needed.
+        id_embed: float32[512] of unit norm; None where the method uses none.
+    """
+
+    pictures: list
+    sights: list[face_table.Sight]
+    id_embed: np.ndarray | None
+
+
 def run(cfg: TrainConfig) -> list[Path]:
-    """Trains one person and returns the path of the identity file, alone in a list.
+    """Trains one person, or several one after the other; returns the paths of the identity files.
+
+    The files of one person are in `output_dir`, those of several in a folder each in it.
 
     Raises:
-      ConfigError, ImageError, FaceError, TextError, CheckpointNotFound, WeightsError,
+      ConfigError, ImageError, PeopleError, FaceError, TextError, CheckpointNotFound, WeightsError,
       UnsupportedConfig, CheckpointError: bad input, found before training starts.
       TrainingError: the loss became non-finite; the last good identity is on disk.
       Interrupted: SIGINT or SIGTERM; a checkpoint is on disk.
     """
     # What can be wrong and is cheap to see comes first.
     started = time.monotonic()
+    everybody = people_of(cfg)
     output_dir = Path(cfg.output_dir)
-    paths = read_folder(Path(cfg.train_data_dir))
+    output_dirs = [output_dir / person.name for person in everybody]
     check_writable(output_dir)
     method = method_of(cfg)
     placeholder = placeholder_of(cfg)
     validation = [text.fill(prompt, placeholder) for prompt in cfg.validation_prompt or []]
     given_names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
     if not cfg.resume_from_checkpoint:
-        checkpoint.refuse_checkpoints(output_dir / "checkpoints")
+        for folder in output_dirs:
+            checkpoint.refuse_checkpoints(folder / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     model = sd.read_configs(found.folder, COMPUTE_DTYPES[cfg.mixed_precision])
     side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
@@ -99,59 +129,85 @@ def run(cfg: TrainConfig) -> list[Path]:
     ).with_placeholder(placeholder.token, placeholder.n)
     names = given_names or known_names(found.folder)
     start_ids = starting_ids(cfg, method, tokenizer, names)
-    face_model = find_face_model(cfg.face_model, found.folder) if method.uses_face else None
-    id_embed = embed_person(face_model, paths, cfg.pre_aligned) if face_model else None
+    eyes = open_eyes(cfg, method, found.folder)
+    portraits = [portraits_of(cfg, method, eyes, person) for person in everybody]
 
-    # The frozen model, and what it makes of this person
+    # The frozen model
     model, frozen = sd.load(
         found.folder, variant=cfg.variant, compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision]
     )
     base = Base(model, frozen, tokenizer, found.name, found.revision)
-    key = jax.random.key(cfg.seed)
     start = starting_tokens(cfg, method, base, start_ids)
-    given = condition.init_given(method, model, key, start, id_embed)
-    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
     optimizer = optimizer_of(cfg, method)
-    state = init_state(optimizer, trainable, given)
-    photos = encode_photos(base, paths, side, cfg.center_crop)
 
-    # The loop
-    log.info(
-        "profile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: %s",
-        method.profile,
-        len(paths),
-        f"{count(trainable):,}",
-        cfg.max_train_steps,
-        cfg.train_batch_size,
-        ", ".join(f"{part} {cfg.rates()[part]:g}" for part in method.parts()),
-    )
-    results = Results(cfg, method, base, output_dir, validation)
-    fingerprint = fingerprint_of(cfg, base, paths, face_model)
-    state, metrics = loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results)
-
-    # The results
-    with write_together(output_dir) as folder:
-        results.save_identity(state, folder / "identity.safetensors")
-        results.save_embeds(state, folder / learned_embeds.FILE_NAME)
-        results.save_webui(state, folder / "webui")
-        results.save_run(metrics, int(state.step), time.monotonic() - started, folder)
-    return [output_dir / "identity.safetensors"]
+    # The people
+    written = []
+    for person, seen, folder in zip(everybody, portraits, output_dirs, strict=True):
+        if person.name:
+            log.info("%s (%d of %d)", person.name, len(written) + 1, len(everybody))
+        results = Results(cfg, method, base, folder, validation)
+        state, photos = begin(cfg, method, base, optimizer, start, seen, side)
+        key = jax.random.key(cfg.seed)
+        fingerprint = fingerprint_of(cfg, base, seen.pictures, eyes)
+        state, metrics = loop(
+            cfg, method, base, optimizer, state, photos, key, fingerprint, results
+        )
+        with write_together(folder) as temporary:
+            results.save_identity(state, temporary / "identity.safetensors")
+            results.save_embeds(state, temporary / learned_embeds.FILE_NAME)
+            results.save_webui(state, temporary / "webui")
+            seconds = time.monotonic() - started
+            results.save_run(metrics, int(state.step), seconds, person, temporary)
+        written.append(folder / "identity.safetensors")
+        started = time.monotonic()
+    return written
 
 
-def read_folder(folder: Path) -> list[Path]:
-    """Lists the pictures of a folder and proves that each can be read.
+def people_of(cfg: TrainConfig) -> list[people.Person]:
+    """Finds the people of a run and proves that each of their picture files can be read.
 
-    Pictures are read again when they are needed: a folder of phone photos would fill the memory.
+    A folder that has pictures itself is one person, without a name; otherwise each sub-folder with
+    pictures is one, and so is each identity of a data set.
 
     Raises:
-      images.ImageError: there is none, or one of them cannot be used.
+      ConfigError: the choice of people does not fit a single person.
+      images.ImageError, people.PeopleError: there is nobody, or a picture cannot be used.
     """
+    if cfg.dataset is not None:
+        log.info("CelebA is for non-commercial research only; do not pass its pictures on")
+        found = people.from_celeb_a(cfg.dataset_dir)
+        return choose_people(cfg, found)
+    folder = Path(cfg.train_data_dir)
+    if images.has_only_folders(folder):
+        everybody = choose_people(cfg, people.from_folders(folder))
+        for person in everybody:
+            for picture in person.train:
+                picture.read()
+        return everybody
+    if cfg.identities is not None:
+        raise ConfigError(
+            f"--identities chooses people, but {folder} holds the photos of one person; expected a "
+            "folder with one folder per person"
+        )
     paths, skipped = images.list_images(folder)
     for path, reason in skipped:
         log.warning("skipped %s: %s", path.name, reason)
-    for path in paths:
-        images.read_image(path)
-    return paths
+    pictures = [images.PictureFile(path) for path in paths]
+    for picture in pictures:
+        picture.read()
+    return [people.split("", images.without_copies(pictures), cfg.pictures_per_person, cfg.seed)]
+
+
+def choose_people(cfg: TrainConfig, found: dict[str, list]) -> list[people.Person]:
+    """The people of a data set that a run trains, their pictures split into two parts."""
+    if cfg.resume_from_checkpoint not in (None, "latest"):
+        raise ConfigError(
+            "--resume_from_checkpoint FOLDER is of one person; for several, only latest can be used"
+        )
+    return [
+        people.split(name, pictures, cfg.pictures_per_person, cfg.seed)
+        for name, pictures in people.choose(found, cfg.identities).items()
+    ]
 
 
 def method_of(cfg: TrainConfig) -> condition.Method:
@@ -166,33 +222,87 @@ def method_of(cfg: TrainConfig) -> condition.Method:
     )
 
 
-def find_face_model(face_model: str | None, checkpoint_folder: Path) -> Path:
+def find_face_model(
+    face_model: str | None,
+    checkpoint_folder: Path,
+    face_model_dir: str | None = None,
+    *,
+    accept_licence: bool = False,
+) -> Path:
     """The ArcFace file of a run: the one given, the checkpoint's own, or an installed pack's.
 
     Raises:
-      ConfigError: none was given and none is found.
+      FaceError: there is none; see `face_models.find_recogniser`.
     """
-    if face_model is not None:
-        return Path(face_model)
-    own = sorted((checkpoint_folder / "face").glob("*.onnx"))
-    packs = Path.home() / ".insightface" / "models"
-    installed = [packs / "buffalo_l" / "w600k_r50.onnx", packs / "antelopev2" / "glintr100.onnx"]
-    for path in [*own[:1], *installed]:
-        if path.is_file():
-            log.info("face model: %s (%s)", path.name, path.parent.name)
-            return path
-    raise ConfigError(
-        "this profile needs an ArcFace model: give --face_model FILE.onnx (112x112 input), for "
-        "example w600k_r50.onnx of insightface's buffalo_l pack (non-commercial research only), "
-        "or train without a face: --profile cross_init"
+    return face_models.find_recogniser(
+        face_model, face_model_dir, checkpoint_folder / "face", accept_licence=accept_licence
     )
 
 
-def embed_person(face_model: Path, paths: list[Path], pre_aligned: bool) -> np.ndarray:
-    """Mean ArcFace embedding of the pictures, float32[512] of unit norm."""
-    recogniser = faces.load_recogniser(face_model)
-    crops = [faces.face_crop(images.read_image(p), pre_aligned=pre_aligned) for p in paths]
-    return faces.mean_embedding(faces.embed_faces(recogniser, crops))
+def open_eyes(
+    cfg: TrainConfig, method: condition.Method, checkpoint_folder: Path
+) -> faces.Finder | face_table.Table | None:
+    """What tells the face on a picture: computed before, or found now; None if none is needed.
+
+    Raises:
+      FaceError: a file or a model is missing or cannot be used.
+    """
+    if not method.uses_face and cfg.crop != "face":
+        return None
+    if cfg.face_embeddings is not None:
+        return face_table.read(cfg.face_embeddings)
+    path = find_face_model(
+        cfg.face_model,
+        checkpoint_folder,
+        cfg.face_model_dir,
+        accept_licence=cfg.accept_face_licence,
+    )
+    # A pack must have a detector; a recogniser that was given alone, or by a checkpoint, need not.
+    alone = cfg.face_model is not None or path.parent == checkpoint_folder / "face"
+    return faces.open_finder(
+        path,
+        provider=cfg.face_provider,
+        select=cfg.face_select,
+        pre_aligned=cfg.pre_aligned,
+        embeds=method.uses_face,
+        needs_detector=not alone or cfg.crop == "face" or cfg.face_select != "largest",
+    )
+
+
+def portraits_of(
+    cfg: TrainConfig,
+    method: condition.Method,
+    eyes: faces.Finder | face_table.Table | None,
+    person: people.Person,
+) -> Portraits:
+    """Looks at a person's pictures; leaves out those of somebody else, if asked to.
+
+    Raises:
+      FaceError: a picture has no usable face, or is not among the precomputed ones.
+    """
+    pictures = list(person.train)
+    if eyes is None:
+        return Portraits(pictures, [], None)
+    shown = tqdm(pictures, desc="faces", unit="img", leave=False, disable=None)
+    sights = [eyes.look(picture) for picture in shown]
+    if not method.uses_face:
+        return Portraits(pictures, sights, None)
+    embeds = np.stack([sight.embed for sight in sights])
+    unlike, similarities = faces.unlike(embeds)
+    for index in np.flatnonzero(unlike):
+        log.warning(
+            "%s is unlike the other photos (similarity %.2f to their mean, %.2f is usual here): "
+            "another person, or another face on it? %s",
+            pictures[index].name,
+            similarities[index],
+            np.median(similarities),
+            "It is left out" if cfg.drop_outliers else "--drop_outliers leaves it out",
+        )
+    if cfg.drop_outliers:
+        kept = np.flatnonzero(~unlike)
+        pictures, sights = [pictures[i] for i in kept], [sights[i] for i in kept]
+        embeds = embeds[kept]
+    return Portraits(pictures, sights, faces.mean_embedding(embeds))
 
 
 def known_names(checkpoint_folder: Path) -> list[str]:
@@ -261,24 +371,76 @@ def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTr
     )
 
 
+def begin(
+    cfg: TrainConfig,
+    method: condition.Method,
+    base: Base,
+    optimizer: optax.GradientTransformation,
+    start: jax.Array,
+    seen: Portraits,
+    side: int,
+) -> tuple[IdentityState, Photos]:
+    """A person's state before the first step, and their photos as the frozen model sees them."""
+    key = jax.random.key(cfg.seed)
+    given = condition.init_given(method, base.model, key, start, seen.id_embed)
+    trainable = condition.init_trainable(method, base.model, base.frozen.cross_kv, key, start)
+    state = init_state(optimizer, trainable, given)
+    photos = encode_pixels(base, training_pixels(cfg, seen, side))
+    log.info(
+        "profile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: %s",
+        method.profile,
+        len(seen.pictures),
+        f"{count(trainable):,}",
+        cfg.max_train_steps,
+        cfg.train_batch_size,
+        ", ".join(f"{part} {cfg.rates()[part]:g}" for part in method.parts()),
+    )
+    return state, photos
+
+
+def training_pixels(
+    cfg: TrainConfig, seen: Portraits, side: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, float32[side, side, 3] in [-1, 1]) of each picture of a person."""
+    for index, picture in enumerate(seen.pictures):
+        image = picture.read()
+        if cfg.crop == "face":
+            square = faces.training_square(seen.sights[index].points, image.size)
+            image = images.crop_square(image, square)
+        yield picture.name, images.to_pixels(image, side, center_crop=cfg.center_crop)
+
+
 def encode_photos(base: Base, paths: list[Path], side: int, center_crop: bool) -> Photos:
+    """Encodes picture files as `encode_pixels` does."""
+    return encode_pixels(
+        base,
+        (
+            (path.name, images.to_pixels(images.read_image(path), side, center_crop=center_crop))
+            for path in paths
+        ),
+    )
+
+
+def encode_pixels(base: Base, pictures: Iterable[tuple[str, np.ndarray]]) -> Photos:
     """Encodes every picture and its mirror once; the steps only draw from these moments.
 
     The mirror is encoded too, because the VAE of a mirrored picture is not the mirrored VAE.
+
+    Args:
+      pictures: name and float32[side, side, 3] in [-1, 1] of each.
     """
     model = base.model
     means, logvars = [], []
-    for path in paths:
-        pixels = images.to_pixels(images.read_image(path), side, center_crop=center_crop)
+    for name, pixels in pictures:
         mean, logvar = _encode_image(model, base.frozen, np.stack([pixels, pixels[:, ::-1]]))
-        check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {path.name},")
+        check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {name},")
         means.append(np.asarray(mean))
         logvars.append(np.asarray(logvar))
     prompts = text.training_prompts(base.tokenizer.placeholders[0])
     return Photos(
         mean=jax.numpy.asarray(np.stack(means)),
         logvar=jax.numpy.asarray(np.stack(logvars)),
-        count=jax.numpy.int32(len(paths)),
+        count=jax.numpy.int32(len(means)),
         token_ids=jax.numpy.asarray(base.tokenizer(prompts)),
     )
 
@@ -288,19 +450,22 @@ _encode_image = jax.jit(sd.encode_image, static_argnums=0)
 
 
 def fingerprint_of(
-    cfg: TrainConfig, base: Base, paths: list[Path], face_model: Path | None
+    cfg: TrainConfig,
+    base: Base,
+    pictures: list,
+    eyes: faces.Finder | face_table.Table | None,
 ) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
-    pictures = hashlib.sha256()
-    for path in paths:
-        pictures.update(checkpoint.file_digest(path).encode())
-    files = {"celeb_path": cfg.celeb_path, "face_model": face_model}
-    digests = {name: checkpoint.file_digest(Path(f)) for name, f in files.items() if f}
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.sha256().encode())
+    names = {"celeb_path": checkpoint.file_digest(Path(cfg.celeb_path))} if cfg.celeb_path else {}
     return {
         **settings,
-        **digests,
-        "photos": pictures.hexdigest(),
+        **names,
+        **(asdict(eyes.about) if eyes is not None else {}),
+        "photos": digest.hexdigest(),
         "base_model": base.name,
         "revision": base.revision,
         "base_weights": checkpoint.tree_digest(base.frozen.cross_kv),
@@ -568,7 +733,14 @@ class Results:
         path = folder / f"{name}.safetensors"
         learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
 
-    def save_run(self, metrics: Metrics | None, steps: int, seconds: float, folder: Path) -> None:
+    def save_run(
+        self,
+        metrics: Metrics | None,
+        steps: int,
+        seconds: float,
+        person: people.Person,
+        folder: Path,
+    ) -> None:
         """Writes the resolved config (`--config` reads it back) and what came of it."""
         with atomic_write(folder / "config.yaml") as temporary:
             # Without the way this run was resumed: the file says how to do all of it again.
@@ -582,6 +754,7 @@ class Results:
             "last_loss": None if metrics is None else float(metrics.loss),
             "loss_curve": loss_curve(self.losses),
             "seconds": round(seconds, 1),
+            "held_out": [picture.name for picture in person.held_out],
             "device": jax.devices()[0].device_kind,
             "versions": checkpoint.versions(),
         }

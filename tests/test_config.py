@@ -31,6 +31,30 @@ def test_flag_wins_over_yaml_over_profile_over_default(tmp_path):
     assert cfg.train_batch_size == 8  # field default
 
 
+def test_center_crop_is_another_name_for_two_crops(tmp_path):
+    """`--center_crop` of diffusers and `--crop` are one setting; the later source wins."""
+
+    def crop(*flags):
+        return parse(TrainConfig, [*REQUIRED, *flags]).crop
+
+    assert (crop(), crop("--profile", "official")) == ("center", "none")
+    assert (crop("--no-center_crop"), crop("--profile", "official", "--center_crop")) == (
+        *("none", "center"),
+    )
+    old = write(tmp_path, "center_crop: false\n")
+    assert (crop(*old), crop(*old, "--crop", "face")) == ("none", "face")
+    assert crop(*old, "--center_crop") == "center"
+    assert parse(TrainConfig, REQUIRED).center_crop
+    with pytest.raises(ConfigError, match="center_crop must be bool, got 1"):
+        crop(*write(tmp_path, "center_crop: 1\n"))
+
+
+def test_a_data_set_stands_in_for_the_folder():
+    flags = ["--pretrained_model_name_or_path", "m", "--dataset", "celeb_a", "--dataset_dir", "d"]
+    cfg = parse(TrainConfig, [*flags, "--identities", "0:64", "--pictures_per_person", "1"])
+    assert (cfg.train_data_dir, cfg.identities, cfg.pictures_per_person) == (None, "0:64", 1)
+
+
 def test_flag_chooses_the_profile_whose_defaults_apply(tmp_path):
     config = write(tmp_path, "profile: paper\n")
     cfg = parse(TrainConfig, [*REQUIRED, *config, "--profile", "textual_inversion"])
@@ -108,6 +132,15 @@ def test_yaml_mistakes_are_named(tmp_path, yaml, message):
         ("--kv full --kv_rank 8", "--kv_rank has no effect with --kv full"),
         ("--logging_dir ../logs", "a folder inside output_dir"),
         ("--logging_dir /logs", "a folder inside output_dir"),
+        ("--profile cross_init --face_select left", "--face_select has no effect.*--crop face"),
+        ("--face_model f --face_model_dir d", "either --face_model or --face_model_dir"),
+        ("--face_embeddings f --face_select left", "--face_select has no effect with --face_emb"),
+        ("--face_embeddings f --pre_aligned", "--pre_aligned has no effect with --face_emb"),
+        ("--crop face --pre_aligned", "--crop face has no effect on --pre_aligned"),
+        ("--crop face --center_crop", "center_crop true means crop center, which contradicts"),
+        ("--profile cross_init --crop face --drop_outliers", "--drop_outliers has no effect"),
+        ("--dataset celeb_a --dataset_dir d", "either --train_data_dir or --dataset"),
+        ("--dataset_dir d", "--dataset and --dataset_dir belong together"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(flags, message):
@@ -132,10 +165,10 @@ def test_sample_settings_that_do_not_fit_are_refused(flags, message):
 
 
 def test_missing_settings_are_listed():
-    with pytest.raises(
-        ConfigError, match="missing: --pretrained_model_name_or_path, --train_data_dir"
-    ):
+    with pytest.raises(ConfigError, match="missing: --pretrained_model_name_or_path"):
         build(TrainConfig, {}, {})
+    with pytest.raises(ConfigError, match="missing: --train_data_dir, or --dataset"):
+        build(TrainConfig, {}, {"pretrained_model_name_or_path": "m"})
 
 
 def test_abbreviated_flags_are_refused(capsys):

@@ -18,8 +18,11 @@ ROWS = (
     ("files", ""),
     # level 1: one format or one outside world each
     ("data.images", "files"),
+    ("data.people", "data.images"),
     ("data.text", "files"),
-    ("faces", ""),
+    ("face_models", ""),
+    ("face_table", "face_models files"),
+    ("faces", "face_models face_table data.images files"),
     ("random_face", "files"),
     ("learned_embeds", "files"),
     ("tensorboard", "files"),
@@ -47,8 +50,8 @@ ROWS = (
     # level 5: a run
     (
         "train",
-        "sample checkpoint train_step learned_embeds tensorboard faces config pytrees files data.* "
-        "diffusion.* method.* models.*",
+        "sample checkpoint train_step learned_embeds tensorboard faces face_models face_table "
+        "config pytrees files data.* diffusion.* method.* models.*",
     ),
     # the drawn world: knows neither networks nor runs
     ("mini.traits", ""),
@@ -63,7 +66,10 @@ ROWS = (
     ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
     ("mini.lab", "mini.* train train_step sample faces config models.hub pytrees"),
     # level 6: the command line
-    ("cli", "train sample checkpoint learned_embeds faces config data.* diffusion.* models.*"),
+    (
+        "cli",
+        "train sample checkpoint learned_embeds face_models config data.* diffusion.* models.*",
+    ),
     ("demo", "cli mini.* data.images"),
 )
 
@@ -74,10 +80,10 @@ FLAX = {
 # Imported inside the functions that need them: slow to import, or not needed by every run.
 LAZY = {
     *("insightface", "onnxruntime", "onnx", "transformers", "huggingface_hub"),
-    *("orbax", "tensorboardX", "skimage"),
+    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets"),
 }
 # For the tests only.
-NEVER = {"torch", "torchvision", "diffusers", "pytest"}
+NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}
 # What a module of pure functions has no business with.
 PURE = {"train_step": {"pathlib", "os", "io", "logging", "time", "tqdm"}}
 PURE |= {

@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import scrfd
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint
+from idea_jax import checkpoint, face_models
 from idea_jax import train as train_module
 from idea_jax.data import images
 from idea_jax.diffusion.samplers import initial_noise
@@ -194,6 +195,8 @@ def test_commands_of_the_original_readme_run(
     shutil.copytree(random_checkpoint, plain, ignore=shutil.ignore_patterns("face"))
     pack.mkdir(parents=True)
     shutil.copy(random_checkpoint / "face" / "arcface.onnx", pack / "w600k_r50.onnx")
+    scrfd.write_detector(pack / "det_10g.onnx", [scrfd.face(320, 200, 60)])
+    monkeypatch.setattr(face_models, "KNOWN_SHA256", {})  # these are not the real ones
     monkeypatch.setenv("HOME", str(tmp_path))
     names = tmp_path / "celeb_names.txt"
     names.write_text("Marie Curie\nAlan Turing\nAda Lovelace\n")

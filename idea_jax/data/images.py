@@ -1,13 +1,18 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
+import hashlib
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from idea_jax.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # Decoders of rarer formats are where Pillow's security holes have been; these three suffice.
@@ -47,11 +52,58 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]
     Raises:
         ImageError: `folder` is missing, no folder, unreadable or without pictures.
     """
-    folder = Path(folder)
+    images, skipped = _scan(Path(folder))
+    if not images:
+        raise _no_pictures(Path(folder), skipped)
+    return images, skipped
+
+
+def has_only_folders(folder: str | Path) -> bool:
+    """Whether a folder has no picture itself, but sub-folders that are not hidden.
+
+    Raises:
+        ImageError: `folder` is missing, no folder or unreadable.
+    """
+    images, skipped = _scan(Path(folder))
+    return not images and any(reason == "sub-folder" for _, reason in skipped)
+
+
+def list_people(root: str | Path) -> dict[str, list[Path]]:
+    """Returns the pictures in the sub-folders of `root`, by the names of these, both sorted.
+
+    Hidden sub-folders and those without pictures are left out.
+
+    Raises:
+        ImageError: `root` or a sub-folder is missing, no folder or unreadable, or no sub-folder
+            has a picture.
+    """
+    _, skipped = _scan(Path(root))
+    folders = [entry for entry, reason in skipped if reason == "sub-folder"]
+    people = {folder.name: _scan(folder)[0] for folder in folders}
+    people = {name: paths for name, paths in people.items() if paths}
+    if not people:
+        raise _no_pictures(Path(root), skipped)
+    return people
+
+
+def list_tree(root: str | Path) -> list[Path]:
+    """Returns the pictures directly in `root`, then those in its sub-folders.
+
+    Raises:
+        ImageError: as `list_people`, but pictures directly in `root` suffice.
+    """
+    own, skipped = _scan(Path(root))
+    folders = [entry for entry, reason in skipped if reason == "sub-folder"]
+    images = own + [path for folder in folders for path in _scan(folder)[0]]
+    if not images:
+        raise _no_pictures(Path(root), skipped)
+    return images
+
+
+def _scan(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    images, skipped = [], []
     try:
-        entries = sorted(folder.iterdir())
-        images, skipped = [], []
-        for entry in entries:
+        for entry in sorted(folder.iterdir()):
             reason = _reason_to_skip(entry)
             if reason:
                 skipped.append((entry, reason))
@@ -67,14 +119,16 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]
         raise ImageError(
             f"the folder of pictures {folder} cannot be read: {error.strerror}"
         ) from error
-    if not images:
-        found = ", ".join(f"{path.name} ({reason})" for path, reason in skipped[:5]) or "nothing"
-        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-        raise ImageError(
-            f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
-            f"found {found}{more}"
-        )
     return images, skipped
+
+
+def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> ImageError:
+    found = ", ".join(f"{path.name} ({reason})" for path, reason in skipped[:5]) or "nothing"
+    more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    return ImageError(
+        f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
+        f"found {found}{more}"
+    )
 
 
 def _reason_to_skip(entry: Path) -> str | None:
@@ -87,6 +141,49 @@ def _reason_to_skip(entry: Path) -> str | None:
     if entry.suffix.lower() not in SUFFIXES:
         return f"suffix {entry.suffix or '(none)'}"
     return None
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture on disk, read whenever it is needed: a folder of photos would fill the memory.
+
+    Pictures from elsewhere (`data.people`) have the same attributes and methods. As text it is the
+    path, for messages.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's name, without folders."""
+        return self.path.name
+
+    def read(self) -> Image.Image:
+        """The picture; see `read_image`."""
+        return read_image(self.path)
+
+    def sha256(self) -> str:
+        """Hex digest of the file's bytes."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def without_copies(pictures: Sequence[PictureFile]) -> list[PictureFile]:
+    """Returns the pictures without those whose bytes are those of an earlier one.
+
+    A copy would count twice in every mean, and could lie on both sides of a split.
+    """
+    first: dict[str, PictureFile] = {}
+    for picture in pictures:
+        digest = picture.sha256()
+        if digest in first:
+            log.warning("skipped %s: a copy of %s", picture.name, first[digest].name)
+        else:
+            first[digest] = picture
+    return list(first.values())
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -183,6 +280,19 @@ def _sniff(path: Path) -> str:
     return "its content is of no known picture format"
 
 
+def central_square(size: tuple[int, int]) -> tuple[int, int, int]:
+    """Returns left, top and side of the largest square in the middle of a picture of (w, h)."""
+    width, height = size
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side
+
+
+def crop_square(image: Image.Image, square: tuple[int, int, int]) -> Image.Image:
+    """Returns the square (left, top, side) of a picture."""
+    left, top, side = square
+    return image.crop((left, top, left + side, top + side))
+
+
 def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray:
     """Returns float32[size, size, 3] in [-1, 1], ready for the VAE.
 
@@ -196,10 +306,7 @@ def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray
     if image.mode != "RGB":
         raise ImageError(f"expected an RGB picture, got mode {image.mode}; use read_image")
     if center_crop:
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
+        image = crop_square(image, central_square(image.size))
     image = image.resize((size, size), resample=Image.Resampling.BICUBIC)
     return (np.asarray(image) / 127.5 - 1.0).astype(np.float32)
 

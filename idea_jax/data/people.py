@@ -1,0 +1,182 @@
+"""People and their pictures: a folder with one folder per person, or CelebA.
+
+CelebA is read through tensorflow-datasets without TensorFlow, from a set prepared as array_record.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from idea_jax.data import images
+
+HOW_TO_PREPARE = (
+    "prepare it once, where TensorFlow is installed (pip install 'idea-jax[celeba]' tensorflow "
+    "importlib_resources): python -c \"import tensorflow_datasets as tfds; tfds.builder('celeb_a', "
+    "data_dir='DIR', file_format='array_record').download_and_prepare()\" (1.4 GB, see "
+    "docs/files.md)"
+)
+
+
+class PeopleError(ValueError):
+    """People that cannot be had; the message says where they were looked for and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture of a prepared data set; has what `images.PictureFile` has.
+
+    Attributes:
+        source: the data set, its pictures not decoded.
+        index: of the picture in it.
+    """
+
+    source: Sequence[Mapping]
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Its number in the data set, which has no file names."""
+        return f"{self.index:06d}"
+
+    def read(self) -> Image.Image:
+        """The picture, 8-bit RGB.
+
+        Raises:
+            ImageError: the data set is damaged.
+        """
+        try:
+            with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise images.ImageError(f"{self} is damaged ({error}); prepare it again") from error
+
+    def sha256(self) -> str:
+        """Hex digest of the encoded picture."""
+        return hashlib.sha256(self._bytes()).hexdigest()
+
+    def _bytes(self) -> bytes:
+        try:
+            return self.source[self.index]["image"]
+        except RuntimeError as error:  # of the array_record library, for files gone or cut off
+            raise images.ImageError(f"{self} cannot be read ({error})") from error
+
+    def __str__(self) -> str:
+        return f"picture {self.index} of the data set"
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person: a name that can be that of a folder, and pictures to train on or to hold out.
+
+    A picture is an `images.PictureFile` or a `StoredPicture`.
+    """
+
+    name: str
+    train: tuple
+    held_out: tuple = ()
+
+
+def from_folders(root: str | Path) -> dict[str, list[images.PictureFile]]:
+    """Returns the pictures of each person in a folder that holds one folder per person.
+
+    Raises:
+        ImageError: as `images.list_people`.
+    """
+    return {
+        name: images.without_copies([images.PictureFile(path) for path in paths])
+        for name, paths in images.list_people(root).items()
+    }
+
+
+def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
+    """Returns the pictures of each person of CelebA, by `Identity_No` in five digits.
+
+    All of its splits are taken together: they keep people apart, not pictures.
+
+    Args:
+        data_dir: the `data_dir` that tensorflow-datasets prepared it in; it holds `celeb_a/`.
+
+    Raises:
+        PeopleError: tensorflow-datasets is missing, or the set is not prepared, or not in a format
+            that is read without TensorFlow.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise PeopleError(
+            f"CelebA needs the package tensorflow-datasets ({error}); install it with: "
+            "pip install 'idea-jax[celeba]'"
+        ) from error
+    builder = tfds.builder("celeb_a", data_dir=data_dir)
+    if not Path(builder.data_dir).is_dir():
+        raise PeopleError(
+            f"no prepared CelebA in {data_dir}: expected the folder {builder.data_dir}; "
+            f"{HOW_TO_PREPARE}"
+        )
+    people: dict[str, list[StoredPicture]] = {}
+    try:
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        source = builder.as_data_source("all", decoders=decoders)
+        for index in tqdm(range(len(source)), desc="CelebA", unit="img", disable=None):
+            number = int(source[index]["identity"]["Identity_No"])
+            people.setdefault(f"{number:05d}", []).append(StoredPicture(source, index))
+    except (NotImplementedError, AssertionError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PeopleError(
+            f"CelebA in {builder.data_dir} cannot be read without TensorFlow ({reason[0]}); "
+            f"{HOW_TO_PREPARE}"
+        ) from error
+    return dict(sorted(people.items()))
+
+
+def choose(people: Mapping[str, list], identities: str | None) -> dict[str, list]:
+    """Returns the people whose places, in the order of names, are in a range.
+
+    Args:
+        identities: `FROM:TO` without TO, as in Python, either may be left out; or one place.
+
+    Raises:
+        PeopleError: it is no range, or holds nobody.
+    """
+    if identities is None:
+        return dict(people)
+    match = re.fullmatch(r"(\d*)(:?)(\d*)", identities)
+    if not match or not (match[1] or match[2]):
+        raise PeopleError(f"--identities must be FROM:TO, such as 0:64, got {identities!r}")
+    first = int(match[1] or 0)
+    stop = (int(match[3]) if match[3] else None) if match[2] else first + 1
+    names = list(people)[first:stop]
+    if not names:
+        raise PeopleError(f"--identities {identities} holds nobody: there are {len(people)} people")
+    return {name: people[name] for name in names}
+
+
+def split(name: str, pictures: Sequence, count: int | None, seed: int) -> Person:
+    """Returns a person with `count` pictures to train on, chosen by the seed; the rest is held out.
+
+    The choice depends on the seed, the name and the number of pictures only, not on who else is
+    there. None takes all pictures to train on.
+
+    Raises:
+        PeopleError: the person has fewer pictures.
+    """
+    if count is None:
+        return Person(name, tuple(pictures))
+    if len(pictures) < count:
+        raise PeopleError(
+            f"{name or 'the folder'} has {len(pictures)} picture(s), fewer than "
+            f"--pictures_per_person {count}"
+        )
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    order = np.random.default_rng(list(digest)).permutation(len(pictures))
+    chosen = set(order[:count].tolist())
+    train = [picture for index, picture in enumerate(pictures) if index in chosen]
+    rest = [picture for index, picture in enumerate(pictures) if index not in chosen]
+    return Person(name, tuple(train), tuple(rest))

@@ -1,0 +1,426 @@
+"""Face models on disk: which ONNX files a run uses, whether they are safe, and how they open.
+
+insightface's own classes do the work, on onnxruntime. A *pack* is a folder of insightface, with a
+detector and a recogniser among its ONNX files.
+"""
+
+import contextlib
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SIZE = 112  # side of ArcFace's input, in pixels
+WIDTH = 512  # length of an ArcFace embedding
+
+# The CPU unless asked: JAX takes most of an accelerator's memory for itself. On CUDA, the operators
+# that it lacks run on the CPU.
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+
+# The packs that are looked for in insightface's own folder, best known first; the first is the one
+# that is downloaded.
+PACKS = ("buffalo_l", "antelopev2")
+EXPECTED = (
+    "expected a folder of insightface: a detector such as det_10g.onnx and a recogniser such as "
+    "w600k_r50.onnx (pack buffalo_l)"
+)
+LICENCE = "insightface's face models are for non-commercial research only"
+
+# SHA-256 of the files of insightface's packs that hold no hashes themselves: buffalo_l, antelopev2,
+# and the small detector and recogniser of buffalo_s and buffalo_sc. insightface publishes none for
+# them; these are the values that many projects that pin the same release files agree on.
+KNOWN_SHA256 = {
+    "det_10g.onnx": "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
+    "w600k_r50.onnx": "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
+    "scrfd_10g_bnkps.onnx": "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
+    "glintr100.onnx": "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
+    "det_500m.onnx": "5e4447f50245bbd7966bd6c0fa52938c61474a04ec7def48753668a9d8b4ea3a",
+    "w600k_mbf.onnx": "9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f",
+}
+
+
+class FaceError(ValueError):
+    """A face model, crop or embedding that cannot be used; the message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A loaded face recognition model.
+
+    Attributes:
+        model: insightface's `ArcFaceONNX`.
+        path: the file it came from.
+        sha256: hex digest of that file; embeddings of different models cannot be compared.
+        provider: the onnxruntime provider that is really in use.
+    """
+
+    model: object
+    path: Path
+    sha256: str
+    provider: str
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A loaded face detector, insightface's `SCRFD`; attributes as those of `Recogniser`."""
+
+    model: object
+    path: Path
+    sha256: str
+    provider: str
+
+
+# --- finding the files ----------------------------------------------------------------------------
+
+
+def find_recogniser(
+    face_model: str | Path | None,
+    face_model_dir: str | Path | None,
+    own_folder: Path | None,
+    *,
+    accept_licence: bool,
+) -> Path:
+    """Returns the recognition model of a run.
+
+    It is the file given, or that of the pack given, or that in the checkpoint's own folder, or that
+    of a pack in insightface's folder; failing these, and only with `accept_licence`, that of the
+    pack which insightface then downloads. The detector that belongs to it lies in the same folder.
+
+    Raises:
+        FaceError: there is none, the pack is unusable, or the download fails.
+    """
+    if face_model is not None:
+        return Path(face_model)
+    if face_model_dir is not None:
+        return find_in_pack(Path(face_model_dir).expanduser(), "recognition")
+    if own_folder is not None and any(own_folder.glob("*.onnx")):
+        return find_in_pack(own_folder, "recognition")
+    for name in PACKS:
+        folder = packs_folder() / name
+        if folder.exists():
+            return find_in_pack(folder, "recognition")
+    if not accept_licence:
+        raise FaceError(
+            "this run needs a face model: give --face_model_dir PACK (a folder of insightface with "
+            "a detector and a recogniser), or --face_model FILE.onnx (ArcFace, 112x112 input), or "
+            f"--accept_face_licence to let insightface download {PACKS[0]} (290 MB; {LICENCE}); "
+            "or train without a face: --profile cross_init"
+        )
+    return find_in_pack(download(PACKS[0]), "recognition")
+
+
+def packs_folder() -> Path:
+    """Where insightface keeps its packs by default."""
+    return Path.home() / ".insightface" / "models"
+
+
+def find_in_pack(folder: Path, task: str) -> Path:
+    """Returns the ONNX file of a pack for a task, "recognition" or "detection".
+
+    As in insightface: what the pack's manifest names, otherwise the first file by name that looks
+    like such a model.
+
+    Raises:
+        FaceError: the folder is missing, empty or nested, or it has no such file; the message lists
+            what was found.
+    """
+    if not folder.exists():
+        raise FaceError(f"the face model folder {folder} does not exist; {EXPECTED}")
+    if not folder.is_dir():
+        raise FaceError(
+            f"{folder} is a file: give the folder that holds it, or the file itself with "
+            f"--face_model; {EXPECTED}"
+        )
+    package = _manifest(folder)
+    if package is not None:
+        if task not in package.tasks:
+            raise FaceError(f"the manifest of {folder} names no {task} model; {EXPECTED}")
+        return package.tasks[task].path
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise FaceError(
+            f"the face model folder {folder} cannot be read: {error.strerror}"
+        ) from error
+    files = [path for path in entries if path.suffix == ".onnx"]
+    if not files:
+        nested = sorted({path.parent for path in folder.glob("*/*.onnx")})
+        if nested:
+            raise FaceError(
+                f"{folder} holds no .onnx file itself, but {nested[0]} does (some archives nest "
+                f"the folder): give --face_model_dir {nested[0]}, or move its files up; {EXPECTED}"
+            )
+        found = ", ".join(path.name for path in entries[:5]) or "nothing"
+        raise FaceError(
+            f"the face model folder {folder} holds no .onnx file, but {found}; {EXPECTED}. "
+            "Remove the folder to have the pack downloaded again"
+        )
+    tasks = {}
+    for path in files:
+        tasks[path.name] = _task_of(path)
+        if tasks[path.name] == task:
+            return path
+    found = ", ".join(f"{name} ({what})" for name, what in tasks.items())
+    raise FaceError(f"the face model folder {folder} has no {task} model: {found}; {EXPECTED}")
+
+
+def _manifest(folder: Path) -> object | None:
+    """Returns insightface's description of a pack with a manifest; None for one without."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    with _packages_needed():
+        from insightface.model_zoo import has_model_package_manifest, load_model_package
+    if not has_model_package_manifest(folder):
+        return None
+    try:
+        return load_model_package(folder)
+    except (ValueError, TypeError, OSError) as error:
+        raise FaceError(f"the manifest of the face model folder {folder}: {error}") from error
+
+
+def _task_of(path: Path) -> str:
+    """What an ONNX file is for, by its inputs and outputs, as insightface tells them apart."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except (DecodeError, OSError, ValueError):
+        return "damaged"
+    weights = {tensor.name for tensor in graph.initializer}
+    shapes = [
+        [size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in graph.input
+        if value.name not in weights
+    ]
+    if not graph.node:
+        return "damaged"
+    if len(graph.output) >= 5:
+        return "detection"
+    if len(graph.output) == 1 and len(shapes) == 1 and shapes[0][1:] == [3, SIZE, SIZE]:
+        return "recognition"
+    return "for something else"
+
+
+def download(name: str) -> Path:
+    """Has insightface download a pack into its own folder; returns that.
+
+    Raises:
+        FaceError: it cannot be had. Nothing incomplete is left under the pack's name.
+    """
+    with _packages_needed():
+        from insightface.utils import storage
+    folder = packs_folder() / name
+    log.warning("insightface downloads its pack %s to %s: %s", name, folder, LICENCE)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
+            storage.ensure_available("models", name, root=str(folder.parent.parent))
+    except Exception as error:  # of the HTTP library, the archive, the disk
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # insightface would take an empty folder for the pack ever after
+        raise FaceError(
+            f"insightface could not download {name} ({type(error).__name__}: {error}); where there "
+            f"is network, fetch {storage.model_zoo_download_url(f'{name}.zip')}, unpack it to "
+            f"{folder}, or give its folder with --face_model_dir"
+        ) from error
+    return folder
+
+
+# --- opening them ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _packages_needed() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise FaceError(
+            f"faces need the packages insightface and onnxruntime ({error}); "
+            "install them with: pip install insightface onnxruntime"
+        ) from error
+
+
+def load_recogniser(model_file: str | Path, provider: str = "cpu") -> Recogniser:
+    """Loads an ArcFace model: one input float [*, 3, 112, 112], one output [*, 512].
+
+    The file is inspected before onnxruntime sees it, since a model with external data makes it read
+    any file that the model names; where its SHA-256 is known, that is compared as well.
+
+    Args:
+        provider: "cpu" or "cuda".
+
+    Raises:
+        FaceError: the file is missing, damaged, refers to other files, has another SHA-256 than is
+            known of it, or has other inputs or outputs; the provider is not to be had; or
+            insightface is not installed.
+    """
+    path = Path(model_file)
+    model, digest = _open(path, provider, "recognition")
+    return Recogniser(model, path, digest, model.session.get_providers()[0])
+
+
+def load_detector(model_file: str | Path, provider: str = "cpu") -> Detector:
+    """Loads an SCRFD face detector that gives five points per face: 9 or 15 outputs.
+
+    Args, Raises: as `load_recogniser`.
+    """
+    path = Path(model_file)
+    model, digest = _open(path, provider, "detection")
+    return Detector(model, path, digest, model.session.get_providers()[0])
+
+
+def _open(path: Path, provider: str, task: str) -> tuple[object, str]:
+    """Returns insightface's object for a model, and the file's SHA-256."""
+    with _packages_needed():
+        import onnxruntime
+        from insightface.model_zoo import get_model, preload_cuda_libraries
+        from insightface.model_zoo.arcface_onnx import ArcFaceONNX
+        from insightface.model_zoo.scrfd import SCRFD
+    package = _manifest(path.parent)
+    declared = package.tasks.get(task) if package is not None else None
+    if declared is not None and declared.path != path.resolve():
+        declared = None
+    digest = _inspect(path, declared.sha256 if declared else KNOWN_SHA256.get(path.name))
+    providers = PROVIDERS[provider]
+    if providers[0] not in onnxruntime.get_available_providers():
+        raise FaceError(_no_provider(provider, "this onnxruntime was built without it"))
+    preload_cuda_libraries(providers)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: warnings about graph clean-up help nobody here
+    settings = {"sess_options": options, "providers": list(providers)}
+    model = None
+    try:
+        if declared:  # the manifest also says how the model wants its pixels
+            model = get_model(str(path), model_descriptor=declared, **settings)
+            session = model.session
+        else:
+            session = onnxruntime.InferenceSession(str(path), **settings)
+    except Exception as error:  # onnxruntime's errors share no public base class
+        raise FaceError(f"onnxruntime cannot load the face model {path}: {error}") from error
+    used = session.get_providers()[0]
+    if used != providers[0]:  # onnxruntime itself only warns, and goes on with the CPU
+        raise FaceError(_no_provider(provider, f"onnxruntime fell back to {used}"))
+    if task == "recognition":
+        _check_recogniser(path, session)
+        model = model or ArcFaceONNX(model_file=str(path), session=session)
+    else:
+        _check_detector(path, session)
+        # One session for all sizes; by default insightface builds another one for each.
+        model = model or SCRFD(model_file=str(path), session=session, static_shape_sessions=False)
+    return model, digest
+
+
+def _no_provider(provider: str, why: str) -> str:
+    return (
+        f"--face_provider {provider}: {PROVIDERS[provider][0]} cannot be used ({why}); install "
+        "onnxruntime-gpu with the CUDA libraries it names, or use --face_provider cpu"
+    )
+
+
+def _inspect(path: Path, expected: str | None) -> str:
+    """Checks that `path` is one ONNX model without external data and, where it is known, that it
+    has the expected SHA-256; returns its SHA-256."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FaceError(
+            f"expected the ONNX file of a face model, such as w600k_r50.onnx, but {path} {what}"
+        )
+    if path.stat().st_size >= 2**31:
+        raise FaceError(f"{path} is larger than an ONNX file can be (2 GiB); is it a checkpoint?")
+    try:
+        content = path.read_bytes()
+        model = onnx.load_model_from_string(content)
+    except OSError as error:
+        raise FaceError(f"the face model {path} cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise FaceError(
+            f"the face model {path} is damaged or no ONNX file; download it again"
+        ) from error
+    if not model.graph.node:
+        raise FaceError(
+            f"the face model {path} ({len(content)} bytes) holds no network: it is empty, cut off "
+            "or no ONNX file; download it again"
+        )
+    external = sorted({tensor.name for tensor in _external_tensors(model)})
+    if external:
+        raise FaceError(
+            f"the face model {path} keeps weights in other files (external data: "
+            f"{', '.join(external[:3])}), which is refused because it can name any file; "
+            "save it as one file"
+        )
+    digest = hashlib.sha256(content).hexdigest()
+    if expected not in (None, digest):
+        raise FaceError(
+            f"{path} is not the file that insightface gives this name: its SHA-256 is {digest}, "
+            f"expected {expected}; it is damaged or was changed: download the pack again, or "
+            "rename the file if it is a model of your own"
+        )
+    return digest
+
+
+def _external_tensors(message: object) -> Iterator:
+    """Yields every tensor anywhere in an ONNX model (subgraphs, attributes, functions) that points
+    to another file."""
+    import onnx
+    from google.protobuf.message import Message
+
+    if isinstance(message, onnx.TensorProto):
+        if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            yield message
+        return
+    for _, value in message.ListFields():
+        items = [value] if isinstance(value, Message) else value
+        if not isinstance(items, str | bytes | int | float):
+            for item in items:
+                if isinstance(item, Message):
+                    yield from _external_tensors(item)
+
+
+def _check_recogniser(path: Path, session: object) -> None:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    fits = (
+        len(inputs) == 1
+        and len(outputs) == 1
+        and inputs[0].type in ("tensor(float)", "tensor(uint8)")
+        and len(inputs[0].shape) == 4
+        and list(inputs[0].shape[1:]) == [3, SIZE, SIZE]
+        and len(outputs[0].shape) == 2
+        and outputs[0].shape[1] == WIDTH
+    )
+    if not fits:
+        raise FaceError(
+            f"{path} is not an ArcFace recognition model: expected one input float "
+            f"[*, 3, {SIZE}, {SIZE}] and one output [*, {WIDTH}], got {_interface(session)}"
+        )
+
+
+def _check_detector(path: Path, session: object) -> None:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    fits = (
+        len(inputs) == 1
+        and len(inputs[0].shape) == 4
+        and inputs[0].shape[1] == 3
+        and len(outputs) in (9, 15)
+    )
+    if not fits:
+        raise FaceError(
+            f"{path} is not an SCRFD face detector with five points per face: expected one input "
+            f"float [*, 3, *, *] and 9 or 15 outputs, got {_interface(session)}"
+        )
+
+
+def _interface(session: object) -> str:
+    return "; ".join(
+        [f"input {item.name} {item.type} {item.shape}" for item in session.get_inputs()]
+        + [f"output {item.name} {item.shape}" for item in session.get_outputs()]
+    )

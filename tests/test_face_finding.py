@@ -1,0 +1,401 @@
+"""Finding, choosing and aligning a face: insightface's code around a detector of fixed answers."""
+
+from pathlib import Path
+
+import insightface
+import numpy as np
+import pytest
+import scrfd
+from PIL import Image
+from skimage import data
+
+from idea_jax import face_models, faces, random_face
+from idea_jax.data import images
+
+GROUP = Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"  # six people
+ALIGNED = GROUP.with_name("Tom_Hanks_54745.png")  # an aligned crop of one face
+# Read off the pictures by eye: eyes, nose, corners of the mouth.
+WOMAN = np.array([[85, 327], [130, 308], [118, 340], [112, 370], [140, 357]])
+MAN = np.array([[918, 120], [958, 118], [926, 150], [930, 172], [958, 172]])
+LAUGHING = np.array([[765, 390], [810, 392], [780, 420], [765, 440], [805, 447]])
+ASTRONAUT = np.array([[203, 101], [247, 103], [226, 125], [206, 142], [242, 142]])
+
+GREY = (127, 127, 127)  # of the border that is put around pictures
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Returns a function that opens a pack with given faces, in pixels of the detector's input."""
+
+    def opened(found, *, select="largest", **detector):
+        folder = tmp_path / "pack"
+        folder.mkdir(exist_ok=True)
+        scrfd.write_detector(folder / "det.onnx", found, **detector)
+        random_face.write_random_recogniser(folder / "rec.onnx")
+        return faces.open_finder(folder / "rec.onnx", select=select)
+
+    return opened
+
+
+def on_group(points, score=0.9):
+    """A face of the group photo, as the detector sees it at half the size."""
+    points = points / 2
+    low, high = points.min(axis=0), points.max(axis=0)
+    margin = 0.6 * (high - low).max()
+    return np.concatenate([low - margin, high + margin / 2]), points, score
+
+
+def save(tmp_path, image, name="photo.png", **options):
+    image.save(tmp_path / name, **options)
+    return images.PictureFile(tmp_path / name)
+
+
+# --- what insightface makes of it -----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
+def test_chain_equals_insightfaces_own(make):
+    """The same faces, doubles suppressed, and the same embedding as its FaceAnalysis."""
+    from insightface.app import FaceAnalysis
+
+    finder = make([on_group(WOMAN), on_group(MAN, 0.8), on_group(LAUGHING, 0.7)])
+    picture = images.PictureFile(GROUP)
+    found = faces.find_faces(finder.detector, picture.read(), picture)
+    app = FaceAnalysis(str(finder.detector.path.parent), providers=["CPUExecutionProvider"])
+    app.prepare(ctx_id=-1, det_size=(640, 640))
+    theirs = sorted(
+        app.get(np.ascontiguousarray(np.asarray(picture.read())[:, :, ::-1])),
+        key=lambda face: face.bbox[0],
+    )
+    assert len(found) == len(theirs) == 3
+    for ours, face in zip(found, theirs, strict=True):
+        np.testing.assert_allclose(ours.box, face.bbox, atol=1e-3)
+        np.testing.assert_allclose(ours.points, face.kps, atol=1e-3)
+        assert ours.score == pytest.approx(face.det_score)
+    np.testing.assert_allclose(found[0].points, WOMAN, atol=0.1)
+    np.testing.assert_allclose(found[2].points, MAN, atol=0.1)
+    for number, face in enumerate(theirs):
+        sight = faces.Finder(finder.recogniser, finder.detector, str(number)).look(picture)
+        np.testing.assert_allclose(sight.embed, face.normed_embedding, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(sight.embed), 1, rtol=1e-6)
+
+
+def test_detector_sees_the_picture_in_rgb(make, tmp_path):
+    image = Image.new("RGB", (640, 640), "white")
+    image.paste((250, 120, 10), (0, 0, 40, 40))
+    picture = save(tmp_path, image)
+    found = [scrfd.face(320, 320, 100)]
+    assert make(found, only_with_corner=(250, 120, 10)).look(picture).score == pytest.approx(0.9)
+    with pytest.raises(faces.FaceError, match="no face found"):
+        make(found, only_with_corner=(10, 120, 250)).look(picture)
+
+
+def test_a_real_face_comes_out_as_the_aligned_crop_shows_it(make, tmp_path):
+    """The portrait's eyes and mouth are where those of insightface's aligned picture are."""
+    scale = 640 / 512
+    finder = make([(np.array([180, 67, 272, 175]) * scale, ASTRONAUT * scale, 0.9)])
+    picture = save(tmp_path, Image.fromarray(data.astronaut()))
+    sight = finder.look(picture)
+    np.testing.assert_allclose(sight.points, ASTRONAUT, atol=0.1)
+    crop = faces.align(picture.read(), sight.points).astype(float).mean(axis=2)
+    other = np.asarray(images.read_image(ALIGNED)).astype(float).mean(axis=2)
+    for pixels in (crop, other):  # eyes are darker than the cheeks below them
+        assert pixels[47:57, 33:43].mean() < pixels[66:76, 33:43].mean() - 10
+        assert pixels[47:57, 68:78].mean() < pixels[66:76, 68:78].mean() - 10
+
+
+# --- alignment ------------------------------------------------------------------------------------
+
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
+
+
+def dotted(matrix, size=(700, 600)):
+    """A picture of five coloured discs where a similarity of the template puts the points."""
+    centers = scrfd.apply(matrix, scrfd.TEMPLATE)
+    radius = 6 * np.hypot(*matrix[:, 0])
+    width, height = size
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    offsets = [(i / 4, j / 4) for i in (-1, 0, 1) for j in (-1, 0, 1)]  # smooths the edges
+    pixels = np.zeros((height, width, 3))
+    for center, colour in zip(centers, COLOURS, strict=True):
+        inside = [np.hypot(x + i - center[0], y + j - center[1]) < radius for i, j in offsets]
+        pixels += np.mean(inside, axis=0)[:, :, None] * colour
+    return Image.fromarray(pixels.astype(np.uint8)), centers.astype(np.float32)
+
+
+def dots(crop):
+    """Where the discs are in a crop: [5, 2]."""
+    x, y = np.meshgrid(np.arange(112), np.arange(112))
+    places = []
+    for colour in COLOURS:
+        inside = ((crop > 127) == (colour > 0)).all(axis=2)
+        places.append([x[inside].mean(), y[inside].mean()])
+    return np.array(places)
+
+
+@pytest.mark.parametrize("angle", [0, 17, -40, 90, 180])
+@pytest.mark.parametrize("scale", [0.6, 1.0, 2.6, 4.4])
+@pytest.mark.parametrize("shift", [(0, 0), (31.5, -12.25)])
+def test_alignment_undoes_a_similarity(angle, scale, shift):
+    """Measured on the pixels: the angle within 0.5 degrees, the scale within 1 %."""
+    middle = (
+        np.array([350, 300])
+        + shift
+        - scrfd.apply(scrfd.similarity(angle, scale, (0, 0)), [[56, 56]])
+    )
+    image, points = dotted(scrfd.similarity(angle, scale, middle[0]))
+    seen = dots(faces.align(image, points))
+    # Least squares for x' = a x - b y + c, y' = b x + a y + d.
+    x, y = scrfd.TEMPLATE.T
+    one, zero = np.ones(5), np.zeros(5)
+    left = np.concatenate(
+        [np.stack([x, -y, one, zero], axis=1), np.stack([y, x, zero, one], axis=1)]
+    )
+    (a, b, *_), *_ = np.linalg.lstsq(left, np.concatenate([seen[:, 0], seen[:, 1]]), rcond=None)
+    assert abs(np.degrees(np.arctan2(b, a))) < 0.5
+    assert abs(np.hypot(a, b) - 1) < 0.01
+    np.testing.assert_allclose(seen, scrfd.TEMPLATE, atol=0.6)
+
+
+def test_large_face_is_averaged_down():
+    """Stripes of single pixels on a face of 900 pixels become grey, instead of a pattern."""
+    checks = (np.indices((1000, 1000)).sum(0) % 2 * 255).astype(np.uint8)
+    image = Image.fromarray(checks).convert("RGB")
+    crop = faces.align(image, scrfd.TEMPLATE * 8.5 + 20)
+    np.testing.assert_allclose(crop[10:-10, 10:-10], 127.5, atol=2)
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        (np.full((5, 2), np.nan), "not finite"),
+        (np.where(np.arange(10).reshape(5, 2) == 3, np.inf, scrfd.TEMPLATE), "not finite"),
+        (np.full((5, 2), 40.0), "coincide"),
+        (40 + 0.5 * np.random.default_rng(0).random((5, 2)), "coincide"),
+        (scrfd.TEMPLATE[::-1] * [[1, 0.1]], "do not lie as on a face"),
+        (scrfd.TEMPLATE[[2, 4, 0, 1, 3]], "do not lie as on a face"),
+    ],
+)
+def test_points_that_are_no_face_are_refused(points, says):
+    with pytest.raises(faces.FaceError, match=says):
+        faces.align(Image.new("RGB", (200, 200)), points)
+
+
+def test_a_face_in_profile_is_aligned():
+    squeezed = (scrfd.TEMPLATE - 56) * [[0.35, 1]] + 100
+    assert faces.align(Image.new("RGB", (200, 200)), squeezed).shape == (112, 112, 3)
+
+
+def test_degenerate_points_of_a_detector_name_the_picture(make, tmp_path):
+    box, points, score = scrfd.face(300, 300, 100)
+    for wrong in (points * np.nan, points * 0 + 300):
+        finder = make([(box, wrong, score)])
+        picture = save(tmp_path, Image.new("RGB", (640, 640), "red"))
+        with pytest.raises(faces.FaceError, match=r"photo\.png: the five points of the face"):
+            finder.look(picture)
+
+
+# --- trying harder --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("score", "detector", "says"),
+    [
+        (0.9, {}, None),
+        (0.9, {"only_with_corner": GREY}, "detection size 640, threshold 0.5, border 0.5"),
+        (0.9, {"only_up_to": 320, "size": 320}, "detection size 320, threshold 0.5, border 0.5"),
+        (0.9, {"only_up_to": 160, "size": 160}, "detection size 160, threshold 0.5, border 0.5"),
+        (0.4, {}, "detection size 640, threshold 0.3, border 0"),
+        (
+            0.4,
+            {"only_up_to": 320, "only_with_corner": GREY, "size": 320},
+            "detection size 320, threshold 0.3, border 0.5",
+        ),
+    ],
+)
+def test_a_face_that_is_hard_to_find(make, tmp_path, caplog, score, detector, says):
+    """Border first, then smaller sizes, then a lower threshold; found where it is in the photo."""
+    caplog.set_level("INFO")
+    width, height = 400, 300
+    size = detector.get("size", 640)
+    bordered = says is not None and says.endswith("border 0.5")
+    zoom = size / (800 if bordered else 400)
+    offset = 200 if bordered else 0
+    place = np.array([250, 120])
+    finder = make([scrfd.face(*((place + offset) * zoom), 90 * zoom, score)], **detector)
+    sight = finder.look(save(tmp_path, Image.new("RGB", (width, height), "navy")))
+    np.testing.assert_allclose(sight.box, [214, 84, 286, 156], atol=0.5)
+    np.testing.assert_allclose(
+        sight.points, (scrfd.TEMPLATE - 56) * 90 / 112 + place[None], atol=0.5
+    )
+    assert (says or "only with") in caplog.text if says else "only with" not in caplog.text
+
+
+def test_no_face_names_the_picture_and_the_way_out(make, tmp_path):
+    picture = save(tmp_path, Image.new("RGB", (64, 48)), "wall.png")
+    for found in ([], [scrfd.face(320, 320, 100, score=0.2)]):
+        with pytest.raises(faces.FaceError, match=r"wall\.png \(64 x 48 .*--pre_aligned"):
+            make(found).look(picture)
+
+
+# --- several faces --------------------------------------------------------------------------------
+
+THREE = [scrfd.face(100, 300, 60), scrfd.face(330, 310, 80, 0.8), scrfd.face(500, 200, 120, 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("select", "x"),
+    [("largest", 500), ("center", 330), ("left", 100), ("right", 500), ("0", 100), ("1", 330)],
+)
+def test_one_of_three_faces_is_chosen(make, tmp_path, caplog, select, x):
+    caplog.set_level("INFO")
+    sight = make(THREE, select=select).look(save(tmp_path, Image.new("RGB", (640, 640))))
+    assert (sight.box[0] + sight.box[2]) / 2 == pytest.approx(x, abs=0.5)
+    assert f"3 faces; taken is number {[100, 330, 500].index(x)} from the left" in caplog.text
+
+
+def test_a_single_face_needs_no_notice(make, tmp_path, caplog):
+    caplog.set_level("INFO")
+    make(THREE[:1]).look(save(tmp_path, Image.new("RGB", (640, 640))))
+    assert "from the left" not in caplog.text
+
+
+def test_a_choice_that_is_none(make, tmp_path):
+    picture = save(tmp_path, Image.new("RGB", (640, 640)))
+    with pytest.raises(faces.FaceError, match=r"photo\.png has 3 face\(s\).*0 to 2"):
+        make(THREE, select="3").look(picture)
+    for select in ("biggest", "-1", "", "1.5", "²"):
+        with pytest.raises(faces.FaceError, match="largest, center, left, right, or a number"):
+            make(THREE, select=select)
+
+
+# --- pictures of every kind -----------------------------------------------------------------------
+
+
+def test_every_kind_of_picture_gives_the_face_of_the_plain_one(make, tmp_path):
+    finder = make([scrfd.face(300, 200, 150)])
+    smooth = np.asarray(Image.effect_noise((8, 6), 90).resize((80, 60), Image.Resampling.BICUBIC))
+    grey = Image.fromarray(smooth).resize((640, 480), Image.Resampling.BICUBIC)
+    plain = finder.look(save(tmp_path, grey.convert("RGB"), "plain.png"))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    second = Image.new("RGB", grey.size, "red")
+    pictures = [
+        save(tmp_path, grey, "grey.png"),
+        save(tmp_path, deep, "deep.png"),
+        save(tmp_path, grey.convert("RGB"), "lossless.webp", lossless=True),
+        save(tmp_path, grey.convert("RGB"), "moving.png", save_all=True, append_images=[second]),
+    ]
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # EXIF orientation -> its inverse in Pillow
+    for orientation, transpose in turns.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = grey.convert("RGB").transpose(Image.Transpose(transpose))
+        pictures.append(save(tmp_path, turned, f"exif{orientation}.png", exif=exif))
+    for picture in pictures:
+        sight = finder.look(picture)
+        np.testing.assert_allclose(sight.box, plain.box, err_msg=picture.name)
+        assert sight.crop_sha256 == plain.crop_sha256, picture.name
+    cmyk = finder.look(save(tmp_path, grey.convert("CMYK"), "cmyk.jpg", quality=95))
+    assert cmyk.embed @ plain.embed > 0.98
+
+
+def test_8000_by_8000(make, tmp_path):
+    """Found with a border, which must not be put around all 64 megapixels."""
+    finder = make([scrfd.face(320, 320, 40)], only_with_corner=GREY)
+    detect, shapes = finder.detector.model.detect, []
+
+    def noted(pixels, **settings):
+        shapes.append(pixels.shape)
+        return detect(pixels, **settings)
+
+    finder.detector.model.detect = noted
+    sight = finder.look(save(tmp_path, Image.new("RGB", (8000, 8000), "navy")))
+    assert shapes == [(1280, 1280, 3), (2560, 2560, 3)]
+    np.testing.assert_allclose(sight.box, [3600, 3600, 4400, 4400], rtol=2e-3)
+
+
+def test_a_face_at_the_border(make, tmp_path):
+    """What lies beyond the edge is black in the crop, and the training square stays inside."""
+    finder = make([scrfd.face(10, 630, 100)])
+    picture = save(tmp_path, Image.new("RGB", (640, 640), "white"))
+    sight = finder.look(picture)
+    assert sight.box[0] < 0 and sight.box[3] > 640
+    crop = faces.align(picture.read(), sight.points)
+    assert (crop[:20, 80:] == 255).all() and (crop[:, :30] == 0).all()
+    assert (crop[90:] == 0).all()
+    left, top, side = faces.training_square(sight.points, (640, 640))
+    assert (left, top + side) == (0, 640) and side < 640
+
+
+# --- the square to train on -----------------------------------------------------------------------
+
+
+def test_training_square_has_the_proportions_of_ffhq():
+    """With eyes 100 apart and the mouth 110 below: side 400, centre 11 below the eyes."""
+    points = np.array([[450, 400], [550, 400], [500, 450], [460, 510], [540, 510]], np.float32)
+    assert faces.training_square(points, (1000, 1000)) == (300, 211, 400)
+    assert faces.training_square(points, (1000, 500)) == (300, 100, 400)  # moved up
+    assert faces.training_square(points, (480, 2000)) == (80, 211, 400)  # moved to the left
+    assert faces.training_square(points, (600, 350)) == (250, 0, 350)  # made smaller
+    taller = points + np.array([[0, 0], [0, 0], [0, 0], [0, 90], [0, 90]], np.float32)
+    assert faces.training_square(taller, (2000, 2000))[2] == 720
+
+
+# --- several photos -------------------------------------------------------------------------------
+
+
+def photos_of_one(count, spread, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = np.eye(1, 512) + rng.normal(0, spread / 512**0.5, (count, 512))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_photos_unlike_the_others_are_found():
+    for count in (3, 4, 12):
+        own = photos_of_one(count, 0.8)
+        unlike, similarities = faces.unlike(own)
+        assert not unlike.any()
+        np.testing.assert_allclose(similarities, own @ faces.mean_embedding(own), rtol=1e-5)
+        stranger = np.eye(1, 512, 7, dtype=np.float32)
+        unlike, _ = faces.unlike(np.concatenate([own, stranger]))
+        assert unlike.tolist() == [False] * count + [True]
+    # Photos that are all alike are not told apart by a little noise in one of them.
+    alike = np.concatenate([photos_of_one(9, 0.01), photos_of_one(1, 0.2, seed=1)])
+    assert not faces.unlike(alike)[0].any()
+    for few in (np.eye(1, 512, dtype=np.float32), np.eye(2, 512, dtype=np.float32)):
+        assert not faces.unlike(few)[0].any()  # of two, nobody can tell which
+
+
+# --- where the models run -------------------------------------------------------------------------
+
+
+def test_cuda_that_is_not_there_is_refused(make, monkeypatch):
+    import onnxruntime
+
+    path = make(THREE).recogniser.path
+    for load, file in (
+        (faces.load_recogniser, path),
+        (faces.load_detector, path.with_name("det.onnx")),
+    ):
+        with pytest.raises(faces.FaceError, match=r"--face_provider cuda: CUDA.*built without it"):
+            load(file, "cuda")
+    # Built with CUDA, but its libraries do not load: onnxruntime only warns.
+    real = onnxruntime.get_available_providers()
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", *real]
+    )
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(faces.FaceError, match=r"fell back to CPUExec.*--face_provider cpu"),
+    ):
+        faces.load_recogniser(path, "cuda")
+
+
+def test_a_model_that_is_no_detector(make, tmp_path):
+    finder = make(THREE)
+    with pytest.raises(faces.FaceError, match="not an SCRFD face detector .* got input"):
+        faces.load_detector(finder.recogniser.path)
+    scrfd.write_detector(tmp_path / "boxes.onnx", THREE, points=False)
+    with pytest.raises(faces.FaceError, match="five points per face"):
+        faces.load_detector(tmp_path / "boxes.onnx")
+    assert face_models.find_in_pack(tmp_path, "detection").name == "boxes.onnx"

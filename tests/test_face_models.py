@@ -1,0 +1,268 @@
+"""Packs of face models: which files are taken, and what is said of folders that are none."""
+
+import hashlib
+import json
+import os
+import sys
+import types
+import zipfile
+
+import pytest
+import scrfd
+
+from idea_jax import face_models, faces, random_face
+
+FOUND = [scrfd.face(320, 320, 200)]
+
+
+@pytest.fixture
+def pack(tmp_path):
+    """A folder like buffalo_l, with models for other things in it, too."""
+    folder = tmp_path / "some_pack"
+    folder.mkdir()
+    random_face.write_random_recogniser(folder / "1k3d68.onnx", size=192)
+    scrfd.write_detector(folder / "det.onnx", FOUND)
+    random_face.write_random_recogniser(folder / "genderage.onnx", size=96)
+    random_face.write_random_recogniser(folder / "rec.onnx")
+    (folder / "README.txt").write_text("not a model")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home folder; returns where insightface would keep its packs there."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / ".insightface" / "models"
+
+
+def find(folder=None, *, file=None, own=None, accept=False):
+    return face_models.find_recogniser(file, folder, own, accept_licence=accept)
+
+
+def test_pack_files_are_told_apart_by_what_they_are(pack):
+    assert find(pack) == pack / "rec.onnx"
+    assert face_models.find_in_pack(pack, "detection") == pack / "det.onnx"
+    finder = faces.open_finder(find(pack))
+    assert finder.detector.path.name == "det.onnx"
+    assert finder.detector.provider == finder.recogniser.provider == "CPUExecutionProvider"
+
+
+def test_order_in_which_models_are_looked_for(pack, home, tmp_path):
+    own = tmp_path / "checkpoint" / "face"
+    with pytest.raises(faces.FaceError, match="--face_model_dir PACK.*--accept_face_licence"):
+        find(own=own)
+    for name in ("antelopev2", "buffalo_l"):
+        (home / name).mkdir(parents=True)
+        random_face.write_random_recogniser(home / name / f"{name}.onnx")
+        assert find(own=own).name == f"{name}.onnx"
+    own.mkdir(parents=True)
+    random_face.write_random_recogniser(own / "own.onnx")
+    assert find(own=own).name == "own.onnx"
+    assert find(pack, own=own).name == "rec.onnx"
+    assert find(file="given.onnx", own=own).name == "given.onnx"
+
+
+def empty(pack):
+    for path in pack.iterdir():
+        path.unlink()
+
+
+def only_a_zip(pack):
+    empty(pack)
+    (pack / "buffalo_l.zip").write_bytes(b"PK")
+
+
+def nested(pack):
+    inner = pack.parent / "inner"
+    pack.rename(inner)
+    pack.mkdir()
+    inner.rename(pack / "buffalo_l")
+
+
+def no_recogniser(pack):
+    (pack / "rec.onnx").unlink()
+
+
+def damaged_recogniser(pack):
+    (pack / "rec.onnx").write_bytes(b"<html>not found</html>")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (empty, "holds no .onnx file, but nothing"),
+        (only_a_zip, "holds no .onnx file, but buffalo_l.zip"),
+        (nested, "some_pack/buffalo_l does .*: give --face_model_dir .*some_pack/buffalo_l"),
+        (no_recogniser, r"has no recognition model: 1k3d68.onnx .*, det.onnx \(detection\)"),
+        (damaged_recogniser, r"has no recognition model: .*rec.onnx \(damaged\)"),
+    ],
+)
+def test_pack_that_is_none_is_named_with_what_was_expected(pack, change, says):
+    change(pack)
+    with pytest.raises(faces.FaceError, match=rf"(?s){says}.*det_10g.onnx.*w600k_r50.onnx"):
+        find(pack)
+
+
+def test_pack_that_is_a_file_or_absent(pack):
+    with pytest.raises(faces.FaceError, match=r"does not exist; expected a folder of insightface"):
+        find(pack / "none")
+    with pytest.raises(faces.FaceError, match=r"rec.onnx is a file.*--face_model"):
+        find(pack / "rec.onnx")
+
+
+def test_pack_that_cannot_be_read(pack, monkeypatch):
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    if os.geteuid() == 0:  # root may read everything
+        monkeypatch.setattr(type(pack), "iterdir", forbidden)
+    else:
+        pack.chmod(0)
+    with pytest.raises(faces.FaceError, match="some_pack cannot be read: Permission denied"):
+        find(pack)
+    pack.chmod(0o755)
+
+
+def test_pack_without_detector(pack, caplog):
+    (pack / "det.onnx").write_bytes(b"cut off")
+    with pytest.raises(faces.FaceError, match=r"no detection model: .*det.onnx \(damaged\)"):
+        faces.open_finder(find(pack))
+    # Aligned crops need none, and a recogniser alone is used with a warning.
+    assert faces.open_finder(find(pack), pre_aligned=True).detector is None
+    assert "central square" not in caplog.text
+    assert faces.open_finder(find(pack), needs_detector=False).detector is None
+    assert "central square of each photo is taken for the face" in caplog.text
+
+
+# --- hashes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_onnxruntime(monkeypatch):
+    import onnxruntime
+    from insightface.model_zoo import model_zoo  # derives a class from the one replaced here
+
+    def session(*_, **__):
+        raise AssertionError("onnxruntime has been given the file")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(model_zoo, "PickableInferenceSession", session)
+
+
+@pytest.mark.parametrize("name", ["w600k_r50.onnx", "glintr100.onnx"])
+def test_known_file_with_another_hash_is_refused_before_onnxruntime(pack, no_onnxruntime, name):
+    (pack / "rec.onnx").rename(pack / name)
+    digest = hashlib.sha256((pack / name).read_bytes()).hexdigest()
+    with pytest.raises(
+        faces.FaceError,
+        match=rf"{digest}, expected {face_models.KNOWN_SHA256[name]}.*download the pack again",
+    ):
+        faces.load_recogniser(pack / name)
+    (pack / "det.onnx").rename(pack / "det_10g.onnx")
+    with pytest.raises(faces.FaceError, match="expected 5838f7fe"):
+        faces.load_detector(pack / "det_10g.onnx")
+
+
+def test_known_file_with_its_hash_is_taken(pack, monkeypatch):
+    digest = hashlib.sha256((pack / "rec.onnx").read_bytes()).hexdigest()
+    monkeypatch.setitem(face_models.KNOWN_SHA256, "rec.onnx", digest)
+    assert faces.load_recogniser(pack / "rec.onnx").sha256 == digest
+
+
+def test_known_hashes_are_hashes():
+    for value in face_models.KNOWN_SHA256.values():
+        assert len(bytes.fromhex(value)) == 32
+
+
+def write_manifest(pack, **hashes):
+    tasks = {
+        "detection": {"file": "det.onnx", "preprocessing": {"mean": 100.0, "std": 50.0}},
+        "recognition": {"file": "rec.onnx", "preprocessing": {"mean": 120.0, "std": 60.0}},
+    }
+    for task, digest in hashes.items():
+        tasks[task]["sha256"] = digest
+    manifest = {"manifest_version": 2, "model_id": "own", "license": "MODEL.LICENSE"}
+    (pack / "manifest.json").write_text(json.dumps({**manifest, "tasks": tasks}))
+
+
+def test_manifest_of_a_pack_names_files_hashes_and_preprocessing(pack, monkeypatch):
+    digest = hashlib.sha256((pack / "rec.onnx").read_bytes()).hexdigest()
+    random_face.write_random_recogniser(pack / "a.onnx")  # first by name, but not the one named
+    write_manifest(pack, recognition=digest)
+    finder = faces.open_finder(find(pack))
+    assert finder.recogniser.path.name == "rec.onnx"
+    assert (finder.recogniser.model.input_mean, finder.recogniser.model.input_std) == (120, 60)
+    assert (finder.detector.model.input_mean, finder.detector.model.input_std) == (100, 50)
+
+
+def test_manifest_with_another_hash_is_refused_before_onnxruntime(pack, no_onnxruntime):
+    write_manifest(pack, recognition="0" * 64)
+    with pytest.raises(faces.FaceError, match=f"is not the file .* expected {'0' * 64}"):
+        faces.load_recogniser(find(pack))
+
+
+def test_manifest_that_is_damaged(pack):
+    write_manifest(pack)
+    text = (pack / "manifest.json").read_text()
+    (pack / "manifest.json").write_text(text.replace("det.onnx", "../det.onnx"))
+    with pytest.raises(faces.FaceError, match="manifest of the face model folder .*some_pack"):
+        find(pack)
+    (pack / "manifest.json").write_text(text.replace('"recognition"', '"other"'))
+    with pytest.raises(faces.FaceError, match="names no recognition model"):
+        find(pack)
+
+
+# --- the download ---------------------------------------------------------------------------------
+
+
+def test_download_only_after_the_licence_was_accepted(pack, home, monkeypatch, caplog, capsys):
+    """insightface's own code unpacks what its HTTP library, replaced here, returns."""
+    archive = pack.parent / "buffalo_l.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in pack.glob("*.onnx"):
+            file.write(path, path.name)
+    content = archive.read_bytes()
+    asked = []
+
+    def get(url, **_):
+        asked.append(url)
+        return types.SimpleNamespace(
+            status_code=200, headers={}, iter_content=lambda chunk_size: [content]
+        )
+
+    import requests
+
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(faces.FaceError, match="non-commercial research only"):
+        find()
+    assert asked == [] and not home.exists()
+    assert find(accept=True) == home / "buffalo_l" / "rec.onnx"
+    assert len(asked) == 1 and asked[0].endswith("/buffalo_l.zip")
+    assert "non-commercial research only" in caplog.text
+    assert capsys.readouterr().out == ""  # standard output is for results
+    assert find() == home / "buffalo_l" / "rec.onnx"  # found now, without a second download
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"<html>404</html>"])
+def test_download_that_fails_leaves_nothing_that_looks_like_a_pack(home, monkeypatch, content):
+    import requests
+
+    def get(url, **_):
+        if content is None:
+            raise requests.ConnectionError("no network")
+        return types.SimpleNamespace(
+            status_code=200, headers={}, iter_content=lambda chunk_size: [content]
+        )
+
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(faces.FaceError, match=r"could not download buffalo_l.*--face_model_dir"):
+        find(accept=True)
+    assert not (home / "buffalo_l").exists()
+
+
+def test_packages_that_are_missing_are_named(pack, monkeypatch):
+    write_manifest(pack)
+    monkeypatch.setitem(sys.modules, "insightface.model_zoo", None)
+    with pytest.raises(faces.FaceError, match="pip install insightface onnxruntime"):
+        find(pack)

@@ -1,0 +1,218 @@
+"""The precomputed faces: what is written, what is refused, and that nothing is computed twice."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scrfd
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from idea_jax import face_table, faces, random_face
+from idea_jax.data import images
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pack")
+    scrfd.write_detector(folder / "det.onnx", [scrfd.face(320, 320, 300)])
+    random_face.write_random_recogniser(folder / "rec.onnx")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Four good photos, one of them in a sub-folder and one a copy; two bad ones; a stray file."""
+    folder = tmp_path / "photos"
+    (folder / "anna").mkdir(parents=True)
+    for index, name in enumerate(["a.png", "b.jpg", "anna/c.png"]):
+        Image.effect_noise((64, 64), 50 + 20 * index).convert("RGB").save(folder / name)
+    shutil.copy(folder / "a.png", folder / "copy.png")
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:500])
+    (folder / ".DS_Store").write_bytes(b"\0")
+    return folder
+
+
+@pytest.fixture
+def run(pack, photos, tmp_path, capsys):
+    def command(*flags, out="faces.safetensors"):
+        common = [photos, "--out", tmp_path / out, "--face_model_dir", pack]
+        code = faces.main([str(x) for x in (*common, *flags)])
+        return code, capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Names of the pictures that were really looked at."""
+    names, look = [], faces.Finder.look
+
+    def noted(self, picture):
+        names.append(picture.name)
+        return look(self, picture)
+
+    monkeypatch.setattr(faces.Finder, "look", noted)
+    return names
+
+
+def test_folder_is_computed_and_bad_pictures_are_listed(run, photos, pack, tmp_path, looked):
+    code, printed = run()
+    out = tmp_path / "faces.safetensors"
+    assert code == 0 and printed.out == f"{out}\n"
+    assert "2 of 6 pictures have no row" in printed.err
+    table_lines = [line for line in printed.err.splitlines() if line.startswith("  ")]
+    assert [line.split()[0] for line in table_lines] == ["cut.png", "text.jpg"]
+    assert "a text file" in printed.err and "cut off or damaged" in printed.err
+    assert sorted(looked) == ["a.png", "b.jpg", "c.png", "cut.png", "text.jpg"]  # not the copy
+    table = face_table.read(out)
+    assert sorted(table.names.values()) == ["b.jpg", "c.png", "copy.png"]
+    finder = faces.open_finder(pack / "rec.onnx")
+    for name in ("a.png", "b.jpg", "anna/c.png", "copy.png"):
+        picture = images.PictureFile(photos / name)
+        read, found = table.look(picture), finder.look(picture)
+        for ours, theirs in zip(read, found, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_same_command_goes_on_where_it_stopped(run, photos, tmp_path, looked, monkeypatch):
+    """Stopped by the user at the third picture; nothing that was done before is done again."""
+    real = faces.Finder.look
+
+    def stops(self, picture):
+        if picture.name == "c.png":
+            raise KeyboardInterrupt
+        return real(self, picture)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faces.Finder, "look", stops)
+        code, printed = run()
+    assert code == 130 and "goes on" in printed.err
+    assert len(face_table.read(tmp_path / "faces.safetensors").rows) == 2
+    looked.clear()
+    assert run()[0] == 0
+    assert looked == ["cut.png", "text.jpg", "c.png"]
+    whole = (tmp_path / "faces.safetensors").read_bytes()
+    assert run(out="straight.safetensors")[0] == 0
+    assert (tmp_path / "straight.safetensors").read_bytes() == whole
+    # A picture that came later is added; one that is gone keeps its row.
+    (photos / "b.jpg").unlink()
+    Image.effect_noise((64, 64), 20).convert("RGB").save(photos / "new.png")
+    looked.clear()
+    assert run()[0] == 0
+    assert "new.png" in looked and "a.png" not in looked
+    assert len(face_table.read(tmp_path / "faces.safetensors").rows) == 4
+
+
+def test_rows_are_saved_on_the_way(pack, photos, tmp_path, monkeypatch):
+    sizes = []
+    write = face_table.write
+
+    def noted(path, table):
+        sizes.append(len(table.rows))
+        write(path, table)
+
+    monkeypatch.setattr(face_table, "write", noted)
+    pictures = [images.PictureFile(photos / name) for name in ("a.png", "b.jpg", "anna/c.png")]
+    finder = faces.open_finder(pack / "rec.onnx")
+    assert faces.precompute(pictures, tmp_path / "t.safetensors", finder, save_every=2) == []
+    assert sizes == [2, 3]
+
+
+def test_a_table_of_other_making_is_not_mixed(run, tmp_path):
+    assert run()[0] == 0
+    before = (tmp_path / "faces.safetensors").read_bytes()
+    code, printed = run("--face_select", "left")
+    assert code == 1 and "was made with" in printed.err and "choose another --out" in printed.err
+    (tmp_path / "faces.safetensors").write_bytes(before[:700])
+    code, printed = run()
+    assert code == 1 and "damaged or no safetensors file" in printed.err
+    assert (tmp_path / "faces.safetensors").read_bytes() == before[:700]
+
+
+def test_folder_without_a_single_face(run, photos, tmp_path):
+    for path in photos.rglob("*.*"):
+        if path.suffix in (".png", ".jpg") and path.name not in ("cut.png", "text.jpg"):
+            path.unlink()
+    code, printed = run()
+    assert code == 1 and "2 of 2 pictures have no row" in printed.err and printed.out == ""
+    assert not (tmp_path / "faces.safetensors").exists()
+    (photos / "cut.png").unlink()
+    (photos / "text.jpg").unlink()
+    code, printed = run()
+    assert code == 1 and "error: no pictures in" in printed.err
+
+
+def test_aligned_crops_need_no_detector(run, photos, tmp_path):
+    for path in [*photos.glob("*.*"), *photos.glob("anna/*")]:
+        if path.is_file():
+            path.unlink()
+    Image.effect_noise((112, 112), 60).convert("RGB").save(photos / "crop.png")
+    Image.effect_noise((113, 112), 60).convert("RGB").save(photos / "other.png")
+    code, printed = run("--pre_aligned")
+    assert code == 0 and "other.png: expected an aligned crop of 112 x 112" in printed.err
+    (sight,) = face_table.read(tmp_path / "faces.safetensors").rows.values()
+    np.testing.assert_allclose(sight.points, scrfd.TEMPLATE, atol=1e-4)
+    np.testing.assert_array_equal(sight.box, [0, 0, 112, 112])
+
+
+def test_embeddings_are_in_no_metadata_and_no_message(run, tmp_path, caplog):
+    caplog.set_level("DEBUG")
+    _, printed = run()
+    with safe_open(tmp_path / "faces.safetensors", "numpy") as file:
+        metadata = json.dumps(file.metadata())
+        embeds = file.get_tensor("embeddings")
+    assert "a.png" in metadata or "copy.png" in metadata
+    told = metadata + printed.out + printed.err + caplog.text
+    assert "face model: rec.onnx" in caplog.text  # the log was really looked at
+    for value in np.abs(embeds[:, :50]).ravel():
+        assert f"{value:.5f}"[1:] not in told
+    assert str(tmp_path) not in metadata
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda arrays: arrays.pop("boxes"), "holds no face embeddings of format version 1"),
+        (lambda arrays: arrays.update(boxes=arrays["boxes"][:1]), "expected boxes to be float32"),
+        (lambda arrays: arrays.update(scores=arrays["scores"] * np.nan), "not finite"),
+        (lambda arrays: arrays.update(embeddings=arrays["embeddings"] * 2), "not of unit norm"),
+    ],
+)
+def test_tables_that_cannot_be_used(run, tmp_path, change, says):
+    run()
+    path = tmp_path / "faces.safetensors"
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path, metadata)
+    with pytest.raises(faces.FaceError, match=says):
+        face_table.read(path)
+
+
+def test_table_that_is_absent_or_something_else(tmp_path):
+    with pytest.raises(faces.FaceError, match=r"does not exist; write it with: python -m idea_jax"):
+        face_table.read(tmp_path / "none")
+    for metadata in (None, {"idea_jax.faces": "[1]"}, {"idea_jax.faces": '{"format_version": 1}'}):
+        save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", metadata)
+        with pytest.raises(faces.FaceError, match="no face embeddings of format version 1"):
+            face_table.read(tmp_path / "other.safetensors")
+
+
+def test_module_runs_as_a_command(pack, photos, tmp_path):
+    command = [sys.executable, "-m", "idea_jax.faces"]
+    done = subprocess.run(
+        [*command, photos / "none", "--out", tmp_path / "x.safetensors"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert (
+        done.stderr.startswith("error: the folder of pictures") and "Traceback" not in done.stderr
+    )

@@ -1,0 +1,246 @@
+"""Faces and people through `train_jax.py`: what reaches the networks, and where results go."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import scrfd
+from PIL import Image
+from safetensors import safe_open
+from test_people import celeb_a  # noqa: F401  (a fixture)
+
+import train_jax
+from idea_jax import checkpoint, faces, random_face, train
+from idea_jax.data import images, people
+from idea_jax.train_step import Metrics
+
+QUICK = "--max_train_steps 1 --train_batch_size 1 --report_to none".split()
+CROSS = ["--profile", "cross_init", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """Its detector sees one face, 100 pixels large in the middle of the left half."""
+    folder = tmp_path_factory.mktemp("pack")
+    scrfd.write_detector(folder / "det.onnx", [scrfd.face(160, 160, 100)])
+    random_face.write_random_recogniser(folder / "rec.onnx")
+    return folder
+
+
+@pytest.fixture
+def run(random_checkpoint, tmp_path):
+    def command(photos, *flags, out="out"):
+        common = ["--pretrained_model_name_or_path", random_checkpoint]
+        data = ["--train_data_dir", photos] if photos else []
+        everything = (*common, *data, "--output_dir", tmp_path / out, *flags)
+        return train_jax.main([str(flag) for flag in everything])
+
+    return command
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Leaves the steps out, and keeps what they would have been given."""
+    kept = {"pixels": []}
+
+    def loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results):
+        kept.update(state=state, photos=photos, fingerprint=fingerprint)
+        results.close()
+        return state, Metrics(1.0, 1.0, 0.0, 1.0, True)
+
+    encode = train.encode_pixels
+
+    def encode_pixels(base, pictures):
+        kept["pixels"] = list(pictures)
+        return encode(base, kept["pixels"])
+
+    monkeypatch.setattr(train, "loop", loop)
+    monkeypatch.setattr(train, "encode_pixels", encode_pixels)
+    return kept
+
+
+def write_photos(folder, *colours, size=(640, 320)):
+    """Photos of smooth noise, each tinted by a colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, colour in enumerate(colours):
+        rng = np.random.default_rng(index)
+        noise = Image.fromarray(rng.integers(0, 256, (8, 16, 3), np.uint8))
+        tint = Image.new("RGB", size, colour)
+        Image.blend(noise.resize(size, Image.Resampling.BICUBIC), tint, 0.6).save(
+            folder / f"{index}.png"
+        )
+    return folder
+
+
+# --- the square around the face -------------------------------------------------------------------
+
+
+def test_crop_face_trains_on_the_square_around_it(run, seen, pack, tmp_path):
+    photos = write_photos(tmp_path / "photos", "red")
+    # Of a profile without a face embedding only the detector is used.
+    assert run(photos, *CROSS, "--crop", "face", "--face_model_dir", pack) == 0
+    ((name, pixels),) = seen["pixels"]
+    image = images.read_image(photos / "0.png")
+    points = (scrfd.TEMPLATE - 56) * 100 / 112 + 160  # the detector's 640 are the photo's width
+    left, top, side = faces.training_square(points.astype(np.float32), image.size)
+    assert 100 < side < 250 and name == "0.png"
+    expected = image.crop((left, top, left + side, top + side))
+    np.testing.assert_array_equal(pixels, images.to_pixels(expected, 32, center_crop=False))
+    for crop in ("center", "none"):
+        assert run(photos, *CROSS, "--crop", crop) == 0
+        expected = images.to_pixels(image, 32, center_crop=crop == "center")
+        np.testing.assert_array_equal(seen["pixels"][0][1], expected)
+
+
+# --- precomputed faces ----------------------------------------------------------------------------
+
+
+def test_precomputed_faces_do_without_onnxruntime(run, seen, pack, tmp_path, monkeypatch, caplog):
+    photos = write_photos(tmp_path / "photos", "red", "brown", "orange")
+    flags, models = [*QUICK, "--crop", "face"], ["--face_model_dir", pack, "--face_select", "left"]
+    assert run(photos, *flags, *models) == 0
+    direct, fingerprint, pixels = seen["state"], seen["fingerprint"], seen["pixels"]
+    table = tmp_path / "faces.safetensors"
+    assert faces.main([str(x) for x in (photos, "--out", table, *models)]) == 0
+    for package in ("onnxruntime", "onnx", "insightface", "cv2"):
+        for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, package, None)
+    caplog.clear()
+    assert run(photos, *flags, "--face_embeddings", table) == 0
+    np.testing.assert_array_equal(
+        direct.given["id_embed"], seen["state"].given["id_embed"], strict=True
+    )
+    np.testing.assert_allclose(np.linalg.norm(direct.given["id_embed"]), 1, rtol=1e-6)
+    for (_, ours), (_, theirs) in zip(pixels, seen["pixels"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert seen["fingerprint"] == fingerprint  # a checkpoint of one resumes the other
+    path = tmp_path / "out" / "identity.safetensors"
+    with safe_open(path, "numpy") as file:
+        told = json.dumps(file.metadata()) + caplog.text
+    for value in np.abs(np.asarray(direct.given["id_embed"])[:50]):
+        assert f"{value:.5f}"[1:] not in told
+
+
+def test_pictures_that_were_not_precomputed_are_named(run, pack, tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", "red")
+    table = tmp_path / "faces.safetensors"
+    assert faces.main([str(photos), "--out", str(table), "--face_model_dir", str(pack)]) == 0
+    write_photos(photos, "blue", "green")
+    capsys.readouterr()
+    assert run(photos, *QUICK, "--face_embeddings", table) == 1
+    message = capsys.readouterr().err
+    assert "0.png is not among the 1 pictures of --face_embeddings" in message
+
+
+# --- several photos -------------------------------------------------------------------------------
+
+
+def test_photo_of_somebody_else_is_reported_and_left_out_if_asked(
+    run, seen, pack, tmp_path, caplog
+):
+    photos = write_photos(tmp_path / "photos", "red")
+    for index in range(1, 4):
+        image = images.read_image(photos / "0.png")
+        image.point(lambda value, by=index: min(255, value + by)).save(photos / f"{index}.png")
+    Image.effect_noise((640, 320), 250).convert("RGB").save(photos / "stranger.png")
+    flags = [photos, *QUICK, "--face_model_dir", pack]
+    assert run(*flags) == 0
+    assert "stranger.png is unlike the other photos" in caplog.text
+    assert "--drop_outliers leaves it out" in caplog.text
+    assert int(seen["photos"].count) == 5
+    with_stranger = np.asarray(seen["state"].given["id_embed"])
+    assert run(*flags, "--drop_outliers") == 0
+    assert "It is left out" in caplog.text
+    assert int(seen["photos"].count) == 4
+    (photos / "stranger.png").unlink()
+    finder = faces.open_finder(pack / "rec.onnx")
+    embeds = [finder.look(images.PictureFile(p)).embed for p in sorted(photos.iterdir())]
+    mean = faces.mean_embedding(np.stack(embeds))
+    np.testing.assert_array_equal(mean, seen["state"].given["id_embed"])
+    assert mean @ with_stranger < 0.999
+
+
+def test_two_files_with_the_same_bytes_count_once(run, seen, tmp_path, caplog):
+    photos = write_photos(tmp_path / "photos", "red", "blue")
+    shutil.copy(photos / "0.png", photos / "copy.png")
+    assert run(photos, *CROSS) == 0
+    assert int(seen["photos"].count) == 2
+    assert "skipped copy.png: a copy of 0.png" in caplog.text
+
+
+# --- several people -------------------------------------------------------------------------------
+
+
+def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
+    root = tmp_path / "root"
+    write_photos(root / "anna", "red", "brown")
+    write_photos(root / "bert", "blue")
+    write_photos(root / "carl", "green")
+    assert run(root, *CROSS, "--identities", "0:2", "--pictures_per_person", "1") == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["anna", "bert"]
+    assert run(root / "bert", *CROSS, out="alone") == 0
+    for name in ("identity.safetensors", "learned_embeds.safetensors"):
+        assert (out / "bert" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    for name, count in (("anna", 1), ("bert", 0)):
+        assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == count
+
+
+def test_celeb_a_people_are_trained_one_after_the_other(run, seen, celeb_a, tmp_path):  # noqa: F811
+    dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
+    assert run(None, *CROSS, *dataset, "--pictures_per_person", "1") == 0
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["00007", "00091"]
+    for name, held_out in (("00007", 2), ("00091", 0)):
+        assert checkpoint.read_identity(out / name / "identity.safetensors").base_model == "tiny"
+        assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == held_out
+    (picture,) = people.from_celeb_a(celeb_a)["00091"]  # the last one that was begun
+    ((_, pixels),) = seen["pixels"]
+    expected = images.to_pixels(picture.read(), 32, center_crop=True)
+    np.testing.assert_array_equal(pixels, expected)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--identities", "0:2"], "holds the photos of one person"),
+        (["--pictures_per_person", "2"], "the folder has 1 picture(s), fewer than"),
+        (["--crop", "face"], "face has no detection model: arcface.onnx (recognition)"),
+        (["--profile", "paper", "--face_select", "first"], "--face_select must be one of largest"),
+        (["--profile", "paper", "--face_select", "left"], "has no detection model"),
+        (["--profile", "paper", "--face_provider", "cuda"], "--face_provider cuda: CUDA"),
+        (["--profile", "paper", "--face_embeddings", "none"], "python -m idea_jax.faces PHOTOS"),
+        (["--profile", "paper", "--face_model_dir", "none"], "folder none does not exist"),
+    ],
+)
+def test_bad_input_is_named_and_costs_no_earlier_result(run, tmp_path, capsys, flags, says):
+    photos = write_photos(tmp_path / "photos", "red")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "identity.safetensors").write_text("an earlier result")
+    assert run(photos, *CROSS, *flags) == 1
+    message = capsys.readouterr().err
+    assert says in message and message.count("error: ") == 1 and "Traceback" not in message
+    assert (tmp_path / "out" / "identity.safetensors").read_text() == "an earlier result"
+
+
+def test_photo_without_a_face_is_named(run, tmp_path, capsys):
+    pack = tmp_path / "pack"
+    pack.mkdir()
+    scrfd.write_detector(pack / "det.onnx", [])
+    random_face.write_random_recogniser(pack / "rec.onnx")
+    photos = write_photos(tmp_path / "photos", "red")
+    assert run(photos, *QUICK, "--face_model_dir", pack) == 1
+    message = capsys.readouterr().err
+    assert f"no face found in {photos / '0.png'}" in message and "--pre_aligned" in message
+
+
+def test_resuming_several_people_takes_the_latest_only(run, tmp_path, capsys):
+    write_photos(tmp_path / "root" / "anna", "red")
+    assert run(tmp_path / "root", *CROSS, "--resume_from_checkpoint", "out/checkpoints/3") == 1
+    assert "only latest can be used" in capsys.readouterr().err
