@@ -41,12 +41,14 @@ def find(folder=None, *, file=None, own=None, accept=False):
     return face_models.find_recogniser(file, folder, own, accept_licence=accept)
 
 
-def test_pack_files_are_told_apart_by_what_they_are(pack):
+def test_pack_files_are_told_apart_by_what_they_are(pack, caplog):
+    caplog.set_level("INFO")
     assert find(pack) == pack / "rec.onnx"
     assert face_models.find_in_pack(pack, "detection") == pack / "det.onnx"
     finder = faces.open_finder(find(pack))
     assert finder.detector.path.name == "det.onnx"
     assert finder.detector.provider == finder.recogniser.provider == "CPUExecutionProvider"
+    assert "the face models run on the CPUExecutionProvider" in caplog.text
 
 
 def test_order_in_which_models_are_looked_for(pack, home, tmp_path):

@@ -197,15 +197,10 @@ def test_tables_that_cannot_be_used(run, tmp_path, change, says):
         face_table.read(path)
 
 
-def nested(depth):
-    return "[" * depth + "]" * depth
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda about: about.replace("[", "5, [", 1).partition(", [")[0] + "}", "damaged"),
-        (lambda about: nested(100_000), "damaged"),
+        (lambda about: "[" * 100_000 + "]" * 100_000, "damaged"),
         *(
             (lambda about, names=names: json.dumps({**json.loads(about), "names": names}), "holds")
             for names in (5, None, {"a": 1, "b": 2, "c": 3}, [["a"], ["b"], ["c"]], "abc")
