@@ -539,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if len(failed) == len(pictures):
         return 1
-    print(args.out)
+    print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
     return 0
 
 

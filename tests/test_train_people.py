@@ -201,7 +201,7 @@ def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == count
 
 
-def test_names_that_are_no_utf8_are_kept(run, seen, tmp_path):
+def test_names_that_are_no_utf8_are_kept(run, seen, tmp_path, capsys):
     """What a finished training wrote does not depend on how a photo or a person is called."""
     photos = write_photos(tmp_path / "root" / "caf\udce9", "red", "brown")
     for name in ("0", "1"):
@@ -211,6 +211,7 @@ def test_names_that_are_no_utf8_are_kept(run, seen, tmp_path):
     for folder in (tmp_path / "one", tmp_path / "out" / "caf\udce9"):
         (name,) = json.loads((folder / "run.json").read_text("utf-8"))["held_out"]
         assert name in ("0\udce9.png", "1\udce9.png")
+    assert "caf\\udce9/identity.safetensors" in capsys.readouterr().out
 
 
 def test_celeb_a_people_are_trained_one_after_the_other(run, seen, celeb_a, tmp_path):  # noqa: F811
