@@ -397,8 +397,8 @@ def _inspect(path: Path, expected: str | None) -> str:
     if expected not in (None, digest):
         raise FaceError(
             f"{path} is not the file that insightface gives this name: its SHA-256 is {digest}, "
-            f"expected {expected}; it is damaged or was changed: download the pack again, or "
-            "rename the file if it is a model of your own"
+            f"expected {expected}; it is damaged or was changed: remove its folder and "
+            "download the pack again, or rename the file if it is a model of your own"
         )
     return digest
 
