@@ -47,7 +47,8 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         return 2
     try:
         for path in run(settings):
-            print(path)
+            # A name that is no UTF-8 cannot be printed as it is.
+            print(str(path).encode("utf-8", "backslashreplace").decode())
     except INPUT_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1

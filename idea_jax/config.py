@@ -514,11 +514,11 @@ def check_type(spec: dataclasses.Field, value: object, source: str | None) -> No
     ) and (isinstance(value, list) == is_list)
     if not (fits or (optional and value is None)):
         expected = f"a list of {kind.__name__}" if is_list else kind.__name__
-        hint = (
-            " (YAML reads 1e-4 as text; write 1.0e-4)"
-            if kind is float and isinstance(value, str)
-            else ""
-        )
+        hint = ""
+        if kind is float and isinstance(value, str):
+            hint = " (YAML reads 1e-4 as text; write 1.0e-4)"
+        elif kind is str and isinstance(value, int | float):
+            hint = " (quote it)"
         raise ConfigError(f"{spec.name} in {source} must be {expected}, got {value!r}{hint}")
     choices = spec.metadata["choices"]
     if choices and value is not None and value not in choices:

@@ -7,7 +7,9 @@ detector and a recogniser among its ONNX files.
 import contextlib
 import hashlib
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
 }
+
+SELECT = ("largest", "center", "left", "right")
 
 # The packs that are looked for in insightface's own folder, best known first; the first is the one
 # that is downloaded.
@@ -50,6 +54,10 @@ class FaceError(ValueError):
     """A face model, crop or embedding that cannot be used; the message says what was expected."""
 
 
+class NotInPack(FaceError):
+    """A folder has no model for a task, nor a damaged file that could be one."""
+
+
 @dataclass(frozen=True)
 class Recogniser:
     """A loaded face recognition model.
@@ -75,6 +83,15 @@ class Detector:
     path: Path
     sha256: str
     provider: str
+
+
+def check_select(select: str) -> None:
+    """Raises FaceError unless `select` is one of `SELECT` or a number."""
+    if select not in SELECT and not (select.isascii() and select.isdigit()):
+        raise FaceError(
+            f"--face_select must be one of {', '.join(SELECT)}, or a number that counts the faces "
+            f"from the left, beginning with 0; got {select!r}"
+        )
 
 
 # --- finding the files ----------------------------------------------------------------------------
@@ -105,7 +122,12 @@ def find_recogniser(
     for name in PACKS:
         folder = packs_folder() / name
         if folder.exists():
-            return find_in_pack(folder, "recognition")
+            try:
+                return find_in_pack(folder, "recognition")
+            except FaceError as error:
+                raise FaceError(
+                    f"{error}. Remove {folder} to have a pack downloaded again"
+                ) from error
     if not accept_licence:
         raise FaceError(
             "this run needs a face model: give --face_model_dir PACK (a folder of insightface with "
@@ -128,8 +150,10 @@ def find_in_pack(folder: Path, task: str) -> Path:
     like such a model.
 
     Raises:
-        FaceError: the folder is missing, empty or nested, or it has no such file; the message lists
-            what was found.
+        NotInPack: the folder is empty or nested, or it has no such file; the message lists what was
+            found.
+        FaceError: the folder is missing or unreadable, its manifest is damaged, or a file that
+            could be the one is.
     """
     if not folder.exists():
         raise FaceError(f"the face model folder {folder} does not exist; {EXPECTED}")
@@ -141,7 +165,7 @@ def find_in_pack(folder: Path, task: str) -> Path:
     package = _manifest(folder)
     if package is not None:
         if task not in package.tasks:
-            raise FaceError(f"the manifest of {folder} names no {task} model; {EXPECTED}")
+            raise NotInPack(f"the manifest of {folder} names no {task} model; {EXPECTED}")
         return package.tasks[task].path
     try:
         entries = sorted(folder.iterdir())
@@ -153,14 +177,13 @@ def find_in_pack(folder: Path, task: str) -> Path:
     if not files:
         nested = sorted({path.parent for path in folder.glob("*/*.onnx")})
         if nested:
-            raise FaceError(
+            raise NotInPack(
                 f"{folder} holds no .onnx file itself, but {nested[0]} does (some archives nest "
                 f"the folder): give --face_model_dir {nested[0]}, or move its files up; {EXPECTED}"
             )
         found = ", ".join(path.name for path in entries[:5]) or "nothing"
-        raise FaceError(
-            f"the face model folder {folder} holds no .onnx file, but {found}; {EXPECTED}. "
-            "Remove the folder to have the pack downloaded again"
+        raise NotInPack(
+            f"the face model folder {folder} holds no .onnx file, but {found}; {EXPECTED}"
         )
     tasks = {}
     for path in files:
@@ -168,7 +191,16 @@ def find_in_pack(folder: Path, task: str) -> Path:
         if tasks[path.name] == task:
             return path
     found = ", ".join(f"{name} ({what})" for name, what in tasks.items())
-    raise FaceError(f"the face model folder {folder} has no {task} model: {found}; {EXPECTED}")
+    message = f"the face model folder {folder} has no {task} model: {found}; {EXPECTED}"
+    if "damaged" in tasks.values():
+        raise FaceError(f"{message}. Replace or remove the damaged file")
+    if task == "detection":
+        message += (
+            ". Add the detector of the same pack (det_10g.onnx of buffalo_l, scrfd_10g_bnkps.onnx "
+            "of antelopev2); without one, --face_model FILE takes the central square of each photo "
+            "for the face, but not with --crop face or --face_select"
+        )
+    raise NotInPack(message)
 
 
 def _manifest(folder: Path) -> object | None:
@@ -213,18 +245,21 @@ def download(name: str) -> Path:
     """Has insightface download a pack into its own folder; returns that.
 
     Raises:
-        FaceError: it cannot be had. Nothing incomplete is left under the pack's name.
+        FaceError: it cannot be had. Whatever stops it, nothing incomplete is left.
     """
     with _packages_needed():
         from insightface.utils import storage
     folder = packs_folder() / name
     log.warning("insightface downloads its pack %s to %s: %s", name, folder, LICENCE)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results
-            storage.ensure_available("models", name, root=str(folder.parent.parent))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # insightface would take a half unpacked folder for the pack ever after: renamed when whole.
+        with (
+            tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as root,
+            contextlib.redirect_stdout(sys.stderr),  # standard output is for results
+        ):
+            os.replace(storage.ensure_available("models", name, root=root), folder)
     except Exception as error:  # of the HTTP library, the archive, the disk
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # insightface would take an empty folder for the pack ever after
         raise FaceError(
             f"insightface could not download {name} ({type(error).__name__}: {error}); where there "
             f"is network, fetch {storage.model_zoo_download_url(f'{name}.zip')}, unpack it to "
@@ -362,8 +397,8 @@ def _inspect(path: Path, expected: str | None) -> str:
     if expected not in (None, digest):
         raise FaceError(
             f"{path} is not the file that insightface gives this name: its SHA-256 is {digest}, "
-            f"expected {expected}; it is damaged or was changed: download the pack again, or "
-            "rename the file if it is a model of your own"
+            f"expected {expected}; it is damaged or was changed: remove its folder and "
+            "download the pack again, or rename the file if it is a model of your own"
         )
     return digest
 

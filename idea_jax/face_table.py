@@ -7,9 +7,9 @@ float32[P], `picture_sha256` and `crop_sha256` uint8[P, 32]. The embeddings are 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -105,12 +105,19 @@ def read(path: str | Path) -> Table:
         with safe_open(path, "numpy") as file:
             about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
             arrays = {name: file.get_tensor(name) for name in _SHAPES if name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
+        # AttributeError: a number type that NumPy lacks; RecursionError: deeply nested JSON.
         raise FaceError(
             f"{path} is damaged or no safetensors file ({error}); delete it and write it again"
         ) from error
-    expected = {"format_version", "names", *(field.name for field in fields(About))}
-    is_table = isinstance(about, dict) and set(about) == expected and set(arrays) == set(_SHAPES)
+    expected = {"format_version": int, "names": list, **get_type_hints(About)}
+    is_table = (
+        isinstance(about, dict)
+        and set(about) == set(expected)
+        and all(isinstance(about[name], kind) for name, kind in expected.items())
+        and all(isinstance(name, str) for name in about["names"])
+        and set(arrays) == set(_SHAPES)
+    )
     if not is_table or about["format_version"] != _VERSION:
         raise FaceError(
             f"{path} holds no face embeddings of format version {_VERSION}; expected a file that "

@@ -27,6 +27,7 @@ from idea_jax.face_models import (
     Detector,
     FaceError,
     Recogniser,
+    check_select,
     load_detector,
     load_recogniser,
 )
@@ -35,7 +36,6 @@ from idea_jax.files import check_writable
 
 log = logging.getLogger(__name__)
 
-SELECT = ("largest", "center", "left", "right")
 DET_SIZE = 640  # side of the detector's input, insightface's own default
 
 # Until a face is found: side of the detector's input, threshold of its score, border around the
@@ -84,6 +84,9 @@ def detect(
         threshold: least score.
         border: width of a grey border that is put around the picture, as a share of its longer
             side.
+
+    Raises:
+        FaceError: the detector cannot process the picture: too thin, or no SCRFD at all.
     """
     width, height = image.size
     # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
@@ -95,9 +98,16 @@ def detect(
     margin = round(border * max(image.size))
     if margin:
         pixels = np.pad(pixels, ((margin, margin), (margin, margin), (0, 0)), constant_values=127)
-    boxes, points = detector.model.detect(
-        np.ascontiguousarray(pixels), input_size=(size, size), det_thresh=threshold
-    )
+    try:
+        boxes, points = detector.model.detect(
+            np.ascontiguousarray(pixels), input_size=(size, size), det_thresh=threshold
+        )
+    except Exception as error:  # of OpenCV, NumPy or onnxruntime, without a common base
+        raise FaceError(
+            f"the detector {detector.path} cannot process a picture of {width} x {height} pixels "
+            f"({type(error).__name__}: {error}); crop a picture that is too thin, and see whether "
+            "the file is an SCRFD detector with five points per face"
+        ) from error
     boxes[:, :4] = (boxes[:, :4] - margin) * np.tile(scale, 2)
     points = (points - margin) * scale
     found = [
@@ -112,10 +122,16 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
     """Returns the faces on a picture, from left to right, trying harder until there is one.
 
     Raises:
-        FaceError: there is none; the message has the picture's `name`.
+        FaceError: there is none, and the message has the picture's `name`; or the detector cannot
+            process it in any way.
     """
+    failures = []
     for size, threshold, border in ATTEMPTS:
-        found = detect(detector, image, size=size, threshold=threshold, border=border)
+        try:
+            found = detect(detector, image, size=size, threshold=threshold, border=border)
+        except FaceError as error:  # a picture that is too thin is not so with a border
+            failures.append(error)
+            continue
         if found:
             if (size, threshold, border) != ATTEMPTS[0]:
                 log.info(
@@ -124,6 +140,8 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
                     *(name, size, threshold, border),
                 )
             return found
+    if len(failures) == len(ATTEMPTS):
+        raise failures[0]
     raise FaceError(
         f"no face found in {name} ({image.width} x {image.height} pixels), neither as it is, nor "
         f"with a border, nor at smaller sizes, nor with a threshold of {ATTEMPTS[-1][1]}; take a "
@@ -133,7 +151,7 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
 
 
 def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name: object) -> Face:
-    """Returns the face that `select` means: one of `SELECT`, or a number that counts from the left.
+    """Returns the face that `select` means: one of `face_models.SELECT`, or a number from the left.
 
     Args:
         found: at least one, from left to right, as `find_faces` returns them.
@@ -163,15 +181,6 @@ def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name
             *(name, len(found), index, select),
         )
     return found[index]
-
-
-def check_select(select: str) -> None:
-    """Raises FaceError unless `select` is one of `SELECT` or a number."""
-    if select not in SELECT and not (select.isascii() and select.isdigit()):
-        raise FaceError(
-            f"--face_select must be one of {', '.join(SELECT)}, or a number that counts the faces "
-            f"from the left, beginning with 0; got {select!r}"
-        )
 
 
 # --- crops ----------------------------------------------------------------------------------------
@@ -406,7 +415,8 @@ def open_finder(
         face_model: the recogniser's file.
         embeds: whether embeddings are wanted; otherwise only the detector is loaded.
         needs_detector: otherwise, where there is no detector, the central square of a picture is
-            taken for the face, with a warning. Aligned crops need none at all.
+            taken for the face, with a warning. Aligned crops need none at all. A detector that is
+            there but damaged is an error all the same.
 
     Raises:
         FaceError: a model is missing, or one of them cannot be used.
@@ -420,7 +430,7 @@ def open_finder(
     if not pre_aligned:
         try:
             file = face_models.find_in_pack(face_model.parent, "detection")
-        except FaceError:
+        except face_models.NotInPack:
             if needs_detector:
                 raise
             log.warning(
@@ -430,6 +440,8 @@ def open_finder(
             )
         else:
             detector = load_detector(file, provider)
+    if recogniser or detector:
+        log.info("the face models run on the %s", (recogniser or detector).provider)
     return Finder(recogniser, detector, select, pre_aligned)
 
 
@@ -442,7 +454,8 @@ def precompute(
     """Adds the faces of pictures to the table at `out`; returns the pictures that failed, and why.
 
     Pictures whose contents are in the table are not looked at again. The table is saved every
-    `save_every` pictures and when anything stops the work, so that the same call goes on with it.
+    `save_every` pictures and when anything stops the work, so that the same call goes on with it;
+    then the pictures that failed are printed, too.
 
     Raises:
         FaceError: `out` is a table that was made in another way, or no table.
@@ -476,9 +489,20 @@ def precompute(
                 save()
                 saved = len(rows)
     finally:
-        if len(rows) > saved:
-            save()
+        try:
+            if len(rows) > saved:
+                save()
+        finally:
+            _print_failed(failed, len(pictures))
     return failed
+
+
+def _print_failed(failed: list[tuple[object, str]], count: int) -> None:
+    if failed:
+        print(f"{len(failed)} of {count} pictures cannot be used:", file=sys.stderr)
+        width = max(len(picture.name) for picture, _ in failed)
+        for picture, why in failed:
+            print(f"  {picture.name:{width}}  {why}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -486,8 +510,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     args = _parser().parse_args(argv)
     try:
-        pictures = [images.PictureFile(path) for path in images.list_tree(args.folder)]
+        check_select(args.face_select)
+        paths, skipped = images.list_tree(args.folder)
+        images.report_skipped(skipped)
+        pictures = [images.PictureFile(path) for path in paths]
+        if args.out.is_dir():
+            raise FaceError(
+                f"--out {args.out} is a folder; give a file, such as {args.out}/faces.safetensors"
+            )
         check_writable(args.out.resolve().parent)
+        if args.out.exists():
+            face_table.read(args.out)  # a file that is no table is refused before models are loaded
         face_model = face_models.find_recogniser(
             args.face_model, args.face_model_dir, None, accept_licence=args.accept_face_licence
         )
@@ -504,14 +537,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on with {args.out}", file=sys.stderr)
         return 130
-    if failed:
-        print(f"{len(failed)} of {len(pictures)} pictures have no row:", file=sys.stderr)
-        width = max(len(picture.name) for picture, _ in failed)
-        for picture, why in failed:
-            print(f"  {picture.name:{width}}  {why}", file=sys.stderr)
     if len(failed) == len(pictures):
         return 1
-    print(args.out)
+    print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
     return 0
 
 

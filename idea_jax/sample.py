@@ -335,5 +335,7 @@ def free_folder(folder: Path, about: dict) -> Path:
 
 def write_json(path: Path, values: dict | Sequence) -> None:
     """Writes readable JSON, atomically."""
+    content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        # Lone surrogates (file names that are no UTF-8) become JSON's own escapes.
+        temporary.write_bytes(content.encode("utf-8", "backslashreplace"))

@@ -110,10 +110,12 @@ def run(cfg: TrainConfig) -> list[Path]:
     """
     # What can be wrong and is cheap to see comes first.
     started = time.monotonic()
+    people.places(cfg.identities)
+    face_models.check_select(cfg.face_select)
     everybody = people_of(cfg)
-    output_dir = Path(cfg.output_dir)
-    output_dirs = [output_dir / person.name for person in everybody]
-    check_writable(output_dir)
+    output_dirs = [Path(cfg.output_dir) / person.name for person in everybody]
+    for folder in output_dirs:
+        check_writable(folder)
     method = method_of(cfg)
     placeholder = placeholder_of(cfg)
     validation = [text.fill(prompt, placeholder) for prompt in cfg.validation_prompt or []]
@@ -190,8 +192,7 @@ def people_of(cfg: TrainConfig) -> list[people.Person]:
             "folder with one folder per person"
         )
     paths, skipped = images.list_images(folder)
-    for path, reason in skipped:
-        log.warning("skipped %s: %s", path.name, reason)
+    images.report_skipped(skipped)
     pictures = [images.PictureFile(path) for path in paths]
     for picture in pictures:
         picture.read()
@@ -199,15 +200,29 @@ def people_of(cfg: TrainConfig) -> list[people.Person]:
 
 
 def choose_people(cfg: TrainConfig, found: dict[str, list]) -> list[people.Person]:
-    """The people of a data set that a run trains, their pictures split into two parts."""
+    """The people of a data set that a run trains, their pictures split into two parts.
+
+    Raises:
+      ConfigError: as `people_of`.
+      people.PeopleError: nobody is chosen, or some have too few pictures; it names all of them.
+    """
     if cfg.resume_from_checkpoint not in (None, "latest"):
         raise ConfigError(
             "--resume_from_checkpoint FOLDER is of one person; for several, only latest can be used"
         )
-    return [
-        people.split(name, pictures, cfg.pictures_per_person, cfg.seed)
+    chosen = {
+        name: images.without_copies(pictures)
         for name, pictures in people.choose(found, cfg.identities).items()
-    ]
+    }
+    count = cfg.pictures_per_person
+    numbers = {name: len(pictures) for name, pictures in chosen.items()}
+    few = [f"{name} ({n})" for name, n in numbers.items() if count is not None and n < count]
+    if few:
+        raise people.PeopleError(
+            f"{len(few)} of {len(chosen)} people have fewer pictures than --pictures_per_person "
+            f"{count}: {', '.join(few)}; take a smaller number, or other --identities"
+        )
+    return [people.split(name, pictures, count, cfg.seed) for name, pictures in chosen.items()]
 
 
 def method_of(cfg: TrainConfig) -> condition.Method:
@@ -277,14 +292,29 @@ def portraits_of(
 ) -> Portraits:
     """Looks at a person's pictures; leaves out those of somebody else, if asked to.
 
+    Of precomputed faces, pictures without a row are reported and left out: they were named when the
+    table was made.
+
     Raises:
-      FaceError: a picture has no usable face, or is not among the precomputed ones.
+      FaceError: a picture has no usable face, or none is among the precomputed ones.
     """
     pictures = list(person.train)
     if eyes is None:
         return Portraits(pictures, [], None)
     shown = tqdm(pictures, desc="faces", unit="img", leave=False, disable=None)
-    sights = [eyes.look(picture) for picture in shown]
+    looked, missing = [], []
+    for picture in shown:
+        try:
+            looked.append((picture, eyes.look(picture)))
+        except faces.FaceError as error:
+            if not isinstance(eyes, face_table.Table):
+                raise
+            missing.append(error)
+    if not looked:
+        raise missing[0]
+    for error in missing:
+        log.warning("left out: %s", error)
+    pictures, sights = [picture for picture, _ in looked], [sight for _, sight in looked]
     if not method.uses_face:
         return Portraits(pictures, sights, None)
     embeds = np.stack([sight.embed for sight in sights])
@@ -579,7 +609,7 @@ def resume(
     """Returns the state of the checkpoint asked for; the state itself where there is none yet."""
     restored = checkpoints.restore(state, cfg.resume_from_checkpoint)
     if restored is None:
-        log.warning("no checkpoint in %s yet: starting from the first step", cfg.output_dir)
+        log.warning("no checkpoint in %s yet: starting from the first step", checkpoints.folder)
         return state
     step, last = int(restored.step), cfg.max_train_steps
     if step > last:

@@ -563,6 +563,8 @@ def test_training_settings_that_do_not_fit(training, changes, code, says):
         ("max_train_steps: many", ["max_train_steps", "must be int, got 'many'"]),
         ("learning_rate: 1e-4", ["must be float", "write 1.0e-4"]),
         ("scale_lr: 1", ["must be bool, got 1"]),
+        ("identities: 7", ["identities", "must be str, got 7 (quote it)"]),
+        ("face_select: 0", ["face_select", "must be str, got 0 (quote it)"]),
         ("validation_prompt: a {}", ["must be a list of str"]),
         ("seed: 1\nseed: 2", ["repeated key seed"]),
         ("seed: [1", ["is not valid YAML"]),

@@ -238,6 +238,25 @@ def test_no_face_names_the_picture_and_the_way_out(make, tmp_path):
             make(found).look(picture)
 
 
+def test_a_picture_that_is_too_thin_for_the_detector_is_found_with_a_border(make, tmp_path):
+    """Shrunk to one pixel of width, it has none left in the detector's input."""
+    picture = save(tmp_path, Image.new("RGB", (16, 14000), "navy"), "thin.png")
+    sight = make([scrfd.face(320, 320, 100)], only_with_corner=GREY).look(picture)
+    assert sight.score == pytest.approx(0.9)
+    with pytest.raises(faces.FaceError, match=r"no face found in .*thin\.png"):
+        make([]).look(picture)
+
+
+def test_a_detector_that_cannot_be_used_on_any_picture(make, tmp_path):
+    """As of a file with nine outputs that is no SCRFD: its rows are not those of anchors."""
+    finder = make([scrfd.face(320, 320, 100)])
+    finder.detector.model._num_anchors = 3
+    picture = save(tmp_path, Image.new("RGB", (64, 48)))
+    says = r"photo\.png: the detector .*det\.onnx cannot process a picture of 64 x 48"
+    with pytest.raises(faces.FaceError, match=says):
+        finder.look(picture)
+
+
 # --- several faces --------------------------------------------------------------------------------
 
 THREE = [scrfd.face(100, 300, 60), scrfd.face(330, 310, 80, 0.8), scrfd.face(500, 200, 120, 0.7)]

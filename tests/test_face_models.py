@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import pytest
 import scrfd
@@ -39,12 +41,14 @@ def find(folder=None, *, file=None, own=None, accept=False):
     return face_models.find_recogniser(file, folder, own, accept_licence=accept)
 
 
-def test_pack_files_are_told_apart_by_what_they_are(pack):
+def test_pack_files_are_told_apart_by_what_they_are(pack, caplog):
+    caplog.set_level("INFO")
     assert find(pack) == pack / "rec.onnx"
     assert face_models.find_in_pack(pack, "detection") == pack / "det.onnx"
     finder = faces.open_finder(find(pack))
     assert finder.detector.path.name == "det.onnx"
     assert finder.detector.provider == finder.recogniser.provider == "CPUExecutionProvider"
+    assert "the face models run on the CPUExecutionProvider" in caplog.text
 
 
 def test_order_in_which_models_are_looked_for(pack, home, tmp_path):
@@ -124,14 +128,28 @@ def test_pack_that_cannot_be_read(pack, monkeypatch):
 
 
 def test_pack_without_detector(pack, caplog):
-    (pack / "det.onnx").write_bytes(b"cut off")
-    with pytest.raises(faces.FaceError, match=r"no detection model: .*det.onnx \(damaged\)"):
+    (pack / "det.onnx").unlink()
+    says = r"no detection model: .*Add the detector .*det_10g\.onnx.*--face_model FILE"
+    with pytest.raises(faces.FaceError, match=says):
         faces.open_finder(find(pack))
     # Aligned crops need none, and a recogniser alone is used with a warning.
     assert faces.open_finder(find(pack), pre_aligned=True).detector is None
     assert "central square" not in caplog.text
     assert faces.open_finder(find(pack), needs_detector=False).detector is None
     assert "central square of each photo is taken for the face" in caplog.text
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_detector_that_is_there_but_unusable_is_an_error(pack, needed):
+    (pack / "det.onnx").write_bytes(b"cut off")
+    with pytest.raises(faces.FaceError, match=r"det.onnx \(damaged\).*Replace or remove"):
+        faces.open_finder(find(pack), needs_detector=needed)
+    scrfd.write_detector(pack / "det.onnx", FOUND, points=False)
+    with pytest.raises(faces.FaceError, match="not an SCRFD face detector"):
+        faces.open_finder(find(pack), needs_detector=needed)
+    (pack / "manifest.json").write_text('{"manifest_version": 2}')
+    with pytest.raises(faces.FaceError, match="the manifest of the face model folder"):
+        faces.open_finder(pack / "rec.onnx", needs_detector=needed)
 
 
 # --- hashes ---------------------------------------------------------------------------------------
@@ -259,6 +277,38 @@ def test_download_that_fails_leaves_nothing_that_looks_like_a_pack(home, monkeyp
     with pytest.raises(faces.FaceError, match=r"could not download buffalo_l.*--face_model_dir"):
         find(accept=True)
     assert not (home / "buffalo_l").exists()
+
+
+def test_unpacking_that_is_interrupted_leaves_nothing(pack, home, monkeypatch):
+    """The same command downloads again, instead of taking half a pack for the whole one."""
+    from insightface.utils import storage
+
+    def ensure_available(sub_dir, name, root):
+        folder = Path(root) / sub_dir / name
+        folder.mkdir(parents=True)
+        shutil.copy(pack / "rec.onnx", folder)
+        if stop:
+            raise stop.pop()
+        shutil.copy(pack / "det.onnx", folder)
+        return str(folder)
+
+    monkeypatch.setattr(storage, "ensure_available", ensure_available)
+    stop = [OSError(28, "No space left on device"), KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        find(accept=True)
+    assert list(home.iterdir()) == []
+    with pytest.raises(faces.FaceError, match="No space left"):
+        find(accept=True)
+    assert list(home.iterdir()) == []
+    assert find(accept=True) == home / "buffalo_l" / "rec.onnx"
+    assert [path.name for path in home.iterdir()] == ["buffalo_l"]
+
+
+def test_damaged_pack_in_insightfaces_own_folder_can_be_removed(home):
+    (home / "buffalo_l").mkdir(parents=True)
+    (home / "buffalo_l" / "w600k_r50.onnx").write_bytes(b"cut off")
+    with pytest.raises(faces.FaceError, match=r"Remove .*buffalo_l to have a pack downloaded"):
+        find()
 
 
 def test_packages_that_are_missing_are_named(pack, monkeypatch):

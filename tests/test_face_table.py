@@ -65,7 +65,7 @@ def test_folder_is_computed_and_bad_pictures_are_listed(run, photos, pack, tmp_p
     code, printed = run()
     out = tmp_path / "faces.safetensors"
     assert code == 0 and printed.out == f"{out}\n"
-    assert "2 of 6 pictures have no row" in printed.err
+    assert "2 of 6 pictures cannot be used" in printed.err
     table_lines = [line for line in printed.err.splitlines() if line.startswith("  ")]
     assert [line.split()[0] for line in table_lines] == ["cut.png", "text.jpg"]
     assert "a text file" in printed.err and "cut off or damaged" in printed.err
@@ -93,6 +93,7 @@ def test_the_same_command_goes_on_where_it_stopped(run, photos, tmp_path, looked
         patch.setattr(faces.Finder, "look", stops)
         code, printed = run()
     assert code == 130 and "goes on" in printed.err
+    assert "2 of 6 pictures cannot be used" in printed.err and "  text.jpg" in printed.err
     assert len(face_table.read(tmp_path / "faces.safetensors").rows) == 2
     looked.clear()
     assert run()[0] == 0
@@ -140,7 +141,7 @@ def test_folder_without_a_single_face(run, photos, tmp_path):
         if path.suffix in (".png", ".jpg") and path.name not in ("cut.png", "text.jpg"):
             path.unlink()
     code, printed = run()
-    assert code == 1 and "2 of 2 pictures have no row" in printed.err and printed.out == ""
+    assert code == 1 and "2 of 2 pictures cannot be used" in printed.err and printed.out == ""
     assert not (tmp_path / "faces.safetensors").exists()
     (photos / "cut.png").unlink()
     (photos / "text.jpg").unlink()
@@ -194,6 +195,62 @@ def test_tables_that_cannot_be_used(run, tmp_path, change, says):
     save_file(arrays, path, metadata)
     with pytest.raises(faces.FaceError, match=says):
         face_table.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda about: "[" * 100_000 + "]" * 100_000, "damaged"),
+        *(
+            (lambda about, names=names: json.dumps({**json.loads(about), "names": names}), "holds")
+            for names in (5, None, {"a": 1, "b": 2, "c": 3}, [["a"], ["b"], ["c"]], "abc")
+        ),
+        *(
+            (lambda about, wrong=wrong: json.dumps({**json.loads(about), **wrong}), "holds")
+            for wrong in ({"face_model": []}, {"face_select": None}, {"pre_aligned": "no"})
+        ),
+    ],
+)
+def test_table_whose_metadata_are_of_other_types(run, tmp_path, change, says):
+    run()
+    path = tmp_path / "faces.safetensors"
+    with safe_open(path, "numpy") as file:
+        about = file.metadata()["idea_jax.faces"]
+    save_file(load_file(path), path, {"idea_jax.faces": change(about)})
+    with pytest.raises(faces.FaceError, match=says):
+        face_table.read(path)
+
+
+def test_table_of_a_number_type_that_numpy_lacks(run, tmp_path):
+    run()
+    path = tmp_path / "faces.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["picture_sha256"]["dtype"] = "F8_E5M2"
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
+    with pytest.raises(faces.FaceError, match=r"faces\.safetensors is damaged"):
+        face_table.read(path)
+
+
+def test_what_cannot_be_written_to_is_refused_before_models_are_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(faces, "open_finder", None)  # must not be called
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("x")
+    for flags, out, says in (
+        ([], "folder", "folder is a folder; give a file"),
+        ([], "text", "damaged or no safetensors file"),
+        (["--face_select", "first"], "new", "--face_select must be one of largest"),
+    ):
+        code, printed = run(*flags, out=out)
+        assert code == 1 and says in printed.err
+
+
+def test_files_that_are_skipped_are_reported(run, photos, caplog):
+    (photos / "anna" / "phone.heic").write_text("x")
+    assert run()[0] == 0
+    assert "phone.heic: suffix .heic" in caplog.text
 
 
 def test_table_that_is_absent_or_something_else(tmp_path):

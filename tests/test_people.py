@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -114,10 +115,27 @@ def test_celeb_a_that_is_not_prepared(tmp_path, celeb_a):
         people.from_celeb_a(tmp_path / "cut")
 
 
-def test_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(people.PeopleError, match=r"pip install 'idea-jax\[celeba\]'"):
-        people.from_celeb_a(tmp_path)
+def test_celeb_a_that_is_damaged(tmp_path, celeb_a):
+    shutil.copytree(celeb_a, tmp_path / "cut")
+    info = next((tmp_path / "cut").rglob("dataset_info.json"))
+    info.write_text(info.read_text()[:100])
+    with pytest.raises(people.PeopleError, match=r"cannot be read .*file_format='array_record"):
+        people.from_celeb_a(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
+def test_package_that_is_missing_is_named(celeb_a, package):
+    """In a process of its own, since tensorflow-datasets keeps what it has imported."""
+    lines = (
+        f"import sys; sys.modules[{package!r}] = None",
+        "from idea_jax.data import people",
+        "people.from_celeb_a(sys.argv[1])",
+    )
+    command = [sys.executable, "-c", "\n".join(lines), celeb_a]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("idea_jax.data.people.PeopleError: CelebA needs the packages")
+    assert last.endswith("pip install 'idea-jax[celeba]'")
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -142,20 +160,37 @@ def test_each_folder_is_a_person_and_copies_count_once(root, caplog):
     found = people.from_folders(root)
     assert {name: [p.name for p in pictures] for name, pictures in found.items()} == {
         "Bert": ["x.webp"],
-        "anna": ["a.png", "b.jpg"],
+        "anna": ["a.png", "b.jpg", "z.png"],
         "carl": ["a.png"],
     }
+    assert [p.name for p in images.without_copies(found["anna"])] == ["a.png", "b.jpg"]
     assert "skipped z.png: a copy of a.png" in caplog.text
     assert images.has_only_folders(root) and not images.has_only_folders(root / "anna")
-    assert [path.name for path in images.list_tree(root)] == [
-        *("x.webp", "a.png", "b.jpg", "z.png", "a.png"),
-    ]
+    paths, skipped = images.list_tree(root)
+    assert [path.name for path in paths] == ["x.webp", "a.png", "b.jpg", "z.png", "a.png"]
+    assert {path.name for path, _ in skipped} == {".hidden", "notes.txt", "empty", "list.txt"}
+
+
+def test_what_is_left_out_is_reported(root, caplog):
+    (root / "dora").mkdir()
+    (root / "dora" / "phone.heic").write_text("x")
+    assert "dora" not in people.from_folders(root)
+    for name, reason in (
+        ("dora/phone.heic", "suffix .heic"),
+        ("dora", "no pictures in this folder"),
+        ("empty", "no pictures in this folder"),
+        ("anna/notes.txt", "suffix .txt"),
+        ("list.txt", "suffix .txt"),
+    ):
+        assert f"skipped {root / name}: {reason}" in caplog.text
 
 
 def test_folders_without_anybody(root):
     for name in ("carl", "anna", "Bert"):
         shutil.rmtree(root / name)
-    with pytest.raises(images.ImageError, match=r"no pictures in .*empty \(sub-folder\)"):
+    with pytest.raises(
+        images.ImageError, match=r"no pictures in .*empty \(no pictures in this folder\)"
+    ):
         people.from_folders(root)
     with pytest.raises(images.ImageError, match="does not exist"):
         people.from_folders(root / "none")

@@ -135,6 +135,18 @@ def test_pictures_that_were_not_precomputed_are_named(run, pack, tmp_path, capsy
     assert "0.png is not among the 1 pictures of --face_embeddings" in message
 
 
+def test_pictures_without_a_row_are_left_out(run, seen, pack, tmp_path, caplog):
+    """The two commands of a folder with one photo without a face, in which others have one."""
+    photos = write_photos(tmp_path / "photos", "red")
+    table = tmp_path / "faces.safetensors"
+    assert faces.main([str(photos), "--out", str(table), "--face_model_dir", str(pack)]) == 0
+    Image.new("RGB", (64, 64)).save(photos / "wall.png")
+    assert run(photos, *QUICK, "--crop", "face", "--face_embeddings", table) == 0
+    assert "left out" in caplog.text and "wall.png is not among the 1 pictures" in caplog.text
+    assert [name for name, _ in seen["pixels"]] == ["0.png"]
+    assert int(seen["photos"].count) == 1
+
+
 # --- several photos -------------------------------------------------------------------------------
 
 
@@ -189,6 +201,19 @@ def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == count
 
 
+def test_names_that_are_no_utf8_are_kept(run, seen, tmp_path, capsys):
+    """What a finished training wrote does not depend on how a photo or a person is called."""
+    photos = write_photos(tmp_path / "root" / "caf\udce9", "red", "brown")
+    for name in ("0", "1"):
+        (photos / f"{name}.png").rename(photos / f"{name}\udce9.png")
+    assert run(photos, *CROSS, "--pictures_per_person", "1", out="one") == 0
+    assert run(photos.parent, *CROSS, "--pictures_per_person", "1") == 0
+    for folder in (tmp_path / "one", tmp_path / "out" / "caf\udce9"):
+        (name,) = json.loads((folder / "run.json").read_text("utf-8"))["held_out"]
+        assert name in ("0\udce9.png", "1\udce9.png")
+    assert "caf\\udce9/identity.safetensors" in capsys.readouterr().out
+
+
 def test_celeb_a_people_are_trained_one_after_the_other(run, seen, celeb_a, tmp_path):  # noqa: F811
     dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
     assert run(None, *CROSS, *dataset, "--pictures_per_person", "1") == 0
@@ -238,6 +263,33 @@ def test_photo_without_a_face_is_named(run, tmp_path, capsys):
     assert run(photos, *QUICK, "--face_model_dir", pack) == 1
     message = capsys.readouterr().err
     assert f"no face found in {photos / '0.png'}" in message and "--pre_aligned" in message
+
+
+def test_people_with_too_few_pictures_are_named_together(run, tmp_path, capsys):
+    root = tmp_path / "root"
+    for name, colours in (("anna", ["red"]), ("bert", ["red", "blue"]), ("carl", ["green"])):
+        write_photos(root / name, *colours)
+    assert run(root, *CROSS, "--pictures_per_person", "2") == 1
+    message = capsys.readouterr().err
+    assert "2 of 3 people have fewer" in message and "anna (1), carl (1);" in message
+
+
+def test_what_is_cheap_to_see_comes_before_pictures_are_read(run, tmp_path, capsys, monkeypatch):
+    """A choice that is none, and the folder of the last person that cannot be written to."""
+    root = tmp_path / "root"
+    for name in ("anna", "bert"):
+        write_photos(root / name, "red")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bert").write_text("a file")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.hub, "resolve", None)  # must not be called
+        assert run(root, *CROSS) == 1
+        assert "cannot write" in capsys.readouterr().err
+        patch.setattr(train, "people_of", None)
+        assert run(root, *CROSS, "--identities", "a:b") == 1
+        assert "must be FROM:TO" in capsys.readouterr().err
+        assert run(root, *QUICK, "--face_select", "first") == 1
+        assert "--face_select must be one of" in capsys.readouterr().err
 
 
 def test_resuming_several_people_takes_the_latest_only(run, tmp_path, capsys):

@@ -68,36 +68,58 @@ def has_only_folders(folder: str | Path) -> bool:
     return not images and any(reason == "sub-folder" for _, reason in skipped)
 
 
-def list_people(root: str | Path) -> dict[str, list[Path]]:
+def list_people(root: str | Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
     """Returns the pictures in the sub-folders of `root`, by the names of these, both sorted.
 
-    Hidden sub-folders and those without pictures are left out.
+    Then what was skipped with reasons: in the sub-folders, sub-folders that are hidden or have no
+    pictures, and files in `root`.
 
     Raises:
         ImageError: `root` or a sub-folder is missing, no folder or unreadable, or no sub-folder
             has a picture.
     """
-    _, skipped = _scan(Path(root))
-    folders = [entry for entry, reason in skipped if reason == "sub-folder"]
-    people = {folder.name: _scan(folder)[0] for folder in folders}
-    people = {name: paths for name, paths in people.items() if paths}
+    _, people, skipped = _scan_tree(Path(root))
     if not people:
         raise _no_pictures(Path(root), skipped)
-    return people
+    return people, skipped
 
 
-def list_tree(root: str | Path) -> list[Path]:
-    """Returns the pictures directly in `root`, then those in its sub-folders.
+def list_tree(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Returns the pictures directly in `root`, then those in its sub-folders; and what was skipped.
 
     Raises:
         ImageError: as `list_people`, but pictures directly in `root` suffice.
     """
-    own, skipped = _scan(Path(root))
-    folders = [entry for entry, reason in skipped if reason == "sub-folder"]
-    images = own + [path for folder in folders for path in _scan(folder)[0]]
+    own, people, skipped = _scan_tree(Path(root))
+    images = own + [path for paths in people.values() for path in paths]
     if not images:
         raise _no_pictures(Path(root), skipped)
-    return images
+    return images, skipped
+
+
+def report_skipped(skipped: Sequence[tuple[Path, str]]) -> None:
+    """Logs what the functions above have skipped."""
+    for path, reason in skipped:
+        log.warning("skipped %s: %s", path, reason)
+
+
+def _scan_tree(
+    root: Path,
+) -> tuple[list[Path], dict[str, list[Path]], list[tuple[Path, str]]]:
+    """Pictures in `root`, those of each sub-folder that has some, and what was skipped."""
+    own, entries = _scan(root)
+    people, skipped = {}, []
+    for entry, reason in entries:
+        if reason != "sub-folder":
+            skipped.append((entry, reason))
+            continue
+        images, inside = _scan(entry)
+        skipped += inside
+        if images:
+            people[entry.name] = images
+        else:
+            skipped.append((entry, "no pictures in this folder"))
+    return own, people, skipped
 
 
 def _scan(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -123,7 +145,8 @@ def _scan(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
 
 
 def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> ImageError:
-    found = ", ".join(f"{path.name} ({reason})" for path, reason in skipped[:5]) or "nothing"
+    shown = (f"{path.relative_to(folder)} ({reason})" for path, reason in skipped[:5])
+    found = ", ".join(shown) or "nothing"
     more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
     return ImageError(
         f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "

@@ -20,7 +20,7 @@ HOW_TO_PREPARE = (
     "prepare it once, where TensorFlow is installed (pip install 'idea-jax[celeba]' tensorflow "
     "importlib_resources): python -c \"import tensorflow_datasets as tfds; tfds.builder('celeb_a', "
     "data_dir='DIR', file_format='array_record').download_and_prepare()\" (1.4 GB, see "
-    "docs/files.md)"
+    "docs/faces.md)"
 )
 
 
@@ -86,13 +86,14 @@ class Person:
 def from_folders(root: str | Path) -> dict[str, list[images.PictureFile]]:
     """Returns the pictures of each person in a folder that holds one folder per person.
 
+    What is left out is reported.
+
     Raises:
         ImageError: as `images.list_people`.
     """
-    return {
-        name: images.without_copies([images.PictureFile(path) for path in paths])
-        for name, paths in images.list_people(root).items()
-    }
+    people, skipped = images.list_people(root)
+    images.report_skipped(skipped)
+    return {name: [images.PictureFile(path) for path in paths] for name, paths in people.items()}
 
 
 def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
@@ -104,36 +105,51 @@ def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
         data_dir: the `data_dir` that tensorflow-datasets prepared it in; it holds `celeb_a/`.
 
     Raises:
-        PeopleError: tensorflow-datasets is missing, or the set is not prepared, or not in a format
+        PeopleError: a package is missing, or the set is not prepared, damaged, or not in a format
             that is read without TensorFlow.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise PeopleError(
-            f"CelebA needs the package tensorflow-datasets ({error}); install it with: "
-            "pip install 'idea-jax[celeba]'"
-        ) from error
-    builder = tfds.builder("celeb_a", data_dir=data_dir)
-    if not Path(builder.data_dir).is_dir():
-        raise PeopleError(
-            f"no prepared CelebA in {data_dir}: expected the folder {builder.data_dir}; "
-            f"{HOW_TO_PREPARE}"
-        )
     people: dict[str, list[StoredPicture]] = {}
     try:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder("celeb_a", data_dir=data_dir)
+        if not Path(builder.data_dir).is_dir():
+            raise PeopleError(
+                f"no prepared CelebA in {data_dir}: expected the folder {builder.data_dir}; "
+                f"{HOW_TO_PREPARE}"
+            )
         decoders = {"image": tfds.decode.SkipDecoding()}
         source = builder.as_data_source("all", decoders=decoders)
         for index in tqdm(range(len(source)), desc="CelebA", unit="img", disable=None):
             number = int(source[index]["identity"]["Identity_No"])
             people.setdefault(f"{number:05d}", []).append(StoredPicture(source, index))
-    except (NotImplementedError, AssertionError, ValueError, RuntimeError, OSError) as error:
+    except PeopleError:
+        raise
+    except ImportError as error:
+        raise PeopleError(
+            f"CelebA needs the packages tensorflow-datasets and array_record ({error}); install "
+            "them with: pip install 'idea-jax[celeba]'"
+        ) from error
+    except Exception as error:  # of tfds, Protocol Buffers and array_record, without a common base
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PeopleError(
-            f"CelebA in {builder.data_dir} cannot be read without TensorFlow ({reason[0]}); "
+            f"CelebA in {data_dir} cannot be read without TensorFlow ({reason[0]}); "
             f"{HOW_TO_PREPARE}"
         ) from error
     return dict(sorted(people.items()))
+
+
+def places(identities: str | None) -> slice:
+    """Returns the range that `choose` is given.
+
+    Raises:
+        PeopleError: it is none.
+    """
+    match = re.fullmatch(r"(\d*)(:?)(\d*)", ":" if identities is None else identities)
+    if not match or not (match[1] or match[2]):
+        raise PeopleError(f"--identities must be FROM:TO, such as 0:64, got {identities!r}")
+    first = int(match[1] or 0)
+    return slice(first, (int(match[3]) if match[3] else None) if match[2] else first + 1)
 
 
 def choose(people: Mapping[str, list], identities: str | None) -> dict[str, list]:
@@ -145,14 +161,7 @@ def choose(people: Mapping[str, list], identities: str | None) -> dict[str, list
     Raises:
         PeopleError: it is no range, or holds nobody.
     """
-    if identities is None:
-        return dict(people)
-    match = re.fullmatch(r"(\d*)(:?)(\d*)", identities)
-    if not match or not (match[1] or match[2]):
-        raise PeopleError(f"--identities must be FROM:TO, such as 0:64, got {identities!r}")
-    first = int(match[1] or 0)
-    stop = (int(match[3]) if match[3] else None) if match[2] else first + 1
-    names = list(people)[first:stop]
+    names = list(people)[places(identities)]
     if not names:
         raise PeopleError(f"--identities {identities} holds nobody: there are {len(people)} people")
     return {name: people[name] for name in names}
@@ -174,7 +183,7 @@ def split(name: str, pictures: Sequence, count: int | None, seed: int) -> Person
             f"{name or 'the folder'} has {len(pictures)} picture(s), fewer than "
             f"--pictures_per_person {count}"
         )
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
     order = np.random.default_rng(list(digest)).permutation(len(pictures))
     chosen = set(order[:count].tolist())
     train = [picture for index, picture in enumerate(pictures) if index in chosen]
