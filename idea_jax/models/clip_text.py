@@ -95,6 +95,8 @@ class CLIPTextConfig:
             # The last two ids of CLIP's vocabulary; transformers refuses ids outside of it.
             "bos_token_id": self.vocab_size - 2,
             "eos_token_id": self.vocab_size - 1,
+            # transformers would compute in the precision of the file, and diffusers in float32.
+            "dtype": "float32",
         }
 
 

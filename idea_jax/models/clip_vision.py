@@ -85,6 +85,8 @@ class CLIPVisionConfig:
             "patch_size": self.patch_size,
             "hidden_act": self.hidden_act,
             "layer_norm_eps": self.layer_norm_eps,
+            # transformers would compute in the precision of the file, and diffusers in float32.
+            "dtype": "float32",
         }
 
 
