@@ -58,7 +58,8 @@ def test_a_short_personalisation_beats_its_start_and_another_person(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
     learner = lab.Learner(mini, lab.read_config("paper", {"max_train_steps": 50}))
     scoring = mini.recogniser("scoring")
-    prompts = captions.PROMPTS[:3]
+    # Of background, hat and style, which the mini draws as asked for (docs/mini.md).
+    prompts = [captions.PROMPTS[number] for number in (0, 4, 6)]
     gains = []
     for person in lab.meet(mini, "validation", [3, 4], 4, prompts=prompts):
         begin, _ = learner.begin(person.photo)
