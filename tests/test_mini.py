@@ -349,7 +349,7 @@ def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path):
         for what, values in stage.items()
         if what.startswith("losses")
     }
-    assert len(losses) == 8
+    assert len(losses) == 10
     for name, values in losses.items():
         third = max(1, len(values) // 3)
         assert np.mean(values[-third:]) < np.mean(values[:third]), (name, values)
