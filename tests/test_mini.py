@@ -356,5 +356,7 @@ def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path):
     sums = (run.folder / pretrain.SUMS).read_text()
     pretrain.pretrain(run)
     assert (run.folder / pretrain.SUMS).read_text() == sums
+    # It is a checkpoint like any other: it can be drawn with.
     mini = quality.load(str(run.folder))
-    assert {row.name for row in quality.table(mini, named=1, unnamed=4, pairs=20, each=1)}
+    drawn = quality.draw(mini, "a photo of a face", 2, steps=2, batch_size=2)
+    assert drawn.shape == (2, 64, 64, 3) and (drawn[0] != drawn[1]).any()
