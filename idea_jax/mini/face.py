@@ -85,13 +85,16 @@ _BEARD_PARTS = (
 # One row per expression (traits.EXPRESSIONS).
 _EXPRESSION = {
     #           neutral smiling sad surprised
-    "curve": (0.012, 0.085, -0.060, -0.004),
-    "wide": (1.0, 1.25, 0.88, 0.50),
-    "open": (0.0, 0.062, 0.0, 0.105),
+    "curve": (0.012, 0.105, -0.105, -0.004),
+    "wide": (1.0, 1.50, 1.10, 0.80),
+    "open": (0.0, 0.100, 0.0, 0.170),
+    "full": (1.0, 1.0, 1.5, 1.0),
     "teeth": (0.0, 1.0, 0.0, 0.0),
-    "lids": (1.0, 0.92, 0.80, 1.18),
-    "brow": (0.0, 0.012, 0.012, 0.062),
-    "inner_brow": (0.0, 0.0, 0.075, 0.0),
+    "lids": (1.0, 0.86, 0.62, 1.32),
+    "lower_lids": (0.82, 0.48, 0.82, 1.0),
+    "brow": (0.0, 0.015, 0.010, 0.095),
+    "inner_brow": (0.0, 0.0, 0.115, 0.0),
+    "tears": (0.0, 0.0, 1.0, 0.0),
 }
 
 
@@ -328,7 +331,7 @@ def _mouth(
     u2 = u * u
     lens = jnp.maximum(1 - u2, 0.0)
     lens = mix(lens, jnp.sqrt(lens + 1e-6), jnp.minimum(look["open"] * 9, 1.0))
-    full = 0.030 + 0.013 * who.mouth_fullness
+    full = (0.030 + 0.013 * who.mouth_fullness) * look["full"]
     opening = look["open"] * lens
     # The line between the lips bends up at its ends in a smile; an open mouth opens downwards.
     middle = y - look["curve"] * (0.55 - u2)
@@ -377,11 +380,12 @@ def _eyes(
     x, y, width, height = _eye_place(frame, who)
     pixel = frame.pixel
     lids = choose(_EXPRESSION["lids"], scene.expression)
+    lower = choose(_EXPRESSION["lower_lids"], scene.expression)
     u2 = jnp.square(x / width)
     arch = jnp.sqrt(jnp.maximum(1 - u2, 0.0) + 1e-4) * 0.45 + 0.55 * (1 - u2)
     steep = jnp.sqrt(1 + jnp.square(2 * height * x / (width * width)))
     over = (-y - height * lids * arch) / steep
-    under = (y - 0.82 * height * arch) / steep
+    under = (y - lower * height * arch) / steep
     white = jnp.maximum(over, under)
     open_ = fill(white, pixel) * inside
     # Both eyes look the same way, so the side of the face matters here.
@@ -397,6 +401,10 @@ def _eyes(
     )
     crease = jnp.maximum(jnp.abs(over - 0.050) - 0.008, jnp.abs(x) - width * 0.85)
     lash = rgb(0.13, 0.09, 0.09)
+    tears = choose(_EXPRESSION["tears"], scene.expression) * inside
+    fallen = y - height - 0.075
+    # A drop: a circle whose upper half is drawn out to a point.
+    drop = ellipse(x - 0.3 * width, jnp.where(fallen < 0, 0.55 * fallen, fallen), 0.036, 0.040)
     return [
         (0.5 * inside * soft(white - 0.02, 0.09), skin * rgb(0.80, 0.70, 0.68)),
         (0.55 * inside * fill(crease, pixel), skin * rgb(0.62, 0.50, 0.46)),
@@ -413,6 +421,8 @@ def _eyes(
         (open_ * 0.7 * fill(spark - 0.010, pixel), rgb(1.0, 1.0, 1.0)),
         (inside * fill(lid, pixel), lash),
         (0.35 * inside * stroke(under, 0.016, pixel) * fill(over, pixel), skin * 0.45),
+        (tears * fill(drop, pixel), rgb(0.55, 0.80, 0.97)),
+        (0.7 * tears * fill(drop + 0.022, pixel), rgb(0.90, 0.97, 1.0)),
     ]
 
 
