@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from idea_jax import faces
 from idea_jax.data import text
 from idea_jax.mini import captions, drawings, lab, networks, people, pretrain, quality, traits
 from idea_jax.random_sd import write_tokenizer
@@ -219,6 +221,67 @@ def test_margin_loss_is_the_cross_entropy_of_a_wider_angle():
     expected = -np.log(np.exp(logits[0, 0]) / np.exp(logits).sum())
     got = pretrain.margin_loss(jnp.cos(jnp.asarray(angles)), own)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+# Crops that the recogniser is trained on
+
+POINTS = np.array([[20, 30], [33, 27], [28, 36], [23, 45], [34, 42]], np.float32)
+
+
+def gradient(seed, side=64):
+    """A smooth random picture, uint8[side, side, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("far", [0, 25])
+def test_aligned_crop_is_that_of_insightface(far):
+    """Also where the crop reaches beyond the edge of the picture."""
+    image, points = gradient(0), POINTS + np.float32(far)
+    theirs = faces.align(Image.fromarray(image), points).astype(np.float32)
+    to_float = drawings.to_float(image)
+    ours = (np.asarray(pretrain.aligned_crop(to_float, points, size=112)) + 1) * 127.5
+    assert np.abs(ours - theirs).max() < 2 and theirs.std() > 20
+    # At half the size it is what the recogniser's first layer leaves of theirs.
+    halved = theirs.reshape(56, 2, 56, 2, 3).mean((1, 3))
+    half = (np.asarray(pretrain.aligned_crop(to_float, points, size=56)) + 1) * 127.5
+    assert np.abs(half - halved).mean() < 1
+    assert (theirs[-1, -1] == 0).all() == bool(far)
+
+
+def test_aligned_crop_moves_turns_and_scales_what_is_on_it():
+    image = drawings.to_float(gradient(1))
+
+    def crop(**off):
+        return np.asarray(pretrain.aligned_crop(image, POINTS, size=56, **off))[4:-4, 4:-4]
+
+    straight = crop()
+    moved = crop(shift=(4 / 56, -2 / 56))
+    np.testing.assert_allclose(moved[:-2, 4:], straight[2:, :-4], atol=1e-3)
+    larger = crop(scale=2.0)
+    np.testing.assert_allclose(larger[1::4, 1::4], straight[12:36:2, 12:36:2], atol=0.1)
+    turned = crop(angle=np.pi / 2)  # clockwise: what was on top is on the right
+    np.testing.assert_allclose(turned, np.rot90(straight, -1), atol=1e-3)
+
+
+def test_crops_in_training_are_as_far_off_as_is_said_and_no_further():
+    """A bright spot between the eyes and the mouth says where the crop's middle went."""
+    spot = np.array([28.0, 36.0])
+    rows, columns = np.mgrid[:64, :64]
+    blob = np.exp(-((columns - spot[0]) ** 2 + (rows - spot[1]) ** 2) / 8)
+    image = np.repeat(blob[:, :, None], 3, axis=2).astype(np.float32)
+    count = 64
+    images = jnp.broadcast_to(jnp.asarray(image), (count, 64, 64, 3))
+    points = jnp.broadcast_to(POINTS, (count, 5, 2))
+    seen = np.asarray(pretrain.disturbed(images, jax.random.key(0), 56, points)).mean(-1)
+    brightest = np.stack([np.unravel_index(p.argmax(), p.shape) for p in seen])[:, ::-1]
+    straight = np.asarray(pretrain.aligned_crop(images[0], POINTS, size=56)).mean(-1)
+    at = np.array(np.unravel_index(straight.argmax(), straight.shape))[::-1]
+    mirrored = np.stack([np.abs(brightest - at), np.abs(brightest - [55 - at[0], at[1]])])
+    off = mirrored[np.argmin(mirrored.sum(-1), axis=0), np.arange(count)]
+    allowed = pretrain.CROP_SHIFT * 56 + 2
+    assert off.max() <= allowed
+    assert off.max() >= 2 and off.std() > 0.5
 
 
 # Training

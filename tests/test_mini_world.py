@@ -8,6 +8,7 @@ import pytest
 from idea_jax.mini import face, traits, world
 
 COUNT = 24
+FEW = 6
 
 
 def repeat(tree, count=COUNT):
@@ -106,6 +107,115 @@ def test_pair_shows_both(people, keys):
     picture = np.asarray(pair(left, right, *scenes, jax.random.key(5), size=64))
     red, blue = picture[60:, 16], picture[60:, 48]
     assert (red[:, 0] > red[:, 2]).all() and (blue[:, 2] > blue[:, 0]).all()
+
+
+# Landmarks
+
+
+@pytest.fixture(scope="module")
+def few(people, keys):
+    return jax.tree.map(lambda leaf: leaf[:FEW], people), jax.random.clone(keys)[:FEW]
+
+
+def landmarks(people, scenes, keys, size=64):
+    marks = jax.vmap(lambda *args: world.landmarks(*args, size=size))
+    return np.asarray(marks(people, scenes, jax.random.clone(keys)))
+
+
+def changed_by(people, keys, scene, size, **traits_):
+    """float[N, size, size]: where people of other traits look different."""
+    people = people._replace(glasses=jnp.zeros_like(people.glasses))
+    people = people._replace(beard=jnp.zeros_like(people.beard))
+    pictures = [
+        np.asarray(world.draw_many(them, repeat(scene, FEW), jax.random.clone(keys), size=size))
+        for them in (people, people._replace(**traits_))
+    ]
+    return np.abs(pictures[0] - pictures[1]).sum(-1)
+
+
+def test_eyes_of_landmarks_are_where_the_irises_are(few):
+    people, keys = few
+    size, scene = 128, traits.make_scene(expression="surprised")
+    other = (people.eye_colour + 1) % len(traits.EYE_COLOURS)
+    weights = changed_by(people, keys, scene, size, eye_colour=other)
+    points = landmarks(people, repeat(scene, FEW), keys, size)
+    rows, columns = np.mgrid[:size, :size]
+    middle = points[:, :2, 0].mean(1)
+    eye_distance = np.linalg.norm(points[:, 1] - points[:, 0], axis=1)
+    for side in (0, 1):
+        on_side = (columns > middle[:, None, None]) == side
+        w = weights * on_side
+        iris = np.stack([(w * at).sum((1, 2)) / w.sum((1, 2)) for at in (columns, rows)], axis=-1)
+        # They look aside by up to a twelfth of the eyes' distance, up and down not at all.
+        off = np.abs(iris - points[:, side]) / eye_distance[:, None]
+        assert off[:, 0].max() < 0.09 and off[:, 1].max() < 0.05
+
+
+@pytest.mark.parametrize("expression", traits.EXPRESSIONS)
+def test_corners_of_the_mouth_are_where_the_lips_end(few, expression):
+    people, keys = few
+    size, scene = 128, traits.make_scene(expression=expression)
+    fullness = people.mouth_fullness
+    lips = changed_by(people, keys, scene, size, mouth_fullness=jnp.where(fullness > 0, -1.0, 1.0))
+    points = landmarks(people, repeat(scene, FEW), keys, size)
+    pixel = np.linalg.norm(points[:, 1] - points[:, 0], axis=1)[:, None] / 35  # of ArcFace's crop
+    for i in range(FEW):
+        rows, columns = np.nonzero(lips[i] > 0.02)
+        ends = [columns.min(), columns.max()]
+        assert np.abs(points[i, 3:, 0] - ends).max() < 2.5 * pixel[i]
+        for end, corner in zip(ends, points[i, 3:], strict=True):
+            # Those of a smile are about 6 above those of a sad mouth.
+            assert abs(rows[columns == end].mean() - corner[1]) < 5 * pixel[i]
+
+
+def test_tip_of_the_nose_is_where_its_width_shows(few):
+    people, keys = few
+    size, scene = 128, traits.make_scene()
+    weights = changed_by(people, keys, scene, size, nose_width=-people.nose_width)
+    points = landmarks(people, repeat(scene, FEW), keys, size)
+    rows, columns = np.mgrid[:size, :size]
+    centre = np.stack(
+        [(weights * at).sum((1, 2)) / weights.sum((1, 2)) for at in (columns, rows)], axis=-1
+    )
+    eye_distance = np.linalg.norm(points[:, 1] - points[:, 0], axis=1)
+    assert (np.linalg.norm(centre - points[:, 2], axis=1) / eye_distance).max() < 0.12
+
+
+def test_landmarks_turn_shift_and_mirror_with_the_head(people):
+    who = jax.tree.map(lambda leaf: leaf[0], people)
+    scene = traits.make_scene(expression="smiling")
+    still = traits.Nuisance(*(jnp.float32(0),) * len(traits.Nuisance._fields))
+
+    def at(size=64, **nuisance):
+        nuisance = still._replace(**{name: jnp.float32(x) for name, x in nuisance.items()})
+        return np.asarray(world.locate((who,), (scene,), (nuisance,), size))[0]
+
+    straight = at()
+    np.testing.assert_allclose(at(size=256) + 0.5, 4 * (straight + 0.5), atol=1e-3)
+    assert (np.diff(straight[:2, 0]) > 0).all() and (np.diff(straight[3:, 0]) > 0).all()
+    np.testing.assert_allclose(straight[[1, 0, 2, 4, 3]] * [-1, 1] + [63, 0], straight, atol=1e-3)
+    # The head tilts to the right by 0.1 about the top of the neck.
+    neck = np.array([31.5, 32 * (1 + 0.10 + 0.96 * 0.45) - 0.5])
+    cos, sin = np.cos(0.1), np.sin(0.1)
+    turned = (straight - neck) @ np.array([[cos, sin], [-sin, cos]]) + neck
+    np.testing.assert_allclose(at(rotation=1), turned, atol=1e-3)
+    moved = straight + 32 * 0.96 * np.array([0.055, -0.045])
+    np.testing.assert_allclose(at(shift_x=1, shift_y=-1), moved, atol=1e-3)
+    left, right = at(turn=-1), at(turn=1)
+    np.testing.assert_allclose(left[[1, 0, 2, 4, 3]] * [-1, 1] + [63, 0], right, atol=1e-3)
+    assert right[2, 0] - right[:2, 0].mean() > 1  # the nose goes further than the eyes
+
+
+def test_landmarks_of_a_pair_are_those_of_both(few):
+    people, keys = few
+    left, right = (jax.tree.map(lambda leaf, i=i: leaf[i], people) for i in (0, 1))
+    scenes = traits.make_scene(), traits.make_scene(expression="sad")
+    points = np.asarray(world.landmarks_of_pair(left, right, *scenes, jax.random.key(5)))
+    assert points.shape == (2, 5, 2)
+    assert points[0, :, 0].max() < 32 < points[1, :, 0].min()
+    alone = landmarks(people, repeat(scenes[0], FEW), keys)[0]
+    sizes = [np.linalg.norm(p[1] - p[0]) for p in (points[0], alone)]
+    assert sizes[0] / sizes[1] == pytest.approx(0.60 / 0.96, rel=0.13)
 
 
 def test_kinds_occur_with_their_shares_and_traits_evenly():

@@ -33,6 +33,7 @@ class Portraits(NamedTuple):
     images: np.ndarray  # uint8[N, 64, 64, 3]
     who: np.ndarray  # int32[N]: number of the person
     scenes: Scene  # int32[N] leaves
+    points: np.ndarray  # float32[N, 5, 2]: world.landmarks
 
 
 @partial(jax.jit, static_argnames="size")
@@ -84,7 +85,11 @@ def portraits(
         them = jax.tree.map(lambda leaf: leaf[person[rows]], who)
         return draw(them, jax.tree.map(lambda leaf: leaf[rows], scenes), keys[rows])
 
-    return Portraits(_parts(part, count, folder, progress), person, scenes)
+    everybody = jax.tree.map(lambda leaf: leaf[person], who)
+    # The same key on purpose, as it is the same pose.
+    points = jax.jit(jax.vmap(world.landmarks))(everybody, scenes, jax.random.clone(keys))
+    images = _parts(part, count, folder, progress)
+    return Portraits(images, person, scenes, np.asarray(points))
 
 
 def drawings(

@@ -214,6 +214,24 @@ def person(who: Identity, scene: Scene, frame: Frame) -> list[Layer]:
     ]
 
 
+def landmarks(who: Identity, scene: Scene, frame: Frame) -> jax.Array:
+    """Returns float32[5, 2], (x, y) in coordinates of the head: ArcFace's five points.
+
+    Left eye, right eye, tip of the nose, left and right corner of the mouth, as seen. The eyes are
+    the middles between their corners, wherever they look; the frame's places do not count.
+    """
+    # Of the middle between the eyes, which a slant turns about themselves.
+    middle = frame._replace(x=frame.turn, y=frame.nod)
+    x, y, _, _ = _eye_place(middle, who._replace(eye_tilt=jnp.zeros_like(who.eye_tilt)))
+    eyes = [(frame.turn + x, frame.nod - y), (frame.turn - x, frame.nod - y)]
+    nose = (1.7 * frame.turn, 1.3 * frame.nod + _nose_base(who) - 0.045)
+    curve, wide = (choose(_EXPRESSION[name], scene.expression) for name in ("curve", "wide"))
+    half = (0.150 + 0.032 * who.mouth_width) * wide
+    corner = 1.15 * frame.nod + _mouth_height(who) - 0.45 * curve
+    mouth = [(1.15 * frame.turn - half, corner), (1.15 * frame.turn + half, corner)]
+    return jnp.stack([jnp.stack(point) for point in (*eyes, nose, *mouth)])
+
+
 def _outline(frame: Frame, shape: jax.Array, strength: float = 1.0) -> Layer:
     return strength * frame.line * stroke(shape, 0.026, frame.pixel), rgb(0.13, 0.11, 0.13)
 
@@ -273,7 +291,7 @@ def _face(
 
 def _nose(frame: Frame, who: Identity, skin: jax.Array) -> list[Layer]:
     x, y = frame.x - 1.7 * frame.turn, frame.y - 1.3 * frame.nod
-    base = 0.165 + 0.055 * who.nose_length
+    base = _nose_base(who)
     width = 0.085 + 0.032 * who.nose_width
     shadow = skin * rgb(0.70, 0.56, 0.52)
     # The under side is a shallow bowl; a soft shadow lies along one flank of the bridge.
@@ -290,6 +308,11 @@ def _nose(frame: Frame, who: Identity, skin: jax.Array) -> list[Layer]:
         ),
         (0.85 * under * fill(jnp.abs(x) - width, 0.05), shadow),
     ]
+
+
+def _nose_base(who: Identity) -> jax.Array:
+    """Returns y of the underside of the nose."""
+    return 0.165 + 0.055 * who.nose_length
 
 
 def _beard(frame: Frame, who: Identity, hair: jax.Array, face: jax.Array) -> list[Layer]:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.scipy.ndimage import map_coordinates
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as muon_optimizer
@@ -47,6 +48,9 @@ TEXT_LENGTH = 40  # positions of the text encoder
 LATENT_CHANNELS = 8
 FACE_SIZE = 112  # of ArcFace's input
 FACE_WIDTH = 512  # of its output
+# How far the crops that a recogniser is trained on are off, at most: in shares of their side, in
+# shares of their size, in radians. As far as a detector's points bring them, and a little further.
+CROP_SHIFT, CROP_SCALE, CROP_ANGLE = 0.04, 0.06, np.radians(5)
 MARGIN, SCALE = 0.2, 20.0  # of ArcFace's loss, arXiv 1801.07698; margin in radians
 EMPTY_CAPTIONS = 0.1
 MAX_SNR = 5.0  # of the UNet's loss: times of less noise weigh less
@@ -338,8 +342,12 @@ def moments(
     return np.concatenate(means)[: len(images)], np.concatenate(stds)[: len(images)]
 
 
-def train_recogniser(run: Run, split: str, name: str) -> dict:
-    """Trains a face recogniser with ArcFace's margin on the people of a split."""
+def train_recogniser(run: Run, split: str, name: str, *, aligned: bool) -> dict:
+    """Trains a face recogniser with ArcFace's margin on the people of a split.
+
+    Args:
+        aligned: on crops as insightface cuts them by five points, otherwise on whole drawings.
+    """
     set_ = run.portraits(split)
     count = run.budget.people
     # In training it sees what is left of a crop after the network's first layer has halved it.
@@ -349,8 +357,16 @@ def train_recogniser(run: Run, split: str, name: str) -> dict:
     start = net.init(key, jnp.zeros((1, side, side, 3)))["params"]
     steps, size = run.budget.recogniser
 
-    def features_of(params, images, key):
-        features = net.apply({"params": params}, disturbed(drawings.to_float(images), key, side))
+    def shown(rows):
+        return set_.images[rows], set_.points[rows] if aligned else None
+
+    def raw(params, drawn, key):
+        images, points = drawn
+        seen = disturbed(drawings.to_float(images), key, side, points)
+        return net.apply({"params": params}, seen)
+
+    def features_of(params, drawn, key):
+        features = raw(params, drawn, key)
         # Of one batch, as in batch normalisation: all faces are alike, and what they have in
         # common would keep every angle small.
         centred = features - features.mean(0, keepdims=True)
@@ -368,42 +384,37 @@ def train_recogniser(run: Run, split: str, name: str) -> dict:
     def pairs(rng):
         who = rng.choice(count, size // 2, replace=False)
         which = rng.permuted(np.tile(np.arange(run.budget.each), (size // 2, 1)), axis=1)[:, :2]
-        return set_.images[(who[:, None] * run.budget.each + which).T.reshape(-1)]
+        return shown((who[:, None] * run.budget.each + which).T.reshape(-1))
 
     optimizer = muon(start, steps // 2)
     start, before = fit(run, f"{name} pairs", start, pair_loss, pairs, steps // 2, optimizer)
 
     # Then ArcFace proper, against a centre for each person that starts at their mean.
     apply = jax.jit(features_of)
-    shown = set_.images.reshape(count, run.budget.each, *set_.images.shape[1:])
-    rows = np.arange(count).reshape(-1, min(count, 50))
+    first = run.budget.each * np.arange(count).reshape(-1, min(count, 50))
     means = sum(
-        np.concatenate([apply(start, shown[row, i], jax.random.fold_in(key, i)) for row in rows])
+        np.concatenate([apply(start, shown(row + i), jax.random.fold_in(key, i)) for row in first])
         for i in range(min(4, run.budget.each))
     )
 
     def loss(params, batch, key):
-        images, who = batch
-        cosine = features_of(params["net"], images, key) @ unit(params["centres"]).T
+        drawn, who = batch
+        cosine = features_of(params["net"], drawn, key) @ unit(params["centres"]).T
         return margin_loss(cosine, jax.nn.one_hot(who, count))
 
     def batch(rng):
         rows = rng.integers(0, len(set_.images), size)
-        return set_.images[rows], set_.who[rows]
+        return shown(rows), set_.who[rows]
 
     params = {"net": start, "centres": unit(jnp.asarray(means))}
     optimizer = muon(params, steps // 2, 0.003)
     params, losses = fit(run, name, params, loss, batch, steps // 2, optimizer, ema=0.99)
 
     # The statistics of many batches go into the last layer.
-    raw = jax.jit(
-        lambda images, key: net.apply(
-            {"params": params["net"]}, disturbed(drawings.to_float(images), key, side)
-        )
-    )
+    apply = jax.jit(raw)
     rows = np.random.default_rng(0).integers(0, len(set_.images), (32, size))
     features = np.concatenate(
-        [raw(set_.images[row], jax.random.fold_in(key, i)) for i, row in enumerate(rows)]
+        [apply(params["net"], shown(row), jax.random.fold_in(key, i)) for i, row in enumerate(rows)]
     )
     mean, std = features.mean(0), features.std(0) + 1e-3
     last = params["net"]["last"]
@@ -422,25 +433,30 @@ def margin_loss(cosine: jax.Array, own: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy(SCALE * jnp.where(own > 0, shifted, cosine), own))
 
 
-def disturbed(images: jax.Array, key: jax.Array, size: int) -> jax.Array:
+def disturbed(
+    images: jax.Array, key: jax.Array, size: int, points: jax.Array | None = None
+) -> jax.Array:
     """Returns float32[B, size, size, 3]: shifted, scaled, mirrored, blurred, of other light.
 
-    So that a recogniser trained on drawings also knows the softer ones that a network makes.
+    So that a network trained on drawings also knows the softer ones that a network makes.
+
+    Args:
+        images: float32[B, side, side, 3] in [-1, 1].
+        points: float32[B, 5, 2], to cut ArcFace's crop by them, turned a little, too: as far off as
+            a detector's points are. None for the whole picture.
     """
     side = images.shape[1]
     keys = jax.random.split(key, 7)
     B = len(images)
-    scale = (size / side) * (1 + 0.08 * jax.random.uniform(keys[0], (B, 1), minval=-1))
-    shift = 0.05 * size * jax.random.uniform(keys[1], (B, 2), minval=-1)
-
-    def move(image, scale, shift):
-        both = jnp.broadcast_to(scale, (2,))
-        centred = shift + (size - side * both) / 2
-        return jax.image.scale_and_translate(
-            image, (size, size, 3), (0, 1), both, centred, "linear", antialias=False
-        )
-
-    moved = jax.vmap(move)(images, scale, shift)
+    if points is None:
+        scale = (size / side) * (1 + 0.08 * jax.random.uniform(keys[0], (B, 1), minval=-1))
+        shift = 0.05 * size * jax.random.uniform(keys[1], (B, 2), minval=-1)
+        moved = jax.vmap(functools.partial(_moved, size=size))(images, scale, shift)
+    else:
+        by, angle = jnp.split(jax.random.uniform(keys[0], (B, 2), minval=-1), 2, axis=1)
+        shift = CROP_SHIFT * jax.random.uniform(keys[1], (B, 2), minval=-1)
+        off = (1 + CROP_SCALE * by[:, 0], CROP_ANGLE * angle[:, 0], shift)
+        moved = jax.vmap(functools.partial(aligned_crop, size=size))(images, points, *off)
     flip = jax.random.bernoulli(keys[2], 0.5, (B, 1, 1, 1))
     moved = jnp.where(flip, moved[:, :, ::-1], moved)
     blurred = moved
@@ -453,6 +469,51 @@ def disturbed(images: jax.Array, key: jax.Array, size: int) -> jax.Array:
     gain = 1 + 0.1 * jax.random.normal(keys[5], (B, 1, 1, 3))
     noise = 0.03 * jax.random.normal(keys[6], moved.shape)
     return jnp.clip((moved + 1) * gain - 1 + noise, -1, 1)
+
+
+def _moved(image: jax.Array, scale: jax.Array, shift: jax.Array, size: int) -> jax.Array:
+    both = jnp.broadcast_to(scale, (2,))
+    centred = shift + (size - image.shape[0] * both) / 2
+    return jax.image.scale_and_translate(
+        image, (size, size, 3), (0, 1), both, centred, "linear", antialias=False
+    )
+
+
+def aligned_crop(
+    image: jax.Array,
+    points: jax.Array,
+    scale: jax.Array = 1.0,
+    angle: jax.Array = 0.0,
+    shift: jax.Array | tuple[float, float] = (0.0, 0.0),
+    *,
+    size: int,
+) -> jax.Array:
+    """Returns ArcFace's crop float32[size, size, 3] of a picture in [-1, 1], black beyond its edge.
+
+    As insightface cuts it at 112 pixels: bilinear, by the similarity that brings the five points
+    float32[5, 2] to its template.
+
+    Args:
+        scale, angle, shift: of what is on the crop, about its middle: how much larger, how far
+            turned (radians, clockwise) and moved (shares of the side, to the right and down).
+    """
+    from insightface.utils import face_align
+
+    # Points as complex numbers: a similarity is then a product and a sum, and its least squares fit
+    # a ratio of two scalar products.
+    template = face_align.arcface_dst[:, 0] + 1j * face_align.arcface_dst[:, 1]
+    p = points[:, 0] + 1j * points[:, 1]
+    centred = p - p.mean()
+    factor = jnp.vdot(centred, template - template.mean()) / jnp.vdot(centred, centred)
+    pixels = (jnp.arange(size) + 0.5) * (FACE_SIZE / size) - 0.5
+    middle = (FACE_SIZE - 1) / 2 * (1 + 1j)
+    moved = FACE_SIZE * (shift[0] + 1j * shift[1])
+    places = pixels[None] + 1j * pixels[:, None] - middle - moved
+    places = places * jnp.exp(-1j * angle) / scale + middle
+    places = (places - template.mean()) / factor + p.mean()
+    at = [places.imag, places.real]
+    sample = functools.partial(map_coordinates, order=1, mode="constant", cval=-1.0)
+    return jnp.stack([sample(image[..., i], at) for i in range(3)], axis=-1)
 
 
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
@@ -669,8 +730,9 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "prepare": prepare,
     "judge": train_own_judge,
     "vae": train_vae,
-    "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser"),
-    "scoring": lambda run: train_recogniser(run, "scoring", "scoring"),
+    "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser", aligned=True),
+    # It sees whole pictures, so that no score depends on a detector.
+    "scoring": lambda run: train_recogniser(run, "scoring", "scoring", aligned=False),
     "scoring_judge": train_scoring_judge,
     "clip": train_clip,
     "unet": train_unet,
