@@ -16,7 +16,7 @@ from idea_jax import checkpoint, learned_embeds
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
-from idea_jax.files import atomic_write, check_writable, slug, write_together
+from idea_jax.files import atomic_write, check_writable, file_digest, slug, write_together
 from idea_jax.method import condition
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
@@ -295,7 +295,7 @@ def describe(
         "revision": found.revision,
         "identity": {
             "file": source.name,
-            "sha256": checkpoint.file_digest(source),
+            "sha256": file_digest(source),
             "profile": identity.method.profile,
             "steps": identity.steps,
         },

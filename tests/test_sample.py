@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 import sample_jax
-from idea_jax import checkpoint, learned_embeds, sample
+from idea_jax import checkpoint, files, learned_embeds, sample
 from idea_jax.data import images, text
 from idea_jax.method import condition
 from idea_jax.models import sd
@@ -147,7 +147,7 @@ def test_command_writes_pictures_grid_and_what_made_them(
     about = json.loads((folders[0] / "run.json").read_text())
     assert about["prompt"] == "a photo of {}" and about["seed"] == 0
     assert about["model"] == "tiny" and about["identity"]["file"] == "identity.safetensors"
-    assert about["identity"]["sha256"] == checkpoint.file_digest(file)
+    assert about["identity"]["sha256"] == files.file_digest(file)
     marks = images.read_png_text(folders[0] / "00001.png")
     assert marks["AIGenerated"] == "true"
     assert json.loads(marks["parameters"])["picture"] == 1
