@@ -359,11 +359,19 @@ class SampleConfig:
         ...,
         "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
     )
-    identity: str | None = setting(None, "identity.safetensors that training wrote")
+    identity: list[str] | None = setting(
+        None,
+        "identity.safetensors that training wrote; of several people one each, as FILE or as "
+        "NAME=FILE (may be repeated)",
+    )
     learned_embedding_path: str | None = setting(
         None, "token embeddings only: learned_embeds.safetensors or a legacy learned_embeds.bin"
     )
-    prompt: list[str] | None = setting(None, "prompts; {} stands for the person")
+    prompt: list[str] | None = setting(
+        None,
+        "prompts; {} stands for the person, and of several people for each in turn; {NAME} and "
+        "{OTHER} put them into one picture",
+    )
     prompt_file: str | None = setting(None, "text file with one prompt per line")
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
@@ -371,7 +379,7 @@ class SampleConfig:
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
-    batch_size: int = setting(8, "pictures that are drawn in one call")
+    batch_size: int = setting(8, "pictures that are drawn in one call, on each device")
     num_inference_steps: int = setting(50, "sampling steps")
     guidance_scale: float = setting(7.5, "classifier-free guidance; 1 turns it off")
     scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"))
@@ -474,7 +482,7 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return
     if is_list:
-        options["nargs"] = "+"
+        options |= {"nargs": "+", "action": "extend"}
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
 
 

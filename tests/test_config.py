@@ -180,6 +180,11 @@ def test_sizes_of_the_mesh_are_read():
     assert parse(TrainConfig, REQUIRED).mesh_shape() is None
 
 
+def test_lists_may_be_given_in_parts():
+    cfg = parse(SampleConfig, [*SAMPLE, "--identity", "b=x", "c", "--prompt", "{} too"])
+    assert cfg.identity == ["i", "b=x", "c"] and cfg.prompt == ["{}", "{} too"]
+
+
 def test_missing_settings_are_listed():
     with pytest.raises(ConfigError, match="missing: --pretrained_model_name_or_path"):
         build(TrainConfig, {}, {})
