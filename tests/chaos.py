@@ -104,7 +104,7 @@ class Job:
             process.send_signal(number)
             time.sleep(0.1)
         started = time.monotonic()
-        code = process.wait(60)
+        code = process.wait(PATIENCE)
         self.seconds_to_stop = time.monotonic() - started
         return code if is_running else None
 

@@ -114,8 +114,9 @@ def multiplications(text):
             labels = re.search(r"x\[([^\]]*)\]->", line)[1].split(", ")
             total += math.prod(out) * math.prod(right) // right[labels.index("o")]
         else:
-            summed = re.search(r"contracting_dims = \[([\d, ]*)\] x", line)[1].split(", ")
-            total += math.prod(out) * math.prod(left[int(axis)] for axis in summed)
+            summed = re.search(r"contracting_dims = \[([\d, ]*)\] x", line)
+            axes = summed[1].split(", ") if summed and summed[1] else ()
+            total += math.prod(out) * math.prod(left[int(axis)] for axis in axes)
     return total
 
 
