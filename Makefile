@@ -1,12 +1,13 @@
 # make demo   learn one person from a photo and draw them; installs what it needs into .venv
 # make test   lint and test; adds the test requirements to the same .venv
+# make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow clean
+.PHONY: demo test chaos slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
@@ -15,6 +16,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.installed-test
+	timeout 600 $(BIN)/python -m pytest -m chaos -n 0 -s
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0

@@ -1,4 +1,4 @@
-"""Draws a learned person: see `python sample_jax.py --help` and README.md."""
+"""Draws learned people: see `python sample_jax.py --help` and README.md."""
 
 import sys
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
         sample.run,
         argv,
         prog="sample_jax.py",
-        description="Draw a learned person; writes one folder of pictures per prompt.",
+        description="Draw learned people; writes one folder of pictures per prompt.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Learns one person from photos: see `python train_jax.py --help` and README.md."""
+"""Learns people from photos: see `python train_jax.py --help` and README.md."""
 
 import sys
 
@@ -12,7 +12,8 @@ def main(argv: list[str] | None = None) -> int:
         train.run,
         argv,
         prog="train_jax.py",
-        description="Learn one person from photos; writes OUT/identity.safetensors.",
+        description="Learn people from photos; writes OUT/identity.safetensors, or one of each "
+        "person in OUT/PERSON.",
     )
 
 

@@ -4,8 +4,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
+import os
 import platform
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +23,8 @@ from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.train_step import IdentityState
 
+log = logging.getLogger(__name__)
+
 FORMAT = "idea_jax.identity"
 FORMAT_VERSION = 1
 # Constants that belong in the file: sampling depends on them. The regulariser's metric does not;
@@ -33,6 +38,10 @@ class IdentityError(ValueError):
 
 class CheckpointError(ValueError):
     """A run cannot be resumed from where it was asked to."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -198,12 +207,6 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Fro
         raise IdentityError(f"{where} does not fit this checkpoint: " + "; ".join(problems[:20]))
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tree_digest(tree: dict) -> str:
     """SHA-256 of the names and values of all leaves, hexadecimal."""
     digest = hashlib.sha256()
@@ -226,7 +229,9 @@ class Checkpoints:
     """Checkpoints of a run in `folder/STEP`, written by orbax in the background.
 
     A checkpoint holds the trainables, the optimiser's state and the step. All else follows from
-    the settings and the photos; their fingerprint is kept with it and must match on resume.
+    the settings and the photos; their fingerprint is kept with it and must match on resume. SHA-256
+    digests of all of it, taken before it was handed over, are kept as well and must match what is
+    read: orbax itself restores most flipped bits without a word.
     """
 
     def __init__(self, folder: Path, fingerprint: dict, *, limit: int | None = None):
@@ -243,7 +248,20 @@ class Checkpoints:
     @functools.cached_property
     def manager(self):
         """orbax's manager; made when first needed, since making it makes the folder."""
-        options = self.ocp.CheckpointManagerOptions(max_to_keep=self.limit)
+        ours = {}
+        if jax.process_count() > 1:
+            # Each process has people of its own; orbax takes a checkpoint for that of all of them.
+            own = jax.process_index()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            ours["create"] = False
+            ours["multiprocessing_options"] = self.ocp.options.MultiprocessingOptions(
+                primary_host=own,
+                active_processes={own},
+                barrier_sync_key_prefix=hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16],
+            )
+        options = self.ocp.CheckpointManagerOptions(
+            max_to_keep=self.limit, cleanup_tmp_directories=True, **ours
+        )
         return self.ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: IdentityState) -> None:
@@ -256,7 +274,9 @@ class Checkpoints:
         # Host copies: the caller's next step may reuse the device buffers while orbax still writes.
         tree = jax.tree.map(np.array, resumable(state))
         items = self.ocp.args.Composite(
-            state=self.ocp.args.StandardSave(tree), run=self.ocp.args.JsonSave(self.fingerprint)
+            state=self.ocp.args.StandardSave(tree),
+            run=self.ocp.args.JsonSave(self.fingerprint),
+            sha256=self.ocp.args.JsonSave(digests(tree, self.fingerprint)),
         )
         with self.writing():
             is_saved = self.manager.save(int(state.step), args=items, force=True)
@@ -267,68 +287,112 @@ class Checkpoints:
             )
 
     def restore(self, state: IdentityState, which: str) -> IdentityState | None:
-        """Returns `state` as it was at a checkpoint; None if "latest" finds none.
+        """Returns `state` as it was at a checkpoint; None if "latest" finds no whole one.
 
-        Checkpoints of later steps are removed: the run goes on from this one.
+        Checkpoints of later steps are removed: the run goes on from this one. "latest" passes over
+        damaged ones, which get another name, and says so.
 
         Args:
           which: "latest" or the path of a checkpoint's folder.
 
         Raises:
-          CheckpointError: no such checkpoint, a damaged one, or one of a run with other settings.
+          CheckpointError: no such checkpoint, a damaged one that was asked for by its path, or one
+            of a run with other settings.
         """
-        step = self.manager.latest_step()
-        if which == "latest" and step is None:
-            return None
+        steps = sorted(self.manager.all_steps(), reverse=True)
         if which != "latest":
             path = Path(which).resolve()
-            present = {
-                self.manager.directory / str(step): step for step in self.manager.all_steps()
-            }
-            if path not in present:
-                found = ", ".join(str(step) for step in sorted(present.values())) or "none"
+            if path not in [self.folder / str(step) for step in steps]:
+                found = ", ".join(str(step) for step in reversed(steps)) or "none"
                 raise CheckpointError(
-                    f"no checkpoint at {which}; in {self.manager.directory} there are: {found}"
+                    f"no checkpoint at {which}; in {self.folder} there are: {found}"
                 )
-            step = present[path]
+            try:
+                tree = self._read(int(path.name), state)
+            except DamagedCheckpoint as error:
+                raise CheckpointError(f"{error}; name another one, or take latest") from error
+            self._remove(step for step in steps if step > int(path.name))
+            return state._replace(**tree)
+        for place, step in enumerate(steps):
+            try:
+                tree = self._read(step, state)
+            except DamagedCheckpoint as error:
+                log.warning("%s; going back to an earlier one", error)
+                continue
+            self._set_aside(steps[:place])
+            return state._replace(**tree)
+        self._set_aside(steps)
+        return None
+
+    def _read(self, step: int, state: IdentityState) -> dict:
+        """What a checkpoint holds of a state, verified.
+
+        Raises:
+          DamagedCheckpoint: it is not what was written.
+          CheckpointError: it is of a run with other settings.
+        """
+        args = self.ocp.args
+        target = jax.tree.map(np.asarray, jax.device_get(resumable(state)))
         try:
-            run = self.manager.restore(
-                step, args=self.ocp.args.Composite(run=self.ocp.args.JsonRestore())
-            ).run
-            changed = [k for k, v in self.fingerprint.items() if run.get(k) != v]
+            about = self.manager.restore(
+                step, args=args.Composite(run=args.JsonRestore(), sha256=args.JsonRestore())
+            )
+            if about.sha256["run"] != digests({}, about.run)["run"]:
+                raise ValueError("its settings were changed")
+            changed = [k for k, v in self.fingerprint.items() if about.run.get(k) != v]
             if changed:
-                was = ", ".join(f"{k}: {run.get(k)} -> {self.fingerprint[k]}" for k in changed)
+                was = ", ".join(
+                    f"{k}: {about.run.get(k)} -> {self.fingerprint[k]}" for k in changed
+                )
                 raise CheckpointError(
                     f"checkpoint {step} belongs to a run with other settings ({was}); resume with "
                     "the same ones, or train into another --output_dir"
                 )
-            target = jax.tree.map(self.ocp.utils.to_shape_dtype_struct, resumable(state))
-            tree = self.manager.restore(
-                step, args=self.ocp.args.Composite(state=self.ocp.args.StandardRestore(target))
+            restored = self.manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(target))
             ).state
+            tree = jax.tree.map(np.asarray, restored)
+            expected = digests(tree, about.run)
+            wrong = [name for name, value in expected.items() if about.sha256.get(name) != value]
+            if wrong:
+                raise ValueError(f"{len(wrong)} of its arrays were changed")
         except CheckpointError:
             raise
         except Exception as error:  # orbax and tensorstore raise whatever their readers raise
-            raise CheckpointError(
-                f"checkpoint {step} in {self.manager.directory} cannot be read "
-                f"({type(error).__name__}); delete that folder to resume from an earlier one"
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            raise DamagedCheckpoint(
+                f"checkpoint {step} in {self.folder} cannot be read, or is not what was written "
+                f"({reason.splitlines()[0][:200]})"
             ) from error
+        return tree
+
+    def _remove(self, steps: Iterable[int]) -> None:
         with self.writing():
-            for later in [other for other in self.manager.all_steps() if other > step]:
-                self.manager.delete(later)
-        return state._replace(**tree)
+            for step in steps:
+                self.manager.delete(step)
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        """Renames damaged checkpoints, so that the steps can be written again."""
+        with self.writing():
+            for step in steps:
+                aside = self.folder / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self.folder / str(step), aside)
+            self.manager.reload()
 
     def close(self) -> None:
-        """Waits until every checkpoint is on disk.
+        """Waits until every checkpoint is on disk; does nothing the second time.
 
         Raises:
           WriteError: one could not be written.
         """
-        if "manager" not in self.__dict__:
+        manager = self.__dict__.get("manager")
+        if manager is None:
             return
         with self.writing():
-            self.manager.wait_until_finished()
-            self.manager.close()
+            manager.wait_until_finished()
+            manager.close()
+        del self.manager
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -336,9 +400,19 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise cannot_write(self.manager.directory, error) from error
+            raise cannot_write(self.folder, error) from error
 
 
 def resumable(state: IdentityState) -> dict:
     """The part of a state that a checkpoint holds."""
     return {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step}
+
+
+def digests(tree: dict, run: dict) -> dict[str, str]:
+    """SHA-256 of each array, its type and shape included, and of the run's fingerprint."""
+    found = {"run": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest = hashlib.sha256(f"{leaf.dtype} {leaf.shape} ".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+        found[jax.tree_util.keystr(path)] = digest.hexdigest()
+    return found

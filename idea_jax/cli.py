@@ -4,7 +4,16 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from idea_jax import checkpoint, config, face_models, learned_embeds, train
+from idea_jax import (
+    checkpoint,
+    config,
+    devices,
+    face_models,
+    group,
+    jobs,
+    learned_embeds,
+    results,
+)
 from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
 from idea_jax.models import hub, layers, weights
@@ -22,7 +31,9 @@ INPUT_ERRORS = (
     hub.CheckpointNotFound,
     checkpoint.IdentityError,
     checkpoint.CheckpointError,
-    train.TrainingError,
+    results.TrainingError,
+    devices.DevicesError,
+    jobs.JobsError,
     schedule.ScheduleError,
     OSError,
 )
@@ -52,7 +63,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     except INPUT_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
-    except train.Interrupted as stop:
+    except group.Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ class TrainConfig:
         "file of names, one per line, for Cross Initialization (default: the checkpoint's own "
         "names.txt, or the shipped list)",
     )
-    # Several people, one after the other
+    # Several people
     dataset: str | None = setting(
         None, "data set to learn people from, instead of train_data_dir", choices=("celeb_a",)
     )
@@ -140,6 +141,22 @@ class TrainConfig:
     )
     pictures_per_person: int | None = setting(
         None, "pictures of each person to train on, chosen by the seed; the rest is held out"
+    )
+    identities_per_step: int | None = setting(
+        None,
+        "people that are trained in one step, over all devices (default: one for each device on "
+        "the mesh's identity axis)",
+    )
+    mesh: str | None = setting(
+        None,
+        "devices along people and along the samples of each, such as identity=4,data=2 (default: "
+        "all on identity for several people, else all on data)",
+    )
+    shard_frozen: bool = setting(
+        False, "split the frozen weights over the mesh's data axis, for devices with little memory"
+    )
+    distributed: bool = setting(
+        False, "one of several processes: docs/scale.md says how they are started"
     )
     # The face (profiles paper and official, and --crop face)
     face_model_dir: str | None = setting(
@@ -225,6 +242,7 @@ class TrainConfig:
     def __post_init__(self):
         positive(self, "n_pseudo_tokens", "kv_rank", "max_train_steps", "train_batch_size")
         positive(self, "resolution", "validation_steps", "num_validation_images")
+        positive(self, "identities_per_step")
         positive(self, "checkpoints_total_limit", "adam_epsilon", "pictures_per_person")
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
@@ -263,6 +281,12 @@ class TrainConfig:
 
         self.check_sources()
         self.check_face()
+        shape = self.mesh_shape()
+        if self.shard_frozen and (shape is None or shape["data"] == 1):
+            raise ConfigError(
+                "--shard_frozen splits the weights over the devices on data; give --mesh with "
+                "data=N, N > 1"
+            )
 
     def check_sources(self) -> None:
         """Raises unless there is one source of photos."""
@@ -294,6 +318,22 @@ class TrainConfig:
         if self.pre_aligned and self.crop == "face":
             raise ConfigError("--crop face has no effect on --pre_aligned photos: they are crops")
 
+    def mesh_shape(self) -> dict[str, int] | None:
+        """The sizes of the mesh's axes `identity` and `data`; None where none was given.
+
+        Raises:
+          ConfigError: the setting does not say that.
+        """
+        if self.mesh is None:
+            return None
+        pairs = re.findall(r"(identity|data)=([1-9]\d*)(?:,|$)", self.mesh)
+        shape = {axis: int(size) for axis, size in pairs}
+        if ",".join("=".join(pair) for pair in pairs) != self.mesh or len(shape) < len(pairs):
+            raise ConfigError(
+                f"--mesh must be identity=N,data=M, such as identity=4,data=2, got {self.mesh!r}"
+            )
+        return {"identity": 1, "data": 1} | shape
+
     @property
     def center_crop(self) -> bool:
         """Whether the central square of a photo is trained on."""
@@ -319,11 +359,19 @@ class SampleConfig:
         ...,
         "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
     )
-    identity: str | None = setting(None, "identity.safetensors that training wrote")
+    identity: list[str] | None = setting(
+        None,
+        "identity.safetensors that training wrote; of several people one each, as FILE or as "
+        "NAME=FILE (may be repeated)",
+    )
     learned_embedding_path: str | None = setting(
         None, "token embeddings only: learned_embeds.safetensors or a legacy learned_embeds.bin"
     )
-    prompt: list[str] | None = setting(None, "prompts; {} stands for the person")
+    prompt: list[str] | None = setting(
+        None,
+        "prompts; {} stands for the person, and of several people for each in turn; {NAME} and "
+        "{OTHER} put them into one picture",
+    )
     prompt_file: str | None = setting(None, "text file with one prompt per line")
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
@@ -331,7 +379,7 @@ class SampleConfig:
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
-    batch_size: int = setting(8, "pictures that are drawn in one call")
+    batch_size: int = setting(8, "pictures that are drawn in one call, on each device")
     num_inference_steps: int = setting(50, "sampling steps")
     guidance_scale: float = setting(7.5, "classifier-free guidance; 1 turns it off")
     scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"))
@@ -434,7 +482,7 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return
     if is_list:
-        options["nargs"] = "+"
+        options |= {"nargs": "+", "action": "extend"}
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
 
 

@@ -106,6 +106,12 @@ def check_writable(folder: str | os.PathLike) -> None:
         raise cannot_write(folder, error.__cause__ or error) from error
 
 
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:

@@ -4,19 +4,23 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from idea_jax import checkpoint, learned_embeds
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
-from idea_jax.files import atomic_write, check_writable, slug, write_together
+from idea_jax.files import atomic_write, check_writable, file_digest, slug, write_together
 from idea_jax.method import condition
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
@@ -47,6 +51,31 @@ def prompt_keys_values(
     """
     prompt = condition.drawing_keys_values(
         method, model, frozen, trainable, given, prompt_ids[None], strength=strength
+    )
+    negative = project_kv(
+        frozen.cross_kv, sd.encode_text(model, frozen, negative_ids[None]), model.dtype
+    )
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative, prompt)
+
+
+@functools.partial(jax.jit, static_argnames=("methods", "model"))
+def cast_keys_values(
+    methods: tuple[condition.Method, ...],
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    trainables: Sequence[condition.Trainable],
+    givens: Sequence[condition.Given],
+    prompt_ids: jax.Array,
+    negative_ids: jax.Array,
+    strength: jax.Array,
+) -> dict:
+    """What `prompt_keys_values` returns, of a prompt that names one person or several.
+
+    Args:
+      prompt_ids: int32[T]; ids as in `condition.keys_values_together`.
+    """
+    prompt = condition.keys_values_together(
+        methods, model, frozen, trainables, givens, prompt_ids[None], strength=strength
     )
     negative = project_kv(
         frozen.cross_kv, sd.encode_text(model, frozen, negative_ids[None]), model.dtype
@@ -135,6 +164,104 @@ def draw_prompt(
     return np.concatenate(pictures)[:count]
 
 
+@functools.partial(
+    jax.jit, static_argnames=("mesh", "model", "size", "scheduler", "steps", "is_guided", "eta")
+)
+def draw_everywhere(
+    mesh: Mesh,
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    kv: dict,
+    seed: jax.Array,
+    indices: jax.Array,
+    guidance_scale: jax.Array,
+    **settings,
+) -> jax.Array:
+    """`draw` on every device of a mesh, each with a prompt and picture numbers of its own.
+
+    Args:
+      mesh: of D devices, with the axis `pictures`.
+      kv: leaves [D, 2, T, inner]; indices: int32[D, B].
+      settings: as of `draw`.
+
+    Returns:
+      float32[D, B, height, width, 3] in [-1, 1].
+    """
+
+    def one(frozen, kv, seed, indices, guidance_scale):
+        own = jax.tree.map(lambda leaf: leaf[0], kv)
+        return draw(model, frozen, own, seed, indices[0], guidance_scale, **settings)[None]
+
+    each = P("pictures")
+    # Nothing is communicated, so there is nothing that checking replication could find.
+    spread = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(P(), each, P(), each, P()),
+        out_specs=each,
+        check_vma=False,
+    )
+    return spread(frozen, kv, seed, indices, guidance_scale)
+
+
+def draw_all(
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    keys_values: Callable[[sd.Frozen, int], dict],
+    prompts: int,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int,
+    guidance_scale: float,
+    **settings,
+) -> Iterator[np.ndarray]:
+    """Yields pictures 0..count-1 of a seed for each prompt: uint8[count, height, width, 3].
+
+    The pictures are spread over all devices of the process, in calls of one shape.
+
+    Args:
+      keys_values: (frozen, prompt's number) -> leaves [2, T, inner].
+      prompts: number of prompts.
+      batch_size: pictures of one prompt that a device draws at once, at most.
+      settings: as of `draw`.
+    """
+    devices = jax.local_devices()
+    batch_size = min(batch_size, count, math.ceil(prompts * count / len(devices)))
+    # A unit is a batch of one prompt; its last one is filled up with further pictures.
+    units = [(n, first) for n in range(prompts) for first in range(0, count, batch_size)]
+    devices = np.array(devices[: len(units)])
+    mesh = Mesh(devices, ("pictures",), axis_types=(AxisType.Auto,))
+    frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
+    each = NamedSharding(mesh, P("pictures"))
+    known: dict[int, dict] = {}  # keys and values of the prompts under way
+    drawn: list[np.ndarray] = []  # of the prompt that is not complete yet
+    for start in tqdm(range(0, len(units), len(devices)), unit="batch", disable=None, leave=False):
+        now = units[start : start + len(devices)]
+        known = {
+            n: known[n] if n in known else jax.device_get(keys_values(frozen, n)) for n, _ in now
+        }
+        filled = [*now, *[now[-1]] * (len(devices) - len(now))]
+        kv = jax.tree.map(lambda *leaves: np.stack(leaves), *(known[n] for n, _ in filled))
+        numbers = np.array([range(first, first + batch_size) for _, first in filled], np.int32)
+        pictures = draw_everywhere(
+            mesh,
+            model,
+            frozen,
+            jax.device_put(kv, each),
+            jnp.uint32(seed),
+            jax.device_put(numbers, each),
+            jnp.float32(guidance_scale),
+            is_guided=guidance_scale != 1,
+            **settings,
+        )
+        for (_, first), part in zip(now, np.asarray(pictures), strict=False):
+            drawn.append(images.to_uint8(part))
+            if first + batch_size >= count:
+                yield np.concatenate(drawn)[:count]
+                drawn = []
+
+
 def read_prompts(cfg: SampleConfig) -> list[str]:
     """The prompts of a run, in order, each once.
 
@@ -156,11 +283,45 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
     return unique
 
 
-def read_person(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
-    """The identity that a run draws, and the file it came from."""
-    if cfg.identity is not None:
-        path = Path(cfg.identity)
-        return checkpoint.read_identity(path), path
+@dataclass(frozen=True)
+class Sitter:
+    """Somebody who is drawn: their identity, the file it came from, their name in prompts."""
+
+    name: str
+    identity: checkpoint.Identity
+    source: Path
+
+
+def read_sitters(cfg: SampleConfig) -> list[Sitter]:
+    """The people that a run draws, in order.
+
+    Raises:
+      ConfigError: two have the same name.
+      IdentityError, EmbedsError, FileNotFoundError: a file cannot be used.
+    """
+    if cfg.identity is None:
+        return [Sitter("", *read_tokens(cfg))]
+    sitters = []
+    for given in cfg.identity:
+        named = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", given)
+        path = Path(given)
+        if named and not path.is_file():
+            path = Path(named[2])
+        # Training calls all of them identity.safetensors, in a folder with the person's name.
+        own = path.resolve().parent.name if path.stem == "identity" else path.stem
+        name = named[1] if named and path == Path(named[2]) else own
+        sitters.append(Sitter(name, checkpoint.read_identity(path), path))
+    names = [sitter.name for sitter in sitters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"several of --identity are called {', '.join(twice)}; tell them apart with NAME=FILE"
+        )
+    return sitters
+
+
+def read_tokens(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
+    """The token embeddings that a run draws with, as an identity, and their file."""
     path, notice = learned_embeds.locate(Path(cfg.learned_embedding_path))
     if notice:
         log.warning(notice)
@@ -189,6 +350,79 @@ def read_person(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
     return identity, path
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """One folder of pictures: a prompt, and whom it shows.
+
+    Attributes:
+      prompt: as it was given.
+      cast: numbers of the people in it.
+      ids: int32[T]; the tokens of the first of the cast follow the vocabulary, then the second's.
+      folder: in which the prompt's folder lies, below the run's.
+    """
+
+    prompt: str
+    cast: tuple[int, ...]
+    ids: np.ndarray
+    folder: str
+
+
+def plan(
+    cfg: SampleConfig, prompts: list[str], sitters: list[Sitter], plain: text.Tokenizer
+) -> tuple[list[Drawing], np.ndarray]:
+    """The drawings of a run, and the token ids of the negative prompt, int32[T].
+
+    A prompt with {} is drawn once for each person, one with {NAME} once.
+
+    Raises:
+      TextError: a prompt names nobody, or somebody unknown, or is too long.
+      ConfigError: the negative prompt names a person.
+    """
+    drawings = []
+    sizes = [sitter.identity.method.num_tokens for sitter in sitters]
+    own = [
+        plain.with_placeholder(s.identity.placeholder, s.identity.method.num_tokens)
+        for s in sitters
+    ]
+    for prompt in prompts:
+        if is_for_each(prompt, sitters):
+            for number, (sitter, tokenizer) in enumerate(zip(sitters, own, strict=True)):
+                (ids,) = tokenizer([text.fill(prompt, tokenizer.placeholder)])
+                folder = safe_name(sitter.name) if len(sitters) > 1 else "."
+                drawings.append(Drawing(prompt, (number,), ids, folder))
+            continue
+        # Whatever they are called in their files, here they need words of their own.
+        words = {
+            s.name: text.Placeholder(f"<sitter-{k}>", n)
+            for k, (s, n) in enumerate(zip(sitters, sizes, strict=True))
+        }
+        filled, names = text.fill_names(prompt, words)
+        tokenizer = plain
+        for name in names:
+            tokenizer = tokenizer.with_placeholder(words[name].token, words[name].n)
+        (ids,) = tokenizer([filled])
+        cast = tuple(k for k, sitter in enumerate(sitters) if sitter.name in names)
+        drawings.append(Drawing(prompt, cast, ids, "."))
+    for tokenizer in own:
+        (negative,) = tokenizer([cfg.negative_prompt])
+        if (negative >= tokenizer.vocab_size).any():
+            raise ConfigError(
+                "--negative_prompt is drawn by the plain model, without the person; leave "
+                f"{tokenizer.placeholder.token} out of it"
+            )
+    return drawings, negative
+
+
+def is_for_each(prompt: str, sitters: list[Sitter]) -> bool:
+    """Whether a prompt is drawn once for each person; otherwise it says by name whom it shows."""
+    return "{}" in prompt or (len(sitters) == 1 and f"{{{sitters[0].name}}}" not in prompt)
+
+
+def safe_name(name: str) -> str:
+    """A person's name if it can be that of a folder, else a slug of it."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else slug(name)
+
+
 def picture_size(
     model: sd.StableDiffusion,
     height: int | None,
@@ -211,28 +445,68 @@ def picture_size(
 
 
 def run(cfg: SampleConfig) -> list[Path]:
-    """Draws every prompt of a run; returns the folders written, one per prompt."""
+    """Draws every prompt of a run; returns the folders written, one per prompt and person."""
     prompts = read_prompts(cfg)
-    identity, source = read_person(cfg)
+    sitters = read_sitters(cfg)
     # All prompts are read before anything is loaded: the last one's mistake should not cost a run.
-    person = text.Placeholder(identity.placeholder, identity.method.num_tokens)
-    filled = [text.fill(prompt, person) for prompt in prompts]
+    people = {s.name: text.Placeholder(s.identity.placeholder, 1) for s in sitters}
+    for prompt in prompts:
+        if is_for_each(prompt, sitters):
+            text.fill(prompt, people[sitters[0].name])
+        else:
+            text.fill_names(prompt, people)
     check_writable(cfg.save_dir)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     model = sd.read_configs(found.folder, compute_dtype)
     size = picture_size(model, cfg.height, cfg.width)
-    tokenizer = text.load_tokenizer(
+    plain = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    ).with_placeholder(person.token, person.n)
-    token_ids = tokenizer([*filled, cfg.negative_prompt])
-    if (token_ids[-1] >= tokenizer.vocab_size).any():
-        raise ConfigError(
-            "--negative_prompt is drawn by the plain model, without the person; leave "
-            f"{person.token} out of it"
-        )
+    )
+    drawings, negative_ids = plan(cfg, prompts, sitters, plain)
     model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
-    checkpoint.check_identity(identity, model, frozen, source)
+    for sitter in sitters:
+        checkpoint.check_identity(sitter.identity, model, frozen, sitter.source)
+        warn_of(cfg, sitter.identity, found)
+
+    def keys_values(frozen, number):
+        cast = [sitters[k].identity for k in drawings[number].cast]
+        return cast_keys_values(
+            tuple(identity.method for identity in cast),
+            model,
+            frozen,
+            tuple(identity.trainable for identity in cast),
+            tuple(identity.given for identity in cast),
+            drawings[number].ids,
+            negative_ids,
+            jnp.float32(cfg.id_strength),
+        )
+
+    pictures = draw_all(
+        model,
+        frozen,
+        keys_values,
+        len(drawings),
+        seed=cfg.seed,
+        count=cfg.num_images_per_prompt * cfg.n_iter,
+        batch_size=cfg.batch_size,
+        guidance_scale=cfg.guidance_scale,
+        size=size,
+        scheduler=cfg.scheduler,
+        steps=cfg.num_inference_steps,
+        eta=cfg.eta,
+    )
+    folders = []
+    for drawing, drawn in zip(drawings, pictures, strict=True):
+        settings = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
+        folder = Path(cfg.save_dir) / drawing.folder
+        folders.append(save_pictures(folder, drawing.prompt, drawn, settings))
+        log.info("%d pictures in %s", len(drawn), folders[-1])
+    return folders
+
+
+def warn_of(cfg: SampleConfig, identity: checkpoint.Identity, found: hub.Checkpoint) -> None:
+    """Says what a user may not expect of an identity."""
     if cfg.id_strength != 1 and not identity.method.acts_at_sampling:
         log.warning(
             "--id_strength has no effect: an identity of profile %r draws with its tokens alone",
@@ -242,50 +516,26 @@ def run(cfg: SampleConfig) -> list[Path]:
         log.warning(
             "the identity was learned on %s and is drawn with %s", identity.base_model, found.name
         )
-    settings = describe(cfg, found, size, identity, source)
-    folders = []
-    for prompt, prompt_ids in zip(prompts, token_ids[:-1], strict=True):
-        kv = prompt_keys_values(
-            identity.method,
-            model,
-            frozen,
-            identity.trainable,
-            identity.given,
-            prompt_ids,
-            token_ids[-1],
-            jnp.float32(cfg.id_strength),
-        )
-        drawn = draw_prompt(
-            model,
-            frozen,
-            kv,
-            seed=cfg.seed,
-            count=cfg.num_images_per_prompt * cfg.n_iter,
-            batch_size=cfg.batch_size,
-            size=size,
-            scheduler=cfg.scheduler,
-            steps=cfg.num_inference_steps,
-            guidance_scale=cfg.guidance_scale,
-            eta=cfg.eta,
-            progress=True,
-        )
-        folders.append(save_pictures(Path(cfg.save_dir), prompt, drawn, settings))
-        log.info("%d pictures in %s", len(drawn), folders[-1])
-    return folders
 
 
 def describe(
-    cfg: SampleConfig,
-    found: hub.Checkpoint,
-    size: tuple[int, int],
-    identity: checkpoint.Identity,
-    source: Path,
+    cfg: SampleConfig, found: hub.Checkpoint, size: tuple[int, int], cast: list[Sitter]
 ) -> dict:
     """All that the pictures of a run depend on, but for the prompt."""
     same = (
         *("seed", "scheduler", "num_inference_steps", "guidance_scale", "eta"),
         *("negative_prompt", "id_strength", "mixed_precision"),
     )
+    people = [
+        {
+            "file": sitter.source.name,
+            "sha256": file_digest(sitter.source),
+            "profile": sitter.identity.method.profile,
+            "steps": sitter.identity.steps,
+        }
+        for sitter in cast
+    ]
+    together = {s.name: about for s, about in zip(cast, people, strict=True)}
     return {
         **{name: getattr(cfg, name) for name in same},
         "pictures": cfg.num_images_per_prompt * cfg.n_iter,
@@ -293,12 +543,7 @@ def describe(
         "width": size[1],
         "model": found.name,
         "revision": found.revision,
-        "identity": {
-            "file": source.name,
-            "sha256": checkpoint.file_digest(source),
-            "profile": identity.method.profile,
-            "steps": identity.steps,
-        },
+        **({"identity": people[0]} if len(cast) == 1 else {"identities": together}),
     }
 
 

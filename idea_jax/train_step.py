@@ -1,11 +1,19 @@
-"""One training step of one person: a pure function that `jax.vmap` and `jax.shard_map` accept."""
+"""One training step of one person: a pure function that `jax.vmap` and `jax.shard_map` accept.
 
-from collections.abc import Mapping
+`step_people` is that step for many people at once, over the devices of a mesh.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from idea_jax.diffusion import schedule
 from idea_jax.method import condition
@@ -143,6 +151,9 @@ def train_step(
     frozen: sd.Frozen,
     state: IdentityState,
     batch: Batch,
+    *,
+    data_axis: str | None = None,
+    gather: Callable[[sd.Frozen], sd.Frozen] | None = None,
 ) -> tuple[IdentityState, Metrics]:
     """Takes one step; gradients exist for the trainables only.
 
@@ -152,9 +163,22 @@ def train_step(
     When the loss or a gradient is not finite, the state comes back as it was, step number
     included: the following step then draws the same batch and fails the same way, so whoever looks
     at the metrics, however late, still holds the last good state.
+
+    Args:
+      data_axis: inside a `jax.shard_map`, the mesh axis over whose devices the samples of the step
+        are spread in equal parts; `batch` is this device's part. Loss and gradients are averaged
+        over it in one all-reduce.
+      gather: makes whole weights of `frozen`, which is then this device's shards.
     """
-    grad = jax.value_and_grad(training_loss, argnums=2, has_aux=True)
-    (total, (error, pull)), grads = grad(model, method, state.trainable, frozen, state.given, batch)
+    trainable = state.trainable
+    if data_axis is not None:
+        # Gradients of values that the devices share would be summed leaf by leaf, inside autodiff.
+        trainable = jax.lax.pcast(trainable, data_axis, to="varying")
+    grad = jax.value_and_grad(_loss_of_shards(gather), argnums=2, has_aux=True)
+    (total, (error, pull)), grads = grad(model, method, trainable, frozen, state.given, batch)
+    if data_axis is not None:
+        flat, unravel = ravel_pytree((total, error, pull, grads))
+        total, error, pull, grads = unravel(jax.lax.pmean(flat, data_axis))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     grad_norm = optax.tree.norm(grads)
@@ -162,3 +186,149 @@ def train_step(
     taken = IdentityState(trainable, state.given, opt_state, state.step + 1)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, state)
     return kept, Metrics(total, error, pull, grad_norm, finite)
+
+
+def _loss_of_shards(gather: Callable[[sd.Frozen], sd.Frozen] | None) -> Callable:
+    """`training_loss`; with `gather`, of shards of the frozen weights.
+
+    The backward pass gathers them again instead of keeping all of them since the forward pass: that
+    is what makes a sharded model fit where a whole one does not.
+    """
+    if gather is None:
+        return training_loss
+
+    def loss(model, method, trainable, shards, given, batch):
+        @functools.partial(
+            jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("whole")
+        )
+        def inner(trainable, shards):
+            whole = jax.tree.map(lambda leaf: checkpoint_name(leaf, "whole"), gather(shards))
+            return training_loss(model, method, trainable, whole, given, batch)
+
+        return inner(trainable, shards)
+
+    return loss
+
+
+def draw_and_step(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    optimizer: optax.GradientTransformation,
+    size: int,
+    frozen: sd.Frozen,
+    state: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+    *,
+    data_axis: str | None = None,
+    gather: Callable[[sd.Frozen], sd.Frozen] | None = None,
+) -> tuple[IdentityState, Metrics]:
+    """Draws the batch of the state's step and takes the step: one program, one dispatch.
+
+    Args:
+      size: samples of the step, over all devices of `data_axis`.
+      data_axis, gather: as in `train_step`; `batch` is cut to this device's part here.
+    """
+    batch = draw_batch(model, photos, key, state.step, size)
+    if data_axis is not None:
+        # Each device draws all samples, which costs next to nothing, and keeps its own: the
+        # numbers are then those of one device.
+        part = size // jax.lax.axis_size(data_axis)
+        first = jax.lax.axis_index(data_axis) * part
+        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, part), batch)
+    return train_step(
+        model, method, optimizer, frozen, state, batch, data_axis=data_axis, gather=gather
+    )
+
+
+def shard_axes(frozen: sd.Frozen, parts: int) -> sd.Frozen:
+    """Which axis of each frozen weight is split into `parts`: the longest that can be; -1: none.
+
+    Vectors stay whole: there are many of them, and they are a thousandth of the weights.
+
+    Args:
+      frozen: arrays or their shapes.
+    """
+
+    def axis_of(leaf):
+        lengths = [side if side % parts == 0 else 0 for side in leaf.shape]
+        longest = max(lengths, default=0)
+        return lengths.index(longest) if longest and leaf.ndim > 1 and parts > 1 else -1
+
+    return jax.tree.map(axis_of, frozen)
+
+
+def shard_specs(frozen: sd.Frozen, parts: int) -> sd.Frozen:
+    """The partition of each frozen weight over the mesh axis `data`, as `shard_axes` splits it."""
+
+    def spec(axis):
+        return P() if axis < 0 else P(*(None,) * axis, "data")
+
+    return jax.tree.map(spec, shard_axes(frozen, parts))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=7)
+def step_people(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    optimizer: optax.GradientTransformation,
+    size: int,
+    mesh: Mesh,
+    is_sharded: bool,
+    frozen: sd.Frozen,
+    states: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+    last: jax.Array,
+) -> tuple[IdentityState, Metrics]:
+    """One step of I people at once: `draw_and_step`, vmapped over people, over a mesh's devices.
+
+    People are spread over the axis `identity`, on which nothing is communicated, and each person's
+    samples over the axis `data`, on which the gradients are averaged in one all-reduce. The frozen
+    weights have no axis for people, so each product with them, convolutions included, stays one
+    product over the samples of all people.
+
+    Compiled once for all people who are trained with the same method and optimiser object.
+
+    Args:
+      size: samples of a step of one person; a multiple of the mesh's `data`.
+      is_sharded: the frozen weights are split over `data` as `shard_specs` says, and put together
+        where they are used.
+      states, photos: of all people, stacked; donated and read respectively. I is a multiple of the
+        mesh's `identity`.
+      key: of the run; what is drawn for a person depends on it and on their step alone.
+      last: int32[I]; whose state has taken as many steps already keeps it, so 0 is an empty place.
+    """
+    parts = mesh.shape["data"]
+    gather = None
+    if is_sharded and parts > 1:
+        axes = shard_axes(frozen, parts)
+
+        def whole(leaf, axis):
+            return leaf if axis < 0 else jax.lax.all_gather(leaf, "data", axis=axis, tiled=True)
+
+        def gather(shards):
+            return jax.tree.map(whole, shards, axes)
+
+    step = functools.partial(
+        *(draw_and_step, model, method, optimizer, size),
+        data_axis="data" if parts > 1 else None,
+        gather=gather,
+    )
+
+    def step_one(frozen, state, photos, key, last):
+        taken, metrics = step(frozen, state, photos, key)
+        is_open = state.step < last
+        return jax.tree.map(lambda new, old: jnp.where(is_open, new, old), taken, state), metrics
+
+    of_people = P("identity")
+    spread = jax.shard_map(
+        jax.vmap(step_one, in_axes=(None, 0, 0, None, 0)),
+        mesh=mesh,
+        in_specs=(
+            shard_specs(frozen, parts) if gather else P(),
+            *(of_people, of_people, P(), of_people),
+        ),
+        out_specs=of_people,
+    )
+    return spread(frozen, states, photos, key, last)

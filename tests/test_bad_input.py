@@ -25,7 +25,7 @@ from idea_jax.data import images
 from idea_jax.files import slug
 from idea_jax.method import condition
 from idea_jax.models import sd
-from idea_jax.train_step import Metrics
+from idea_jax.results import TrainingError
 
 # So high that the first step is finite and the second is not. All runs here share it, since each
 # rate is a program of its own, which takes longer to compile than anything else here.
@@ -152,12 +152,13 @@ def no_steps(monkeypatch):
     """Leaves the training steps out, and keeps what they would have been given."""
     seen = {}
 
-    def loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results):
-        seen.update(photos=photos, state=state, base=base)
-        results.close()
-        return state, Metrics(1.0, 1.0, 0.0, 1.0, True)
+    def train_together(cfg, mesh, places, pictures, step, learners, finish):
+        (learner,) = learners
+        seen.update(photos=learner.photos, state=learner.state, base=learner.results.base)
+        learner.results.close()
+        finish(learner)
 
-    monkeypatch.setattr(train, "loop", loop)
+    monkeypatch.setattr(train, "train_together", train_together)
     return seen
 
 
@@ -599,7 +600,9 @@ def test_resuming_from_what_does_not_fit(training):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:5])
     training.refuses(
-        **resume, resume_from_checkpoint="latest", says=["cannot be read", "delete that folder"]
+        **resume,
+        resume_from_checkpoint=out / "checkpoints" / "1",
+        says=["checkpoint 1", "cannot be read", "name another one"],
     )
 
 
@@ -685,14 +688,19 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_identity(
 def test_values_that_overflow_are_not_saved(training, monkeypatch, is_reported):
     """A step may be finite and leave values that are not: seen at the next step, or at the end."""
 
-    def loop(cfg, method, base, optimizer, state, photos, key, fingerprint, results):
-        overflown = {"pseudo_tokens": state.trainable["pseudo_tokens"] * np.inf}
-        state = state._replace(trainable=overflown, step=np.int32(6))
-        if is_reported:
-            results.report(None, 7, Metrics(np.nan, np.nan, 0.0, np.nan, False), state)
-        return state, None
+    def train_together(cfg, mesh, places, pictures, step, learners, finish):
+        (learner,) = learners
+        overflown = {"pseudo_tokens": learner.state.trainable["pseudo_tokens"] * np.inf}
+        learner.state = learner.state._replace(trainable=overflown, step=np.int32(6))
+        try:
+            if is_reported:
+                values = {"loss": np.nan, "grad_norm": np.nan, "finite": False}
+                learner.results.report(7, values, learner.state)
+            finish(learner)
+        except (checkpoint.IdentityError, TrainingError) as error:
+            learner.error = error
 
-    monkeypatch.setattr(train, "loop", loop)
+    monkeypatch.setattr(train, "train_together", train_together)
     says = ["step 7: loss nan", "Step 6 had left values", "Lower the learning rate"]
     if not is_reported:
         says = ["identity.safetensors was not written", "a lower learning rate"]

@@ -141,6 +141,13 @@ def test_yaml_mistakes_are_named(tmp_path, yaml, message):
         ("--profile cross_init --crop face --drop_outliers", "--drop_outliers has no effect"),
         ("--dataset celeb_a --dataset_dir d", "either --train_data_dir or --dataset"),
         ("--dataset_dir d", "--dataset and --dataset_dir belong together"),
+        ("--mesh 4", "identity=N,data=M, such as identity=4,data=2, got '4'"),
+        ("--mesh data=0", "--mesh must be"),
+        ("--mesh data=2,data=2", "--mesh must be"),
+        ("--mesh identity=2,", "--mesh must be"),
+        ("--mesh identity=2 --shard_frozen", "--shard_frozen splits.*data=N"),
+        ("--shard_frozen", "--shard_frozen splits"),
+        ("--identities_per_step 0", "must be greater than 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(flags, message):
@@ -162,6 +169,20 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
 def test_sample_settings_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
         parse(SampleConfig, [*SAMPLE, *flags])
+
+
+def test_sizes_of_the_mesh_are_read():
+    def shape(text):
+        return parse(TrainConfig, [*REQUIRED, "--mesh", text]).mesh_shape()
+
+    assert shape("identity=4,data=2") == shape("data=2,identity=4") == {"identity": 4, "data": 2}
+    assert shape("data=8") == {"identity": 1, "data": 8}
+    assert parse(TrainConfig, REQUIRED).mesh_shape() is None
+
+
+def test_lists_may_be_given_in_parts():
+    cfg = parse(SampleConfig, [*SAMPLE, "--identity", "b=x", "c", "--prompt", "{} too"])
+    assert cfg.identity == ["i", "b=x", "c"] and cfg.prompt == ["{}", "{} too"]
 
 
 def test_missing_settings_are_listed():

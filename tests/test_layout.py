@@ -16,6 +16,7 @@ ROWS = (
     ("config", ""),
     ("pytrees", ""),
     ("files", ""),
+    ("devices", ""),
     # level 1: one format or one outside world each
     ("data.images", "files"),
     ("data.people", "data.images"),
@@ -26,6 +27,7 @@ ROWS = (
     ("random_face", "files"),
     ("learned_embeds", "files"),
     ("tensorboard", "files"),
+    ("jobs", "files"),
     ("diffusion.schedule", "pytrees"),
     ("diffusion.samplers", "diffusion.schedule pytrees"),
     # level 2: Stable Diffusion; knows no person
@@ -49,9 +51,15 @@ ROWS = (
     ("sample", "checkpoint learned_embeds config files data.* diffusion.* method.* models.*"),
     # level 5: a run
     (
+        "results",
+        "sample checkpoint train_step learned_embeds tensorboard config files data.* method.* "
+        "models.*",
+    ),
+    ("group", "results checkpoint train_step config data.people"),
+    (
         "train",
-        "sample checkpoint train_step learned_embeds tensorboard faces face_models face_table "
-        "config pytrees files data.* diffusion.* method.* models.*",
+        "group results sample checkpoint train_step learned_embeds jobs devices faces face_models "
+        "face_table config pytrees files data.* diffusion.* method.* models.*",
     ),
     # the drawn world: knows neither networks nor runs
     ("mini.traits", ""),
@@ -64,11 +72,12 @@ ROWS = (
     ("mini.networks", "files pytrees"),
     ("mini.pretrain", "mini.* models.* diffusion.schedule data.text files pytrees random_sd"),
     ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
-    ("mini.lab", "mini.* train train_step sample faces config models.hub pytrees"),
+    ("mini.lab", "mini.* train results train_step sample faces config models.hub pytrees"),
     # level 6: the command line
     (
         "cli",
-        "train sample checkpoint learned_embeds face_models config data.* diffusion.* models.*",
+        "train group results jobs devices sample checkpoint learned_embeds face_models config "
+        "data.* diffusion.* models.*",
     ),
     ("demo", "cli mini.* data.images"),
 )

@@ -187,6 +187,85 @@ def test_official_identity_draws_with_the_tokens_alone(loaded, face):
     jax.tree.map(np.testing.assert_array_equal, drawn, expected)
 
 
+def together(people, model, frozen, ids, strength=1.0):
+    methods, trainables, givens = zip(*people, strict=True)
+    return condition.keys_values_together(
+        methods, model, frozen, trainables, givens, ids, strength=strength
+    )
+
+
+@pytest.mark.parametrize("kv", ["low_rank", "full", "none"])
+def test_several_people_reduce_to_one(loaded, face, kv):
+    _, model, frozen = loaded
+    method = condition.make_method("paper", kv=kv)
+    trainable, given = person(method, model, frozen, face)
+    one = method, perturb(trainable), given
+    V = model.text.vocab_size
+    ids = prompt_ids(model)
+    ids[:, 20:22] = [V, V + 1]
+    expected = condition.drawing_keys_values(
+        method, model, frozen, one[1], given, ids, strength=0.7
+    )
+    alone = together([one], model, frozen, ids, 0.7)
+    jax.tree.map(np.testing.assert_array_equal, alone, expected)
+    # The same person under two names; the second name's tokens have ids of their own.
+    ids[:, 20:22] += 2
+    twice = together([one, one], model, frozen, ids, 0.7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), twice, expected)
+
+
+def test_each_person_acts_at_their_own_tokens_and_all_at_the_others(loaded, face):
+    _, model, frozen = loaded
+    method = condition.make_method("paper", kv="low_rank")
+    V = model.text.vocab_size
+    ids = prompt_ids(model)[:1]
+    ids[:, 10:12] = [V + 2, V + 3]
+    shares = np.asarray(condition.position_shares([2, 2], V, ids))
+    assert shares.shape == (2, 1, 77)
+    np.testing.assert_array_equal(shares[:, 0, [4, 5, 10, 11]], [[1, 1, 0, 0], [0, 0, 1, 1]])
+    assert (np.delete(shares[:, 0], [4, 5, 10, 11], axis=1) == 0.5).all()
+    np.testing.assert_array_equal(shares.sum(axis=0), 1)
+    people = []
+    for seed in (0, 1):
+        trainable, given = person(method, model, frozen, face, seed)
+        people.append((method, perturb(trainable, seed), given))
+    kv = together(people, model, frozen, ids)
+    # The second person's K/V delta changes nothing where the first one's tokens stand.
+    still = {**people[1][1], "kv": jax.tree.map(jnp.zeros_like, people[1][1]["kv"])}
+    without = together([people[0], (method, still, people[1][2])], model, frozen, ids)
+    for a, b in zip(jax.tree.leaves(kv), jax.tree.leaves(without), strict=True):
+        gap = np.abs(np.asarray(a) - np.asarray(b))[0].max(axis=-1)
+        assert gap[[4, 5]].max() < 1e-6 < 1e-3 < gap[[10, 11]].min()
+    # Their order does not matter.
+    swapped = ids.copy()
+    swapped[:, 4:6], swapped[:, 10:12] = [V + 2, V + 3], [V, V + 1]
+    other = together(people[::-1], model, frozen, swapped)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), other, kv)
+
+
+def test_people_whose_tokens_draw_alone_stand_beside_others(loaded, face):
+    _, model, frozen = loaded
+    plain = condition.make_method("cross_init", num_tokens=3)
+    paper = condition.make_method("paper", kv="none")
+    V = model.text.vocab_size
+    ids = prompt_ids(model)[:1]
+    ids[:, 10:13] = [V + 2, V + 3, V + 4]
+    one, given = person(paper, model, frozen, face)
+    other, constants = person(plain, model, frozen, face, 1)
+    people = [(paper, perturb(one), given), (plain, other, constants)]
+    silent = together(people, model, frozen, ids, strength=0.0)
+    tokens = jnp.concatenate([people[0][1]["pseudo_tokens"], other["pseudo_tokens"]])
+    encoded = sd.encode_text(model, frozen, ids, tokens)
+    expected = project_kv(frozen.cross_kv, encoded, model.dtype)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), silent, expected)
+    assert (
+        np.abs(
+            jax.tree.leaves(together(people, model, frozen, ids))[0] - jax.tree.leaves(silent)[0]
+        ).max()
+        > 1e-3
+    )
+
+
 def test_face_reaches_the_condition(loaded, face):
     _, model, frozen = loaded
     method = condition.make_method("paper", kv="none")

@@ -1,6 +1,8 @@
 """Drawing: what a picture depends on, and what is written beside it."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 import sample_jax
-from idea_jax import checkpoint, learned_embeds, sample
+from idea_jax import checkpoint, files, learned_embeds, sample
 from idea_jax.data import images, text
 from idea_jax.method import condition
 from idea_jax.models import sd
@@ -147,7 +149,7 @@ def test_command_writes_pictures_grid_and_what_made_them(
     about = json.loads((folders[0] / "run.json").read_text())
     assert about["prompt"] == "a photo of {}" and about["seed"] == 0
     assert about["model"] == "tiny" and about["identity"]["file"] == "identity.safetensors"
-    assert about["identity"]["sha256"] == checkpoint.file_digest(file)
+    assert about["identity"]["sha256"] == files.file_digest(file)
     marks = images.read_png_text(folders[0] / "00001.png")
     assert marks["AIGenerated"] == "true"
     assert json.loads(marks["parameters"])["picture"] == 1
@@ -201,3 +203,41 @@ def test_negative_prompt_that_names_the_person_is_refused(
     args = (random_checkpoint, file, tmp_path / "x", "--prompt", "{}")
     assert run(*args, "--negative_prompt", "<person>_v0 ugly") == 1
     assert "drawn by the plain model" in capsys.readouterr().err
+
+
+def test_several_people_alone_and_in_one_picture(random_checkpoint, identity, tmp_path, capsys):
+    """Each alone as with the file of one; twins together as the one person they are."""
+    files_of = {}
+    for name, scale in (("anna", 1.0), ("bert", -1.0)):
+        tokens = identity.trainable["pseudo_tokens"] * np.float32(scale)
+        changed = dataclasses.replace(
+            identity, trainable={**identity.trainable, "pseudo_tokens": tokens}
+        )
+        (tmp_path / name).mkdir()
+        files_of[name] = tmp_path / name / "identity.safetensors"
+        checkpoint.write_identity(files_of[name], changed)
+    save_dir = tmp_path / "pictures"
+    both = [f"twin={files_of['anna']}", "--identity", files_of["anna"], files_of["bert"]]
+    prompts = ["a photo of {}", "{anna} and {bert}", "{twin} and {anna}"]
+    assert run(random_checkpoint, both[0], save_dir, *both[1:], "--prompt", *prompts) == 0
+    folders = [Path(line) for line in capsys.readouterr().out.split()]
+    places = [folder.relative_to(save_dir).parts[0] for folder in folders[:3]]
+    assert places == ["twin", "anna", "bert"] and len(folders) == 5
+    about = json.loads((folders[3] / "run.json").read_text())
+    assert set(about["identities"]) == {"anna", "bert"}
+    own = json.loads((folders[2] / "run.json").read_text())
+    assert own["identity"]["sha256"] == files.file_digest(files_of["bert"])
+    drawn = [read_folder(folder).astype(int) for folder in folders]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[2] - drawn[1]).mean() > 1 and np.abs(drawn[3] - drawn[4]).mean() > 1
+    alone = tmp_path / "alone"
+    for prompt, expected in (("a photo of {}", drawn[1]), ("{} and {}", drawn[4])):
+        assert run(random_checkpoint, files_of["anna"], alone, "--prompt", prompt) == 0
+        folder = Path(capsys.readouterr().out.strip())
+        assert np.abs(read_folder(folder) - expected).max() <= 1
+    # What cannot be drawn is said before anything is loaded.
+    for bad, says in (("{carl}", "'{carl}'"), ("a hat", "no name"), ("{} and {anna}", "'{anna}'")):
+        assert run(random_checkpoint, both[0], save_dir, *both[1:], "--prompt", bad) == 1
+        assert says in capsys.readouterr().err
+    assert run(random_checkpoint, files_of["anna"], save_dir, *both[1:], "--prompt", "{}") == 1
+    assert "are called anna" in capsys.readouterr().err

@@ -94,6 +94,16 @@ def test_placeholder_ids_equal_those_of_transformers(folder, token, n):
         np.testing.assert_array_equal(found, np.tile(rows, field.count("{}")))
 
 
+def test_people_are_filled_in_by_their_names():
+    people = {"anna": Placeholder("<a>", 2), "bert": Placeholder("<b>", 1)}
+    both = text.fill_names("{bert}, {anna} and {bert}'s hat", people)
+    assert both == ("<b>_v0, <a>_v0 <a>_v1 and <b>_v0's hat", ["anna", "bert"])
+    assert text.fill_names("a photo of {bert}", people)[1] == ["bert"]
+    for prompt, says in (("a hat", "no name"), ("{carl} and {anna}", "'{carl}'"), ("{anna", "'{'")):
+        with pytest.raises(TextError, match=f"contains {says}.*{{anna}} or {{bert}}"):
+            text.fill_names(prompt, people)
+
+
 def test_two_placeholders_get_consecutive_ids(folder):
     base = load(folder)
     one = base.with_placeholder("<a>", 2)

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 import sample_jax
 import train_jax
 from idea_jax import checkpoint, face_models
-from idea_jax import train as train_module
 from idea_jax.data import images
 from idea_jax.diffusion.samplers import initial_noise
+from idea_jax.results import Results
 
 
 def train(checkpoint_folder, photos, out, *flags):
@@ -158,16 +158,16 @@ def test_resuming_where_nothing_is_left_or_too_much_is_done(
 def test_stopped_run_goes_on_where_it_was(
     straight, random_checkpoint, photo_folder, tmp_path, monkeypatch, capsys, number
 ):
-    report = train_module.Results.report
+    report = Results.report
 
-    def report_and_stop(self, bar, step, *rest):
-        report(self, bar, step, *rest)
+    def report_and_stop(self, step, *rest):
+        report(self, step, *rest)
         if step == 2:
             signal.raise_signal(number)
 
     flags = "--train_batch_size 2 --seed 5 --max_train_steps 6".split()
     with monkeypatch.context() as patch:
-        patch.setattr(train_module.Results, "report", report_and_stop)
+        patch.setattr(Results, "report", report_and_stop)
         assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 128 + number
     # Step 2 is reported while step 3 runs.
     assert "stopped after step 3 of 6" in capsys.readouterr().err

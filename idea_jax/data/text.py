@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -133,6 +133,25 @@ def fill(prompt: str, placeholder: Placeholder) -> str:
             "as in 'a photo of {} on the beach'"
         )
     return prompt.replace("{}", placeholder.text)
+
+
+def fill_names(prompt: str, people: Mapping[str, Placeholder]) -> tuple[str, list[str]]:
+    """Returns the prompt with every `{NAME}` replaced, and its names, as `people` orders them.
+
+    Raises: TextError, if there is no `{NAME}`, or one of nobody.
+    """
+    fields = re.findall(r"\{[^{}]*\}|[{}]", prompt)
+    known = {f"{{{name}}}": name for name in people}
+    others = [field for field in fields if field not in known]
+    if others or not fields:
+        found = ", ".join(map(repr, others)) or "no name"
+        raise TextError(
+            f"the prompt {prompt!r} contains {found}; write {' or '.join(known)} where these "
+            "people belong, all in one picture, or {} to draw each of them alone"
+        )
+    for field, name in known.items():
+        prompt = prompt.replace(field, people[name].text)
+    return prompt, [name for field, name in known.items() if field in fields]
 
 
 def training_prompts(placeholder: Placeholder) -> list[str]:

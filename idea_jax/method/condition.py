@@ -6,6 +6,7 @@ only tree that is differentiated) and what is given (one per person, not trained
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -191,11 +192,26 @@ def context(
     encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
     if not method.adapter:
         return encoded
+    return encoded + adapter_contribution(method, model, trainable, given, encoded, strength)
+
+
+def adapter_contribution(
+    method: Method,
+    model: sd.StableDiffusion,
+    trainable: Trainable,
+    given: Given,
+    encoded: jax.Array,
+    strength: float | jax.Array,
+) -> jax.Array:
+    """What a person's ID-Adapter adds to a text condition, float32[B, T, D]."""
     D = model.text.hidden_size
     enhancer = trainable["enhancer"] if method.train_enhancer else given["enhancer"]
     enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
-    adapter = {"params": trainable["adapter"]}
-    return IDAdapter(D, method.beta).apply(adapter, encoded, enhanced, strength)
+    return IDAdapter(D, method.beta).apply(
+        {"params": trainable["adapter"]},
+        *(encoded, enhanced, strength),
+        method=IDAdapter.contribution,
+    )
 
 
 def keys_values(
@@ -215,18 +231,28 @@ def keys_values(
     kv = project_kv(frozen.cross_kv, context, model.dtype)
     if method.kv == "none":
         return kv
+    deltas = kv_contribution(method, model, trainable, context, strength)
+    return jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
+
+
+def kv_contribution(
+    method: Method,
+    model: sd.StableDiffusion,
+    trainable: Trainable,
+    context: jax.Array,
+    strength: float | jax.Array,
+) -> dict:
+    """What a person's K/V deltas add to the keys and values of a text condition."""
     if method.kv == "full":
         narrow = context.astype(model.dtype)
-        deltas = jax.tree.map(
+        return jax.tree.map(
             lambda kernel: strength * (narrow @ kernel.astype(model.dtype)), trainable["kv"]
         )
-    else:
-        deltas = jax.tree.map(
-            lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
-            trainable["kv"],
-            is_leaf=lambda node: "down" in node,
-        )
-    return jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
+    return jax.tree.map(
+        lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
+        trainable["kv"],
+        is_leaf=lambda node: "down" in node,
+    )
 
 
 def drawing_keys_values(
@@ -248,6 +274,64 @@ def drawing_keys_values(
         return project_kv(frozen.cross_kv, encoded, model.dtype)
     condition = context(method, model, frozen, trainable, given, token_ids, strength=strength)
     return keys_values(method, model, frozen, trainable, condition, strength=strength)
+
+
+def keys_values_together(
+    methods: Sequence[Method],
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    trainables: Sequence[Trainable],
+    givens: Sequence[Given],
+    token_ids: jax.Array,
+    *,
+    strength: float | jax.Array = 1.0,
+) -> dict:
+    """Keys and values with which a prompt that names several people is drawn.
+
+    The rule: at the positions of somebody's tokens only that person's adapter and K/V delta act; at
+    all other positions the mean of everybody's does. So nobody's face leaks into the other's words,
+    the shared words are changed no more than one person changes them, the order does not matter,
+    one person alone is drawn as `drawing_keys_values` does, and a person who is given twice as
+    that one person. People whose method draws with tokens alone add nothing.
+
+    Args:
+      token_ids: int32[B, T]; the first person's tokens have the ids from the vocabulary's size on,
+        the second person's the next ones, and so on.
+    """
+    tokens = jnp.concatenate([trainable["pseudo_tokens"] for trainable in trainables])
+    people = list(zip(methods, trainables, givens, strict=True))
+    counts = [len(trainable["pseudo_tokens"]) for trainable in trainables]
+    shares = position_shares(counts, model.text.vocab_size, token_ids)[..., None]
+    encoded = sd.encode_text(model, frozen, token_ids, tokens)
+    context = encoded
+    for share, (method, trainable, given) in zip(shares, people, strict=True):
+        if method.acts_at_sampling and method.adapter:
+            added = adapter_contribution(method, model, trainable, given, encoded, strength)
+            context = context + share * added
+    kv = project_kv(frozen.cross_kv, context, model.dtype)
+    for share, (method, trainable, _) in zip(shares, people, strict=True):
+        if method.acts_at_sampling and method.kv != "none":
+            deltas = kv_contribution(method, model, trainable, context, strength)
+            kv = jax.tree.map(
+                lambda plain, delta, share=share: plain + (share * delta).astype(plain.dtype),
+                *(kv, deltas),
+            )
+    return kv
+
+
+def position_shares(counts: Sequence[int], vocab_size: int, token_ids: jax.Array) -> jax.Array:
+    """How much of each person acts at each position of a text, float32[P, B, T]; sums to 1.
+
+    Args:
+      counts: pseudo tokens of each person.
+      token_ids: int32[B, T], as in `keys_values_together`.
+    """
+    ends = vocab_size + np.cumsum(counts)
+    own = jnp.stack(
+        [(token_ids >= end - n) & (token_ids < end) for n, end in zip(counts, ends, strict=True)]
+    )
+    is_shared = jnp.broadcast_to(~own.any(axis=0), own.shape)
+    return jnp.where(is_shared, jnp.float32(1 / len(counts)), own.astype(jnp.float32))
 
 
 def regulariser(method: Method, trainable: Trainable, given: Given) -> jax.Array:

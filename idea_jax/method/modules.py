@@ -114,10 +114,14 @@ class IDAdapter(nn.Module):
           enhanced_id: float32[N, 2 dim].
           strength: scales the contribution; 0 returns the context as it is.
         """
+        return context + self.contribution(context, enhanced_id, strength)
+
+    def contribution(self, context: jax.Array, enhanced_id: jax.Array, strength=1.0) -> jax.Array:
+        """Returns what is added to the context: strength * beta * tanh(gamma) * attention."""
         B, T, D = context.shape
         face = self.project(enhanced_id)
         joined = jnp.concatenate([context, jnp.broadcast_to(face[None], (B, *face.shape))], axis=1)
         # Only the text positions are read back, so only they are used as queries: the published
         # code computes the other rows as well and drops them.
         attended = self.attention(context, joined)
-        return context + strength * self.beta * jnp.tanh(self.gamma) * attended
+        return strength * self.beta * jnp.tanh(self.gamma) * attended

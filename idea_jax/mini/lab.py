@@ -23,16 +23,19 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import config, faces, sample, train
+from idea_jax import config, faces, results, sample, train
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
-from idea_jax.train_step import IdentityState, init_state
+from idea_jax.train_step import IdentityState, draw_and_step, init_state
 
 PROFILES = ("paper", "official", "cross_init", "textual_inversion")
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 REFERENCES = 8  # true drawings of a person that pictures of them are compared with
 DRAWS = 2000  # of the bootstrap
+
+# One program for everybody who is learned with the same method and optimiser object.
+_step = jax.jit(draw_and_step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 
 
 class Person(NamedTuple):
@@ -102,7 +105,7 @@ class Learner:
         self.method = train.method_of(cfg)
         placeholder = train.placeholder_of(cfg)
         tokenizer = mini.tokenizer.with_placeholder(placeholder.token, placeholder.n)
-        self.base = train.Base(mini.model, mini.frozen, tokenizer, hub.MINI, None)
+        self.base = results.Base(mini.model, mini.frozen, tokenizer, hub.MINI, None)
         names = train.known_names(mini.folder)
         ids = train.starting_ids(cfg, self.method, tokenizer, names)
         self.start = train.starting_tokens(cfg, self.method, self.base, ids)
@@ -135,7 +138,7 @@ class Learner:
         key, size = jax.random.key(self.cfg.seed), self.cfg.train_batch_size
         losses = []
         for _ in range(self.cfg.max_train_steps if steps is None else steps):
-            state, metrics = train.draw_and_step(
+            state, metrics = _step(
                 self.mini.model,
                 self.method,
                 self.optimizer,

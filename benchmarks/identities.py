@@ -1,0 +1,128 @@
+"""Times the step of many people for several numbers of people and of devices; prints JSON lines.
+
+    python benchmarks/identities.py [--model mini|tiny|demo|sd21] [--people 1 2 4 8 16]
+                                    [--devices 1 2 4 8] [--batch 8] [--repeats 5]
+
+On a CPU the devices are simulated: they share the machine's cores, so their times show nothing, and
+what is judged is the structure (collectives, memory of a device). Each number of devices runs in a
+process of its own. On a GPU or TPU take --devices up to those that are there. People are spread
+over the devices; numbers of people that do not divide are left out.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+STEPS = 320  # of a person, from which people/hour is computed; nothing else of a run is in it
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Prints one line for each number of people, on the devices of this process."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import AxisType, Mesh, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from idea_jax import checkpoint, random_sd
+    from idea_jax.config import PROFILE_DEFAULTS
+    from idea_jax.method import condition
+    from idea_jax.models import hub, sd
+    from idea_jax.train_step import Photos, init_state, make_optimizer, step_people
+
+    if args.model == "mini":
+        model, frozen = sd.load(hub.resolve("mini").folder)
+    else:
+        model = random_sd.config(args.model, "sd2", vocab_size=random_sd.CLIP_VOCAB_SIZE)
+        frozen = sd.init(model, jax.random.key(0))
+    method = condition.make_method("paper", kv="low_rank", reg_weight=8e-4)
+    rates = dict.fromkeys(method.parts(), PROFILE_DEFAULTS["paper"]["kv_learning_rate"])
+    optimizer = make_optimizer(rates, beta1=0.9, beta2=0.999, epsilon=1e-7, weight_decay=1e-2)
+    (count,) = args.devices
+    devices = np.array(jax.devices()[:count]).reshape(count, 1)
+    mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+    frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
+    rng = np.random.default_rng(0)
+    key, width, vocab = jax.random.key(0), model.text.hidden_size, model.text.vocab_size
+    start = rng.normal(size=(2, width)).astype(np.float32)
+    face = rng.normal(size=512)
+    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    side, channels = model.unet.sample_size, model.unet.in_channels
+    moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
+    ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)
+    ids[:, 7:9] = [vocab, vocab + 1]
+    one = jax.device_get(
+        (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
+    )
+    for people in args.people:
+        if people % count:
+            continue
+
+        def put(tree):
+            return jax.device_put(tree, NamedSharding(mesh, P("identity")))
+
+        states, photos = put(jax.tree.map(lambda leaf, n=people: np.stack([leaf] * n), one))
+        last = put(np.full(people, 10**9, np.int32))
+        about = (model, method, optimizer, args.batch, mesh, False)
+        began = time.perf_counter()
+        compiled = step_people.lower(*about, frozen, states, photos, key, last).compile()
+        compiling = time.perf_counter() - began
+        times = []
+        for _ in range(args.repeats + 1):  # the first one is not counted
+            began = time.perf_counter()
+            states, _ = jax.block_until_ready(compiled(frozen, states, photos, key, last))
+            times.append(time.perf_counter() - began)
+        step, memory = min(times[1:]), compiled.memory_analysis()
+        text = compiled.as_text()
+        line = {
+            "model": args.model,
+            "device": jax.devices()[0].device_kind,
+            "devices": count,
+            "people": people,
+            "batch": args.batch,
+            "compile_s": round(compiling, 2),
+            "step_min_ms": round(1e3 * step, 2),
+            "step_median_ms": round(1e3 * statistics.median(times[1:]), 2),
+            "people_per_hour_320_steps": round(3600 * people / (STEPS * step), 2),
+            "collectives": sum(text.count(f" {name}(") for name in ("all-reduce", "all-gather")),
+            "device_arguments_mb": round(memory.argument_size_in_bytes / 1e6, 1),
+            "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
+            "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+            "load_average": round(os.getloadavg()[0], 1),
+            "versions": checkpoint.versions(),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="mini", choices=("mini", "tiny", "demo", "sd21"))
+    parser.add_argument("--people", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if len(args.devices) == 1:
+        # Read by the CPU backend alone, and only if it is set before JAX starts.
+        flag = f"--xla_force_host_platform_device_count={args.devices[0]}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        measure(args)
+        return 0
+    for count in args.devices:
+        flags = ["--model", args.model, "--people", *map(str, args.people)]
+        flags += ["--devices", str(count), "--batch", str(args.batch)]
+        flags += ["--repeats", str(args.repeats)]
+        done = subprocess.run([sys.executable, __file__, *flags])
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

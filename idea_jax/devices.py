@@ -1,0 +1,140 @@
+"""The devices of a run: the mesh of a process, its share of the people, several processes."""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import live_devices
+from jax.sharding import AxisType, Mesh
+
+log = logging.getLogger(__name__)
+
+AXES = ("identity", "data")
+
+
+class DevicesError(ValueError):
+    """The devices that are there are not those that were asked for."""
+
+
+def start_processes() -> None:
+    """Joins the processes of a run; must come before anything else touches JAX.
+
+    Launchers that JAX knows (TPU pods, SLURM, Open MPI, Kubernetes) say everything themselves;
+    others set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Raises:
+        DevicesError: the processes did not find each other.
+    """
+    numbers = {}
+    for name, variable in (
+        ("num_processes", "JAX_NUM_PROCESSES"),
+        ("process_id", "JAX_PROCESS_ID"),
+    ):
+        if variable in os.environ:
+            try:
+                numbers[name] = int(os.environ[variable])
+            except ValueError as error:
+                raise DevicesError(
+                    f"{variable} must be a whole number, got {os.environ[variable]!r}"
+                ) from error
+    # Processes train people of their own: one that ends must not take the others with it. And a
+    # SIGTERM is for the training to see, not for a service that tells others of it.
+    jax.config.update("jax_enable_recoverability", True)
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**numbers)
+    except (RuntimeError, ValueError) as error:
+        raise DevicesError(
+            f"--distributed: the processes did not find each other ({error}); on a launcher that "
+            "JAX does not know set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process"
+        ) from error
+    log.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def await_processes() -> None:
+    """Waits until every process that is still alive has come to its end.
+
+    Process 0 coordinates the others, which cannot go on without it.
+    """
+    if jax.process_count() > 1:
+        with live_devices(jax.devices()):
+            pass
+
+
+def own_share(names: Sequence[str]) -> list[str]:
+    """Those of the people that this process trains: every n-th, of n processes."""
+    return list(names)[jax.process_index() :: jax.process_count()]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a process spreads its work.
+
+    Attributes:
+        mesh: of this process's devices, with the axes `identity` and `data`.
+        places: people in one step of this process, a multiple of the mesh's `identity`.
+    """
+
+    mesh: Mesh
+    places: int
+
+
+def layout(
+    asked: dict[str, int] | None, identities_per_step: int | None, people: int, batch: int
+) -> Layout:
+    """Spreads the devices of this process over people and over the samples of a person.
+
+    The mesh that is asked for is that of all processes together. Its `identity` axis is cut into
+    equal parts, one for each process: people need nothing of each other, so no program runs on
+    more than one process, and one that fails or is slow stops nobody else's steps.
+
+    Args:
+        asked: sizes of the axes; None: all devices on `identity` if there are several people, else
+            on `data`.
+        identities_per_step: people in one step, over all processes; None: as many as `identity`.
+        people: of this process.
+        batch: samples of a person's step.
+
+    Raises:
+        DevicesError: the sizes do not fit the devices, the processes or the batch.
+    """
+    processes, local = jax.process_count(), jax.local_devices()
+    if asked is None and people > 1:
+        # No more devices than people, and as many as divide those of a step.
+        each = (identities_per_step or 0) // processes  # 0 is a multiple of all
+        sizes = range(min(len(local), people), 0, -1)
+        asked = {"identity": processes * next(n for n in sizes if each % n == 0), "data": 1}
+    elif asked is None:
+        asked = {"identity": processes, "data": math.gcd(len(local), batch)}
+    identity, data = asked["identity"], asked["data"]
+    if identity % processes:
+        raise DevicesError(
+            f"--mesh identity={identity} cannot be divided over {processes} processes: each trains "
+            f"people of its own; take a multiple of {processes}"
+        )
+    rows = identity // processes
+    if rows * data > len(local):
+        raise DevicesError(
+            f"--mesh identity={identity},data={data} needs {rows * data} devices in each process, "
+            f"and there are {len(local)}; on a CPU, simulated ones are had with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={rows * data}"
+        )
+    if batch % data:
+        raise DevicesError(
+            f"--mesh data={data} cannot divide the {batch} samples of a step; take a "
+            "--train_batch_size that is a multiple, or fewer devices on data"
+        )
+    each = identity if identities_per_step is None else identities_per_step
+    if each % identity:
+        raise DevicesError(
+            f"--identities_per_step {each} is no multiple of --mesh identity={identity}"
+        )
+    used = np.array(local[: rows * data]).reshape(rows, data)
+    if used.size < len(local):
+        log.info("%d of %d devices are used", used.size, len(local))
+    return Layout(Mesh(used, AXES, axis_types=(AxisType.Auto,) * 2), each // processes)

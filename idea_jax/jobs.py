@@ -1,0 +1,259 @@
+"""What became of each person of a run for many: one record a person, and all of them in one file.
+
+    python -m idea_jax.jobs OUT
+
+`OUT/PERSON/job.json` is the record; it decides what a restarted run has left to do, and only the
+process that trains the person writes it. `OUT/jobs.jsonl` repeats the records of everybody, one a
+line, for people to read and for the command above; process 0 writes it.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from idea_jax.files import atomic_write, file_digest
+
+log = logging.getLogger(__name__)
+
+RECORD, MANIFEST, RESULT = "job.json", "jobs.jsonl", "identity.safetensors"
+STATUSES = ("waiting", "running", "done", "failed")
+
+
+class JobsError(ValueError):
+    """A folder holds no run for many people, or one of another kind."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one person.
+
+    Attributes:
+        person: their name, which is that of their folder.
+        status: one of `STATUSES`; after a crash it may still say running.
+        why: of somebody who failed: the reason; otherwise None.
+        attempts: times that their training was begun or resumed.
+        steps: that they have been trained for when they were done.
+        seconds: of all attempts, each from the photos to the result; people who are trained
+            together each have the whole time.
+        ended: when they were done or failed, in seconds since 1970.
+        result: SHA-256 of the identity file.
+        settings: digest of the settings and weights that decide the numbers.
+    """
+
+    person: str
+    status: str = "waiting"
+    why: str | None = None
+    attempts: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    ended: float | None = None
+    result: str | None = None
+    settings: str | None = None
+
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            kind = spec.type | int if spec.type in (float, float | None) else spec.type
+            if not isinstance(value, kind):
+                raise JobsError(f"{spec.name} is {value!r}, expected {spec.type}")
+        if self.status not in STATUSES:
+            raise JobsError(f"status is {self.status!r}, expected one of {', '.join(STATUSES)}")
+
+
+def to_line(record: Record) -> str:
+    """One line of JSON, in ASCII: names that are no UTF-8 become escapes."""
+    return json.dumps(dataclasses.asdict(record))
+
+
+def from_line(line: str) -> Record:
+    """Inverse of `to_line`.
+
+    Raises:
+        JobsError: it is no such line.
+    """
+    try:
+        return Record(**json.loads(line))
+    except (TypeError, ValueError) as error:
+        raise JobsError(f"no record of a person: {error}") from error
+
+
+def digest(values: Mapping) -> str:
+    """SHA-256 of settings, hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class Board:
+    """The records of a run, kept in memory and on disk.
+
+    Args:
+        out: the run's folder.
+        names: everybody, in order.
+        own: those whose records this process writes.
+        is_first: this process writes `jobs.jsonl`.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str], own: Sequence[str], *, is_first: bool):
+        self.out, self.own, self.is_first = out, frozenset(own), is_first
+        self.records = {name: self._read(name) for name in names}
+        if is_first:  # what a process that was killed left half-written
+            for path in out.glob(f".tmp-*{Path(MANIFEST).suffix}"):
+                path.unlink(missing_ok=True)
+
+    def _read(self, name: str) -> Record:
+        """A person's record; a new one where there is none, or a damaged one."""
+        path = self.out / name / RECORD
+        try:
+            record = from_line(path.read_text(encoding="ascii"))
+        except FileNotFoundError:
+            return Record(name)
+        except (JobsError, OSError, UnicodeDecodeError) as error:
+            log.warning("%s cannot be used (%s); %s is taken as not done", path, error, name)
+            return Record(name)
+        return dataclasses.replace(record, person=name)
+
+    def plan(self, names: Sequence[str], settings: str) -> None:
+        """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
+        for name in names:
+            self.records[name] = dataclasses.replace(
+                self.records[name], status="waiting", why=None, settings=settings
+            )
+        self.publish()
+
+    def note(self, names: Sequence[str], **changes) -> None:
+        """Changes the records of some people; `publish` tells the others.
+
+        Raises:
+            WriteError: the disk is full, or the place cannot be written to.
+        """
+        for name in names:
+            self.records[name] = dataclasses.replace(self.records[name], **changes)
+            with atomic_write(self.out / name / RECORD) as temporary:
+                temporary.write_text(to_line(self.records[name]) + "\n", encoding="ascii")
+
+    def publish(self) -> None:
+        """Writes `jobs.jsonl`, with what other processes have noted meanwhile."""
+        if not self.is_first:
+            return
+        for name in self.records.keys() - self.own:
+            self.records[name] = self._read(name)
+        with atomic_write(self.out / MANIFEST) as temporary:
+            lines = [to_line(record) + "\n" for record in self.records.values()]
+            temporary.write_text("".join(lines), encoding="ascii")
+
+    def is_done(self, name: str, settings: str, steps: int) -> bool:
+        """Whether a person's result is there and is that of these settings.
+
+        Raises:
+            JobsError: it is that of other settings.
+        """
+        record = self.records[name]
+        if record.status != "done":
+            return False
+        if record.settings != settings:
+            raise JobsError(
+                f"{self.out / name} was trained with other settings or weights than these (its "
+                "config.yaml has them); use the same ones, choose another --output_dir, or delete "
+                "that folder"
+            )
+        if record.steps != steps:
+            return False
+        path = self.out / name / RESULT
+        if path.is_file() and file_digest(path) == record.result:
+            return True
+        log.warning("%s is gone or was changed since it was written: made again", path)
+        return False
+
+    def finished(self, name: str) -> str:
+        """SHA-256 of the identity file of a person, hexadecimal."""
+        return file_digest(self.out / name / RESULT)
+
+
+def read(out: Path) -> list[Record]:
+    """The records of `OUT/jobs.jsonl`; a damaged line is skipped with a warning.
+
+    Raises:
+        JobsError: there is no such file.
+    """
+    path = Path(out) / MANIFEST
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise JobsError(
+            f"no {MANIFEST} in {out} ({error.strerror}); expected the --output_dir of a training "
+            "of several people"
+        ) from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(from_line(line))
+        except JobsError as error:
+            log.warning("line %d of %s is skipped: %s", number, path, error)
+    return records
+
+
+def people_per_hour(records: Sequence[Record], newest: int = 50) -> float | None:
+    """How fast people get done, from the newest ones; None where fewer than two times are known.
+
+    Those who ended at the same moment were trained together, so the first moment only starts the
+    clock.
+    """
+    ends = sorted(r.ended for r in records if r.status == "done" and r.ended is not None)[-newest:]
+    if not ends or ends[-1] == ends[0]:
+        return None
+    return 3600 * sum(end > ends[0] for end in ends) / (ends[-1] - ends[0])
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes; minutes and seconds below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def summary(records: Sequence[Record], *, now: float) -> str:
+    """Several lines: how many people are where, how fast it goes, who failed and why."""
+    counts = {status: sum(r.status == status for r in records) for status in STATUSES}
+    lines = [f"{len(records)} people: " + ", ".join(f"{n} {s}" for s, n in counts.items())]
+    speed = people_per_hour(records)
+    if speed is not None:
+        left = counts["waiting"] + counts["running"]
+        newest = max(r.ended for r in records if r.ended is not None)
+        lines.append(
+            f"{speed:.1f} people/hour, "
+            + (f"about {duration(3600 * left / speed)} left, " if left else "")
+            + f"the newest result is {duration(max(now - newest, 0))} old"
+        )
+    for status in ("running", "failed"):
+        for record in records:
+            if record.status == status:
+                name = record.person.encode("utf-8", "backslashreplace").decode()
+                why = f": {record.why}" if record.why else ""
+                lines.append(f"{status} {name} (attempt {record.attempts}){why}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 1 where there is no such run."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.jobs", description="Says how far a training of many people is."
+    )
+    parser.add_argument("out", metavar="OUT", help="its --output_dir")
+    try:
+        records = read(parser.parse_args(argv).out)
+    except JobsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(summary(records, now=time.time()).encode("utf-8", "backslashreplace").decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

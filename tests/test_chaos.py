@@ -1,0 +1,226 @@
+"""No run is ever lost: trainings of many people that are killed, and whose files are damaged."""
+
+import json
+import random
+import shutil
+import signal
+import socket
+import time
+
+import chaos
+import numpy as np
+import pytest
+
+from idea_jax import jobs
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, shared by all starts."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def job(tmp_path, model, cache, people, *flags):
+    root = tmp_path / "people"
+    if not root.exists():
+        chaos.write_people(root, people)
+
+    def make(name):
+        return chaos.Job(model, root, tmp_path / name, cache, *flags)
+
+    return make
+
+
+def test_killed_stopped_and_damaged_training_ends_as_the_undisturbed_one(
+    smallest_checkpoint, tmp_path, cache
+):
+    """The short form of `make chaos`."""
+    flags = "--max_train_steps 20 --checkpointing_steps 4 --identities_per_step 2"
+    make = job(tmp_path, smallest_checkpoint, cache, 3, *flags.split())
+    calm = make("calm")
+    code, said = calm.run()
+    assert code == 0, said
+    expected = calm.results()
+    assert len(set(expected.values())) == 3
+
+    wild = make("wild")
+
+    def is_saving_again():
+        found = wild.checkpoints()
+        return found and (wild.is_saving() or int(found[-1].name) > 4)
+
+    # Killed while checkpoints are written, after the first ones are complete.
+    assert wild.kill_when(is_saving_again) == -signal.SIGKILL
+    assert not wild.results()
+    chaos.flip_a_bit(wild.checkpoints()[-1], np.random.default_rng(0))
+    since = time.time()
+    code = wild.kill_when(
+        lambda: any(path.stat().st_ctime > since for path in wild.checkpoints()), signal.SIGTERM
+    )
+    assert code == 143, wild.said()
+    assert "the same command goes on" in wild.said()
+    (wild.out / "person-00" / ".tmp-left-by-a-crash").write_text("half")
+    code, said = wild.run()
+    assert code == 0, said
+    assert wild.results() == expected
+    assert not list(wild.out.rglob(".tmp-*"))
+    records = jobs.read(wild.out)
+    assert [record.status for record in records] == ["done"] * 3
+    assert records[0].attempts >= 2 and records[0].result == expected["person-00"]
+
+
+@pytest.mark.chaos
+def test_twelve_people_survive_everything(smallest_checkpoint, tmp_path, cache):
+    seed = int(time.time())
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    steps = 40
+    flags = f"--max_train_steps {steps} --checkpointing_steps 5 --identities_per_step 4"
+    make = job(tmp_path, smallest_checkpoint, cache, 12, *flags.split())
+    calm = make("calm")
+    started = []
+
+    def has_begun():
+        if calm.begun() and not started:
+            started.append(time.monotonic())
+        return False
+
+    process, _ = calm.start_and_wait(has_begun)
+    assert process.returncode == 0, calm.said()
+    expected, length = calm.results(), time.monotonic() - started[0]
+    assert len(set(expected.values())) == 12
+
+    wild = make("wild")
+
+    def check():
+        assert wild.results().items() <= expected.items()
+
+    def after(seconds):
+        """True that long after somebody was begun."""
+        before, since = wild.begun(), []
+
+        def is_time():
+            if not since and wild.begun() - before:
+                since.append(time.monotonic())
+            return bool(since) and time.monotonic() - since[0] > seconds
+
+        return is_time
+
+    def damage(how):
+        """Damages the newest checkpoint of somebody who is not done."""
+        done = {name for name, record in wild.records().items() if record.status == "done"}
+        open_ones = [p for p in wild.checkpoints() if p.parent.parent.name not in done]
+        if open_ones:
+            how(open_ones[-1])
+
+    kills = 0
+    while kills < 10:
+        during_a_save = kills % 3 == 2
+        wait = after(rng.uniform(0, length / 6))
+        is_time = (lambda w=wait: w() and wild.is_saving()) if during_a_save else wait
+        code = wild.kill_when(is_time)
+        check()
+        if code is None:  # it came to the end: somebody's results are lost, and it goes on
+            shutil.rmtree(wild.out / rng.choice(sorted(expected)))
+            continue
+        kills += 1
+        if kills == 4:
+            damage(lambda path: chaos.flip_a_bit(path, np.random.default_rng(seed)))
+        if kills == 7:
+            damage(chaos.cut)
+    # Stopped politely.
+    shutil.rmtree(wild.out / "person-11", ignore_errors=True)
+    code = wild.kill_when(after(length / 12), signal.SIGTERM)
+    assert code in (143, -signal.SIGTERM) and wild.seconds_to_stop < 30
+    check()
+    # Not so politely: the second signal ends it at once.
+    code = wild.kill_when(after(length / 24), signal.SIGTERM, signal.SIGTERM)
+    assert code in (143, -signal.SIGTERM, None) and wild.seconds_to_stop < 5
+    check()
+    # No room for anything larger than a few bytes: said, and nothing is lost.
+    code, said = wild.run_on_a_full_disk(2000)
+    assert code == 1 and "cannot write" in said and "Traceback" not in said
+    check()
+    # Photos that vanish after everybody was counted.
+    shutil.rmtree(wild.out / "person-11", ignore_errors=True)
+    before = wild.begun()
+    away, home = tmp_path / "away", wild.root / "person-11"
+
+    def vanish():
+        if not away.exists() and wild.begun() - before:
+            home.rename(away)
+        return False
+
+    process, _ = wild.start_and_wait(vanish)
+    if away.exists():
+        away.rename(home)
+    check()
+    if process.returncode:
+        assert process.returncode == 1 and "person-11" in wild.said()
+    code, said = wild.run()
+    assert code == 0, said
+    assert wild.results() == expected
+    assert {record.status for record in jobs.read(wild.out)} == {"done"}
+    left = [p for p in wild.out.rglob("*") if ".tmp-" in p.name]
+    assert not left
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def pair(smallest_checkpoint, tmp_path, cache):
+    """Two processes with four simulated devices each, and one process with as many."""
+    flags = "--max_train_steps 12 --checkpointing_steps 4 --mesh identity={}".format
+    make = job(tmp_path, smallest_checkpoint, cache, 8)
+    one, two = make("one"), make("two")
+    one.command += flags(4).split()
+    two.command += [*flags(8).split(), "--distributed"]
+    for each in (one, two):
+        each.environment["XLA_FLAGS"] = chaos.XLA.format(4)
+
+    def start():
+        port, processes, said = free_port(), [], []
+        for number in range(2):
+            processes.append(
+                two.start(
+                    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+                    JAX_NUM_PROCESSES="2",
+                    JAX_PROCESS_ID=str(number),
+                )
+            )
+            said.append(two.errors)
+        return processes, lambda: "\n".join(path.read_text("utf-8", "replace") for path in said)
+
+    return one, two, start
+
+
+@pytest.mark.chaos
+def test_one_of_two_processes_is_killed(pair):
+    one, two, start = pair
+    code, said = one.run()
+    assert code == 0, said
+    expected = one.results()
+    processes, _ = start()
+    try:
+        while not two.checkpoints():
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.01)
+        processes[1].kill()
+        # The other one ends by itself once it notices, and does not have to.
+        processes[0].wait(10) if processes[0].poll() is not None else processes[0].kill()
+        assert two.results().items() <= expected.items()
+        for process in processes:
+            process.wait()
+        processes, said = start()
+        codes = [process.wait(chaos.PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            chaos.end(process)
+    assert codes == [0, 0], said()
+    assert two.results() == expected
+    records = [json.loads(line) for line in (two.out / jobs.MANIFEST).read_text().splitlines()]
+    assert {record["status"] for record in records} == {"done"} and len(records) == 8

@@ -1,0 +1,185 @@
+"""A run for many people: records, what is left to do, and people who fail beside others."""
+
+import hashlib
+import json
+import time
+
+import chaos
+import pytest
+
+import train_jax
+from idea_jax import devices, jobs, train
+
+TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
+IN_PAIRS = [*TWO, "--identities_per_step", "2", "--mesh", "identity=1,data=1"]
+
+
+@pytest.fixture
+def run(smallest_checkpoint, tmp_path):
+    def command(root, out, *flags):
+        about = ["--pretrained_model_name_or_path", smallest_checkpoint, "--train_data_dir", root]
+        return train_jax.main([str(x) for x in (*about, "--output_dir", out, *IN_PAIRS, *flags)])
+
+    return command
+
+
+def digests(out):
+    files = out.glob(f"*/{jobs.RESULT}")
+    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
+    run, tmp_path, monkeypatch, capsys, caplog
+):
+    caplog.set_level("INFO")
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 4)
+    good = (root / "person-01" / "1.png").read_bytes()
+    # In other company, in other places, with fewer pictures beside them, and one place empty.
+    chaos.write_people(tmp_path / "others", 3)
+    assert run(tmp_path / "others", tmp_path / "calm") == 0
+    expected = digests(tmp_path / "calm")
+
+    (root / "person-01" / "1.png").write_bytes(good[:60])
+    begin, broken = train.begin, []
+
+    def begin_with_a_fault(work, person, *rest):
+        learner = begin(work, person, *rest)
+        if person.name == "person-02" and not broken:
+            broken.append(person.name)
+            photos = learner.photos
+            learner.photos = photos._replace(mean=photos.mean * float("nan"))
+        return learner
+
+    monkeypatch.setattr(train, "begin", begin_with_a_fault)
+    capsys.readouterr()
+    assert run(root, out) == 1
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 1 and "1 of 4 people failed" in message
+    assert "person-01: " in message and "1.png" in message
+    assert "person-02 is taken out: step 1: loss nan" in caplog.text
+    got = digests(out)
+    assert sorted(got) == ["person-00", "person-02", "person-03"]
+    assert got["person-00"] == expected["person-00"]
+    assert got["person-02"] == expected["person-02"]  # the second time alone
+    records = {record.person: record for record in jobs.read(out)}
+    assert [records[f"person-0{n}"].attempts for n in range(4)] == [1, 2, 2, 1]
+    assert records["person-01"].status == "failed" and "1.png" in records["person-01"].why
+    assert records["person-03"].result == got["person-03"] and records["person-03"].steps == 2
+
+    # The same command again does what is left, and nothing else.
+    caplog.clear()
+    before = (out / "person-00" / jobs.RESULT).stat().st_mtime_ns
+    (root / "person-01" / "1.png").write_bytes(good)
+    assert run(root, out) == 0
+    assert "4 people, 3 of them done" in caplog.text
+    assert digests(out)["person-01"] == expected["person-01"]
+    assert (out / "person-00" / jobs.RESULT).stat().st_mtime_ns == before
+    assert {record.status for record in jobs.read(out)} == {"done"}
+    capsys.readouterr()
+    assert jobs.main([str(out)]) == 0
+    assert "4 people: 0 waiting, 0 running, 4 done, 0 failed" in capsys.readouterr().out
+
+    # A result that was changed is made again; other settings are refused.
+    (out / "person-00" / jobs.RESULT).write_bytes(b"changed")
+    assert run(root, out) == 0
+    assert "is gone or was changed" in caplog.text
+    assert digests(out)["person-00"] == expected["person-00"]
+    assert run(root, out, "--learning_rate", "0.5") == 1
+    assert "was trained with other settings" in capsys.readouterr().err
+    assert digests(out) == {**got, "person-01": expected["person-01"]}
+
+
+def record(person, status="done", **about):
+    return jobs.Record(person, status, **about)
+
+
+def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path, caplog):
+    names = ["anna", "b\udce9rt", "carl"]
+    board = jobs.Board(tmp_path, names, names[:2], is_first=True)
+    board.plan(names[:2], "settings")
+    board.note(names[:2], status="done", steps=3, result="no such file", ended=1.0)
+    other = jobs.Board(tmp_path, names, names[2:], is_first=False)
+    other.note(["carl"], status="failed", why="no photo", ended=2.0)
+    board.publish()
+    found = jobs.read(tmp_path)
+    assert [(r.person, r.status) for r in found] == [
+        ("anna", "done"), ("b\udce9rt", "done"), ("carl", "failed")
+    ]  # fmt: skip
+    assert not list(tmp_path.rglob(".tmp-*"))
+    again = jobs.Board(tmp_path, names, names, is_first=True)
+    assert again.records == {r.person: r for r in found}
+    with pytest.raises(jobs.JobsError, match="other settings"):
+        again.is_done("anna", "others", 3)
+    assert not again.is_done("anna", "settings", 4)  # more steps are asked for
+    assert not again.is_done("anna", "settings", 3)
+    assert "is gone or was changed" in caplog.text
+    for damaged in ("", "{", "[]", '{"person": "anna", "status": "dome"}', '{"person": 3}'):
+        (tmp_path / "anna" / jobs.RECORD).write_text(damaged)
+        caplog.clear()
+        assert jobs.Board(tmp_path, names, names, is_first=True).records["anna"].status == "waiting"
+        assert "cannot be used" in caplog.text
+
+
+def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, caplog):
+    ended = [0.0, 0.0, 1800.0, 1800.0, 3600.0]  # the first two only start the clock
+    records = [record(f"p{n}", ended=end) for n, end in enumerate(ended)]
+    assert jobs.people_per_hour(records) == pytest.approx(3.0)
+    assert jobs.people_per_hour(records[:2]) is None
+    records += [record("q", "waiting"), record("r", "running", attempts=2)]
+    records.append(record("s", "failed", why="no face found", attempts=2, ended=5.0))
+    said = jobs.summary(records, now=3660.0)
+    assert said.splitlines() == [
+        "8 people: 1 waiting, 1 running, 5 done, 1 failed",
+        "3.0 people/hour, about 40 min 00 s left, the newest result is 1 min 00 s old",
+        "running r (attempt 2)",
+        "failed s (attempt 2): no face found",
+    ]
+    lines = [jobs.to_line(r) for r in records]
+    (tmp_path / jobs.MANIFEST).write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
+    assert jobs.main([str(tmp_path)]) == 0
+    assert "7 people: " in capsys.readouterr().out and "line 4" in caplog.text
+    assert jobs.main([str(tmp_path / "none")]) == 1
+    assert "no jobs.jsonl in" in capsys.readouterr().err
+    assert json.loads(lines[0])["ended"] == 0.0 and jobs.duration(7260) == "2 h 01 min"
+    assert time.time() > jobs.from_line(lines[0]).ended
+
+
+@pytest.mark.parametrize(
+    ("asked", "together", "people", "batch", "mesh", "places"),
+    [
+        (None, None, 20, 8, (8, 1), 8),
+        (None, None, 3, 8, (3, 1), 3),
+        (None, 4, 20, 8, (4, 1), 4),
+        (None, 12, 20, 8, (6, 1), 12),
+        (None, None, 1, 4, (1, 4), 1),
+        (None, None, 1, 5, (1, 1), 1),
+        ({"identity": 2, "data": 4}, 6, 20, 8, (2, 4), 6),
+    ],
+)
+def test_devices_are_laid_out(asked, together, people, batch, mesh, places):
+    layout = devices.layout(asked, together, people, batch)
+    assert tuple(layout.mesh.shape.values()) == mesh and layout.places == places
+
+
+@pytest.mark.parametrize(
+    ("asked", "together", "batch", "says"),
+    [
+        ({"identity": 4, "data": 4}, None, 8, "needs 16 devices"),
+        ({"identity": 2, "data": 4}, None, 6, "cannot divide the 6 samples"),
+        ({"identity": 4, "data": 1}, 6, 8, "no multiple of --mesh identity=4"),
+    ],
+)
+def test_devices_that_do_not_fit_are_named(asked, together, batch, says):
+    with pytest.raises(devices.DevicesError, match=says):
+        devices.layout(asked, together, 20, batch)
+
+
+def test_mesh_of_several_processes_is_cut_into_equal_parts(monkeypatch):
+    monkeypatch.setattr(devices.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices.jax, "process_index", lambda: 1)
+    layout = devices.layout({"identity": 4, "data": 2}, 8, 20, 8)
+    assert dict(layout.mesh.shape) == {"identity": 2, "data": 2} and layout.places == 4
+    assert devices.own_share(list("abcde")) == ["b", "d"]
+    with pytest.raises(devices.DevicesError, match="cannot be divided over 2 processes"):
+        devices.layout({"identity": 3, "data": 2}, None, 20, 8)
