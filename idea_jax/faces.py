@@ -426,23 +426,31 @@ def open_finder(
     if face_model.name in face_models.KNOWN_SHA256:
         log.info(face_models.LICENCE)
     recogniser = load_recogniser(face_model, provider) if embeds else None
-    detector = None
-    if not pre_aligned:
-        try:
-            file = face_models.find_in_pack(face_model.parent, "detection")
-        except face_models.NotInPack:
-            if needs_detector:
-                raise
-            log.warning(
-                "there is no face detector beside %s: the central square of each photo is taken "
-                "for the face; --face_model_dir PACK finds it",
-                face_model.name,
-            )
-        else:
-            detector = load_detector(file, provider)
+    file = None if pre_aligned else detector_beside(face_model, needed=needs_detector)
+    if file is None and not pre_aligned:
+        log.warning(
+            "there is no face detector beside %s: the central square of each photo is taken for "
+            "the face; --face_model_dir PACK finds it",
+            face_model.name,
+        )
+    detector = load_detector(file, provider) if file else None
     if recogniser or detector:
         log.info("the face models run on the %s", (recogniser or detector).provider)
     return Finder(recogniser, detector, select, pre_aligned)
+
+
+def detector_beside(face_model: Path, *, needed: bool = True) -> Path | None:
+    """Returns the detector that lies beside a recogniser; None if there is none.
+
+    Raises:
+        FaceError: there is none, but it is needed; or a file that could be it is damaged.
+    """
+    try:
+        return face_models.find_in_pack(face_model.parent, "detection")
+    except face_models.NotInPack:
+        if needed:
+            raise
+        return None
 
 
 # --- a folder, once -------------------------------------------------------------------------------
@@ -463,12 +471,7 @@ def precompute(
     """
     about, rows, names = finder.about, {}, {}
     if out.exists():
-        table = face_table.read(out)
-        if table.about != about:
-            raise FaceError(
-                f"{out} was made with {table.about}, now it is {about}; choose another --out, or "
-                "delete the file"
-            )
+        table = read_table(out, about)
         rows, names = dict(table.rows), dict(table.names)
     saved = len(rows)
 
@@ -497,6 +500,21 @@ def precompute(
     return failed
 
 
+def read_table(path: Path, about: face_table.About) -> face_table.Table:
+    """Reads a table that rows can be added to.
+
+    Raises:
+        FaceError: it was made in another way than rows are made now, or it is no table.
+    """
+    table = face_table.read(path)
+    if table.about != about:
+        raise FaceError(
+            f"{path} was made with {table.about}, now it is {about}; choose another --out, or "
+            "delete the file"
+        )
+    return table
+
+
 def _print_failed(failed: list[tuple[object, str]], count: int) -> None:
     if failed:
         print(f"{len(failed)} of {count} pictures cannot be used:", file=sys.stderr)
@@ -520,10 +538,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         check_writable(args.out.resolve().parent)
         if args.out.exists():
-            face_table.read(args.out)  # a file that is no table is refused before models are loaded
+            face_table.read(args.out)  # a file that is no table is refused before any download
         face_model = face_models.find_recogniser(
             args.face_model, args.face_model_dir, None, accept_licence=args.accept_face_licence
         )
+        if args.out.exists():  # and one of other models before these are loaded
+            detector = None if args.pre_aligned else detector_beside(face_model)
+            digests = (_digest(file) for file in (face_model, detector))
+            read_table(args.out, face_table.About(*digests, args.face_select, args.pre_aligned))
         finder = open_finder(
             face_model,
             provider=args.face_provider,
@@ -541,6 +563,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
     return 0
+
+
+def _digest(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise FaceError(f"the face model {file} cannot be read: {error.strerror}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
