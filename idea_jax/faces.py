@@ -90,7 +90,8 @@ def detect(
     """
     width, height = image.size
     # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
-    shrink = max(width, height) / (2 * DET_SIZE)
+    input_side = max(detector.model.static_input_size or (DET_SIZE,))
+    shrink = max(width, height) / (2 * input_side)
     if shrink > 1:
         image = image.resize((max(1, round(width / shrink)), max(1, round(height / shrink))))
     scale = np.array([width / image.width, height / image.height], np.float32)
@@ -233,20 +234,26 @@ def align(image: Image.Image, points: np.ndarray) -> np.ndarray:
         return face_align.norm_crop(np.asarray(image), np.asarray(points, np.float32), SIZE)
 
 
-def training_square(points: np.ndarray, image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """Returns left, top and side of the square to train on, inside the picture.
+def training_square(
+    points: np.ndarray, image_size: tuple[int, int]
+) -> tuple[tuple[float, float], int, float]:
+    """Returns the square to train on, as `images.crop_turned` takes it: centre, side and angle.
 
-    Centre and side are those of FFHQ and CelebA-HQ, from the eyes and the mouth, but upright; the
-    square is moved, and if it must be, made smaller, to lie inside the picture.
+    It is that of FFHQ and CelebA-HQ, from the eyes and the mouth: it turns with the face, which is
+    upright in it. It is moved, and if it must be, made smaller, to lie inside the picture.
 
-    Source: arXiv 1710.10196, appendix C (c and s).
+    Source: arXiv 1710.10196, appendix C (c, s and x).
     """
     eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
     across, down = points[1] - points[0], mouth - eyes
+    angle = float(np.arctan2(across[1] - down[0], across[0] + down[1]))
     side = max(4.0 * np.hypot(*across), 3.6 * np.hypot(*down))
-    side = max(1, round(min(side, *image_size)))
-    corner = (eyes + 0.1 * down - side / 2).round().clip(0, np.array(image_size) - side)
-    return int(corner[0]), int(corner[1]), side
+    # Of the upright square around the turned one.
+    reach = abs(np.cos(angle)) + abs(np.sin(angle))
+    side = max(1, min(round(side), int(min(image_size) / reach)))
+    half = np.minimum(side * reach, image_size) / 2
+    x, y = (eyes + 0.1 * down).clip(half, np.array(image_size) - half)
+    return (float(x), float(y)), side, angle
 
 
 def face_crop(image: Image.Image, *, pre_aligned: bool) -> np.ndarray:
@@ -376,13 +383,20 @@ class Finder:
             ImageError: the picture cannot be read.
             FaceError: it has no usable face; the message names the picture.
         """
-        image = picture.read()
+        return self.look_at(picture.read(), picture)
+
+    def look_at(self, image: Image.Image, name: object) -> Sight:
+        """Returns what is known of the face on an RGB picture.
+
+        Raises:
+            FaceError: it has no usable face; the message has the picture's `name`.
+        """
         try:
-            box, points, score, crop = self._crop(image, picture)
+            box, points, score, crop = self._crop(image, name)
             embed = embed_faces(self.recogniser, [crop])[0] if self.recogniser else None
         except FaceError as error:
-            named = str(picture) in str(error)
-            raise FaceError(str(error) if named else f"{picture}: {error}") from error
+            named = str(name) in str(error)
+            raise FaceError(str(error) if named else f"{name}: {error}") from error
         return Sight(box, points, score, hashlib.sha256(crop.tobytes()).hexdigest(), embed)
 
     def _crop(self, image: Image.Image, name: object) -> tuple:
