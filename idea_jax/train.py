@@ -166,26 +166,23 @@ def run(cfg: TrainConfig) -> list[Path]:
 
 
 def people_of(cfg: TrainConfig) -> list[people.Person]:
-    """Finds the people of a run and proves that each of their picture files can be read.
+    """Finds the people of a run; picture files that cannot be read are reported and left out.
 
     A folder that has pictures itself is one person, without a name; otherwise each sub-folder with
     pictures is one, and so is each identity of a data set.
 
     Raises:
       ConfigError: the choice of people does not fit a single person.
-      images.ImageError, people.PeopleError: there is nobody, or a picture cannot be used.
+      images.ImageError, people.PeopleError: there is nobody, or somebody without a picture that can
+        be used.
     """
     if cfg.dataset is not None:
         log.info("CelebA is for non-commercial research only; do not pass its pictures on")
-        found = people.from_celeb_a(cfg.dataset_dir)
-        return choose_people(cfg, found)
+        return split_people(cfg, choose_people(cfg, people.from_celeb_a(cfg.dataset_dir)))
     folder = Path(cfg.train_data_dir)
     if images.has_only_folders(folder):
-        everybody = choose_people(cfg, people.from_folders(folder))
-        for person in everybody:
-            for picture in person.train:
-                picture.read()
-        return everybody
+        chosen = choose_people(cfg, people.from_folders(folder))
+        return split_people(cfg, {name: images.readable(them) for name, them in chosen.items()})
     if cfg.identities is not None:
         raise ConfigError(
             f"--identities chooses people, but {folder} holds the photos of one person; expected a "
@@ -193,27 +190,31 @@ def people_of(cfg: TrainConfig) -> list[people.Person]:
         )
     paths, skipped = images.list_images(folder)
     images.report_skipped(skipped)
-    pictures = [images.PictureFile(path) for path in paths]
-    for picture in pictures:
-        picture.read()
+    pictures = images.readable([images.PictureFile(path) for path in paths])
     return [people.split("", images.without_copies(pictures), cfg.pictures_per_person, cfg.seed)]
 
 
-def choose_people(cfg: TrainConfig, found: dict[str, list]) -> list[people.Person]:
-    """The people of a data set that a run trains, their pictures split into two parts.
+def choose_people(cfg: TrainConfig, found: dict[str, list]) -> dict[str, list]:
+    """The people of a data set that a run trains, with all their pictures.
 
     Raises:
       ConfigError: as `people_of`.
-      people.PeopleError: nobody is chosen, or some have too few pictures; it names all of them.
+      people.PeopleError: nobody is chosen.
     """
     if cfg.resume_from_checkpoint not in (None, "latest"):
         raise ConfigError(
             "--resume_from_checkpoint FOLDER is of one person; for several, only latest can be used"
         )
-    chosen = {
-        name: images.without_copies(pictures)
-        for name, pictures in people.choose(found, cfg.identities).items()
-    }
+    return people.choose(found, cfg.identities)
+
+
+def split_people(cfg: TrainConfig, chosen: dict[str, list]) -> list[people.Person]:
+    """People with their pictures split into two parts, to train on and to hold out.
+
+    Raises:
+      people.PeopleError: some have too few pictures; it names all of them.
+    """
+    chosen = {name: images.without_copies(pictures) for name, pictures in chosen.items()}
     count = cfg.pictures_per_person
     numbers = {name: len(pictures) for name, pictures in chosen.items()}
     few = [f"{name} ({n})" for name, n in numbers.items() if count is not None and n < count]

@@ -183,6 +183,22 @@ def test_two_files_with_the_same_bytes_count_once(run, seen, tmp_path, caplog):
     assert "skipped copy.png: a copy of 0.png" in caplog.text
 
 
+def test_files_that_cannot_be_read_are_left_out(run, seen, tmp_path, caplog, capsys):
+    photos = write_photos(tmp_path / "root" / "anna", "red", "blue")
+    (photos / "0.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    (photos / "notes.jpg").write_text("no picture")
+    assert run(photos, *CROSS, "--pictures_per_person", "1") == 0
+    assert [name for name, _ in seen["pixels"]] == ["1.png"]
+    for name in ("0.png is cut off or damaged", "notes.jpg is not a JPEG"):
+        assert any("left out" in line and name in line for line in caplog.text.splitlines())
+    # Of several people as well; but somebody must be left of each.
+    other = write_photos(tmp_path / "root" / "bert", "green")
+    assert run(tmp_path / "root", *CROSS) == 0
+    (other / "0.png").write_text("no picture")
+    assert run(tmp_path / "root", *CROSS) == 1
+    assert f"{other / '0.png'} is not a JPEG" in capsys.readouterr().err
+
+
 # --- several people -------------------------------------------------------------------------------
 
 

@@ -195,6 +195,26 @@ class PictureFile:
         return str(self.path)
 
 
+def readable(pictures: Sequence[PictureFile]) -> list[PictureFile]:
+    """Returns the pictures that can be read; the others are reported.
+
+    Raises:
+        ImageError: none can; what is wrong with the first.
+    """
+    good, errors = [], []
+    for picture in pictures:
+        try:
+            picture.read()
+            good.append(picture)
+        except ImageError as error:
+            errors.append(error)
+    if not good:
+        raise errors[0]
+    for error in errors:
+        log.warning("left out: %s", error)
+    return good
+
+
 def without_copies(pictures: Sequence[PictureFile]) -> list[PictureFile]:
     """Returns the pictures without those whose bytes are those of an earlier one.
 
