@@ -54,6 +54,10 @@ class FaceError(ValueError):
     """A face model, crop or embedding that cannot be used; the message says what was expected."""
 
 
+class PackagesMissing(FaceError):
+    """A package that reads face models is not installed."""
+
+
 class NotInPack(FaceError):
     """A folder has no model for a task, nor a damaged file that could be one."""
 
@@ -124,6 +128,8 @@ def find_recogniser(
         if folder.exists():
             try:
                 return find_in_pack(folder, "recognition")
+            except PackagesMissing:
+                raise
             except FaceError as error:
                 raise FaceError(
                     f"{error}. Remove {folder} to have a pack downloaded again"
@@ -219,8 +225,9 @@ def _manifest(folder: Path) -> object | None:
 
 def _task_of(path: Path) -> str:
     """What an ONNX file is for, by its inputs and outputs, as insightface tells them apart."""
-    import onnx
-    from google.protobuf.message import DecodeError
+    with _packages_needed():
+        import onnx
+        from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
@@ -276,7 +283,7 @@ def _packages_needed() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise FaceError(
+        raise PackagesMissing(
             f"faces need the packages insightface and onnxruntime ({error}); "
             "install them with: pip install insightface onnxruntime"
         ) from error

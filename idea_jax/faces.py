@@ -90,7 +90,8 @@ def detect(
     """
     width, height = image.size
     # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
-    shrink = max(width, height) / (2 * DET_SIZE)
+    input_side = max(detector.model.static_input_size or (DET_SIZE,))
+    shrink = max(width, height) / (2 * input_side)
     if shrink > 1:
         image = image.resize((max(1, round(width / shrink)), max(1, round(height / shrink))))
     scale = np.array([width / image.width, height / image.height], np.float32)
@@ -233,20 +234,26 @@ def align(image: Image.Image, points: np.ndarray) -> np.ndarray:
         return face_align.norm_crop(np.asarray(image), np.asarray(points, np.float32), SIZE)
 
 
-def training_square(points: np.ndarray, image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """Returns left, top and side of the square to train on, inside the picture.
+def training_square(
+    points: np.ndarray, image_size: tuple[int, int]
+) -> tuple[tuple[float, float], int, float]:
+    """Returns the square to train on, as `images.crop_turned` takes it: centre, side and angle.
 
-    Centre and side are those of FFHQ and CelebA-HQ, from the eyes and the mouth, but upright; the
-    square is moved, and if it must be, made smaller, to lie inside the picture.
+    It is that of FFHQ and CelebA-HQ, from the eyes and the mouth: it turns with the face, which is
+    upright in it. It is moved, and if it must be, made smaller, to lie inside the picture.
 
-    Source: arXiv 1710.10196, appendix C (c and s).
+    Source: arXiv 1710.10196, appendix C (c, s and x).
     """
     eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
     across, down = points[1] - points[0], mouth - eyes
+    angle = float(np.arctan2(across[1] - down[0], across[0] + down[1]))
     side = max(4.0 * np.hypot(*across), 3.6 * np.hypot(*down))
-    side = max(1, round(min(side, *image_size)))
-    corner = (eyes + 0.1 * down - side / 2).round().clip(0, np.array(image_size) - side)
-    return int(corner[0]), int(corner[1]), side
+    # Of the upright square around the turned one.
+    reach = abs(np.cos(angle)) + abs(np.sin(angle))
+    side = max(1, min(round(side), int(min(image_size) / reach)))
+    half = np.minimum(side * reach, image_size) / 2
+    x, y = (eyes + 0.1 * down).clip(half, np.array(image_size) - half)
+    return (float(x), float(y)), side, angle
 
 
 def face_crop(image: Image.Image, *, pre_aligned: bool) -> np.ndarray:
@@ -376,13 +383,20 @@ class Finder:
             ImageError: the picture cannot be read.
             FaceError: it has no usable face; the message names the picture.
         """
-        image = picture.read()
+        return self.look_at(picture.read(), picture)
+
+    def look_at(self, image: Image.Image, name: object) -> Sight:
+        """Returns what is known of the face on an RGB picture.
+
+        Raises:
+            FaceError: it has no usable face; the message has the picture's `name`.
+        """
         try:
-            box, points, score, crop = self._crop(image, picture)
+            box, points, score, crop = self._crop(image, name)
             embed = embed_faces(self.recogniser, [crop])[0] if self.recogniser else None
         except FaceError as error:
-            named = str(picture) in str(error)
-            raise FaceError(str(error) if named else f"{picture}: {error}") from error
+            named = str(name) in str(error)
+            raise FaceError(str(error) if named else f"{name}: {error}") from error
         return Sight(box, points, score, hashlib.sha256(crop.tobytes()).hexdigest(), embed)
 
     def _crop(self, image: Image.Image, name: object) -> tuple:
@@ -426,23 +440,31 @@ def open_finder(
     if face_model.name in face_models.KNOWN_SHA256:
         log.info(face_models.LICENCE)
     recogniser = load_recogniser(face_model, provider) if embeds else None
-    detector = None
-    if not pre_aligned:
-        try:
-            file = face_models.find_in_pack(face_model.parent, "detection")
-        except face_models.NotInPack:
-            if needs_detector:
-                raise
-            log.warning(
-                "there is no face detector beside %s: the central square of each photo is taken "
-                "for the face; --face_model_dir PACK finds it",
-                face_model.name,
-            )
-        else:
-            detector = load_detector(file, provider)
+    file = None if pre_aligned else detector_beside(face_model, needed=needs_detector)
+    if file is None and not pre_aligned:
+        log.warning(
+            "there is no face detector beside %s: the central square of each photo is taken for "
+            "the face; --face_model_dir PACK finds it",
+            face_model.name,
+        )
+    detector = load_detector(file, provider) if file else None
     if recogniser or detector:
         log.info("the face models run on the %s", (recogniser or detector).provider)
     return Finder(recogniser, detector, select, pre_aligned)
+
+
+def detector_beside(face_model: Path, *, needed: bool = True) -> Path | None:
+    """Returns the detector that lies beside a recogniser; None if there is none.
+
+    Raises:
+        FaceError: there is none, but it is needed; or a file that could be it is damaged.
+    """
+    try:
+        return face_models.find_in_pack(face_model.parent, "detection")
+    except face_models.NotInPack:
+        if needed:
+            raise
+        return None
 
 
 # --- a folder, once -------------------------------------------------------------------------------
@@ -463,12 +485,7 @@ def precompute(
     """
     about, rows, names = finder.about, {}, {}
     if out.exists():
-        table = face_table.read(out)
-        if table.about != about:
-            raise FaceError(
-                f"{out} was made with {table.about}, now it is {about}; choose another --out, or "
-                "delete the file"
-            )
+        table = read_table(out, about)
         rows, names = dict(table.rows), dict(table.names)
     saved = len(rows)
 
@@ -497,6 +514,21 @@ def precompute(
     return failed
 
 
+def read_table(path: Path, about: face_table.About) -> face_table.Table:
+    """Reads a table that rows can be added to.
+
+    Raises:
+        FaceError: it was made in another way than rows are made now, or it is no table.
+    """
+    table = face_table.read(path)
+    if table.about != about:
+        raise FaceError(
+            f"{path} was made with {table.about}, now it is {about}; choose another --out, or "
+            "delete the file"
+        )
+    return table
+
+
 def _print_failed(failed: list[tuple[object, str]], count: int) -> None:
     if failed:
         print(f"{len(failed)} of {count} pictures cannot be used:", file=sys.stderr)
@@ -520,10 +552,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         check_writable(args.out.resolve().parent)
         if args.out.exists():
-            face_table.read(args.out)  # a file that is no table is refused before models are loaded
+            face_table.read(args.out)  # a file that is no table is refused before any download
         face_model = face_models.find_recogniser(
             args.face_model, args.face_model_dir, None, accept_licence=args.accept_face_licence
         )
+        if args.out.exists():  # and one of other models before these are loaded
+            detector = None if args.pre_aligned else detector_beside(face_model)
+            digests = (_digest(file) for file in (face_model, detector))
+            read_table(args.out, face_table.About(*digests, args.face_select, args.pre_aligned))
         finder = open_finder(
             face_model,
             provider=args.face_provider,
@@ -541,6 +577,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
     return 0
+
+
+def _digest(file: Path | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise FaceError(f"the face model {file} cannot be read: {error.strerror}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -426,16 +426,13 @@ def choose_people(cfg: TrainConfig, found: dict[str, list]) -> dict[str, list]:
 def person_of(cfg: TrainConfig, name: str, pictures: list) -> people.Person:
     """A person with those of the pictures that are trained on and those that are held out.
 
-    Proves that each of the former can be read.
+    Pictures that cannot be read are reported and left out.
 
     Raises:
-      images.ImageError, people.PeopleError: a picture cannot be used, or there are too few.
+      images.ImageError, people.PeopleError: no picture can be used, or there are too few.
     """
-    found = images.without_copies(pictures)
-    person = people.split(name, found, cfg.pictures_per_person, cfg.seed)
-    for picture in person.train:
-        picture.read()
-    return person
+    found = images.without_copies(images.readable(pictures))
+    return people.split(name, found, cfg.pictures_per_person, cfg.seed)
 
 
 def method_of(cfg: TrainConfig) -> condition.Method:

@@ -333,6 +333,19 @@ def test_8000_by_8000(make, tmp_path):
     np.testing.assert_allclose(sight.box, [3600, 3600, 4400, 4400], rtol=2e-3)
 
 
+def test_a_detector_of_one_fixed_size_is_given_no_more_than_twice_that(make, tmp_path):
+    finder = make([scrfd.face(160, 100, 40)], size=320)
+    model, shapes = finder.detector.model, []
+    model.static_input_size = (320, 320)
+    detect = model.detect
+    model.detect = lambda pixels, **settings: (
+        shapes.append(pixels.shape) or detect(pixels, **settings)
+    )
+    sight = finder.look(save(tmp_path, Image.new("RGB", (1600, 1200), "navy")))
+    assert shapes == [(480, 640, 3)]
+    np.testing.assert_allclose(sight.box, [720, 420, 880, 580], rtol=2e-3)
+
+
 def test_a_face_at_the_border(make, tmp_path):
     """What lies beyond the edge is black in the crop, and the training square stays inside."""
     finder = make([scrfd.face(10, 630, 100)])
@@ -342,22 +355,59 @@ def test_a_face_at_the_border(make, tmp_path):
     crop = faces.align(picture.read(), sight.points)
     assert (crop[:20, 80:] == 255).all() and (crop[:, :30] == 0).all()
     assert (crop[90:] == 0).all()
-    left, top, side = faces.training_square(sight.points, (640, 640))
-    assert (left, top + side) == (0, 640) and side < 640
+    (x, y), side, angle = faces.training_square(sight.points, (640, 640))
+    assert (x - side / 2, y + side / 2) == pytest.approx((0, 640), abs=1) and side < 640
+    assert abs(angle) < 0.01
 
 
 # --- the square to train on -----------------------------------------------------------------------
 
 
+# Eyes 100 apart and the mouth 110 below.
+EYES_AND_MOUTH = np.array([[450, 400], [550, 400], [500, 450], [460, 510], [540, 510]], np.float32)
+
+
 def test_training_square_has_the_proportions_of_ffhq():
-    """With eyes 100 apart and the mouth 110 below: side 400, centre 11 below the eyes."""
-    points = np.array([[450, 400], [550, 400], [500, 450], [460, 510], [540, 510]], np.float32)
-    assert faces.training_square(points, (1000, 1000)) == (300, 211, 400)
-    assert faces.training_square(points, (1000, 500)) == (300, 100, 400)  # moved up
-    assert faces.training_square(points, (480, 2000)) == (80, 211, 400)  # moved to the left
-    assert faces.training_square(points, (600, 350)) == (250, 0, 350)  # made smaller
+    """The side is 400, the centre 11 below the eyes."""
+    square = faces.training_square
+    points = EYES_AND_MOUTH
+    assert square(points, (1000, 1000)) == ((500, 411), 400, 0)
+    assert square(points, (1000, 500)) == ((500, 300), 400, 0)  # moved up
+    assert square(points, (480, 2000)) == ((280, 411), 400, 0)  # moved to the left
+    assert square(points, (600, 350)) == ((425, 175), 350, 0)  # made smaller
     taller = points + np.array([[0, 0], [0, 0], [0, 0], [0, 90], [0, 90]], np.float32)
-    assert faces.training_square(taller, (2000, 2000))[2] == 720
+    assert square(taller, (2000, 2000))[1] == 720
+
+
+@pytest.mark.parametrize("degrees", [-100, -35, 10, 60, 170])
+def test_training_square_turns_with_the_face(degrees):
+    turn = scrfd.similarity(degrees, 1.0, (0, 0))
+    turn[:, 2] = 500 - turn[:, :2] @ (500, 411)
+    points = scrfd.apply(turn, EYES_AND_MOUTH)
+    centre, side, angle = faces.training_square(points, (1000, 1000))
+    np.testing.assert_allclose(centre, (500, 500), atol=1e-3)
+    assert (side, np.degrees(angle)) == (400, pytest.approx(degrees, abs=1e-3))
+    # Where there is less room it stays inside, all corners of it.
+    for size in ((600, 1000), (1000, 580), (500, 620)):
+        centre, side, angle = faces.training_square(points, size)
+        corners = scrfd.apply(
+            scrfd.similarity(np.degrees(angle), side / 2, centre),
+            [[-1, -1], [1, -1], [1, 1], [-1, 1]],
+        )
+        assert (corners > -1e-6).all() and (corners < np.array(size) + 1e-6).all()
+        assert side == 400 or side > min(size) / 1.42 - 1
+
+
+def test_crop_of_a_turned_picture_is_that_of_the_straight_one():
+    """As Pillow turns pictures itself; an upright crop takes the pixels as they are."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (10, 12, 3), np.uint8))
+    image = noise.resize((600, 500), Image.Resampling.BICUBIC)
+    straight = np.asarray(images.crop_turned(image, (310, 220), 200, 0.0))
+    np.testing.assert_array_equal(straight, np.asarray(image)[120:320, 210:410])
+    turned = image.rotate(-25, Image.Resampling.BICUBIC, center=(310, 220))  # clockwise
+    again = images.crop_turned(turned, (310, 220), 200, np.radians(25))
+    assert np.abs(np.asarray(again).astype(int) - straight).mean() < 1
 
 
 # --- several photos -------------------------------------------------------------------------------

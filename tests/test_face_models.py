@@ -316,3 +316,18 @@ def test_packages_that_are_missing_are_named(pack, monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface.model_zoo", None)
     with pytest.raises(faces.FaceError, match="pip install insightface onnxruntime"):
         find(pack)
+
+
+@pytest.mark.parametrize(
+    ("package", "manifest"), [("insightface.model_zoo", True), ("onnx", False)]
+)
+def test_a_missing_package_is_no_reason_to_remove_a_pack(
+    pack, home, monkeypatch, package, manifest
+):
+    if manifest:
+        write_manifest(pack)
+    shutil.copytree(pack, home / "buffalo_l")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(faces.FaceError, match="pip install insightface onnxruntime") as caught:
+        find()
+    assert "Remove" not in str(caught.value)

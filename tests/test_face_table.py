@@ -136,6 +136,22 @@ def test_a_table_of_other_making_is_not_mixed(run, tmp_path):
     assert (tmp_path / "faces.safetensors").read_bytes() == before[:700]
 
 
+def test_a_table_of_other_models_is_refused_before_models_are_loaded(
+    run, pack, tmp_path, monkeypatch
+):
+    assert run()[0] == 0
+    monkeypatch.setattr(faces, "open_finder", None)  # must not be called
+    for name in ("rec.onnx", "det.onnx"):
+        other = tmp_path / f"other {name}"
+        shutil.copytree(pack, other)
+        if name == "rec.onnx":
+            random_face.write_random_recogniser(other / name, seed=1)
+        else:
+            scrfd.write_detector(other / name, [scrfd.face(300, 320, 300)])
+        code, printed = run("--face_model_dir", other)
+        assert code == 1 and "was made with" in printed.err
+
+
 def test_folder_without_a_single_face(run, photos, tmp_path):
     for path in photos.rglob("*.*"):
         if path.suffix in (".png", ".jpg") and path.name not in ("cut.png", "text.jpg"):

@@ -85,9 +85,9 @@ def test_crop_face_trains_on_the_square_around_it(run, seen, pack, tmp_path):
     ((name, pixels),) = seen["pixels"]
     image = images.read_image(photos / "0.png")
     points = (scrfd.TEMPLATE - 56) * 100 / 112 + 160  # the detector's 640 are the photo's width
-    left, top, side = faces.training_square(points.astype(np.float32), image.size)
-    assert 100 < side < 250 and name == "0.png"
-    expected = image.crop((left, top, left + side, top + side))
+    centre, side, angle = faces.training_square(points.astype(np.float32), image.size)
+    assert 100 < side < 250 and abs(angle) < 0.01 and name == "0.png"
+    expected = images.crop_turned(image, centre, side, angle)
     np.testing.assert_array_equal(pixels, images.to_pixels(expected, 32, center_crop=False))
     for crop in ("center", "none"):
         assert run(photos, *CROSS, "--crop", crop) == 0
@@ -182,6 +182,22 @@ def test_two_files_with_the_same_bytes_count_once(run, seen, tmp_path, caplog):
     assert run(photos, *CROSS) == 0
     assert int(seen["photos"].count) == 2
     assert "skipped copy.png: a copy of 0.png" in caplog.text
+
+
+def test_files_that_cannot_be_read_are_left_out(run, seen, tmp_path, caplog, capsys):
+    photos = write_photos(tmp_path / "root" / "anna", "red", "blue")
+    (photos / "0.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    (photos / "notes.jpg").write_text("no picture")
+    assert run(photos, *CROSS, "--pictures_per_person", "1") == 0
+    assert [name for name, _ in seen["pixels"]] == ["1.png"]
+    for name in ("0.png is cut off or damaged", "notes.jpg is not a JPEG"):
+        assert any("left out" in line and name in line for line in caplog.text.splitlines())
+    # Of several people as well; but somebody must be left of each.
+    other = write_photos(tmp_path / "root" / "bert", "green")
+    assert run(tmp_path / "root", *CROSS) == 0
+    (other / "0.png").write_text("no picture")
+    assert run(tmp_path / "root", *CROSS) == 1
+    assert f"{other / '0.png'} is not a JPEG" in capsys.readouterr().err
 
 
 # --- several people -------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -194,6 +195,26 @@ class PictureFile:
         return str(self.path)
 
 
+def readable(pictures: Sequence[PictureFile]) -> list[PictureFile]:
+    """Returns the pictures that can be read; the others are reported.
+
+    Raises:
+        ImageError: none can; what is wrong with the first.
+    """
+    good, errors = [], []
+    for picture in pictures:
+        try:
+            picture.read()
+            good.append(picture)
+        except ImageError as error:
+            errors.append(error)
+    if not good:
+        raise errors[0]
+    for error in errors:
+        log.warning("left out: %s", error)
+    return good
+
+
 def without_copies(pictures: Sequence[PictureFile]) -> list[PictureFile]:
     """Returns the pictures without those whose bytes are those of an earlier one.
 
@@ -314,6 +335,26 @@ def crop_square(image: Image.Image, square: tuple[int, int, int]) -> Image.Image
     """Returns the square (left, top, side) of a picture."""
     left, top, side = square
     return image.crop((left, top, left + side, top + side))
+
+
+def crop_turned(
+    image: Image.Image, centre: tuple[float, float], side: int, angle: float
+) -> Image.Image:
+    """Returns a turned square of a picture, upright: [side, side] pixels.
+
+    Args:
+        centre: in pixels from the upper left corner.
+        angle: of its upper edge in the picture, radians, clockwise.
+    """
+    cos, sin = math.cos(angle), math.sin(angle)
+    x = centre[0] - side / 2 * (cos - sin)
+    y = centre[1] - side / 2 * (cos + sin)
+    return image.transform(
+        (side, side),
+        Image.Transform.AFFINE,
+        (cos, -sin, x, sin, cos, y),
+        Image.Resampling.BICUBIC,
+    )
 
 
 def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray:
