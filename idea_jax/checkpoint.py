@@ -266,6 +266,18 @@ class Checkpoints:
                 f"{', '.join(map(str, self.manager.all_steps()))}"
             )
 
+    def check(self, which: str) -> None:
+        """Raises CheckpointError unless the checkpoint that `restore` would take can be resumed.
+
+        That is: it exists, and all that this fingerprint states is as it was. Where there is no
+        checkpoint at all, "latest" is no error.
+        """
+        if self.folder.is_dir() or which != "latest":
+            step = self.step_of(which)
+            if step is not None:
+                with self.reading(step):
+                    self.compare(step)
+
     def restore(self, state: IdentityState, which: str) -> IdentityState | None:
         """Returns `state` as it was at a checkpoint; None if "latest" finds none.
 
@@ -277,46 +289,49 @@ class Checkpoints:
         Raises:
           CheckpointError: no such checkpoint, a damaged one, or one of a run with other settings.
         """
-        step = self.manager.latest_step()
-        if which == "latest" and step is None:
+        step = self.step_of(which)
+        if step is None:
             return None
-        if which != "latest":
-            path = Path(which).resolve()
-            present = {
-                self.manager.directory / str(step): step for step in self.manager.all_steps()
-            }
-            if path not in present:
-                found = ", ".join(str(step) for step in sorted(present.values())) or "none"
-                raise CheckpointError(
-                    f"no checkpoint at {which}; in {self.manager.directory} there are: {found}"
-                )
-            step = present[path]
-        try:
-            run = self.manager.restore(
-                step, args=self.ocp.args.Composite(run=self.ocp.args.JsonRestore())
-            ).run
-            changed = [k for k, v in self.fingerprint.items() if run.get(k) != v]
-            if changed:
-                was = ", ".join(f"{k}: {run.get(k)} -> {self.fingerprint[k]}" for k in changed)
-                raise CheckpointError(
-                    f"checkpoint {step} belongs to a run with other settings ({was}); resume with "
-                    "the same ones, or train into another --output_dir"
-                )
+        with self.reading(step):
+            self.compare(step)
             target = jax.tree.map(self.ocp.utils.to_shape_dtype_struct, resumable(state))
             tree = self.manager.restore(
                 step, args=self.ocp.args.Composite(state=self.ocp.args.StandardRestore(target))
             ).state
-        except CheckpointError:
-            raise
-        except Exception as error:  # orbax and tensorstore raise whatever their readers raise
-            raise CheckpointError(
-                f"checkpoint {step} in {self.manager.directory} cannot be read "
-                f"({type(error).__name__}); delete that folder to resume from an earlier one"
-            ) from error
         with self.writing():
             for later in [other for other in self.manager.all_steps() if other > step]:
                 self.manager.delete(later)
         return state._replace(**tree)
+
+    def step_of(self, which: str) -> int | None:
+        """Returns the step of a checkpoint; None if "latest" finds none.
+
+        Raises:
+          CheckpointError: there is none in that folder.
+        """
+        if which == "latest":
+            return self.manager.latest_step()
+        path = Path(which).resolve()
+        present = {self.manager.directory / str(step): step for step in self.manager.all_steps()}
+        if path not in present:
+            found = ", ".join(str(step) for step in sorted(present.values())) or "none"
+            raise CheckpointError(
+                f"no checkpoint at {which}; in {self.manager.directory} there are: {found}"
+            )
+        return present[path]
+
+    def compare(self, step: int) -> None:
+        """Raises CheckpointError if a checkpoint's run had other settings than the fingerprint."""
+        run = self.manager.restore(
+            step, args=self.ocp.args.Composite(run=self.ocp.args.JsonRestore())
+        ).run
+        changed = [k for k, v in self.fingerprint.items() if run.get(k) != v]
+        if changed:
+            was = ", ".join(f"{k}: {run.get(k)} -> {self.fingerprint[k]}" for k in changed)
+            raise CheckpointError(
+                f"checkpoint {step} in {self.manager.directory} belongs to a run with other "
+                f"settings ({was}); resume with the same ones, or train into another --output_dir"
+            )
 
     def close(self) -> None:
         """Waits until every checkpoint is on disk.
@@ -329,6 +344,19 @@ class Checkpoints:
         with self.writing():
             self.manager.wait_until_finished()
             self.manager.close()
+
+    @contextmanager
+    def reading(self, step: int) -> Iterator[None]:
+        """Gives the errors of orbax's readers, which have no common type, one that is known."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.manager.directory} cannot be read "
+                f"({type(error).__name__}); delete that folder to resume from an earlier one"
+            ) from error
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -133,6 +133,8 @@ def run(cfg: TrainConfig) -> list[Path]:
     start_ids = starting_ids(cfg, method, tokenizer, names)
     eyes = open_eyes(cfg, method, found.folder)
     portraits = [portraits_of(cfg, method, eyes, person) for person in everybody]
+    fingerprints = [fingerprint_of(cfg, found, seen.pictures, eyes) for seen in portraits]
+    check_resume(cfg, output_dirs, fingerprints)
 
     # The frozen model
     model, frozen = sd.load(
@@ -141,16 +143,20 @@ def run(cfg: TrainConfig) -> list[Path]:
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     start = starting_tokens(cfg, method, base, start_ids)
     optimizer = optimizer_of(cfg, method)
+    base_weights = checkpoint.tree_digest(frozen.cross_kv)
+    fingerprints = [{**each, "base_weights": base_weights} for each in fingerprints]
+    check_resume(cfg, output_dirs, fingerprints)
 
     # The people
     written = []
-    for person, seen, folder in zip(everybody, portraits, output_dirs, strict=True):
+    for person, seen, folder, fingerprint in zip(
+        everybody, portraits, output_dirs, fingerprints, strict=True
+    ):
         if person.name:
             log.info("%s (%d of %d)", person.name, len(written) + 1, len(everybody))
         results = Results(cfg, method, base, folder, validation)
         state, photos = begin(cfg, method, base, optimizer, start, seen, side)
         key = jax.random.key(cfg.seed)
-        fingerprint = fingerprint_of(cfg, base, seen.pictures, eyes)
         state, metrics = loop(
             cfg, method, base, optimizer, state, photos, key, fingerprint, results
         )
@@ -482,11 +488,11 @@ _encode_image = jax.jit(sd.encode_image, static_argnums=0)
 
 def fingerprint_of(
     cfg: TrainConfig,
-    base: Base,
+    found: hub.Checkpoint,
     pictures: list,
     eyes: faces.Finder | face_table.Table | None,
 ) -> dict[str, object]:
-    """What a resumed run must share with the run that wrote the checkpoint."""
+    """What a resumed run must share with the run that wrote the checkpoint, apart from weights."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
     digest = hashlib.sha256()
     for picture in pictures:
@@ -497,10 +503,25 @@ def fingerprint_of(
         **names,
         **(asdict(eyes.about) if eyes is not None else {}),
         "photos": digest.hexdigest(),
-        "base_model": base.name,
-        "revision": base.revision,
-        "base_weights": checkpoint.tree_digest(base.frozen.cross_kv),
+        "base_model": found.name,
+        "revision": found.revision,
     }
+
+
+def check_resume(
+    cfg: TrainConfig, output_dirs: list[Path], fingerprints: list[dict[str, object]]
+) -> None:
+    """Raises CheckpointError if one of several people's runs cannot be resumed.
+
+    Of all of them at once: hours may pass until the last one's turn.
+    """
+    if cfg.resume_from_checkpoint:
+        for folder, fingerprint in zip(output_dirs, fingerprints, strict=True):
+            checkpoints = checkpoint.Checkpoints(folder / "checkpoints", fingerprint)
+            try:
+                checkpoints.check(cfg.resume_from_checkpoint)
+            finally:
+                checkpoints.close()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)

@@ -217,6 +217,37 @@ def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == count
 
 
+def test_people_who_cannot_be_resumed_are_found_before_the_first_is(
+    run, tmp_path, capsys, monkeypatch
+):
+    root = tmp_path / "root"
+    for name, colour in (("anna", "red"), ("bert", "blue")):
+        write_photos(root / name, colour)
+    assert run(root, *CROSS, "--checkpointing_steps", "1") == 0
+    write_photos(root / "carl", "green")  # has not begun, and may
+    again = [root, *CROSS, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"]
+    write_photos(root / "bert", "brown")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.sd, "load", None)  # must not be called
+        assert run(*again) == 1
+    message = capsys.readouterr().err
+    assert f"checkpoint 1 in {tmp_path / 'out' / 'bert'}" in message and "photos: " in message
+    write_photos(root / "bert", "blue")
+    # Weights are compared when they are there, and also before anybody is trained.
+    digest = checkpoint.tree_digest
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "tree_digest", lambda tree: digest(tree)[::-1])
+        patch.setattr(train, "begin", None)
+        assert run(*again) == 1
+    assert "base_weights" in capsys.readouterr().err
+    assert run(*again) == 0
+    steps = [
+        json.loads((tmp_path / "out" / name / "run.json").read_text())["steps"]
+        for name in ("anna", "bert", "carl")
+    ]
+    assert steps == [2, 2, 2]
+
+
 def test_names_that_are_no_utf8_are_kept(run, seen, tmp_path, capsys):
     """What a finished training wrote does not depend on how a photo or a person is called."""
     photos = write_photos(tmp_path / "root" / "caf\udce9", "red", "brown")
