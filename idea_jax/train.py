@@ -696,7 +696,7 @@ def training_pixels(
         image = picture.read()
         if cfg.crop == "face":
             square = faces.training_square(seen.sights[index].points, image.size)
-            image = images.crop_square(image, square)
+            image = images.crop_turned(image, *square)
         yield picture.name, images.to_pixels(image, side, center_crop=cfg.center_crop)
 
 
