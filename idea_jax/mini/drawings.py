@@ -1,6 +1,6 @@
 """Sets of drawings for training and measuring, kept on disk in parts so that a run can go on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from idea_jax.pytrees import stream
 
 SIZE = 64
 PART = 2048  # drawings a file
+ALTERED = ("background", "shirt", "hat", "hat_colour", "expression", "style")  # by `say_both`
 
 
 class Drawings(NamedTuple):
@@ -140,13 +141,35 @@ def _parts(draw_rows: Callable, count: int, folder: Path | None, progress: Calla
 
 def say(rng: np.random.Generator, set_: Drawings, row: int) -> str:
     """Returns one caption of one drawing."""
-    kinds = [
+    return _said(rng, set_, row, lambda kinds: kinds)
+
+
+def say_both(seed: Sequence[int], set_: Drawings, row: int) -> tuple[str, str]:
+    """Returns a caption of one drawing, and the same words with one thing of the (left) scene
+    replaced by another of its kind; twice the same if the caption mentions nothing."""
+    true = say(np.random.default_rng(seed), set_, row)
+    rng = np.random.default_rng([*seed, 1])
+    for field in rng.permutation(ALTERED):
+
+        def altered(kinds, field=field):
+            if "hat" in field and kinds["hat"] == "none":
+                return kinds  # there is no word to replace
+            others = [k for k in captions.KINDS[field] if k not in (kinds[field], "none")]
+            return kinds | {field: str(rng.choice(others))}
+
+        if (wrong := _said(np.random.default_rng(seed), set_, row, altered)) != true:
+            return true, wrong
+    return true, true
+
+
+def _said(rng, set_, row, alter):
+    left, right = (
         captions.scene_words(Scene(*(leaf[row, side] for leaf in set_.scenes))) for side in (0, 1)
-    ]
+    )
     names = [people.full_name(*pair) for pair in set_.names[row] if pair[0] >= 0]
     if len(names) == 1:
-        return captions.caption(rng, kinds[0], names[0])
-    return captions.pair_caption(rng, tuple(kinds), tuple(names))
+        return captions.caption(rng, alter(left), names[0])
+    return captions.pair_caption(rng, (alter(left), right), tuple(names))
 
 
 def to_float(images: np.ndarray | jax.Array) -> jax.Array:

@@ -587,21 +587,35 @@ def image_configuration(budget: Budget) -> CLIPVisionConfig:
     )
 
 
-def caption_ids(run: Run, set_: drawings.Drawings, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns int16[N, captions, T]: what is said about each drawing."""
-    rng = np.random.default_rng([run.seed, *b"captions"])
-    rows = [
-        tokenizer([drawings.say(rng, set_, row) for _ in range(run.budget.captions)])
-        for row in run.progress(range(len(set_.images)), "captions")
-    ]
-    return np.stack(rows).astype(np.int16)
+def caption_ids(
+    run: Run, set_: drawings.Drawings, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what is said about each drawing, and what is nearly true of it.
+
+    Returns: int16[N, captions, T] each; where both are equal, there was nothing to replace.
+    """
+    true, wrong = [], []
+    for row in run.progress(range(len(set_.images)), "captions"):
+        texts = [
+            drawings.say_both([run.seed, row, number, *b"captions"], set_, row)
+            for number in range(run.budget.captions)
+        ]
+        ids = tokenizer([text for both in texts for text in both]).astype(np.int16)
+        true.append(ids[::2])
+        wrong.append(ids[1::2])
+    return np.stack(true), np.stack(wrong)
 
 
 def train_clip(run: Run) -> dict:
-    """Trains both towers on drawings and captions; the text encoder is frozen from then on."""
+    """Trains both towers on drawings and captions; the text encoder is frozen from then on.
+
+    Each picture must also tell its caption from one in which a single thing is another (hard
+    negatives, arXiv 2210.01936): name and clothes alone find the right one of a batch, and a text
+    encoder that never needed to say who smiles does not.
+    """
     model, frozen, tokenizer = run.load()
     set_ = run.named()
-    ids = caption_ids(run, set_, tokenizer)
+    ids, wrong_ids = caption_ids(run, set_, tokenizer)
     config = image_configuration(run.budget)
     tower = CLIPVisionModel(config)
     key = stream(run.key, "clip")
@@ -609,21 +623,26 @@ def train_clip(run: Run) -> dict:
     steps, size = run.budget.clip
 
     def loss(params, batch, key):
-        images, ids = batch
+        images, ids, wrong = batch
         x = drawings.to_float(images)
         x = x * (1 + 0.05 * jax.random.normal(key, (len(x), 1, 1, 1)))
         seen = unit(tower.apply({"params": params["vision"]}, x))
-        states = model.text_model.apply({"params": params["text"]}, ids)
-        said = unit(pooled(states, ids, tokenizer.eos))
+        both = jnp.concatenate([ids, wrong])
+        states = model.text_model.apply({"params": params["text"]}, both)
+        said = unit(pooled(states, both, tokenizer.eos))
         logits = jnp.exp(jnp.minimum(params["scale"], np.log(100.0))) * seen @ said.T
+        is_wrong = jnp.any(ids != wrong, axis=1)
+        hidden = jnp.concatenate([jnp.zeros(len(ids)), jnp.where(is_wrong, 0.0, -1e9)])
         own = jnp.arange(len(x))
         each = optax.softmax_cross_entropy_with_integer_labels
-        return jnp.mean(each(logits, own) + each(logits.T, own)) / 2
+        of_texts = each(logits[:, : len(x)].T, own)
+        return jnp.mean(each(logits + hidden, own) + of_texts) / 2
 
     def batch(rng):
         rows = rng.choice(len(ids), size, replace=False)
         which = rng.integers(0, ids.shape[1], size)
-        return set_.images[rows], ids[rows, which].astype(np.int32)
+        texts = [table[rows, which].astype(np.int32) for table in (ids, wrong_ids)]
+        return set_.images[rows], *texts
 
     params = {"text": frozen.text, "vision": vision, "scale": jnp.log(1 / 0.07)}
     # Adam moves rare rows as fast as common ones: at the full rate, names would lose what they say.
@@ -655,7 +674,7 @@ def train_unet(run: Run) -> dict:
     set_ = run.named()
     cache = run.work / "latents.safetensors"
     if not cache.is_file():
-        ids = caption_ids(run, set_, tokenizer)
+        ids, _ = caption_ids(run, set_, tokenizer)
         bar = "encoding drawings"
         mean, std = moments(model, frozen, set_.images, lambda rows: run.progress(rows, bar))
         with atomic_write(cache) as path:
