@@ -35,6 +35,13 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+# Of both programs
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTION = "kernel of long self-attentions: cudnn on NVIDIA in bf16, splash on TPU, else plain xla"
+COMPILE_CACHE = (
+    "folder of compiled programs, or off (default: idea_jax/compiled in the user's cache)"
+)
+
 COMPUTE_DTYPES = {"no": "float32", "bf16": "bfloat16"}  # of the frozen networks, by precision
 
 # What each profile of the method sets, where nothing more specific is given. The learning rates are
@@ -201,6 +208,8 @@ class TrainConfig:
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
+    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
+    compile_cache: str | None = setting(None, COMPILE_CACHE)
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way
     save_steps: int = setting(
@@ -345,6 +354,8 @@ class SampleConfig:
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
+    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
+    compile_cache: str | None = setting(None, COMPILE_CACHE)
 
     def __post_init__(self):
         positive(self, "num_images_per_prompt", "n_iter", "batch_size", "num_inference_steps")

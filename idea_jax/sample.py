@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
 from idea_jax.files import atomic_write, check_writable, slug, write_together
 from idea_jax.method import condition
-from idea_jax.models import hub, sd
+from idea_jax.models import flash, hub, sd
 from idea_jax.models.unet import project_kv
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def draw(
     rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
 
     def predict(x, timestep):
-        return sd.predict(model, frozen, x, jnp.full(x.shape[0], timestep), rows)
+        return sd.predict(model, frozen, x, timestep, rows)
 
     if is_guided:
         predict = samplers.guided(predict, guidance_scale)
@@ -220,6 +221,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_writable(cfg.save_dir)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.default_backend(), compute_dtype)
     model = sd.read_configs(found.folder, compute_dtype)
     size = picture_size(model, cfg.height, cfg.width)
     tokenizer = text.load_tokenizer(
@@ -232,6 +234,7 @@ def run(cfg: SampleConfig) -> list[Path]:
             f"{person.token} out of it"
         )
     model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
+    model = replace(model, attention=attention)
     checkpoint.check_identity(identity, model, frozen, source)
     if cfg.id_strength != 1 and not identity.method.acts_at_sampling:
         log.warning(

@@ -30,7 +30,7 @@ from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig, to_yaml
 from idea_jax.data import images, people, text
 from idea_jax.files import atomic_write, check_writable, slug, write_together
 from idea_jax.method import anchor, condition
-from idea_jax.models import hub, sd
+from idea_jax.models import flash, hub, sd
 from idea_jax.pytrees import count
 from idea_jax.train_step import (
     IdentityState,
@@ -54,7 +54,7 @@ FREE_ON_RESUME = frozenset(
         *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
         *("validation_prompt", "validation_steps", "num_validation_images"),
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
-        *("report_to", "logging_dir"),
+        *("report_to", "logging_dir", "compile_cache", "attention"),
     }
 )
 
@@ -124,7 +124,9 @@ def run(cfg: TrainConfig) -> list[Path]:
         for folder in output_dirs:
             checkpoint.refuse_checkpoints(folder / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
-    model = sd.read_configs(found.folder, COMPUTE_DTYPES[cfg.mixed_precision])
+    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.default_backend(), dtype)
+    model = sd.read_configs(found.folder, dtype)
     side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
@@ -135,9 +137,8 @@ def run(cfg: TrainConfig) -> list[Path]:
     portraits = [portraits_of(cfg, method, eyes, person) for person in everybody]
 
     # The frozen model
-    model, frozen = sd.load(
-        found.folder, variant=cfg.variant, compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision]
-    )
+    model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+    model = replace(model, attention=attention)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     start = starting_tokens(cfg, method, base, start_ids)
     optimizer = optimizer_of(cfg, method)

@@ -16,6 +16,7 @@ ROWS = (
     ("config", ""),
     ("pytrees", ""),
     ("files", ""),
+    ("compile_cache", ""),
     # level 1: one format or one outside world each
     ("data.images", "files"),
     ("data.people", "data.images"),
@@ -29,7 +30,8 @@ ROWS = (
     ("diffusion.schedule", "pytrees"),
     ("diffusion.samplers", "diffusion.schedule pytrees"),
     # level 2: Stable Diffusion; knows no person
-    ("models.layers", ""),
+    ("models.flash", ""),
+    ("models.layers", "models.flash"),
     ("models.clip_text", "models.layers"),
     ("models.unet", "models.layers"),
     ("models.clip_vision", "models.layers models.clip_text"),
@@ -68,7 +70,8 @@ ROWS = (
     # level 6: the command line
     (
         "cli",
-        "train sample checkpoint learned_embeds face_models config data.* diffusion.* models.*",
+        "train sample checkpoint learned_embeds face_models compile_cache config data.* "
+        "diffusion.* models.*",
     ),
     ("demo", "cli mini.* data.images"),
 )

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from idea_jax.models import flash
+
 
 class UnsupportedConfig(ValueError):
     """A `config.json` asks for something the networks here do not do, or is not understood."""
@@ -309,11 +311,12 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over [B, T, C]."""
+    """Self-attention over [B, T, C]; `attention` is the kernel for long sequences (`flash`)."""
 
     width: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     def setup(self):
         self.to_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
@@ -322,8 +325,9 @@ class SelfAttention(nn.Module):
         self.to_out_0 = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        mixed = attention(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads)
-        return self.to_out_0(mixed)
+        chosen = flash.choose(self.attention, x.shape[1], self.width // self.num_heads)
+        kernel = {"xla": attention, "cudnn": flash.cudnn, "splash": flash.splash}[chosen]
+        return self.to_out_0(kernel(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads))
 
 
 class CrossAttention(nn.Module):
@@ -349,10 +353,11 @@ class BasicTransformerBlock(nn.Module):
     width: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     def setup(self):
         self.norm1 = layer_norm(LAYER_NORM_EPS, self.dtype)
-        self.attn1 = SelfAttention(self.width, self.num_heads, self.dtype)
+        self.attn1 = SelfAttention(self.width, self.num_heads, self.dtype, self.attention)
         self.norm2 = layer_norm(LAYER_NORM_EPS, self.dtype)
         self.attn2 = CrossAttention(self.width, self.num_heads, self.dtype)
         self.norm3 = layer_norm(LAYER_NORM_EPS, self.dtype)
@@ -372,12 +377,14 @@ class Transformer2DModel(nn.Module):
     depth: int
     num_groups: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     def setup(self):
         self.norm = GroupNorm(self.num_groups, self.width, TRANSFORMER_NORM_EPS, self.dtype)
         self.proj_in = nn.Dense(self.width, dtype=self.dtype)
         self.transformer_blocks = [
-            BasicTransformerBlock(self.width, self.num_heads, self.dtype) for _ in range(self.depth)
+            BasicTransformerBlock(self.width, self.num_heads, self.dtype, self.attention)
+            for _ in range(self.depth)
         ]
         self.proj_out = nn.Dense(self.width, dtype=self.dtype)
 
