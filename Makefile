@@ -1,12 +1,14 @@
 # make demo   learn one person from a photo and draw them; installs what it needs into .venv
 # make test   lint and test; adds the test requirements to the same .venv
 # make slow   the tests that need about 10 GB of memory
+# make bench  times this project and PyTorch side by side, about an hour on two cores; see
+#             docs/performance.md for the parts and for other workloads
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow clean
+.PHONY: demo test slow bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
@@ -18,6 +20,10 @@ test: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks --workload mini --jobs 3
+	$(BIN)/python -m benchmarks --workload mid
 
 # The stamps make a second call install nothing, until the requirements change.
 $(VENV)/.installed: setup.cfg pyproject.toml
