@@ -203,12 +203,9 @@ def sampling(stacks, workload: Workload, repeats: int, measurements) -> None:
     """Calls of the sampler, milliseconds a call; the published code's is that of `eager`."""
     counts = dict.fromkeys([workload.pictures, *([1] if workload.single else [])])
     for pictures in counts:
+        what = f"drawing {pictures} at once, {workload.steps} steps"
         calls = {
-            (f"pictures drawn at once: {pictures}, {workload.steps} steps", name): (
-                stack,
-                "sample_time",
-                {},
-            )
+            (what, name): (stack, "sample_time", {})
             for name, stack in stacks.items()
             if name != "published"
         }
@@ -246,8 +243,12 @@ def inside(jax_stack: Worker, workload: Workload, repeats: int, device: str) -> 
             ("people in one step", f"{people}"): (jax_stack, "people_time", {"people": people})
         }
         take_turns(calls, sizes, repeats, 1e3 / workload.block / people, "ms/person", measurements)
-    kernels = jax_stack("kernels", profile="paper", **sizes)
-    return {"flops": counted, "inside": measurements.summary(), "kernels": kernels}
+    return {
+        "flops": counted,
+        "inside": measurements.summary(),
+        "kernels": jax_stack("kernels", profile="paper", **sizes),
+        "convolutions": jax_stack("convolutions", batch=workload.batch),
+    }
 
 
 if __name__ == "__main__":

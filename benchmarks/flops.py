@@ -32,6 +32,16 @@ def of_jaxpr(jaxpr) -> int:
     return total
 
 
+def convolutions(jaxpr):
+    """Yields (image shape, kernel shape [H, W, I, O], strides, padding) of each, inner ones too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            image, kernel = (atom.aval.shape for atom in equation.invars)
+            yield image, kernel, equation.params["window_strides"], equation.params["padding"]
+        for inner in inner_jaxprs(equation):
+            yield from convolutions(inner)
+
+
 def inner_jaxprs(equation):
     """Yields the jaxprs among an equation's parameters."""
     for value in equation.params.values():

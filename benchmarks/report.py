@@ -115,6 +115,13 @@ def further(result: dict) -> list[str]:
                 lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
         lines += ["", "Operations that take most of a step:", ""]
         lines += [f"* `{name}` {share:.1%}" for name, share in result["kernels"]] + [""]
+        lines += ["Convolutions of the UNet alone, those that take most first:", ""]
+        lines += ["| image | kernel | times | NHWC | NCHW |", "|---|---|---|---|---|"]
+        for one in result["convolutions"][:10]:
+            shapes = " | ".join("x".join(map(str, one[key])) for key in ("image", "kernel"))
+            spent = " | ".join(f"{1e3 * one[layout]:.3g} ms" for layout in ("NHWC", "NCHW"))
+            lines.append(f"| {shapes} | {one['times']} | {spent} |")
+        lines.append("")
     if "jobs" in result:
         lines += ["## Whole jobs", "", "| job | stack | min | median | spread | first |"]
         lines += ["|---|---|---|---|---|---|"]

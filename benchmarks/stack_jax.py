@@ -161,14 +161,36 @@ class Stack:
     def ceiling(self, size: int) -> float:
         """FLOP/s of one square product in the compute dtype, the best of ten."""
         a = jnp.ones((size, size), self.model.dtype)
-        product = jax.jit(jnp.matmul)
-        product(a, a).block_until_ready()
-        times = []
-        for _ in range(10):
-            started = time.perf_counter()
-            product(a, a).block_until_ready()
-            times.append(time.perf_counter() - started)
-        return 2 * size**3 / min(times)
+        return 2 * size**3 / seconds_of(jax.jit(jnp.matmul), a, a)
+
+    def convolutions(self, batch: int) -> list[dict]:
+        """Each distinct convolution of the UNet alone, in both layouts, slowest first.
+
+        The networks are NHWC throughout; a kind that is much faster in NCHW, or far from the
+        others' FLOP/s, is one for which the compiler has picked a bad algorithm.
+        """
+        side, channels = self.model.unet.sample_size, self.model.unet.in_channels
+        rows = jax.tree.map(
+            lambda kernel: jax.ShapeDtypeStruct((batch, 1, kernel.shape[1]), kernel.dtype),
+            self.frozen.cross_kv,
+        )
+        jaxpr = jax.make_jaxpr(functools.partial(sd.predict, self.model))(
+            self.frozen,
+            jax.ShapeDtypeStruct((batch, side, side, channels), jnp.float32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            rows,
+        )
+        found = Counter(flops.convolutions(jaxpr.jaxpr))
+        timed = []
+        for (image, kernel, strides, padding), times in found.items():
+            x = jnp.ones(image, self.model.dtype)
+            w = jnp.ones(kernel, self.model.dtype)
+            seconds = {
+                layout: seconds_of(convolve(layout, strides, padding), *arrange(layout, x, w))
+                for layout in ("NHWC", "NCHW")
+            }
+            timed.append({"image": image, "kernel": kernel, "times": times, **seconds})
+        return sorted(timed, key=lambda one: -one["times"] * one["NHWC"])
 
     # What is counted
 
@@ -337,14 +359,44 @@ class Stack:
         return str(path)
 
 
+def convolve(layout: str, strides, padding):
+    """A jitted convolution of images and kernels that `arrange` has brought into a layout."""
+    names = ("NHWC", "HWIO", "NHWC") if layout == "NHWC" else ("NCHW", "OIHW", "NCHW")
+    return jax.jit(
+        lambda x, w: jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=names)
+    )
+
+
+def arrange(layout: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An image [B, H, W, C] and a kernel [H, W, I, O] in a layout."""
+    return (x, w) if layout == "NHWC" else (x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1))
+
+
+def seconds_of(function, *arguments) -> float:
+    """The fastest of ten calls, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
 def top_ten(data: jax.profiler.ProfileData) -> list[list]:
     """[name, share of the time of all] of the operations that take most, numbers cut off names."""
     spent = Counter()
     for plane in data.planes:
         for line in plane.lines:
-            on_device = plane.name.startswith("/device:") and "XLA Ops" not in line.name
-            if on_device or "XLAEigen" in line.name or "XLATfrtCpuClient" in line.name:
-                for event in line.events:
+            if plane.name.startswith("/device:GPU"):
+                holds_operations = line.name.startswith("Stream")
+            elif plane.name.startswith("/device:TPU"):
+                holds_operations = line.name == "XLA Ops"
+            else:
+                holds_operations = "XLAEigen" in line.name or "XLATfrtCpuClient" in line.name
+            for event in line.events if holds_operations else ():
+                # On a CPU the executor's own events, which hold all others, have C++ names.
+                if "GPU" in plane.name or "::" not in event.name:
                     spent[event.name.split(".")[0]] += event.duration_ns
     total = sum(spent.values()) or 1
     return [[name, time_ns / total] for name, time_ns in spent.most_common(10)]
@@ -355,7 +407,16 @@ def main() -> None:
     stack = Stack(Path(folder), compute_dtype)
     names = (
         *("train_outputs", "sample_outputs", "train_time", "sample_time", "people_time"),
-        *("scanned_time", "ablated_time", "ceiling", "counted", "memory", "release", "kernels"),
+        *(
+            "scanned_time",
+            "ablated_time",
+            "ceiling",
+            "convolutions",
+            "counted",
+            "memory",
+            "release",
+            "kernels",
+        ),
     )
     worker.serve({name: getattr(stack, name) for name in names})
 
