@@ -56,7 +56,8 @@ def prompt_keys_values(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "size", "scheduler", "steps", "is_guided", "eta")
+    jax.jit,
+    static_argnames=("model", "size", "scheduler", "steps", "is_guided", "eta", "interval"),
 )
 def draw(
     model: sd.StableDiffusion,
@@ -71,6 +72,7 @@ def draw(
     steps: int,
     is_guided: bool,
     eta: float,
+    interval: tuple[float, float] | None = None,
 ) -> jax.Array:
     """Draws the pictures `indices` of a seed: float32[B, height, width, 3] in [-1, 1].
 
@@ -80,19 +82,23 @@ def draw(
       size: height and width in pixels.
       is_guided: False leaves the unguided half of the work out (guidance scale 1).
       eta: share of fresh noise in DDIM.
+      interval: where there is guidance, see `samplers.guided_between`; None for everywhere.
     """
     B = indices.shape[0]
     latent_size = tuple(side // model.vae.downscale for side in size)
     x, keys = samplers.initial_noise(seed, indices, (*latent_size, model.unet.in_channels))
 
-    first = 0 if is_guided else 1
-    rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
+    def predict_from(first):
+        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
+        return lambda x, timestep: sd.predict(model, frozen, x, timestep, rows)
 
-    def predict(x, timestep):
-        return sd.predict(model, frozen, x, timestep, rows)
-
+    predict = predict_from(1)
     if is_guided:
-        predict = samplers.guided(predict, guidance_scale)
+        both = samplers.guided(predict_from(0), guidance_scale)
+        if interval is None:
+            predict = both
+        else:
+            predict = samplers.guided_between(both, predict, interval, model.schedule)
     fresh_noise = {"eta": eta, "keys": keys} if scheduler == "ddim" else {}
     x = samplers.SAMPLERS[scheduler](predict, x, model.schedule, steps, **fresh_noise)
     return sd.decode(model, frozen, x)
@@ -111,6 +117,7 @@ def draw_prompt(
     steps: int,
     guidance_scale: float,
     eta: float = 0.0,
+    interval: tuple[float, float] | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """Draws pictures 0..count-1 of a seed in calls of one shape: uint8[count, height, width, 3]."""
@@ -131,6 +138,7 @@ def draw_prompt(
             steps=steps,
             is_guided=guidance_scale != 1,
             eta=eta,
+            interval=interval,
         )
         pictures.append(images.to_uint8(np.asarray(drawn)))
     return np.concatenate(pictures)[:count]
@@ -270,6 +278,7 @@ def run(cfg: SampleConfig) -> list[Path]:
             steps=cfg.num_inference_steps,
             guidance_scale=cfg.guidance_scale,
             eta=cfg.eta,
+            interval=tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
             progress=True,
         )
         folders.append(save_pictures(Path(cfg.save_dir), prompt, drawn, settings))
@@ -286,7 +295,7 @@ def describe(
 ) -> dict:
     """All that the pictures of a run depend on, but for the prompt."""
     same = (
-        *("seed", "scheduler", "num_inference_steps", "guidance_scale", "eta"),
+        *("seed", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "eta"),
         *("negative_prompt", "id_strength", "mixed_precision"),
     )
     return {

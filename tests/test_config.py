@@ -3,6 +3,7 @@
 import pytest
 
 from idea_jax.config import (
+    PRESETS,
     PROFILE_DEFAULTS,
     ConfigError,
     SampleConfig,
@@ -157,11 +158,26 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
         (["--eta", "1.5"], "between 0 and 1"),
         (["--guidance_scale", "1", "--negative_prompt", "x"], "--negative_prompt has no effect"),
         (["--negative_prompt", "{} ugly"], "{} can stand in --prompt only"),
+        (["--guidance_interval", "0.9", "0.2"], "two numbers from 0 to 1"),
+        (["--guidance_interval", "0.5"], "two numbers from 0 to 1"),
+        (["--guidance_interval", "0", "1", "--guidance_scale", "1"], "interval has no effect"),
     ],
 )
 def test_sample_settings_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(ConfigError, match=message):
         parse(SampleConfig, [*SAMPLE, *flags])
+
+
+def test_preset_gives_defaults_that_flags_override():
+    fast = [*SAMPLE, "--preset", "fast"]
+    cfg = parse(SampleConfig, fast)
+    assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 20)
+    assert cfg.guidance_interval == PRESETS["fast"]["guidance_interval"]
+    own = parse(SampleConfig, [*fast, "--num_inference_steps", "8"])
+    assert (own.scheduler, own.num_inference_steps) == ("dpmpp_2m", 8)
+    unguided = parse(SampleConfig, [*fast, "--guidance_scale", "1"])
+    assert unguided.guidance_interval is None
+    assert parse(SampleConfig, SAMPLE).num_inference_steps == 50
 
 
 def test_missing_settings_are_listed():
