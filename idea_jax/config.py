@@ -322,13 +322,7 @@ class TrainConfig:
 
 # Settings that trade a little quality for time, where nothing more specific is given. What each
 # costs and gains: docs/performance.md.
-PRESETS: dict[str, dict] = {
-    "fast": {
-        "scheduler": "dpmpp_2m",
-        "num_inference_steps": 20,
-        "guidance_interval": [0.2, 0.9],
-    },
-}
+PRESETS: dict[str, dict] = {"fast": {"scheduler": "dpmpp_2m", "num_inference_steps": 20}}
 
 
 @dataclass(frozen=True)
@@ -348,9 +342,7 @@ class SampleConfig:
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
-    preset: str | None = setting(
-        None, "fewer steps, and guidance on a part of them", choices=tuple(PRESETS)
-    )
+    preset: str | None = setting(None, "a better sampler with fewer steps", choices=tuple(PRESETS))
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
@@ -509,10 +501,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
         preset = given["preset"]
         if preset not in PRESETS:
             raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        values = dict(PRESETS[preset])
-        if given.get("guidance_scale") == 1:
-            del values["guidance_interval"]  # nothing is guided
-        given = {**values, **given}
+        given = {**PRESETS[preset], **given}
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from idea_jax.config import (
-    PRESETS,
     PROFILE_DEFAULTS,
     ConfigError,
     SampleConfig,
@@ -172,11 +171,8 @@ def test_preset_gives_defaults_that_flags_override():
     fast = [*SAMPLE, "--preset", "fast"]
     cfg = parse(SampleConfig, fast)
     assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 20)
-    assert cfg.guidance_interval == PRESETS["fast"]["guidance_interval"]
     own = parse(SampleConfig, [*fast, "--num_inference_steps", "8"])
     assert (own.scheduler, own.num_inference_steps) == ("dpmpp_2m", 8)
-    unguided = parse(SampleConfig, [*fast, "--guidance_scale", "1"])
-    assert unguided.guidance_interval is None
     assert parse(SampleConfig, SAMPLE).num_inference_steps == 50
 
 
