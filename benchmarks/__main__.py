@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
                 part(stacks, workload, repeats, measurements)
                 result["times"] = measurements.summary()
                 report.write(out, name, result)
-            result |= inside(stacks["jax"], workload, repeats, args.device)
+            if workload.ablations:
+                result |= inside(stacks["jax"], workload, repeats, args.device)
             result["memory"] = {name: stack("memory") for name, stack in stacks.items()}
             report.write(out, name, result)
         except (StackError, Mismatch) as error:
