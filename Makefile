@@ -2,12 +2,14 @@
 # make test   lint and test; adds the test requirements to the same .venv
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
+# make bench  times this project and PyTorch side by side, about an hour on two cores; see
+#             docs/performance.md for the parts and for other workloads
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos slow clean
+.PHONY: demo test chaos slow bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
@@ -22,6 +24,10 @@ chaos: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks --workload mini --jobs 3
+	$(BIN)/python -m benchmarks --workload mid
 
 # The stamps make a second call install nothing, until the requirements change.
 $(VENV)/.installed: setup.cfg pyproject.toml

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from idea_jax import (
     checkpoint,
+    compile_cache,
     config,
     devices,
     face_models,
@@ -16,7 +17,7 @@ from idea_jax import (
 )
 from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
-from idea_jax.models import hub, layers, weights
+from idea_jax.models import flash, hub, layers, weights
 
 # Mistakes of the input, not of the program: one message, no traceback.
 INPUT_ERRORS = (
@@ -27,6 +28,7 @@ INPUT_ERRORS = (
     text.TextError,
     learned_embeds.EmbedsError,
     layers.UnsupportedConfig,
+    flash.UnsupportedAttention,
     weights.WeightsError,
     hub.CheckpointNotFound,
     checkpoint.IdentityError,
@@ -57,6 +59,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        compile_cache.use(settings.compile_cache)
         for path in run(settings):
             # A name that is no UTF-8 cannot be printed as it is.
             print(str(path).encode("utf-8", "backslashreplace").decode())

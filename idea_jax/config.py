@@ -36,6 +36,13 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+# Of both programs
+ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTION = "kernel of long self-attentions: cudnn on NVIDIA in bf16, splash on TPU, else plain xla"
+COMPILE_CACHE = (
+    "folder of compiled programs, or off (default: idea_jax/compiled in the user's cache)"
+)
+
 COMPUTE_DTYPES = {"no": "float32", "bf16": "bfloat16"}  # of the frozen networks, by precision
 
 # What each profile of the method sets, where nothing more specific is given. The learning rates are
@@ -218,6 +225,8 @@ class TrainConfig:
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
+    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
+    compile_cache: str | None = setting(None, COMPILE_CACHE)
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way
     save_steps: int = setting(
@@ -351,6 +360,11 @@ class TrainConfig:
         return {part: rate * scale for part, rate in rates.items() if rate is not None}
 
 
+# Settings that trade a little quality for time, where nothing more specific is given. What each
+# costs and gains: docs/performance.md.
+PRESETS: dict[str, dict] = {"fast": {"scheduler": "dpmpp_2m", "num_inference_steps": 20}}
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Everything that decides what `sample_jax.py` does."""
@@ -376,12 +390,18 @@ class SampleConfig:
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    preset: str | None = setting(None, "a better sampler with fewer steps", choices=tuple(PRESETS))
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
     batch_size: int = setting(8, "pictures that are drawn in one call, on each device")
     num_inference_steps: int = setting(50, "sampling steps")
     guidance_scale: float = setting(7.5, "classifier-free guidance; 1 turns it off")
+    guidance_interval: list[float] | None = setting(
+        None,
+        "guide only between these two parts of the way, 0 (clean) to 1 (noise): steps outside cost "
+        "half (default: everywhere)",
+    )
     scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"))
     eta: float = setting(0.0, "share of fresh noise in DDIM, 0 to 1")
     id_strength: float = setting(
@@ -393,6 +413,8 @@ class SampleConfig:
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
+    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
+    compile_cache: str | None = setting(None, COMPILE_CACHE)
 
     def __post_init__(self):
         positive(self, "num_images_per_prompt", "n_iter", "batch_size", "num_inference_steps")
@@ -403,6 +425,16 @@ class SampleConfig:
             raise ConfigError("give exactly one of --identity and --learned_embedding_path")
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give exactly one of --prompt and --prompt_file")
+        if self.guidance_interval is not None:
+            if len(self.guidance_interval) != 2 or not (
+                0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
+            ):
+                raise ConfigError(
+                    "guidance_interval must be two numbers from 0 to 1, the lower one first, got "
+                    f"{' '.join(map(str, self.guidance_interval))}"
+                )
+            if self.guidance_scale == 1:
+                raise ConfigError("--guidance_interval has no effect with --guidance_scale 1")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ConfigError("--negative_prompt has no effect with --guidance_scale 1")
         if "{" in self.negative_prompt or "}" in self.negative_prompt:
@@ -513,6 +545,11 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
                 f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
             )
         given = {**PROFILE_DEFAULTS[profile], **given}
+    elif given.get("preset") is not None:
+        preset = given["preset"]
+        if preset not in PRESETS:
+            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        given = {**PRESETS[preset], **given}
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -22,7 +22,7 @@ from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
 from idea_jax.files import atomic_write, check_writable, file_digest, slug, write_together
 from idea_jax.method import condition
-from idea_jax.models import hub, sd
+from idea_jax.models import flash, hub, sd
 from idea_jax.models.unet import project_kv
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def cast_keys_values(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "size", "scheduler", "steps", "is_guided", "eta")
+    jax.jit,
+    static_argnames=("model", "size", "scheduler", "steps", "is_guided", "eta", "interval"),
 )
 def draw(
     model: sd.StableDiffusion,
@@ -99,6 +100,7 @@ def draw(
     steps: int,
     is_guided: bool,
     eta: float,
+    interval: tuple[float, float] | None = None,
 ) -> jax.Array:
     """Draws the pictures `indices` of a seed: float32[B, height, width, 3] in [-1, 1].
 
@@ -108,19 +110,23 @@ def draw(
       size: height and width in pixels.
       is_guided: False leaves the unguided half of the work out (guidance scale 1).
       eta: share of fresh noise in DDIM.
+      interval: where there is guidance, see `samplers.guided_between`; None for everywhere.
     """
     B = indices.shape[0]
     latent_size = tuple(side // model.vae.downscale for side in size)
     x, keys = samplers.initial_noise(seed, indices, (*latent_size, model.unet.in_channels))
 
-    first = 0 if is_guided else 1
-    rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
+    def predict_from(first):
+        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
+        return lambda x, timestep: sd.predict(model, frozen, x, timestep, rows)
 
-    def predict(x, timestep):
-        return sd.predict(model, frozen, x, jnp.full(x.shape[0], timestep), rows)
-
+    predict = predict_from(1)
     if is_guided:
-        predict = samplers.guided(predict, guidance_scale)
+        both = samplers.guided(predict_from(0), guidance_scale)
+        if interval is None:
+            predict = both
+        else:
+            predict = samplers.guided_between(both, predict, interval, model.schedule)
     fresh_noise = {"eta": eta, "keys": keys} if scheduler == "ddim" else {}
     x = samplers.SAMPLERS[scheduler](predict, x, model.schedule, steps, **fresh_noise)
     return sd.decode(model, frozen, x)
@@ -139,6 +145,7 @@ def draw_prompt(
     steps: int,
     guidance_scale: float,
     eta: float = 0.0,
+    interval: tuple[float, float] | None = None,
     progress: bool = False,
 ) -> np.ndarray:
     """Draws pictures 0..count-1 of a seed in calls of one shape: uint8[count, height, width, 3]."""
@@ -159,13 +166,15 @@ def draw_prompt(
             steps=steps,
             is_guided=guidance_scale != 1,
             eta=eta,
+            interval=interval,
         )
         pictures.append(images.to_uint8(np.asarray(drawn)))
     return np.concatenate(pictures)[:count]
 
 
 @functools.partial(
-    jax.jit, static_argnames=("mesh", "model", "size", "scheduler", "steps", "is_guided", "eta")
+    jax.jit,
+    static_argnames=("mesh", "model", "size", "scheduler", "steps", "is_guided", "eta", "interval"),
 )
 def draw_everywhere(
     mesh: Mesh,
@@ -458,6 +467,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_writable(cfg.save_dir)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.default_backend(), compute_dtype)
     model = sd.read_configs(found.folder, compute_dtype)
     size = picture_size(model, cfg.height, cfg.width)
     plain = text.load_tokenizer(
@@ -465,6 +475,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     )
     drawings, negative_ids = plan(cfg, prompts, sitters, plain)
     model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
+    model = replace(model, attention=attention)
     for sitter in sitters:
         checkpoint.check_identity(sitter.identity, model, frozen, sitter.source)
         warn_of(cfg, sitter.identity, found)
@@ -495,6 +506,7 @@ def run(cfg: SampleConfig) -> list[Path]:
         scheduler=cfg.scheduler,
         steps=cfg.num_inference_steps,
         eta=cfg.eta,
+        interval=tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
     )
     folders = []
     for drawing, drawn in zip(drawings, pictures, strict=True):
@@ -523,7 +535,7 @@ def describe(
 ) -> dict:
     """All that the pictures of a run depend on, but for the prompt."""
     same = (
-        *("seed", "scheduler", "num_inference_steps", "guidance_scale", "eta"),
+        *("seed", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "eta"),
         *("negative_prompt", "id_strength", "mixed_precision"),
     )
     people = [

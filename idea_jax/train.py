@@ -6,7 +6,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -31,7 +31,7 @@ from idea_jax.data import images, people, text
 from idea_jax.files import WriteError, check_writable, file_digest, write_together
 from idea_jax.group import Interrupted, Learner, train_together
 from idea_jax.method import anchor, condition
-from idea_jax.models import hub, sd
+from idea_jax.models import flash, hub, sd
 from idea_jax.pytrees import count
 from idea_jax.results import Base, Results, TrainingError
 from idea_jax.train_step import (
@@ -55,7 +55,7 @@ FREE_ON_RESUME = frozenset(
         *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
         *("validation_prompt", "validation_steps", "num_validation_images"),
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
-        *("report_to", "logging_dir"),
+        *("report_to", "logging_dir", "compile_cache", "attention"),
         # Who is trained beside whom, and where, moves results by rounding alone.
         *("identities_per_step", "mesh", "shard_frozen", "distributed"),
     }
@@ -162,7 +162,9 @@ def run(cfg: TrainConfig) -> list[Path]:
     if is_single and not cfg.resume_from_checkpoint:
         checkpoint.refuse_checkpoints(Path(cfg.output_dir) / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
-    model = sd.read_configs(found.folder, COMPUTE_DTYPES[cfg.mixed_precision])
+    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.default_backend(), dtype)
+    model = sd.read_configs(found.folder, dtype)
     side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
@@ -177,9 +179,8 @@ def run(cfg: TrainConfig) -> list[Path]:
     # Where they are sharded, the whole of them may be too much for one device.
     host = jax.local_devices(backend="cpu")[0] if cfg.shard_frozen else None
     with jax.default_device(host):
-        model, frozen = sd.load(
-            found.folder, variant=cfg.variant, compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision]
-        )
+        model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+    model = replace(model, attention=attention)
     frozen = place_frozen(frozen, layout.mesh, cfg.shard_frozen)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     # Of all people, also of those who are done or in another process: one program for all.

@@ -164,6 +164,9 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
         (["--eta", "1.5"], "between 0 and 1"),
         (["--guidance_scale", "1", "--negative_prompt", "x"], "--negative_prompt has no effect"),
         (["--negative_prompt", "{} ugly"], "{} can stand in --prompt only"),
+        (["--guidance_interval", "0.9", "0.2"], "two numbers from 0 to 1"),
+        (["--guidance_interval", "0.5"], "two numbers from 0 to 1"),
+        (["--guidance_interval", "0", "1", "--guidance_scale", "1"], "interval has no effect"),
     ],
 )
 def test_sample_settings_that_do_not_fit_are_refused(flags, message):
@@ -183,6 +186,15 @@ def test_sizes_of_the_mesh_are_read():
 def test_lists_may_be_given_in_parts():
     cfg = parse(SampleConfig, [*SAMPLE, "--identity", "b=x", "c", "--prompt", "{} too"])
     assert cfg.identity == ["i", "b=x", "c"] and cfg.prompt == ["{}", "{} too"]
+
+
+def test_preset_gives_defaults_that_flags_override():
+    fast = [*SAMPLE, "--preset", "fast"]
+    cfg = parse(SampleConfig, fast)
+    assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 20)
+    own = parse(SampleConfig, [*fast, "--num_inference_steps", "8"])
+    assert (own.scheduler, own.num_inference_steps) == ("dpmpp_2m", 8)
+    assert parse(SampleConfig, SAMPLE).num_inference_steps == 50
 
 
 def test_missing_settings_are_listed():

@@ -17,6 +17,7 @@ ROWS = (
     ("pytrees", ""),
     ("files", ""),
     ("devices", ""),
+    ("compile_cache", ""),
     # level 1: one format or one outside world each
     ("data.images", "files"),
     ("data.people", "data.images"),
@@ -31,7 +32,8 @@ ROWS = (
     ("diffusion.schedule", "pytrees"),
     ("diffusion.samplers", "diffusion.schedule pytrees"),
     # level 2: Stable Diffusion; knows no person
-    ("models.layers", ""),
+    ("models.flash", ""),
+    ("models.layers", "models.flash"),
     ("models.clip_text", "models.layers"),
     ("models.unet", "models.layers"),
     ("models.clip_vision", "models.layers models.clip_text"),
@@ -76,8 +78,8 @@ ROWS = (
     # level 6: the command line
     (
         "cli",
-        "train group results jobs devices sample checkpoint learned_embeds face_models config "
-        "data.* diffusion.* models.*",
+        "train group results jobs devices sample checkpoint learned_embeds face_models "
+        "compile_cache config data.* diffusion.* models.*",
     ),
     ("demo", "cli mini.* data.images"),
 )

@@ -262,6 +262,44 @@ def test_attention_gradient_is_computed_in_the_compute_dtype():
         np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=0.05)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_and_its_gradient_equal_the_formula_in_float64(causal):
+    q, k, v, weight = (noise(i, 2, 9, 8) for i in range(4))
+
+    def formula(q, k, v):
+        q, k, v = (x.reshape(2, 9, 2, 4).transpose(0, 2, 1, 3) for x in (q, k, v))
+        logits = q @ k.swapaxes(2, 3) / 2
+        logits = jnp.where(jnp.tri(9, dtype=bool) | (not causal), logits, -jnp.inf)
+        return (jax.nn.softmax(logits, -1) @ v).transpose(0, 2, 1, 3).reshape(2, 9, 8)
+
+    def both(function, *arrays):
+        out, pull = jax.vjp(function, *arrays[:3])
+        return out, *pull(arrays[3])
+
+    with jax.enable_x64(True):
+        expected = both(formula, *(jnp.asarray(x, jnp.float64) for x in (q, k, v, weight)))
+    got = both(lambda *x: attention(*x, 2, causal), *map(jnp.asarray, (q, k, v, weight)))
+    for ours, exact in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_gradient_transposes_no_matrix_of_weights():
+    """XLA's product for CPUs is four times slower with its left operand taken by columns."""
+    q, k, v = noise(0, 1, 32, 8), noise(1, 1, 16, 8), noise(2, 1, 16, 8)
+    gradient = jax.grad(lambda *x: attention(*x, 2).sum(), (0, 1, 2))
+    products = [
+        equation
+        for equation in jax.make_jaxpr(gradient)(q, k, v).jaxpr.eqns
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(products) == 6
+    for equation in products:
+        left = equation.invars[0].aval.shape
+        if left[2:] == (32, 16):
+            ((contracted,), _), _ = equation.params["dimension_numbers"]
+            assert contracted == 3
+
+
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])
 def test_timestep_embedding_matches_diffusers(flip, shift):
     from diffusers.models.embeddings import get_timestep_embedding

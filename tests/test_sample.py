@@ -60,11 +60,20 @@ def keys_values(loaded, identity, prompt="a photo of {}", negative="", strength=
     )  # fmt: skip
 
 
-def draw(loaded, kv, indices, guidance_scale=5.0, is_guided=True, scheduler="ddim", eta=0.0):
+def draw(
+    loaded,
+    kv,
+    indices,
+    guidance_scale=5.0,
+    is_guided=True,
+    scheduler="ddim",
+    eta=0.0,
+    interval=None,
+):
     drawn = sample.draw(
         loaded[0], loaded[1], kv, jnp.uint32(7), jnp.asarray(indices, jnp.int32),
         jnp.float32(guidance_scale), size=(32, 32), scheduler=scheduler, steps=4,
-        is_guided=is_guided, eta=eta,
+        is_guided=is_guided, eta=eta, interval=interval,
     )  # fmt: skip
     return np.asarray(drawn)
 
@@ -95,6 +104,18 @@ def test_guidance_of_one_is_the_prompt_alone(loaded, identity):
     guided = draw(loaded, kv, [0], guidance_scale=1.0)
     np.testing.assert_allclose(alone, guided, atol=1e-4)
     assert np.abs(draw(loaded, kv, [0], guidance_scale=5.0) - guided).max() > 1e-2
+
+
+def test_guidance_on_the_whole_interval_is_guidance_and_on_none_of_it_is_none(loaded, identity):
+    kv = keys_values(loaded, identity)
+    guided = draw(loaded, kv, [0], guidance_scale=5.0)
+    whole = draw(loaded, kv, [0], guidance_scale=5.0, interval=(0.0, 1.0))
+    np.testing.assert_allclose(whole, guided, atol=1e-5)
+    # Between two timesteps of the sampler there is none at all.
+    nothing = draw(loaded, kv, [0], guidance_scale=5.0, interval=(0.9991, 0.9999))
+    alone = draw(loaded, kv, [0], guidance_scale=1.0, is_guided=False)
+    np.testing.assert_allclose(nothing, alone, atol=1e-4)
+    assert np.abs(nothing - guided).max() > 1e-2
 
 
 def test_negative_prompt_is_drawn_by_the_plain_model(loaded, identity):

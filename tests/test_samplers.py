@@ -10,7 +10,14 @@ import pytest
 import torch
 from jax.experimental import io_callback
 
-from idea_jax.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, guided, initial_noise
+from idea_jax.diffusion.samplers import (
+    SAMPLERS,
+    ddim,
+    dpmpp_2m,
+    guided,
+    guided_between,
+    initial_noise,
+)
 from idea_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -256,6 +263,14 @@ def test_guidance_is_one_call_and_extrapolates():
     np.testing.assert_allclose(
         sample(jnp.float32(4.0)), ddim(guided(predict, 4.0), x, cfg, 3), rtol=1e-5
     )
+
+
+def test_guidance_between_two_timesteps_includes_its_ends():
+    cfg = ScheduleConfig(**SD)
+    guided_, plain = (lambda x, timestep: x + 10.0), (lambda x, timestep: x)
+    predict = jax.jit(guided_between(guided_, plain, (0.2, 0.9), cfg))
+    got = [float(predict(jnp.zeros(()), jnp.int32(t))) for t in (0, 199, 200, 900, 901, 999)]
+    assert got == [0, 0, 10, 10, 0, 0]
 
 
 def assert_unrelated(noise):

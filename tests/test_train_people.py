@@ -192,12 +192,14 @@ def test_files_that_cannot_be_read_are_left_out(run, seen, tmp_path, caplog, cap
     assert [name for name, _ in seen["pixels"]] == ["1.png"]
     for name in ("0.png is cut off or damaged", "notes.jpg is not a JPEG"):
         assert any("left out" in line and name in line for line in caplog.text.splitlines())
-    # Of several people as well; but somebody must be left of each.
+    # Of several people as well; but a picture must be left of each.
     other = write_photos(tmp_path / "root" / "bert", "green")
-    assert run(tmp_path / "root", *CROSS) == 0
+    good = (other / "0.png").read_bytes()
     (other / "0.png").write_text("no picture")
     assert run(tmp_path / "root", *CROSS) == 1
     assert f"{other / '0.png'} is not a JPEG" in capsys.readouterr().err
+    (other / "0.png").write_bytes(good)
+    assert run(tmp_path / "root", *CROSS) == 0
 
 
 # --- several people -------------------------------------------------------------------------------

@@ -7,11 +7,14 @@ A convolution of size 1x1 is written as `nn.Dense`, which is the same product.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+
+from idea_jax.models import flash
 
 
 class UnsupportedConfig(ValueError):
@@ -97,30 +100,43 @@ class ConfigReader:
             )
 
 
-@jax.custom_vjp
-def _attention_logits(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Products float32[B, H, Tq, Tk] of q [B, H, Tq, D] and k [B, H, Tk, D].
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _mix(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> jax.Array:
+    """softmax(q k) v for q [B, H, Tq, D] and k, v [B, H, Tk, D]: attention without its scale.
 
-    Their cotangent is cast to the dtype of q and k: left in float32, it would make the two
-    products of the backward pass float32, too, several times slower than bfloat16 on accelerators.
+    Its gradient is written out for two reasons. Products of the backward pass are in the dtype of
+    q, k and v: derived by JAX, the two of the float32 logits would be float32, several times slower
+    than bfloat16 on accelerators. And XLA's product for CPUs takes a left operand by columns at a
+    quarter of its speed, so that of the [Tq, Tk] matrices none is transposed.
     """
-    return jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    return _mix_fwd(q, k, v, causal)[0]
 
 
-def _attention_logits_fwd(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple]:
-    return _attention_logits(q, k), (q, k)
+def _mix_fwd(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[jax.Array, tuple]:
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+    if causal:
+        visible = jnp.tril(jnp.ones(logits.shape[2:], bool))
+        logits = jnp.where(visible[None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    return mixed, (q, k, v, weights, mixed)
 
 
-def _attention_logits_bwd(inputs: tuple, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    q, k = inputs
-    cotangent = cotangent.astype(q.dtype)
+def _mix_bwd(causal: bool, saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    # Weights that the mask made zero get no gradient, so `causal` needs no case of its own.
+    q, k, v, weights, mixed = saved
+    dot_out = jnp.einsum("bhqd,bhkd->bhqk", cotangent, v, preferred_element_type=jnp.float32)
+    # The softmax's own sum over its row, as one over D numbers instead of Tk.
+    row = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    logits = (weights.astype(jnp.float32) * (dot_out - row)).astype(q.dtype)
     return (
-        jnp.einsum("bhqk,bhkd->bhqd", cotangent, k),
-        jnp.einsum("bhqk,bhqd->bhkd", cotangent, q),
+        jnp.einsum("bhqk,bhkd->bhqd", logits, k),
+        jnp.einsum("bhqd,bhqk->bhdk", q, logits).swapaxes(2, 3),
+        jnp.einsum("bhqd,bhqk->bhdk", cotangent, weights).swapaxes(2, 3),
     )
 
 
-_attention_logits.defvjp(_attention_logits_fwd, _attention_logits_bwd)
+_mix.defvjp(_mix_fwd, _mix_bwd)
 
 
 def attention(
@@ -138,13 +154,7 @@ def attention(
     def split(x):
         return x.reshape(B, -1, num_heads, head_dim).transpose(0, 2, 1, 3)
 
-    q, k, v = split(q * head_dim**-0.5), split(k), split(v)
-    logits = _attention_logits(q, k)
-    if causal:
-        visible = jnp.tril(jnp.ones((Tq, k.shape[2]), bool))
-        logits = jnp.where(visible[None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+    mixed = _mix(split(q * head_dim**-0.5), split(k), split(v), causal)
     return mixed.transpose(0, 2, 1, 3).reshape(B, Tq, C)
 
 
@@ -301,11 +311,12 @@ class FeedForward(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over [B, T, C]."""
+    """Self-attention over [B, T, C]; `attention` is the kernel for long sequences (`flash`)."""
 
     width: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     def setup(self):
         self.to_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
@@ -314,8 +325,9 @@ class SelfAttention(nn.Module):
         self.to_out_0 = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        mixed = attention(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads)
-        return self.to_out_0(mixed)
+        chosen = flash.choose(self.attention, x.shape[1], self.width // self.num_heads)
+        kernel = {"xla": attention, "cudnn": flash.cudnn, "splash": flash.splash}[chosen]
+        return self.to_out_0(kernel(self.to_q(x), self.to_k(x), self.to_v(x), self.num_heads))
 
 
 class CrossAttention(nn.Module):
@@ -341,10 +353,11 @@ class BasicTransformerBlock(nn.Module):
     width: int
     num_heads: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     def setup(self):
         self.norm1 = layer_norm(LAYER_NORM_EPS, self.dtype)
-        self.attn1 = SelfAttention(self.width, self.num_heads, self.dtype)
+        self.attn1 = SelfAttention(self.width, self.num_heads, self.dtype, self.attention)
         self.norm2 = layer_norm(LAYER_NORM_EPS, self.dtype)
         self.attn2 = CrossAttention(self.width, self.num_heads, self.dtype)
         self.norm3 = layer_norm(LAYER_NORM_EPS, self.dtype)
@@ -364,12 +377,14 @@ class Transformer2DModel(nn.Module):
     depth: int
     num_groups: int
     dtype: jnp.dtype
+    attention: str = "xla"
 
     def setup(self):
         self.norm = GroupNorm(self.num_groups, self.width, TRANSFORMER_NORM_EPS, self.dtype)
         self.proj_in = nn.Dense(self.width, dtype=self.dtype)
         self.transformer_blocks = [
-            BasicTransformerBlock(self.width, self.num_heads, self.dtype) for _ in range(self.depth)
+            BasicTransformerBlock(self.width, self.num_heads, self.dtype, self.attention)
+            for _ in range(self.depth)
         ]
         self.proj_out = nn.Dense(self.width, dtype=self.dtype)
 

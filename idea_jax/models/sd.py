@@ -47,6 +47,7 @@ class StableDiffusion:
     vae: VAEConfig
     schedule: ScheduleConfig
     compute_dtype: str = "float32"
+    attention: str = "xla"  # kernel of the UNet's long self-attentions, see `flash`
 
     def __post_init__(self):
         pairs = (
@@ -78,7 +79,7 @@ class StableDiffusion:
 
     @property
     def unet_model(self) -> UNet2DConditionModel:
-        return UNet2DConditionModel(self.unet, self.dtype)
+        return UNet2DConditionModel(self.unet, self.dtype, self.attention)
 
     @property
     def vae_model(self) -> AutoencoderKL:

@@ -222,6 +222,7 @@ class UNetBlock(nn.Module):
         resnet_channels: (in, out) of each ResNet block.
         cross: whether attentions follow the ResNet blocks (in the middle: stand between them).
         resample: whether the block ends by changing the resolution.
+        attention: kernel of long self-attentions, see `flash`.
     """
 
     cfg: UNetConfig
@@ -231,6 +232,7 @@ class UNetBlock(nn.Module):
     resnet_channels: tuple[tuple[int, int], ...]
     cross: bool
     resample: bool
+    attention: str
 
     def setup(self):
         cfg, dtype = self.cfg, self.dtype
@@ -247,6 +249,7 @@ class UNetBlock(nn.Module):
                     cfg.transformer_layers[self.level],
                     cfg.norm_num_groups,
                     dtype,
+                    self.attention,
                 )
                 for _ in range(len(self.resnet_channels) - (self.role == "mid"))
             ]
@@ -297,13 +300,21 @@ class TimestepEmbedding(nn.Module):
 
 
 class UNet2DConditionModel(nn.Module):
-    """Predicts the noise (or v) in latents, given the timestep and the text's keys and values."""
+    """Predicts the noise (or v) in latents, given the timestep and the text's keys and values.
+
+    `attention` is the kernel of long self-attentions, see `flash`.
+    """
 
     cfg: UNetConfig
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     def setup(self):
         cfg, dtype = self.cfg, self.dtype
+
+        def block(role, level, sizes, cross, resample):
+            return UNetBlock(cfg, dtype, role, level, sizes, cross, resample, self.attention)
+
         channels, layers = cfg.block_out_channels, cfg.layers_per_block
         last = len(channels) - 1
         self.time_embedding = TimestepEmbedding(4 * channels[0], dtype)
@@ -314,14 +325,12 @@ class UNet2DConditionModel(nn.Module):
         for i, kind in enumerate(cfg.down_block_types):
             width, before = channels[i], channels[max(i - 1, 0)]
             sizes = ((before, width), *(((width, width),) * (layers - 1)))
-            down.append(
-                UNetBlock(cfg, dtype, "down", i, sizes, DOWN_BLOCKS[kind], resample=i < last)
-            )
+            down.append(block("down", i, sizes, DOWN_BLOCKS[kind], i < last))
             skip_channels += [width] * (layers + (i < last))
         self.down_blocks = down
 
         middle = ((channels[-1], channels[-1]),) * 2
-        self.mid_block = UNetBlock(cfg, dtype, "mid", last, middle, cross=True, resample=False)
+        self.mid_block = block("mid", last, middle, True, False)
 
         up = []
         before = channels[-1]
@@ -331,11 +340,7 @@ class UNet2DConditionModel(nn.Module):
             for _ in range(layers + 1):
                 sizes.append((before + skip_channels.pop(), width))
                 before = width
-            up.append(
-                UNetBlock(
-                    cfg, dtype, "up", last - i, tuple(sizes), UP_BLOCKS[kind], resample=i < last
-                )
-            )
+            up.append(block("up", last - i, tuple(sizes), UP_BLOCKS[kind], i < last))
         self.up_blocks = up
         self.conv_norm_out = GroupNorm(cfg.norm_num_groups, channels[0], cfg.norm_eps, dtype)
         self.conv_out = conv3x3(cfg.out_channels, dtype)
@@ -346,13 +351,13 @@ class UNet2DConditionModel(nn.Module):
         Arguments: sample float[B, h, w, in_channels], any h and w; timesteps int32 or float32[B],
         or a scalar for all; kv as `project_kv` returns it, with the same B.
         """
-        B = sample.shape[0]
-        timesteps = jnp.broadcast_to(jnp.atleast_1d(timesteps), (B,))
-
-        # time
+        # time; one timestep for all images stays one row
         cfg = self.cfg
         sinusoid = timestep_embedding(
-            timesteps, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift
+            jnp.atleast_1d(timesteps),
+            cfg.block_out_channels[0],
+            cfg.flip_sin_to_cos,
+            cfg.freq_shift,
         )
         time = self.time_embedding(sinusoid)
 

@@ -7,9 +7,11 @@ that lists everything that does not fit.
 """
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from idea_jax.pytrees import flatten, unflatten
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+READERS = min(8, os.cpu_count() or 1)  # threads
 LISTED_PER_KIND = 20  # an error that lists thousands of keys hides the interesting ones
 
 
@@ -316,17 +319,25 @@ def to_params(
 ) -> dict:
     """Returns the parameter trees of `targets`, filled from `tensors` and cast to `dtype`.
 
-    `targets` is `{"unet": tree of shapes, ...}`. Tensors are read one by one, so that no more than
-    one exists twice. Raises: WeightsError listing every key that does not fit, and naming `where`.
+    `targets` is `{"unet": tree of shapes, ...}`. Tensors are read, cast and sent to the device by a
+    few threads, so that no more than one for each exists twice. Raises: WeightsError listing every
+    key that does not fit, and naming `where`.
     """
     headers = tensors.headers if isinstance(tensors, TensorFiles) else _headers(tensors)
     plan = match_keys(table, headers, flatten(targets), where)
-    params = {}
-    for key, (target, transform) in plan.items():
+
+    device = jax.config.jax_default_device  # a thread of its own does not know the caller's
+
+    def read(item):
+        key, (target, transform) = item
         leaf = TRANSFORMS[transform].load(tensors[key])
         # A copy: an array that shares its memory with a file's buffer is not aligned for XLA.
-        params[target] = jnp.array(leaf.astype(dtype, order="C", copy=False))
-    return unflatten(params)
+        with jax.default_device(device):
+            return target, jnp.array(leaf.astype(dtype, order="C", copy=False))
+
+    # Reading, transposing and casting all leave Python's lock to others.
+    with ThreadPoolExecutor(READERS) as readers:
+        return unflatten(dict(readers.map(read, plan.items())))
 
 
 def to_tensors(table: Table, params: dict, dtype: np.dtype = np.float32) -> dict[str, np.ndarray]:

@@ -1,0 +1,92 @@
+"""Whole jobs: from the start of a process to an identity file, and on to pictures on the disk."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.report import Measurements
+from benchmarks.settings import JOBS, read
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(
+    folder: Path, device: str, stacks: Sequence[str], repeats: int, variables: Mapping[str, str]
+) -> dict:
+    """Seconds of learning, of drawing 16 pictures, of both, and to a first picture.
+
+    The first run of each starts with an empty cache of compiled programs and is kept apart.
+
+    Args:
+        folder: of the workload; checkpoint and photo are read from it.
+        variables: environment of every process.
+    """
+    about = read(folder)
+    sizes, measurements = JOBS[about["name"]], Measurements()
+    caches = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax-cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor-jobs"),
+    }
+    environment = {**os.environ, **variables, **caches}
+    for round_number in range(repeats + 1):
+        for name in stacks:
+            if name == "published":
+                continue
+            out = folder / "jobs" / name
+            shutil.rmtree(out, ignore_errors=True)
+            learn, draw, first = commands(name, folder, about, device, out, sizes)
+            spent = [seconds_of(command, environment) for command in (learn, draw, first)]
+            values = {
+                f"learning, {sizes['steps']} steps": spent[0],
+                f"drawing {sizes['pictures']} pictures": spent[1],
+                "both": spent[0] + spent[1],
+                "a first picture": spent[2],
+            }
+            for what, value in values.items():
+                measurements.add(what, name, value, "s", is_first=round_number == 0)
+    return measurements.summary()
+
+
+def commands(name, folder: Path, about: dict, device: str, out: Path, sizes: dict) -> list[list]:
+    """The three command lines of a stack: learn, draw, draw one picture."""
+    pictures, steps = str(sizes["pictures"]), str(sizes["sampling_steps"])
+    if name == "jax":
+        photos = folder / "photos"
+        photos.mkdir(exist_ok=True)
+        shutil.copy(about["photo"], photos)
+        model = ["--pretrained_model_name_or_path", about["checkpoint"]]
+        precision = ["--mixed_precision", "no" if device == "cpu" else "bf16"]
+        learn = ["train_jax.py", "--profile", "paper", "--train_data_dir", str(photos)]
+        learn += ["--max_train_steps", str(sizes["steps"]), "--output_dir", str(out)]
+        learn += ["--train_batch_size", str(sizes["batch"]), "--report_to", "none"]
+        learn += ["--crop", "none"]
+        draw = ["sample_jax.py", "--identity", str(out / "identity.safetensors")]
+        draw += ["--prompt", "a photo of {} person", "--num_inference_steps", steps]
+        many = ["--num_images_per_prompt", pictures, "--save_dir", str(out / "pictures")]
+        many += ["--batch_size", pictures]
+        one = ["--num_images_per_prompt", "1", "--save_dir", str(out / "one")]
+        common = [*model, *precision]
+        lines = [[*learn, *common], [*draw, *many, *common], [*draw, *one, *common]]
+        return [[sys.executable, *line] for line in lines]
+    torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
+    common = [str(folder / "workload.json"), torch_device, name, str(out)]
+    lines = [
+        ["learn", *common, str(sizes["steps"]), str(sizes["batch"])],
+        ["draw", *common, pictures, steps],
+        ["draw", *common, "1", steps],
+    ]
+    return [[sys.executable, "-m", "benchmarks.torch_job", *line] for line in lines]
+
+
+def seconds_of(command: Sequence[str], environment: Mapping[str, str]) -> float:
+    """Wall-clock seconds of a process, its start included.
+
+    Raises: CalledProcessError if it fails.
+    """
+    started = time.perf_counter()
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started

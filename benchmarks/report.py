@@ -1,0 +1,167 @@
+"""Measurements to minimum, median and spread, and those to JSON, a Markdown table and a plot."""
+
+import html
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+WIDTH, ROW, LEFT = 640, 22, 260  # of the plot, in pixels
+BUSY = 0.25  # load average for each core from which a run does not count
+COLOURS = {"jax": "#3366bb", "published": "#999999", "eager": "#cc7733", "compiled": "#bb3333"}
+
+
+class Measurements:
+    """Values by what was measured and which stack it was; the first of each is kept apart."""
+
+    def __init__(self):
+        self._values = defaultdict(list)
+        self._first, self._units = {}, {}
+
+    def add(self, what: str, name: str, value: float, unit: str, *, is_first: bool) -> None:
+        self._units[what] = unit
+        if is_first:
+            self._first[what, name] = value
+        else:
+            self._values[what, name].append(value)
+
+    def summary(self) -> dict:
+        """`{what: {stack: {"min": ..., "median": ..., "spread": ..., "first": ...}}}`."""
+        found: dict = {}
+        for (what, name), values in self._values.items():
+            middle = statistics.median(values)
+            found.setdefault(what, {"unit": self._units[what], "stacks": {}})
+            found[what]["stacks"][name] = {
+                "min": min(values),
+                "median": middle,
+                "spread": (max(values) - min(values)) / middle,
+                "first": self._first[what, name],
+                "count": len(values),
+            }
+        return found
+
+
+def ratio(mine: dict, theirs: dict) -> tuple[float, bool]:
+    """How many times faster, by the minima, and whether that is more than the spread."""
+    times = theirs["min"] / mine["min"]
+    return times, abs(times - 1) > max(mine["spread"], theirs["spread"])
+
+
+def markdown(result: dict) -> str:
+    """All results as readable text."""
+    lines = [f"# {result['workload']} on {result['device']}", "", *about(result), ""]
+    lines += ["| what | stack | min | median | spread | first call | this project is |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for what, row in result.get("times", {}).items():
+        stacks = row["stacks"]
+        for name, values in stacks.items():
+            verdict = ""
+            if name != "jax" and "jax" in stacks:
+                times, is_clear = ratio(stacks["jax"], values)
+                verdict = f"{times:.2f} x" + ("" if is_clear else " (equal: within the spread)")
+            lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {verdict} |")
+    lines += ["", *further(result)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cells(values: dict, unit: str) -> str:
+    shown = (f"{values[key]:.4g} {unit}" for key in ("min", "median"))
+    return " | ".join([*shown, f"{values['spread']:.0%}", f"{values['first']:.4g} {unit}"])
+
+
+def about(result: dict) -> list[str]:
+    """Machine, versions, what was run and how far the results of the stacks agree."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']:.1f} "
+        f"before the run; Python {machine['python']}, {versions}.",
+        f"Sizes: {json.dumps(result['sizes'])}.",
+    ]
+    if machine["load_average"] > BUSY * machine["cores"]:
+        lines.append("**The machine was busy with something else: no number here is a result.**")
+    for name, found in result.get("compared", {}).items():
+        parts = [f"losses differ by at most {found['loss']:.1e}"]
+        parts += [f"cosine of the token updates {found['tokens']:.5f}"]
+        if "pictures" in found:
+            parts += [f"pictures differ by {found['pictures']:.1e} on average"]
+        lines.append(f"Compared before timing, {name}: {', '.join(parts)}.")
+    return lines
+
+
+def further(result: dict) -> list[str]:
+    """Floors, memory, ablations, kernels and whole jobs, as far as they were measured."""
+    lines = []
+    if "flops" in result:
+        step = result["flops"]["train_step"]
+        ceiling = result["ceilings"]["jax"]
+        lines += [
+            "## Against the floor",
+            "",
+            f"A step needs {step / 1e9:.1f} GF; a large product reaches {ceiling / 1e9:.0f} GF/s "
+            f"here, which makes {1e3 * step / ceiling:.3g} ms the floor.",
+            "",
+        ]
+        best = result["times"]["train step, paper"]["stacks"]["jax"]["min"]
+        lines += [f"The step takes {best:.4g} ms: {1e3 * step / ceiling / best:.0%} of it.", ""]
+    if "memory" in result:
+        peaks = (f"{name} {peak / 2**30:.2f} GiB" for name, peak in result["memory"].items())
+        lines += ["## Peak memory", "", ", ".join(peaks) + ".", ""]
+    if "inside" in result:
+        lines += ["## This project alone", "", "| what | variant | min | median | spread | first |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for what, row in result["inside"].items():
+            for name, values in row["stacks"].items():
+                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
+        lines += ["", "Operations that take most of a step:", ""]
+        lines += [f"* `{name}` {share:.1%}" for name, share in result["kernels"]] + [""]
+        lines += ["Convolutions of the UNet alone, those that take most first:", ""]
+        lines += ["| image | kernel | times | NHWC | NCHW |", "|---|---|---|---|---|"]
+        for one in result["convolutions"][:10]:
+            shapes = " | ".join("x".join(map(str, one[key])) for key in ("image", "kernel"))
+            spent = " | ".join(f"{1e3 * one[layout]:.3g} ms" for layout in ("NHWC", "NCHW"))
+            lines.append(f"| {shapes} | {one['times']} | {spent} |")
+        lines.append("")
+    if "jobs" in result:
+        lines += ["## Whole jobs", "", "| job | stack | min | median | spread | first |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for what, row in result["jobs"].items():
+            for name, values in row["stacks"].items():
+                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
+    return lines
+
+
+def plot(result: dict) -> str:
+    """The minima as bars, each kind on a scale of its own, as SVG."""
+    rows, y = [], 20
+    kinds = {**result.get("times", {}), **result.get("jobs", {})}
+    for what, row in kinds.items():
+        longest = max(values["min"] for values in row["stacks"].values())
+        rows.append(f'<text x="8" y="{y}" font-weight="bold">{html.escape(what)}</text>')
+        y += ROW
+        for name, values in row["stacks"].items():
+            length = (WIDTH - LEFT) * values["min"] / longest
+            colour = COLOURS.get(name, "#777777")
+            rows.append(
+                f'<text x="24" y="{y}">{html.escape(name)}</text>'
+                f'<rect x="{LEFT - 100}" y="{y - 13}" width="{length:.1f}" height="16" '
+                f'fill="{colour}"/>'
+                f'<text x="{LEFT - 92 + length:.1f}" y="{y}">{values["min"]:.4g} {row["unit"]}'
+                "</text>"
+            )
+            y += ROW
+        y += ROW // 2
+    title = f"{result['workload']} on {result['device']}: shorter is faster"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" '
+        f'font-family="sans-serif" font-size="13"><title>{html.escape(title)}</title>'
+        f'<rect width="{WIDTH}" height="{y}" fill="white"/>{"".join(rows)}</svg>\n'
+    )
+
+
+def write(folder: Path, name: str, result: dict) -> None:
+    """Writes NAME.json, NAME.md and NAME.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(markdown(result))
+    (folder / f"{name}.svg").write_text(plot(result))

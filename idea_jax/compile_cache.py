@@ -1,0 +1,58 @@
+"""Compiled programs that outlive the process: the second run of a command starts at once."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 4 * 2**30  # the programs used longest ago are removed beyond this
+MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
+
+
+def use(folder: str | None) -> None:
+    """Keeps the programs that this process compiles, and takes those that are kept already.
+
+    XLA's key of a program covers its operations, shapes, options, version and device, so that a
+    wrong one is never taken. Call it before the first program is compiled.
+
+    Args:
+      folder: where; "off" for nowhere; None for the user's cache folder, unless JAX has been given
+        a folder already (`JAX_COMPILATION_CACHE_DIR`).
+
+    Raises:
+      OSError: the folder that was named cannot be written. Without the one that was not named the
+        run goes on, and says so.
+    """
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if folder is None and jax.config.jax_compilation_cache_dir:
+        return
+    path = Path(folder) if folder is not None else user_folder()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(13, "cannot be written", str(path))
+    except OSError as error:
+        if folder is not None:
+            raise
+        log.warning("compiled programs are not kept: %s (%s)", path, error.strerror)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+
+
+def user_folder() -> Path:
+    """The folder for compiled programs where the platform keeps its users' caches."""
+    if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
+        base = Path(os.environ["LOCALAPPDATA"])
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "idea_jax" / "compiled"

@@ -1,0 +1,99 @@
+"""Self-attention kernels that never hold the matrix of weights: cuDNN's on NVIDIA, Pallas' on TPU.
+
+They compute what `layers.attention` computes, up to the rounding of the compute dtype. Only the
+long sequences of the UNet's first levels are worth them; whatever a kernel does not do, and all
+shorter sequences, stay with plain XLA.
+"""
+
+import jax
+import jax.numpy as jnp
+
+MIN_POSITIONS = 1024  # shorter sequences have weights that fit the caches
+SPLASH_BLOCKS = (512, 256, 128)  # positions in a tile; the first that divides the sequence
+
+
+class UnsupportedAttention(ValueError):
+    """The kernel that was asked for does not run on this device or in this type."""
+
+
+def resolve(kind: str, platform: str, dtype: str) -> str:
+    """Returns the kernel to use, "xla", "cudnn" or "splash".
+
+    Args:
+      kind: one of them, or "auto" for the one that the device has.
+      platform: what `jax.default_backend()` returns.
+      dtype: compute dtype of the network.
+
+    Raises: UnsupportedAttention, if a kernel was named that does not run there.
+    """
+    fits = {
+        "cudnn": platform in ("gpu", "cuda") and dtype == "bfloat16",
+        "splash": platform == "tpu",
+    }
+    if kind == "auto":
+        return next((name for name, does_fit in fits.items() if does_fit), "xla")
+    if not fits.get(kind, True):
+        needs = {"cudnn": "an NVIDIA GPU and --mixed_precision bf16", "splash": "a TPU"}[kind]
+        raise UnsupportedAttention(
+            f"--attention {kind} needs {needs}; this is {platform} in {dtype}: leave it at auto"
+        )
+    return kind
+
+
+def choose(kind: str, positions: int, head_dim: int) -> str:
+    """The kernel for one layer: `kind`, or "xla" where that does not pay or cannot do it."""
+    if positions < MIN_POSITIONS:
+        return "xla"
+    if kind == "cudnn" and (head_dim > 128 or head_dim % 8):
+        return "xla"
+    if kind == "splash" and positions % SPLASH_BLOCKS[-1]:
+        return "xla"
+    return kind
+
+
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int) -> jax.Array:
+    """Attention bfloat16[B, T, C] of q, k, v bfloat16[B, T, C]."""
+
+    def split(x):
+        return x.reshape(*x.shape[:2], num_heads, -1)
+
+    mixed = jax.nn.dot_product_attention(split(q), split(k), split(v), implementation="cudnn")
+    return mixed.reshape(q.shape)
+
+
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int, *, interpret: bool = False
+) -> jax.Array:
+    """Attention [B, T, C] of q, k, v [B, T, C]; T is a multiple of 128.
+
+    Args:
+      interpret: run the kernel's program without a TPU, slowly, to check it.
+    """
+    # Imported here: Pallas takes a second, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        FullMask,
+        MultiHeadMask,
+        make_splash_mha,
+    )
+
+    B, T, C = q.shape
+    block = next(size for size in SPLASH_BLOCKS if T % size == 0)
+    names = (
+        *("block_q", "block_kv", "block_kv_compute"),
+        *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+    )
+    kernel = make_splash_mha(
+        MultiHeadMask([FullMask((T, T))] * num_heads),
+        block_sizes=BlockSizes(**dict.fromkeys(names, block)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def split(x):
+        return x.reshape(B, T, num_heads, -1).transpose(0, 2, 1, 3)
+
+    scaled = (q * jnp.asarray((C // num_heads) ** -0.5, q.dtype)).astype(q.dtype)
+    mixed = jax.vmap(kernel)(split(scaled), split(k), split(v))
+    return mixed.transpose(0, 2, 1, 3).reshape(B, T, C)

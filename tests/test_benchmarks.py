@@ -1,0 +1,110 @@
+"""The benchmark: what it makes of measurements, and that all stacks compute the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import report
+from benchmarks.settings import JOBS, WORKLOADS
+from benchmarks.worker import StackError, Worker
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measured(**stacks):
+    measurements = report.Measurements()
+    for name, values in stacks.items():
+        for index, value in enumerate(values):
+            measurements.add("a step", name, value, "ms", is_first=index == 0)
+    return measurements.summary()
+
+
+def test_first_call_is_kept_apart_and_spread_is_relative_to_the_median():
+    (row,) = measured(jax=[900, 10, 14, 12]).values()
+    assert row["stacks"]["jax"] == {
+        "min": 10, "median": 12, "spread": 4 / 12, "first": 900, "count": 3,
+    }  # fmt: skip
+
+
+def test_ratio_within_the_spread_is_called_equal():
+    steady = measured(jax=[0, 10, 10.1], eager=[0, 20, 20.1])["a step"]["stacks"]
+    assert report.ratio(steady["jax"], steady["eager"]) == (2.0, True)
+    noisy = measured(jax=[0, 10, 14], eager=[0, 11, 15])["a step"]["stacks"]
+    assert report.ratio(noisy["jax"], noisy["eager"]) == (1.1, False)
+
+
+def test_report_holds_every_stack_with_its_ratio(tmp_path):
+    result = {
+        "workload": "mini",
+        "device": "cpu",
+        "machine": {"cpu": "x", "cores": 2, "load_average": 0, "python": "3", "versions": {}},
+        "sizes": {"batch": 8},
+        "ceilings": {"jax": 1e11},
+        "compared": {"eager": {"loss": 1e-7, "tokens": 1.0, "pictures": 1e-6}},
+        "times": measured(jax=[0, 10, 10.2], eager=[0, 20, 20.1], compiled=[0, 10.2, 10.1]),
+    }
+    report.write(tmp_path, "mini-cpu", result)
+    table = (tmp_path / "mini-cpu.md").read_text()
+    assert "| a step | eager | 20 ms | 20.05 ms | 0% | 0 ms | 2.00 x |" in table
+    assert "| a step | compiled | 10.1 ms | 10.15 ms | 1% | 0 ms | 1.01 x (equal" in table
+    assert "busy" not in table
+    result["machine"]["load_average"] = 4.0
+    assert "The machine was busy" in report.markdown(result)
+    result["machine"]["load_average"] = 0
+    assert json.loads((tmp_path / "mini-cpu.json").read_text()) == result
+    assert (tmp_path / "mini-cpu.svg").read_text().count("<rect") == 4
+
+
+def test_every_workload_has_sizes_for_both_devices_and_for_jobs():
+    names = {name for name, _ in WORKLOADS}
+    assert {(name, device) for name in names for device in ("cpu", "gpu")} == set(WORKLOADS)
+    assert set(JOBS) == names
+
+
+def test_process_that_fails_names_the_stack_and_the_reason(tmp_path):
+    program = tmp_path / "failing.py"
+    program.write_text(
+        "from benchmarks import worker\n"
+        "def divide(by):\n    print('not an answer')\n    return 1 / by\n"
+        "worker.serve({'divide': divide})\n"
+    )
+    stack = Worker("failing", ["failing"], {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    assert stack("divide", by=4) == 0.25
+    with pytest.raises(StackError, match="failing, divide: (?s:.*)division by zero"):
+        stack("divide", by=0)
+    assert stack("divide", by=2) == 0.5  # a failed request ends nothing
+    stack.close()
+    with pytest.raises((StackError, ValueError)):
+        stack("divide", by=1)
+
+
+@pytest.mark.slow
+def test_command_compares_times_and_reports_all_stacks(tmp_path, capsys):
+    arguments = ["--workload", "tiny", "--stacks", "jax", "published", "eager"]
+    assert command.main([*arguments, "--repeats", "2", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "tiny-cpu.json").read_text())
+    assert result["compared"]["published"]["tokens"] > 0.9999
+    assert result["compared"]["eager"]["pictures"] < 1e-3
+    assert set(result["times"]["train step, official"]["stacks"]) == {"jax", "published"}
+    assert set(result["jobs"]["both"]["stacks"]) == {"jax", "eager"}
+    assert result["kernels"] and result["flops"]["train_step"] > 0
+    assert "Against the floor" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_stack_that_computes_something_else_is_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(command.TOLERANCES, "float32", {"loss": 0, "tokens": 2, "pictures": 0})
+    arguments = ["--workload", "tiny", "--stacks", "jax", "eager", "--out", str(tmp_path)]
+    assert command.main(arguments) == 1
+    assert "eager differs from this project" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_neither_jax_nor_torch():
+    code = "import sys, benchmarks.__main__; print(sorted({'jax', 'torch'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    assert run.stdout.decode().strip() == "[]"

@@ -1,0 +1,92 @@
+"""Attention kernels: which one runs where, and that they compute what plain attention does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sample_jax
+from idea_jax import learned_embeds, random_sd
+from idea_jax.models import flash, sd
+from idea_jax.models.layers import attention
+
+
+def test_device_and_type_decide_the_kernel():
+    assert flash.resolve("auto", "gpu", "bfloat16") == "cudnn"
+    assert flash.resolve("auto", "gpu", "float32") == "xla"
+    assert flash.resolve("auto", "tpu", "float32") == "splash"
+    assert flash.resolve("auto", "cpu", "bfloat16") == "xla"
+    assert flash.resolve("xla", "tpu", "bfloat16") == "xla"
+    for kind, platform in (("cudnn", "cpu"), ("splash", "gpu")):
+        with pytest.raises(flash.UnsupportedAttention, match=f"--attention {kind} needs"):
+            flash.resolve(kind, platform, "bfloat16")
+
+
+def test_short_sequences_and_unfit_heads_stay_with_xla():
+    assert flash.choose("cudnn", 4096, 64) == "cudnn"
+    assert flash.choose("splash", 1024, 64) == "splash"
+    assert flash.choose("cudnn", 256, 64) == flash.choose("splash", 256, 64) == "xla"
+    assert flash.choose("cudnn", 4096, 512) == flash.choose("cudnn", 4096, 60) == "xla"
+    assert flash.choose("splash", 1100, 64) == "xla"
+
+
+def test_splash_equals_plain_attention_and_its_gradient():
+    rng = np.random.default_rng(0)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 128, 32)), jnp.float32) for _ in range(4))
+
+    def both(function):
+        out, pull = jax.vjp(function, q, k, v)
+        return out, *pull(weight)
+
+    plain = both(lambda *x: attention(*x, 2))
+    kernel = both(lambda *x: flash.splash(*x, 2, interpret=True))
+    for ours, expected in zip(kernel, plain, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.fixture
+def _pretend_cudnn(monkeypatch):
+    """Lowering for a GPU asks for the version of cuDNN and the kind of the card."""
+    from jax._src.cudnn import fused_attention_stablehlo as kernel
+
+    monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda capability: True)
+
+
+def unet_gradient(model):
+    """Gradient of a UNet with respect to keys and values, and abstract arguments for it."""
+    shapes = sd.shapes(model)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
+    side = model.unet.sample_size
+    latents = jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)
+    kv = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 77, x.shape[1]), x.dtype), shapes.cross_kv)
+
+    def loss(kv, frozen, latents):
+        return sd.predict(model, frozen, latents, jnp.int32(0), kv).sum()
+
+    return jax.jit(jax.grad(loss)), (kv, shapes, latents)
+
+
+@pytest.mark.usefixtures("_pretend_cudnn")
+@pytest.mark.parametrize("kind", ["cudnn", "xla"])
+def test_gpu_program_of_a_unet_holds_no_matrix_of_long_attention(kind):
+    tiny = random_sd.config("tiny", "sd2", vocab_size=120)
+    unet = dataclasses.replace(tiny.unet, sample_size=32)
+    model = dataclasses.replace(tiny, unet=unet, compute_dtype="bfloat16", attention=kind)
+    gradient, arguments = unet_gradient(model)
+    text = gradient.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("__cudnn$fmha" in text) == (kind == "cudnn")
+    assert ("1024x1024x" in text) == (kind == "xla")
+
+
+def test_kernel_that_the_device_lacks_is_refused_before_anything_is_loaded(
+    random_checkpoint, tmp_path, capsys
+):
+    person = tmp_path / "learned_embeds.safetensors"
+    learned_embeds.write(person, "<person>", np.zeros((2, 32), np.float32), {})
+    arguments = ["--pretrained_model_name_or_path", random_checkpoint, "--save_dir", tmp_path / "x"]
+    arguments += ["--learned_embedding_path", person, "--prompt", "{}", "--attention", "cudnn"]
+    assert sample_jax.main([str(argument) for argument in arguments]) == 1
+    assert "--attention cudnn needs an NVIDIA GPU" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""What the compiled programs may hold: exact FLOPs at full size, and nothing that is constant.
+
+A change that makes one of these fail makes every step slower; nothing else would show it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import flops
+from idea_jax import pytrees, random_sd, sample
+from idea_jax.method import condition
+from idea_jax.models import sd
+from idea_jax.models.unet import project_kv
+from idea_jax.train_step import Photos, draw_batch, init_state, make_optimizer, train_step
+
+GIGA, SAMPLES = 1e9, 8
+
+
+def abstract(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.fixture(scope="module")
+def sd21():
+    """SD 2.1-base and the shapes of its weights; nothing is allocated."""
+    model = random_sd.config("sd21", "sd2", vocab_size=random_sd.CLIP_VOCAB_SIZE)
+    return model, sd.shapes(model)
+
+
+def person_of(model, cross_kv, kv):
+    """A train step and the shapes of its arguments but for the frozen weights."""
+    method = condition.make_method("paper", kv=kv, reg_weight=8e-4)
+    rates = dict.fromkeys(method.parts(), 1e-3)
+    optimizer = make_optimizer(rates, beta1=0.9, beta2=0.999, epsilon=1e-7, weight_decay=1e-2)
+    # Zeros of the model's width are enough, since values do not matter.
+    start, face = np.zeros((2, model.text.hidden_size), np.float32), np.ones(512)
+
+    def state():
+        key = jax.random.key(0)
+        trainable = condition.init_trainable(method, model, cross_kv, key, start)
+        given = condition.init_given(method, model, key, start, face)
+        return init_state(optimizer, trainable, given)
+
+    side, T = model.unet.sample_size, model.text.max_position_embeddings
+    moments = abstract(1, 2, side, side, model.unet.in_channels)
+    ids = abstract(27, T, dtype=jnp.int32)
+    photos = Photos(moments, moments, abstract(dtype=jnp.int32), ids)
+    draw = functools.partial(draw_batch, model, size=SAMPLES)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = jax.eval_shape(draw, photos, key, abstract(dtype=jnp.int32))
+    step = functools.partial(train_step, model, method, optimizer)
+    return step, jax.eval_shape(state), batch
+
+
+def test_full_size_unet_needs_exactly_the_known_flops(sd21):
+    """References: torch's FlopCounter on the same network, forward and with the gradient of text
+    condition and keys and values; 2,412 with those of all weights."""
+    model, shapes = sd21
+    inputs = abstract(1, 64, 64, 4), abstract(1, dtype=jnp.int32), abstract(1, 77, 1024)
+
+    def loss(cross_kv, context, frozen, latents, timesteps):
+        kv = project_kv(cross_kv, context, model.dtype)
+        return sd.predict(model, frozen, latents, timesteps, kv).sum()
+
+    arguments = (shapes.cross_kv, inputs[2], shapes, *inputs[:2])
+    for function, expected in (
+        (loss, 804.26),
+        (jax.grad(loss, argnums=(0, 1)), 1675.1),
+    ):
+        counted = flops.needed(function, *arguments) / GIGA
+        np.testing.assert_allclose(counted, expected, rtol=1e-3)
+
+
+def test_full_size_train_step_needs_exactly_the_known_flops(sd21):
+    """Eight samples: UNet forward and gradient, text encoder and adapter; no VAE.
+
+    With full deltas of keys and values 14,206: they are applied to the context beside the frozen
+    kernels, which stay one array for all people.
+    """
+    model, shapes = sd21
+    step, state, batch = person_of(model, shapes.cross_kv, "none")
+    counted = flops.needed(step, shapes, state, batch) / GIGA
+    np.testing.assert_allclose(counted, 14110, rtol=1e-3)
+
+
+def reads(function, *arguments):
+    """`function`'s first argument with, for each leaf, whether any result depends on it."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    _, is_used = jax.interpreters.partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    leaves, structure = jax.tree.flatten(arguments[0])
+    return jax.tree.unflatten(structure, is_used[: len(leaves)])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = random_sd.config("tiny", "sd2", vocab_size=120)
+    return model, sd.shapes(model)
+
+
+def test_train_step_reads_every_network_but_the_autoencoder(tiny):
+    model, shapes = tiny
+    step, state, batch = person_of(model, shapes.cross_kv, "low_rank")
+    used = reads(step, shapes, state, batch)
+    for tree, expected in (("text", True), ("unet", True), ("cross_kv", True), ("vae", False)):
+        assert set(jax.tree.leaves(getattr(used, tree))) == {expected}, tree
+
+
+def test_sampler_reads_neither_text_encoder_nor_cross_attention_kernels(tiny):
+    """Both did their work once for the prompt, outside of the loop over steps."""
+    model, shapes = tiny
+    kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
+
+    def draw(frozen, kv):
+        options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
+        indices = jnp.arange(3, dtype=jnp.int32)
+        parts = (jnp.uint32(0), indices, jnp.float32(7.5))
+        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+
+    used = reads(draw, shapes, kv)
+    assert set(jax.tree.leaves((used.text, used.cross_kv))) == {False}
+    assert set(jax.tree.leaves(used.unet)) == {True}
+    decoder = {path: is_used for path, is_used in pytrees.flatten(used.vae).items()}
+    assert {path.split("/")[0] for path, is_used in decoder.items() if is_used} == {
+        *("decoder", "post_quant_conv")
+    }
+
+
+def test_sampler_embeds_one_timestep_for_all_pictures(tiny):
+    """The embedding's two products and those of the ResNet blocks have one row."""
+    model, shapes = tiny
+    kv = jax.tree.map(lambda kernel: abstract(6, 77, kernel.shape[1]), shapes.cross_kv)
+    latents = abstract(6, 8, 8, 4)
+
+    def rows(timesteps):
+        predict = functools.partial(sd.predict, model)
+        jaxpr = jax.make_jaxpr(predict)(shapes, latents, timesteps, kv).jaxpr
+        products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+        two_axes = [e.outvars[0].aval.shape[0] for e in products if e.outvars[0].aval.ndim == 2]
+        assert len(two_axes) > 6
+        return set(two_axes)
+
+    assert rows(abstract(dtype=jnp.int32)) == {1}
+    assert rows(abstract(6, dtype=jnp.int32)) == {6}
+
+
+def test_counted_flops_are_those_of_the_operations():
+    x, kernel = abstract(2, 8, 8, 3), abstract(3, 3, 3, 5)
+
+    def convolve(x, kernel, stride):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", None, None, layout)
+
+    one = 2 * 2 * 8 * 8 * 5 * 27
+    assert flops.count(lambda x, k: convolve(x, k, 1), x, kernel) == one
+    assert flops.count(lambda x, k: convolve(x, k, 2), x, kernel) == one // 4
+    gradient = jax.grad(lambda x, k: convolve(x, k, 2).sum())
+    assert flops.needed(gradient, x, kernel) == one // 4
+    a, b = abstract(4, 6), abstract(6, 7)
+    looped = functools.partial(jax.lax.scan, lambda c, _: (c, a_product(c)), length=3, xs=None)
+    assert flops.count(lambda a, b: looped((a, b)), a, b) == 3 * 2 * 4 * 6 * 7
+
+
+def a_product(pair):
+    return pair[0] @ pair[1]
