@@ -155,6 +155,7 @@ def no_steps(monkeypatch):
     def train_together(cfg, mesh, places, pictures, step, learners, finish):
         (learner,) = learners
         seen.update(photos=learner.photos, state=learner.state, base=learner.results.base)
+        learner.results.losses.append((1, 1.0))
         learner.results.close()
         finish(learner)
 
