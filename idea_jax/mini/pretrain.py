@@ -636,7 +636,7 @@ def train_clip(run: Run) -> dict:
         own = jnp.arange(len(x))
         each = optax.softmax_cross_entropy_with_integer_labels
         of_texts = each(logits[:, : len(x)].T, own)
-        return jnp.mean(each(logits + hidden, own) + of_texts) / 2
+        return jnp.mean(each(logits + hidden[None], own) + of_texts) / 2
 
     def batch(rng):
         rows = rng.choice(len(ids), size, replace=False)
