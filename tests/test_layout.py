@@ -72,6 +72,8 @@ ROWS = (
     ("mini.drawings", "mini.* data.images files pytrees"),
     # the mini: a Stable Diffusion of that world
     ("mini.networks", "files pytrees"),
+    ("mini.composites", ""),
+    ("mini.detector", "mini.composites mini.networks"),
     ("mini.pretrain", "mini.* models.* diffusion.schedule data.text files pytrees random_sd"),
     ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
     ("mini.lab", "mini.* train results train_step sample faces config models.hub pytrees"),
@@ -81,12 +83,12 @@ ROWS = (
         "train group results jobs devices sample checkpoint learned_embeds face_models "
         "compile_cache config data.* diffusion.* models.*",
     ),
-    ("demo", "cli mini.* data.images"),
+    ("demo", "cli mini.* faces data.images pytrees"),
 )
 
 FLAX = {
     *("models.layers", "models.clip_text", "models.clip_vision", "models.unet", "models.vae"),
-    *("method.modules", "mini.networks"),
+    *("method.modules", "mini.networks", "mini.detector"),
 }
 # Imported inside the functions that need them: slow to import, or not needed by every run.
 LAZY = {

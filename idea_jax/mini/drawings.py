@@ -93,6 +93,37 @@ def portraits(
     return Portraits(images, person, scenes, np.asarray(points))
 
 
+def pairs(who: Identity, count: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `count` drawings of two people each, and where their faces are.
+
+    Args:
+        who: leaves [P].
+
+    Returns: uint8[count, 64, 64, 3], float32[count, 2, 5, 2] as `world.landmarks_of_pair`.
+    """
+    numbers = np.array(jax.random.randint(stream(key, "who"), (count, 2), 0, len(who.skin)))
+    scenes = random_scenes(stream(key, "scenes"), (count, 2))
+    keys = jax.random.split(stream(key, "drawings"), count)
+
+    def of(side):
+        return (
+            jax.tree.map(lambda leaf: leaf[numbers[:, side]], who),
+            jax.tree.map(lambda leaf: leaf[:, side], scenes),
+        )
+
+    (left, left_scenes), (right, right_scenes) = of(0), of(1)
+    images, batch = [], 64
+    for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
+        args = (left, right, left_scenes, right_scenes, keys)
+        drawn = _draw_pairs(*jax.tree.map(lambda leaf, rows=rows: leaf[rows], args))
+        images.append(to_uint8(np.asarray(drawn)))
+    points = jax.jit(jax.vmap(world.landmarks_of_pair))(
+        left, right, left_scenes, right_scenes, jax.random.clone(keys)
+    )
+    return np.concatenate(images)[:count], np.asarray(points)
+
+
 def drawings(
     count: int, pairs: float, key: jax.Array, folder: Path | None = None, progress: Callable = iter
 ) -> Drawings:

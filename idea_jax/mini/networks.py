@@ -79,71 +79,91 @@ def load(path: str | Path) -> tuple[ConvNet, dict]:
     return ConvNet(tuple(map(len, biases)), len(params["last"]["bias"])), params
 
 
-def write_onnx(path: str | Path, net: ConvNet, params: dict, size: int) -> None:
-    """Writes a network as ONNX: float [batch, 3, size, size] in [-1, 1] -> [batch, outputs].
+class Graph:
+    """An ONNX graph in the making, with float16 weights that are cast where they are used.
 
-    Weights are kept as float16 and cast to float32 where they are used. No node's name begins with
-    `Sub` or `Mul`: by these names insightface recognises models that scale pixels themselves.
+    No node's name begins with `Sub` or `Mul`: by these names insightface recognises models that
+    scale pixels themselves.
     """
-    from onnx import TensorProto, helper, numpy_helper, save_model
 
-    nodes, stored = [], []
+    def __init__(self):
+        self.nodes, self.stored = [], []
 
-    def weight(name: str, values: np.ndarray) -> str:
-        stored.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
-        nodes.append(
-            helper.make_node(
-                "Cast", [f"{name}.half"], [name], name=f"cast.{name}", to=TensorProto.FLOAT
-            )
-        )
+    def weight(self, name: str, values: np.ndarray) -> str:
+        from onnx import TensorProto, numpy_helper
+
+        self.stored.append(numpy_helper.from_array(np.float16(values), f"{name}.half"))
+        return self.node("Cast", [f"{name}.half"], name, to=TensorProto.FLOAT)
+
+    def constant(self, name: str, values: np.ndarray) -> str:
+        """Adds numbers that are kept as they are."""
+        from onnx import numpy_helper
+
+        self.stored.append(numpy_helper.from_array(np.asarray(values), name))
         return name
 
-    def node(kind: str, inputs: list[str], name: str, **attributes) -> str:
-        nodes.append(helper.make_node(kind, inputs, [name], name=f"node.{name}", **attributes))
+    def node(self, kind: str, inputs: list[str], name: str, **attributes) -> str:
+        from onnx import helper
+
+        node = helper.make_node(kind, inputs, [name], name=f"node.{name}", **attributes)
+        self.nodes.append(node)
         return name
 
-    def conv(x: str, name: str, stride: int) -> str:
+    def conv(self, x: str, params: dict, name: str, stride: int = 1) -> str:
+        """Adds a convolution of Flax, padding and all."""
         kernel = np.asarray(params[name]["kernel"]).transpose(3, 2, 0, 1)
         bias = np.asarray(params[name]["bias"])
-        return node(
+        return self.node(
             "Conv",
-            [x, weight(f"{name}.weight", kernel), weight(f"{name}.bias", bias)],
+            [x, self.weight(f"{name}.weight", kernel), self.weight(f"{name}.bias", bias)],
             name,
-            kernel_shape=[3, 3],
+            kernel_shape=list(kernel.shape[2:]),
             strides=[stride, stride],
             auto_pad="SAME_UPPER",
         )
 
-    def act(x: str) -> str:
-        return node("LeakyRelu", [x], f"{x}.act", alpha=SLOPE)
+    def act(self, x: str) -> str:
+        return self.node("LeakyRelu", [x], f"{x}.act", alpha=SLOPE)
 
-    x = "input.1"
+    def write(self, path: str | Path, image: list, outputs: dict[str, list]) -> None:
+        """Writes the model: float `input.1` of shape `image` to outputs of these shapes."""
+        from onnx import TensorProto, helper, save_model
+
+        def described(name, shape):
+            return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+        graph = helper.make_graph(
+            self.nodes,
+            "idea_jax mini",
+            [described("input.1", image)],
+            [described(*item) for item in outputs.items()],
+            self.stored,
+        )
+        model = helper.make_model(
+            graph,
+            producer_name="idea_jax mini",
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            ir_version=_IR_VERSION,
+        )
+        with atomic_write(path) as temporary:
+            save_model(model, str(temporary))
+
+
+def write_onnx(path: str | Path, net: ConvNet, params: dict, size: int) -> None:
+    """Writes a network as ONNX: float [batch, 3, size, size] in [-1, 1] -> [batch, outputs]."""
+    graph, x = Graph(), "input.1"
     if net.halve:
-        x = node("AveragePool", [x], "halved", kernel_shape=[2, 2], strides=[2, 2])
-    x = act(conv(x, "first", 1))
+        x = graph.node("AveragePool", [x], "halved", kernel_shape=[2, 2], strides=[2, 2])
+    x = graph.act(graph.conv(x, params, "first"))
     for i in range(len(net.widths) - 1):
-        x = act(conv(x, f"down_{i}", 2))
-        inner = act(conv(x, f"inner_{i}", 1))
-        x = act(node("Add", [x, conv(inner, f"outer_{i}", 1)], f"sum_{i}"))
+        x = graph.act(graph.conv(x, params, f"down_{i}", 2))
+        inner = graph.act(graph.conv(x, params, f"inner_{i}"))
+        x = graph.act(graph.node("Add", [x, graph.conv(inner, params, f"outer_{i}")], f"sum_{i}"))
     place = np.asarray(params["place"])
     side, channels = place.shape[0], place.shape[2]
-    kernel = weight("place.weight", place.transpose(2, 0, 1)[:, None])
-    x = node("Conv", [x, kernel], "placed", kernel_shape=[side, side], group=channels)
-    x = node("Flatten", [x], "features")
-    last = [weight(f"last.{part}", np.asarray(params["last"][part])) for part in ("kernel", "bias")]
-    node("Gemm", [x, *last], "embedding")
-    graph = helper.make_graph(
-        nodes,
-        "idea_jax mini",
-        [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, ["batch", 3, size, size])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", net.outputs])],
-        stored,
-    )
-    model = helper.make_model(
-        graph,
-        producer_name="idea_jax mini",
-        opset_imports=[helper.make_opsetid("", _OPSET)],
-        ir_version=_IR_VERSION,
-    )
-    with atomic_write(path) as temporary:
-        save_model(model, str(temporary))
+    kernel = graph.weight("place.weight", place.transpose(2, 0, 1)[:, None])
+    x = graph.node("Conv", [x, kernel], "placed", kernel_shape=[side, side], group=channels)
+    x = graph.node("Flatten", [x], "features")
+    last = [graph.weight(f"last.{part}", params["last"][part]) for part in ("kernel", "bias")]
+    graph.node("Gemm", [x, *last], "embedding")
+    graph.write(path, ["batch", 3, size, size], {"embedding": ["batch", net.outputs]})

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from idea_jax.data.text import Tokenizer, load_tokenizer
 from idea_jax.diffusion import schedule
 from idea_jax.files import atomic_write
-from idea_jax.mini import captions, drawings, networks, people, traits
+from idea_jax.mini import captions, composites, detector, drawings, networks, people, traits
 from idea_jax.models import sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
@@ -73,6 +73,7 @@ class Budget:
     vae: tuple[int, int]
     vae_details: tuple[int, int]
     recogniser: tuple[int, int]
+    detector: tuple[int, int]
     judge: tuple[int, int]
     clip: tuple[int, int]
     unet: tuple[int, int]
@@ -81,6 +82,7 @@ class Budget:
     unet_layers: int
     text_width: int
     face_widths: tuple[int, ...]
+    detector_widths: tuple[int, ...]
 
 
 BUDGETS = {
@@ -92,6 +94,7 @@ BUDGETS = {
         vae=(2000, 8),
         vae_details=(3700, 8),
         recogniser=(1400, 64),
+        detector=(2000, 16),
         judge=(3000, 32),
         clip=(800, 96),
         unet=(5700, 96),
@@ -100,6 +103,7 @@ BUDGETS = {
         unet_layers=1,
         text_width=192,
         face_widths=(16, 32, 64, 128),
+        detector_widths=(12, 24, 48, 64),
     ),
     # Minutes, to see that every stage learns.
     "tiny": Budget(
@@ -110,6 +114,7 @@ BUDGETS = {
         vae=(12, 4),
         vae_details=(8, 4),
         recogniser=(60, 16),
+        detector=(12, 4),
         judge=(16, 16),
         clip=(12, 16),
         unet=(16, 8),
@@ -118,6 +123,7 @@ BUDGETS = {
         unet_layers=1,
         text_width=32,
         face_widths=(8, 8, 16, 16),
+        detector_widths=(8, 8, 16, 16),
     ),
 }
 
@@ -424,6 +430,32 @@ def train_recogniser(run: Run, split: str, name: str, *, aligned: bool) -> dict:
         run.folder / "face" / f"{name}.onnx", whole, params["net"] | {"last": last}, FACE_SIZE
     )
     return {"losses": losses, "losses of pairs": before}
+
+
+def train_detector(run: Run) -> dict:
+    """Trains a face detector on larger pictures made of the drawings that the recogniser sees."""
+    set_ = run.portraits("recognition")
+    alone = composites.Drawn(set_.images, set_.points[:, None])
+    key = stream(run.key, "detector")
+    who = people.unnamed("recognition", run.budget.people)
+    pairs = composites.Drawn(*drawings.pairs(who, run.budget.people // 2, stream(key, "pairs")))
+    net = detector.Detector(run.budget.detector_widths)
+    start = net.init(stream(key, "start"), jnp.zeros((1, 32, 32, 3)))["params"]
+    steps, size = run.budget.detector
+
+    def loss(params, batch, key):
+        del key
+        found = net.apply({"params": params}, detector.scaled(batch.image))
+        return detector.loss(found, batch.points, batch.state)
+
+    def batch(rng):
+        made = [composites.compose(rng, alone, pairs) for _ in range(size)]
+        return composites.Composite(*map(np.stack, zip(*made, strict=True)))
+
+    optimizer = muon(start, steps)
+    params, losses = fit(run, "detector", start, loss, batch, steps, optimizer, ema=0.99)
+    detector.write_onnx(run.folder / "face" / "detector.onnx", net, params)
+    return {"losses": losses}
 
 
 def margin_loss(cosine: jax.Array, own: jax.Array) -> jax.Array:
@@ -752,6 +784,7 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser", aligned=True),
     # It sees whole pictures, so that no score depends on a detector.
     "scoring": lambda run: train_recogniser(run, "scoring", "scoring", aligned=False),
+    "detector": train_detector,
     "scoring_judge": train_scoring_judge,
     "clip": train_clip,
     "unet": train_unet,
@@ -761,7 +794,7 @@ NEEDS = {
     "vae": ["prepare", "judge"],
     "clip": ["prepare"],
     "unet": ["vae", "clip"],
-    "finish": ["vae", "recogniser", "scoring", "scoring_judge", "clip", "unet"],
+    "finish": ["vae", "recogniser", "scoring", "detector", "scoring_judge", "clip", "unet"],
 }
 
 
@@ -918,20 +951,26 @@ def pretrain(run: Run, stages: Collection[str] = ()) -> None:
         result["seconds"] = round(time.monotonic() - started)
         record = read_record(run, about)
         record["stages"][name] = result
+        if name != "finish":  # its sums are those of all files
+            record["stages"].pop("finish", None)
         write_json(run.folder / RECORD, record)
 
 
 def read_record(run: Run, about: dict) -> dict:
-    """Returns what is known of a run: seed, budget, and the results of the stages that are done."""
+    """Returns what is known of a run: seed, budget, and the results of the stages that are done.
+
+    A record made before there was some stage knows nothing of its budget, and is continued.
+    """
     path = run.folder / RECORD
     if not path.is_file():
         return {**about, "stages": {}}
     record = json.loads(path.read_text())
-    if {name: record[name] for name in about} != about:
+    budget = {**about["budget"], **record["budget"]}
+    if {"seed": record["seed"], "budget": budget} != about:
         raise ValueError(
             f"{run.folder} was made with another seed or budget; choose another folder"
         )
-    return record
+    return {**record, **about}
 
 
 def write_json(path: Path, values: dict) -> None:

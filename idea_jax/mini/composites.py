@@ -1,0 +1,232 @@
+"""Pictures that a face detector learns from: drawings of people in larger pictures, or nobody.
+
+A drawing fills the picture, as most pictures of the drawn world do; or it stands anywhere in it,
+small and turned, and its background goes on to all sides; or up to three are pasted on something
+else.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SIZE = 256  # of the pictures
+FACES = 3  # at most, on one picture
+# Sides of the smallest and the largest face's ArcFace crop, in pixels, and by how many degrees a
+# face is turned at most. Others are not learned.
+SMALLEST, LARGEST = 26, 220
+TURNED = 60
+
+# What is to be said of a face: nothing, as there is none; that it is there; or, of one that the
+# picture's edge cuts in two, whatever one likes.
+NONE, WHOLE, CUT = 0, 1, -1
+
+
+class Drawn(NamedTuple):
+    """Drawings to make pictures of, with P people on each."""
+
+    images: np.ndarray  # uint8[N, S, S, 3]
+    points: np.ndarray  # float32[N, P, 5, 2]: world.landmarks
+
+
+class Composite(NamedTuple):
+    image: np.ndarray  # uint8[SIZE, SIZE, 3]
+    points: np.ndarray  # float32[FACES, 5, 2], in pixels
+    state: np.ndarray  # int32[FACES]: NONE, WHOLE or CUT
+
+
+def crop_square(points: np.ndarray | jax.Array) -> tuple:
+    """Returns centre [..., 2] and side [...] of ArcFace's crop by points [..., 5, 2].
+
+    The similarity is the least squares one from insightface's template to the points.
+    """
+    from insightface.utils import face_align
+
+    template = face_align.arcface_dst[:, 0] + 1j * face_align.arcface_dst[:, 1]
+    arms = template - template.mean()
+    five = points[..., 0] + 1j * points[..., 1]
+    middle = five.mean(-1)
+    factor = five @ arms.conj() / (arms @ arms.conj()).real
+    centre = middle + factor * (55.5 + 55.5j - template.mean())
+    xp = np if isinstance(points, np.ndarray) else jax.numpy
+    return xp.stack([centre.real, centre.imag], axis=-1), 112 * abs(factor)
+
+
+def compose(rng: np.random.Generator, alone: Drawn, pairs: Drawn) -> Composite:
+    """Returns one picture.
+
+    Args:
+        alone: drawings of one person each.
+        pairs: drawings of two.
+    """
+    kind = rng.choice(["filled", "pair", "around", "pasted", "nobody"], p=[0.3, 0.1, 0.2, 0.3, 0.1])
+    if kind == "around":
+        image, points = _moved(*_pick(rng, alone), **_anywhere(rng), endless=True)
+    elif kind in ("filled", "pair"):
+        image, points = _moved(*_pick(rng, pairs if kind == "pair" else alone), **_filling(rng))
+    else:
+        image, points = _background(rng, alone), []
+        for _ in range(rng.integers(1, FACES + 1) if kind == "pasted" else 0):
+            image, points = _paste(rng, image, points, *_pick(rng, alone))
+    width, height = SIZE, SIZE
+    if rng.random() < 0.2:  # a picture that is no square is filled up with black
+        width = rng.integers(SIZE // 2, SIZE)
+    elif rng.random() < 0.2:
+        height = rng.integers(SIZE // 2, SIZE)
+    pixels = _as_taken(rng, image)
+    pixels[height:], pixels[:, width:] = 0, 0
+    known, state = np.zeros((FACES, 5, 2), np.float32), np.full(FACES, NONE, np.int32)
+    for number, five in enumerate(points):
+        known[number], state[number] = five - 0.5, _state(five, (width, height))
+    return Composite(pixels, known, state)
+
+
+# Below, points are float64[P, 5, 2] in pixels from the corner of the picture, as Pillow has it.
+
+
+def _pick(rng: np.random.Generator, drawn: Drawn) -> tuple[Image.Image, np.ndarray]:
+    """Returns a drawing, perhaps mirrored, and its points."""
+    row = rng.integers(len(drawn.images))
+    image, points = Image.fromarray(drawn.images[row]), drawn.points[row].astype(float) + 0.5
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        points = (points * [-1, 1] + [image.width, 0])[:, [1, 0, 2, 4, 3]]
+    return image, points
+
+
+def _filling(rng: np.random.Generator) -> dict:
+    """Returns how a drawing is moved that is all of the picture, or nearly."""
+    if rng.random() < 0.5:
+        return {"side": None, "angle": 0.0, "centre": np.full(2, SIZE / 2)}
+    centre = SIZE / 2 + rng.uniform(-0.1, 0.1, 2) * SIZE
+    return {"side": None, "angle": rng.uniform(-0.4, 0.4), "centre": centre}
+
+
+def _anywhere(rng: np.random.Generator) -> dict:
+    """Returns how a drawing is moved: the side of its face's crop, radians, where the face is."""
+    side = np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST)))
+    angle = np.radians(rng.uniform(-TURNED, TURNED))
+    return {"side": side, "angle": angle, "centre": rng.uniform(0.0, 1.0, 2) * SIZE}
+
+
+def _moved(
+    image: Image.Image,
+    points: np.ndarray,
+    side: float | None,
+    angle: float,
+    centre: np.ndarray,
+    *,
+    endless: bool = False,
+) -> tuple[Image.Image, np.ndarray]:
+    """Returns a picture with the drawing in it, its edges drawn out to all sides, and the points.
+
+    Args:
+        endless: drawn out as far as the picture goes, not only half as far as the drawing does.
+        side: of the first face's crop; its middle then comes to `centre`. Without, the drawing is
+            as large as the picture, and it is the drawing's middle.
+    """
+    zoom, pivot = SIZE / image.width, np.full(2, image.width / 2)
+    if side is not None:
+        pivot, own = crop_square(points[0])
+        zoom = side / own
+    matrix = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    margin = round(1.5 * SIZE / zoom) if endless else image.width // 2
+    drawn_out = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), "edge")
+    back = np.linalg.inv(matrix)
+    shift = pivot + margin - back @ centre
+    turned = Image.fromarray(drawn_out).transform(
+        (SIZE, SIZE),
+        Image.Transform.AFFINE,
+        (*back[0], shift[0], *back[1], shift[1]),
+        Image.Resampling.BILINEAR,
+    )
+    return turned, (points - pivot) @ matrix.T + centre
+
+
+def _paste(
+    rng: np.random.Generator,
+    picture: Image.Image,
+    before: list[np.ndarray],
+    image: Image.Image,
+    points: np.ndarray,
+) -> tuple[Image.Image, list[np.ndarray]]:
+    """Returns the picture with one more person and the points of all; as it is, where the new one
+    would cover somebody."""
+    move = _anywhere(rng)
+    on_top, (five,) = _moved(image, points, **move)
+    # What is seen of the drawing: all of its square, or an oval around the head, more or less soft.
+    reach = move["side"] * rng.uniform(0.6, 0.8, 2)
+    mask = Image.new("L", (SIZE, SIZE), 0)
+    pen, blur = ImageDraw.Draw(mask), 0.0
+    if rng.random() < 0.5:
+        pen.ellipse([*(move["centre"] - reach), *(move["centre"] + reach)], fill=255)
+        blur = rng.uniform(0, 0.06) * move["side"]
+    else:
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * reach
+        cos, sin = np.cos(move["angle"]), np.sin(move["angle"])
+        corners = corners @ np.array([[cos, sin], [-sin, cos]]) + move["centre"]
+        pen.polygon([tuple(corner) for corner in corners], fill=255)
+    mask = mask.filter(ImageFilter.GaussianBlur(float(blur)))
+    if any(
+        mask.crop((*(p.min(0) - 4).astype(int), *(p.max(0) + 4).astype(int))).getextrema()[1]
+        for p in before
+    ):
+        return picture, before
+    return Image.composite(on_top, picture, mask), [*before, five]
+
+
+def _background(rng: np.random.Generator, drawn: Drawn) -> Image.Image:
+    """Returns a picture of nobody: colours, shapes, pieces of drawings too small to be a face."""
+    kind = rng.choice(["plain", "smooth", "pieces"])
+    if kind == "plain":
+        pixels = rng.integers(0, 256, (1, 1, 3))
+    elif kind == "smooth":
+        pixels = rng.integers(0, 256, (*rng.integers(1, 9, 2), 3))
+    else:
+        count = rng.integers(6, 13)
+        rows = rng.integers(0, len(drawn.images), (count, count))
+        x, y = rng.integers(0, drawn.images.shape[1] - 8, (2, count, count))
+        pieces = [
+            [drawn.images[r, b : b + 8, a : a + 8] for r, a, b in zip(*line, strict=True)]
+            for line in zip(rows, x, y, strict=True)
+        ]
+        pixels = np.concatenate([np.concatenate(line, axis=1) for line in pieces])
+    image = Image.fromarray(pixels.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.integers(0, 15)):
+        colour = tuple(int(c) for c in rng.integers(0, 256, 3))
+        x, y = rng.uniform(0, SIZE, 2)
+        a, b = np.exp(rng.uniform(np.log(3), np.log(SIZE / 2), 2))
+        box = (x - a, y - b, x + a, y + b)
+        shape = rng.integers(4)
+        if shape == 0:
+            pen.ellipse(box, fill=colour)
+        elif shape == 1:
+            pen.rectangle(box, fill=colour)
+        elif shape == 2:
+            pen.line(box, fill=colour, width=int(rng.integers(1, 12)))
+        else:  # two of them, as eyes are
+            pen.ellipse(box, fill=colour)
+            pen.ellipse((box[0] + 2.5 * a, box[1], box[2] + 2.5 * a, box[3]), fill=colour)
+    return image
+
+
+def _as_taken(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
+    """Returns the pixels, perhaps blurred, of other light, noisy."""
+    if rng.random() < 0.3:
+        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 2))))
+    pixels = np.asarray(image, np.float32) * rng.normal(1, 0.1, 3) + rng.normal(0, 10)
+    if rng.random() < 0.5:
+        noise = rng.standard_normal(pixels.shape, np.float32)
+        pixels = pixels + np.float32(rng.uniform(0, 8)) * noise
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def _state(five: np.ndarray, size: tuple[int, int]) -> int:
+    """Returns what is to be said of a face: it may be cut, but not in two."""
+    inside = np.sum(np.all((five >= 0) & (five < size), axis=-1))
+    centre, side = crop_square(five)
+    if inside >= 4 and np.all((centre >= 0) & (centre < size)):
+        return WHOLE
+    return NONE if np.any((centre < -side / 2) | (centre > size + side / 2)) else CUT
