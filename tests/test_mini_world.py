@@ -206,6 +206,32 @@ def test_landmarks_turn_shift_and_mirror_with_the_head(people):
     assert right[2, 0] - right[:2, 0].mean() > 1  # the nose goes further than the eyes
 
 
+def test_a_view_shows_the_usual_picture_in_a_larger_one(few):
+    """Sampled where it lies: the same picture, and the same landmarks on it."""
+    people, keys = few
+    who, scene = jax.tree.map(lambda leaf: leaf[0], people), traits.make_scene()
+    usual, larger = world.View(), world.View(0.5, np.radians(30), 0.2, -0.1)
+    draw = jax.jit(world.draw, static_argnames="size")
+    small, large = (
+        np.asarray(draw(who, scene, jax.random.clone(keys)[0], size=size, view=view))
+        for size, view in ((64, usual), (256, larger))
+    )
+    cos, sin = np.cos(larger.angle), np.sin(larger.angle)
+    turn = larger.zoom * np.array([[cos, -sin], [sin, cos]])
+    rows, columns = np.mgrid[:64, :64]
+    places = (np.stack([columns, rows], -1) + 0.5) / 32 - 1
+    there = places @ turn.T + (larger.x, larger.y)
+    at = ((there + 1) * 128 - 0.5).round().astype(int)
+    found = large[at[..., 1], at[..., 0]]
+    assert np.abs(found - small).mean() < 0.04 < 0.2 < small.std()
+    points, moved = (
+        np.asarray(world.landmarks(who, scene, jax.random.clone(keys)[0], size=size, view=view))
+        for size, view in ((64, None), (256, larger))
+    )
+    expected = ((((points + 0.5) / 32 - 1) @ turn.T + (larger.x, larger.y)) + 1) * 128 - 0.5
+    np.testing.assert_allclose(moved, expected, atol=1e-2)
+
+
 def test_landmarks_of_a_pair_are_those_of_both(few):
     people, keys = few
     left, right = (jax.tree.map(lambda leaf, i=i: leaf[i], people) for i in (0, 1))

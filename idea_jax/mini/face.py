@@ -240,7 +240,9 @@ def _body(frame: Frame, who: Identity, scene: Scene, skin: jax.Array) -> list[La
     x, y, pixel = frame.body_x, frame.body_y, frame.pixel
     shirt = cloth(scene.shirt)
     neck_width = 0.185 + 0.035 * who.neck
-    neck = jnp.maximum(jnp.abs(x) - neck_width - 0.6 * jnp.square(jnp.maximum(y - 0.5, 0.0)), -y)
+    # Wider and wider, but never wider than the shoulders, far below the usual picture.
+    slope = 0.6 * jnp.square(jnp.clip(y - 0.5, 0.0, 0.75))
+    neck = jnp.maximum(jnp.abs(x) - neck_width - slope, -y)
     # Shoulders: a wide rounded hill that goes on below the picture.
     shoulders = ellipse(x, jnp.minimum(y - 1.06, 0.0), 0.86 + 0.05 * who.neck, 0.44, 0.55)
     collar = ellipse(x, y - 0.60, neck_width + 0.045, 0.17, 0.1)

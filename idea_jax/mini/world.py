@@ -6,6 +6,7 @@ python -m idea_jax.mini.world SHEET.png [--seed N]      draws a contact sheet
 import argparse
 import functools
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,23 @@ from idea_jax.mini.traits import (
 from idea_jax.pytrees import stream
 
 
-def draw(who: Identity, scene: Scene, key: jax.Array, size: int = 64) -> jax.Array:
+class View(NamedTuple):
+    """Where the usual picture lies in a larger one, whose sides are 2 and whose middle is 0."""
+
+    zoom: float = 1.0  # its size in that of the larger one
+    angle: float = 0.0  # radians, clockwise
+    x: float = 0.0  # of its middle
+    y: float = 0.0
+
+
+def draw(
+    who: Identity, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
+) -> jax.Array:
     """Returns a picture of one person: float32[size, size, 3] in [-1, 1].
 
     The key decides what no prompt can ask for: pose, place and light. `size` is static under jit.
     """
-    return paint((who,), (scene,), (random_nuisance(key),), size)
+    return paint((who,), (scene,), (random_nuisance(key),), size, view)
 
 
 def draw_pair(
@@ -49,14 +61,16 @@ def draw_pair(
     return paint((left, right), (left_scene, right_scene), nuisances, size)
 
 
-def landmarks(who: Identity, scene: Scene, key: jax.Array, size: int = 64) -> jax.Array:
+def landmarks(
+    who: Identity, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
+) -> jax.Array:
     """Returns ArcFace's five points of the person whom `draw` draws: float32[5, 2], (x, y).
 
     In pixels of the picture, whose middles have whole numbers, as in OpenCV; order and meaning as
     in `face.landmarks`. The brush strokes of a painting, up to 0.6% of the picture's side, are left
     out.
     """
-    return locate((who,), (scene,), (random_nuisance(key),), size)[0]
+    return locate((who,), (scene,), (random_nuisance(key),), size, view)[0]
 
 
 def landmarks_of_pair(
@@ -83,12 +97,16 @@ def paint(
     scenes: tuple[Scene, ...],
     nuisances: tuple[Nuisance, ...],
     size: int,
+    view: View | None = None,
 ) -> jax.Array:
     """Returns a picture of one person, or two side by side: float32[size, size, 3] in [-1, 1]."""
     scene, nuisance = scenes[0], nuisances[0]
+    view = view or View()
     pixel = 2 / size
     places = (jnp.arange(size, dtype=jnp.float32) + 0.5) * pixel - 1
-    x, y = jnp.meshgrid(places, places)
+    x, y = jnp.meshgrid(places - view.x, places - view.y)
+    cos, sin = jnp.cos(view.angle) / view.zoom, jnp.sin(view.angle) / view.zoom
+    x, y, pixel = cos * x + sin * y, cos * y - sin * x, pixel / view.zoom
     warped_x, warped_y = _brushed(scene, x, y)
     layers = _background(scene, nuisance, x, y)
     for who, their_scene, theirs, place in zip(
@@ -108,9 +126,10 @@ def locate(
     scenes: tuple[Scene, ...],
     nuisances: tuple[Nuisance, ...],
     size: int,
+    view: View | None = None,
 ) -> jax.Array:
     """Returns float32[people, 5, 2]: the landmarks of those whom `paint` paints."""
-    each = []
+    view, each = view or View(), []
     for who, scene, nuisance, place in zip(
         people, scenes, nuisances, _PLACES[len(people)], strict=True
     ):
@@ -121,7 +140,10 @@ def locate(
         matrix = jnp.stack([right - origin, down - origin], axis=-1)
         points = face.landmarks(who, scene, frame) - origin[None]
         each.append(jnp.linalg.solve(matrix, points.T).T)
-    return (jnp.stack(each) + 1) * (size / 2) - 0.5
+    cos, sin = view.zoom * jnp.cos(view.angle), view.zoom * jnp.sin(view.angle)
+    x, y = jnp.moveaxis(jnp.stack(each), -1, 0)
+    there = jnp.stack([cos * x - sin * y + view.x, sin * x + cos * y + view.y], axis=-1)
+    return (there + 1) * (size / 2) - 0.5
 
 
 # Where the head is (x, y, scale) when one person or two are in the picture.
