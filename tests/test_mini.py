@@ -1,5 +1,6 @@
 """The mini's parts: names, captions, the small networks, training that can go on, measurements."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -352,6 +353,29 @@ def test_another_budget_does_not_continue_a_checkpoint(run):
         pretrain.pretrain(run)
 
 
+def test_a_record_from_before_there_was_a_stage_is_continued(run, monkeypatch):
+    """The new stage is run, and the check sums are written again, since there are new files."""
+    done = []
+    stages = {name: lambda run, name=name: done.append(name) or {} for name in ("old", "new")}
+    stages["finish"] = lambda run: done.append("finish") or {}
+    monkeypatch.setattr(pretrain, "STAGES", stages)
+    monkeypatch.setattr(pretrain, "NEEDS", {})
+    budget = json.loads(json.dumps(dataclasses.asdict(run.budget)))
+    before = {name: value for name, value in budget.items() if name != "detector"}
+    record = {"seed": 0, "budget": before, "stages": {"old": {}, "finish": {}}}
+    run.folder.mkdir()
+    pretrain.write_json(run.folder / pretrain.RECORD, record)
+    pretrain.pretrain(run)
+    assert done == ["new", "finish"]
+    after = json.loads((run.folder / pretrain.RECORD).read_text())
+    assert after["budget"] == budget and list(after["stages"]) == ["old", "new", "finish"]
+    pretrain.pretrain(run)
+    assert len(done) == 2
+    pretrain.write_json(run.folder / pretrain.RECORD, record | {"budget": before | {"each": 99}})
+    with pytest.raises(ValueError, match="another seed or budget"):
+        pretrain.pretrain(run)
+
+
 def test_drawings_come_from_disk_where_they_are_there(tmp_path):
     key = jax.random.key(3)
     first = drawings.drawings(6, 0.5, key, tmp_path)
@@ -412,7 +436,7 @@ def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path):
         for what, values in stage.items()
         if what.startswith("losses")
     }
-    assert len(losses) == 10
+    assert len(losses) == 11
     for name, values in losses.items():
         third = max(1, len(values) // 3)
         assert np.mean(values[-third:]) < np.mean(values[:third]), (name, values)

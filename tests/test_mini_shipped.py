@@ -7,16 +7,18 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from idea_jax import demo, train
-from idea_jax.data.images import read_png_text
+from idea_jax import demo, faces, train
+from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
-from idea_jax.mini import captions, lab, people, pretrain, quality
+from idea_jax.mini import captions, drawings, lab, people, pretrain, quality, world
 from idea_jax.models import hub
 
 QUALITY = Path(__file__).resolve().parent.parent / "docs" / "mini_quality.json"
@@ -45,19 +47,23 @@ def test_quality_on_a_small_sample(mini):
     What falls short of what it must reach is as good as it is written down to be.
     """
     measured = {row["name"]: row["value"] for row in json.loads(QUALITY.read_text())}
-    rows = quality.table(mini, seed=1, named=12, unnamed=60, pairs=1000, each=2)
+    rows = quality.table(mini, seed=1, named=12, unnamed=60, pairs=1000, each=2, composed=60)
     slack = {"dB": 0.5, "": 0.003, "%": 10.0}
     for row in rows:
-        if row.unit != "s":  # the machine may be busy
-            name = row.name.replace("1,000 pairs", "10,000 pairs")
-            assert row.value >= min(row.must, measured[name]) - slack[row.unit], row
-    assert len(rows) == len(measured) == 11
+        value = measured[row.name.replace("1,000 pairs", "10,000 pairs")]
+        if row.unit == "s":  # the machine may be busy
+            continue
+        if row.at_most:
+            assert row.value <= max(row.must, value) + slack[row.unit] / 2, row
+        else:
+            assert row.value >= min(row.must, value) - slack[row.unit], row
+    assert len(rows) == len(measured) == 15
 
 
 def test_a_short_personalisation_beats_its_start_and_another_person(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
     learner = lab.Learner(mini, lab.read_config("paper", {"max_train_steps": 50}))
-    scoring = mini.recogniser("scoring")
+    scoring = mini.scoring()
     # Of background, hat and style, which the mini draws as asked for (docs/mini.md).
     prompts = [captions.PROMPTS[number] for number in (0, 4, 6)]
     gains = []
@@ -97,22 +103,52 @@ def test_pictures_equal_those_of_torch(mini, prompt):
     assert np.abs(ours / 255 - theirs).max() <= 2 / 255
 
 
-def test_recogniser_tells_two_people_apart_through_onnxruntime(mini):
+def test_two_people_are_told_apart_by_the_faces_that_are_found(mini):
     one, two = lab.meet(mini, "validation", [0, 1], 2, prompts=captions.PROMPTS[:1])
-    recogniser = mini.recogniser("recogniser")
     images = np.concatenate([one.photo[None], one.true[0], two.photo[None], two.true[0]])
-    embeds = quality.embed(recogniser, images)
+    found, embeds = quality.look(mini.finder(), images)
+    assert found.all()
     np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, rtol=1e-5)
     similarity = embeds @ embeds.T
     assert similarity[:3, :3].min() > similarity[:3, 3:].max() + 0.2
 
 
+def test_detector_finds_faces_of_any_size_turned_and_aside(mini):
+    """Pictures of another size than the detector's own, and what faces.py makes of them."""
+    who = people.unnamed("validation", 6)
+    scenes = drawings.random_scenes(jax.random.key(1), (6,))
+    scenes = scenes._replace(style=np.zeros(6, np.int32), light=np.zeros(6, np.int32))
+    angles, zooms = np.radians([0, 20, -20, 45, -45, 30]), [0.9, 0.5, 0.35, 0.6, 0.3, 0.8]
+    draw = jax.jit(world.draw, static_argnames="size")
+    finder = mini.finder()
+    for number, (angle, zoom) in enumerate(zip(angles, zooms, strict=True)):
+        person, scene = (
+            jax.tree.map(lambda leaf, i=number: leaf[i], tree) for tree in (who, scenes)
+        )
+        view = world.View(zoom, angle, 0.6 * (1 - zoom), -0.4 * (1 - zoom))
+        key = jax.random.fold_in(jax.random.key(2), number)
+        there = world.landmarks(person, scene, key, size=384, view=view)
+        picture = to_uint8(np.asarray(draw(person, scene, jax.random.clone(key), 384, view)))
+        seen = finder.look_at(Image.fromarray(picture), number)
+        across = np.linalg.norm(there[1] - there[0])
+        assert np.linalg.norm(seen.points - there, axis=1).mean() < 0.2 * across, number
+        _, _, turned = faces.training_square(seen.points, (384, 384))
+        assert abs(np.degrees(turned - angle)) < 12
+
+
 def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
-    (person,) = lab.meet(mini, "test", [demo.PERSON], 1, prompts=captions.PROMPTS[:1])
     with Image.open(demo.PHOTO) as photo:
-        assert photo.size == (64, 64)
-        difference = np.abs(np.asarray(photo.convert("RGB"), int) - person.photo)
-    assert difference.max() <= 2  # another processor may round a pixel differently
+        pixels = np.asarray(photo.convert("RGB"))
+    drawn = demo.draw_photo().astype(int)
+    assert np.abs(drawn - pixels).max() <= 2  # another processor may round a pixel differently
+    met = lab.meet(mini, "test", [demo.PERSON, demo.PERSON + 1], 1, prompts=captions.PROMPTS[:1])
+    (square,) = quality.embed(mini.scoring(), demo.face_square(pixels)[None])
+    same, other = (float(np.mean(person.references @ square)) for person in met)
+    assert same > 0.75 and same > other + 0.15
+    # Small, aside and turned: the person is found there, and upright in what is learned from.
+    points = mini.finder().look_at(Image.fromarray(pixels), "the photo").points
+    (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])
+    assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
 
 
 def test_learning_never_sees_the_recogniser_that_scores(mini):
@@ -130,8 +166,10 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch, caps
     page = (tmp_path / "demo" / "index.html").read_text()
     assert not re.findall(r"https?://|src=(?!\"data:)|href", page)
     shown = [base64.b64decode(data) for data in re.findall(r"image/png;base64,([^\"]+)", page)]
-    photo, *grids = (np.asarray(Image.open(io.BytesIO(data))) for data in shown)
+    photo, square, *grids = (np.asarray(Image.open(io.BytesIO(data))) for data in shown)
     np.testing.assert_array_equal(photo, np.asarray(Image.open(demo.PHOTO).convert("RGB")))
+    np.testing.assert_array_equal(square, demo.face_square(photo))
+    assert yaml.safe_load((tmp_path / "demo/identity/config.yaml").read_text())["crop"] == "face"
     drawn = sorted((tmp_path / "demo" / "pictures").glob("*/00000.png"))
     assert len(grids) == len(drawn) == len(demo.PROMPTS)
     for path in drawn:

@@ -1,8 +1,7 @@
 """Pictures that a face detector learns from: drawings of people in larger pictures, or nobody.
 
 A drawing fills the picture, as most pictures of the drawn world do; or it stands anywhere in it,
-small and turned, and its background goes on to all sides; or up to three are pasted on something
-else.
+small and turned, and its background goes on to all sides; or several are pasted on something else.
 """
 
 from typing import NamedTuple
@@ -12,11 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 256  # of the pictures
-FACES = 3  # at most, on one picture
+FACES = 5  # at most, on one picture
 # Sides of the smallest and the largest face's ArcFace crop, in pixels, and by how many degrees a
 # face is turned at most. Others are not learned.
-SMALLEST, LARGEST = 26, 220
-TURNED = 60
+SMALLEST, LARGEST = 36, 220
+TURNED = 50
 
 # What is to be said of a face: nothing, as there is none; that it is there; or, of one that the
 # picture's edge cuts in two, whatever one likes.
@@ -60,7 +59,8 @@ def compose(rng: np.random.Generator, alone: Drawn, pairs: Drawn) -> Composite:
         alone: drawings of one person each.
         pairs: drawings of two.
     """
-    kind = rng.choice(["filled", "pair", "around", "pasted", "nobody"], p=[0.3, 0.1, 0.2, 0.3, 0.1])
+    kinds = {"filled": 0.25, "pair": 0.1, "around": 0.2, "pasted": 0.4, "nobody": 0.05}
+    kind = rng.choice(list(kinds), p=list(kinds.values()))
     if kind == "around":
         image, points = _moved(*_pick(rng, alone), **_anywhere(rng), endless=True)
     elif kind in ("filled", "pair"):
@@ -117,14 +117,16 @@ def _moved(
     angle: float,
     centre: np.ndarray,
     *,
+    window: np.ndarray | tuple[int, ...] = (0, 0, SIZE, SIZE),
     endless: bool = False,
 ) -> tuple[Image.Image, np.ndarray]:
     """Returns a picture with the drawing in it, its edges drawn out to all sides, and the points.
 
     Args:
-        endless: drawn out as far as the picture goes, not only half as far as the drawing does.
         side: of the first face's crop; its middle then comes to `centre`. Without, the drawing is
             as large as the picture, and it is the drawing's middle.
+        window: the part of the picture that is returned: left, top, right, bottom.
+        endless: drawn out as far as the picture goes, not only half as far as the drawing does.
     """
     zoom, pivot = SIZE / image.width, np.full(2, image.width / 2)
     if side is not None:
@@ -133,10 +135,11 @@ def _moved(
     matrix = zoom * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     margin = round(1.5 * SIZE / zoom) if endless else image.width // 2
     drawn_out = np.pad(np.asarray(image), ((margin, margin), (margin, margin), (0, 0)), "edge")
+    left, top, right, bottom = window
     back = np.linalg.inv(matrix)
-    shift = pivot + margin - back @ centre
+    shift = pivot + margin - back @ (centre - [left, top])
     turned = Image.fromarray(drawn_out).transform(
-        (SIZE, SIZE),
+        (int(right - left), int(bottom - top)),
         Image.Transform.AFFINE,
         (*back[0], shift[0], *back[1], shift[1]),
         Image.Resampling.BILINEAR,
@@ -154,26 +157,30 @@ def _paste(
     """Returns the picture with one more person and the points of all; as it is, where the new one
     would cover somebody."""
     move = _anywhere(rng)
-    on_top, (five,) = _moved(image, points, **move)
+    centre, angle = move["centre"], move["angle"]
     # What is seen of the drawing: all of its square, or an oval around the head, more or less soft.
-    reach = move["side"] * rng.uniform(0.6, 0.8, 2)
-    mask = Image.new("L", (SIZE, SIZE), 0)
-    pen, blur = ImageDraw.Draw(mask), 0.0
-    if rng.random() < 0.5:
-        pen.ellipse([*(move["centre"] - reach), *(move["centre"] + reach)], fill=255)
-        blur = rng.uniform(0, 0.06) * move["side"]
-    else:
-        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * reach
-        cos, sin = np.cos(move["angle"]), np.sin(move["angle"])
-        corners = corners @ np.array([[cos, sin], [-sin, cos]]) + move["centre"]
-        pen.polygon([tuple(corner) for corner in corners], fill=255)
-    mask = mask.filter(ImageFilter.GaussianBlur(float(blur)))
-    if any(
-        mask.crop((*(p.min(0) - 4).astype(int), *(p.max(0) + 4).astype(int))).getextrema()[1]
-        for p in before
-    ):
+    reach, oval = move["side"] * rng.uniform(0.6, 0.8, 2), rng.random() < 0.5
+    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * reach
+    if not oval:
+        corners = corners @ np.array(
+            [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+        )
+    low, high = centre + corners.min(0) - 4, centre + corners.max(0) + 4
+    if any(np.all((five.max(0) > low) & (five.min(0) < high)) for five in before):
         return picture, before
-    return Image.composite(on_top, picture, mask), [*before, five]
+    low, high = (np.clip(at, 0, SIZE).astype(int) for at in (low, high))
+    if np.any(high - low < 2):
+        return picture, before
+    on_top, (five,) = _moved(image, points, **move, window=(*low, *high))
+    mask = Image.new("L", on_top.size, 0)
+    middle = centre - low
+    if oval:
+        ImageDraw.Draw(mask).ellipse([*(middle - reach), *(middle + reach)], fill=255)
+        mask = mask.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 0.05) * move["side"])))
+    else:
+        ImageDraw.Draw(mask).polygon([tuple(corner) for corner in corners + middle], fill=255)
+    picture.paste(on_top, (int(low[0]), int(low[1])), mask)
+    return picture, [*before, five]
 
 
 def _background(rng: np.random.Generator, drawn: Drawn) -> Image.Image:
@@ -214,10 +221,10 @@ def _background(rng: np.random.Generator, drawn: Drawn) -> Image.Image:
 
 def _as_taken(rng: np.random.Generator, image: Image.Image) -> np.ndarray:
     """Returns the pixels, perhaps blurred, of other light, noisy."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 2))))
     pixels = np.asarray(image, np.float32) * rng.normal(1, 0.1, 3) + rng.normal(0, 10)
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         noise = rng.standard_normal(pixels.shape, np.float32)
         pixels = pixels + np.float32(rng.uniform(0, 8)) * noise
     return pixels.clip(0, 255).astype(np.uint8)

@@ -16,8 +16,8 @@ from idea_jax.mini.networks import SLOPE
 STRIDES = (8, 16, 32)
 # Sides of a face's crop, in pixels of the input, that each stride's two anchors are there for; the
 # smallest and the largest take what is smaller and larger as well.
-ANCHORS = ((28.0, 42.0), (63.0, 95.0), (142.0, 213.0))
-STEP = np.log(1.5)  # from one anchor to the next
+ANCHORS = ((42.0, 57.0), (77.0, 104.0), (140.0, 190.0))
+STEP = np.log(190 / 42) / 5  # from one anchor to the next
 BOX = 0.85  # side of the upright box around a face, in sides of its crop
 POINTS_WEIGHT, BOX_WEIGHT = 20.0, 2.0  # of mean absolute errors, in sides of the anchor
 FOCUS = 2.0  # exponent of the focal loss, arXiv 1708.02002

@@ -66,7 +66,7 @@ def meet(
 
     A person's drawings depend on the seed and their number, not on who else is asked for.
     """
-    scoring = mini.recogniser("scoring")
+    scoring = mini.scoring()
     everybody = people.unnamed(split, max(numbers) + 1)
     met = []
     for number in numbers:
@@ -110,7 +110,7 @@ class Learner:
         ids = train.starting_ids(cfg, self.method, tokenizer, names)
         self.start = train.starting_tokens(cfg, self.method, self.base, ids)
         self.optimizer = train.optimizer_of(cfg, self.method)
-        self.recogniser = mini.recogniser("recogniser") if self.method.uses_face else None
+        self.finder = mini.finder() if self.method.uses_face else None
 
     def begin(self, photo: np.ndarray) -> tuple[IdentityState, train.Photos]:
         """Returns the state before the first step, and what is trained on."""
@@ -121,8 +121,8 @@ class Learner:
             crop = bool(self.cfg.center_crop)
             photos = train.encode_photos(self.base, [path], photo.shape[0], crop)
         face = None
-        if self.recogniser is not None:
-            face = faces.mean_embedding(quality.embed(self.recogniser, photo[None]))
+        if self.finder is not None:
+            face = self.finder.look_at(Image.fromarray(photo), "the photo").embed
         model, frozen = self.mini.model, self.mini.frozen
         given = train.condition.init_given(self.method, model, key, self.start, face)
         trainable = train.condition.init_trainable(
@@ -210,7 +210,7 @@ def experiment(
     prompts ask.
     """
     met = meet(mini, split, range(count), pictures, seed)
-    scoring = mini.recogniser("scoring")
+    scoring = mini.scoring()
     scores: dict[str, list[Score]] = {}
     for i, person in enumerate(met):
         for name, other in (("another person", met[i - 1]), ("true drawings", person)):

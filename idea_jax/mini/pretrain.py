@@ -452,7 +452,7 @@ def train_detector(run: Run) -> dict:
         made = [composites.compose(rng, alone, pairs) for _ in range(size)]
         return composites.Composite(*map(np.stack, zip(*made, strict=True)))
 
-    optimizer = muon(start, steps)
+    optimizer = muon(start, steps, 0.02)
     params, losses = fit(run, "detector", start, loss, batch, steps, optimizer, ema=0.99)
     detector.write_onnx(run.folder / "face" / "detector.onnx", net, params)
     return {"losses": losses}
