@@ -53,6 +53,7 @@ FACE_WIDTH = 512  # of its output
 CROP_SHIFT, CROP_SCALE, CROP_ANGLE = 0.04, 0.06, np.radians(5)
 MARGIN, SCALE = 0.2, 20.0  # of ArcFace's loss, arXiv 1801.07698; margin in radians
 EMPTY_CAPTIONS = 0.1
+SHARPNESS = 20.0  # of what is read off unit vectors by a matrix of singular values about 1
 MAX_SNR = 5.0  # of the UNet's loss: times of less noise weigh less
 DETAILS_WEIGHT = 0.1  # of what the judge sees, against the same
 KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
@@ -569,14 +570,7 @@ def train_judge(run: Run, name: str, images: np.ndarray, scenes: traits.Scene, p
     def loss(params, batch, key):
         images, kinds = batch
         x = disturbed(drawings.to_float(images), key, drawings.SIZE)
-        logits = split_logits(net.apply({"params": params}, x))
-        scene = traits.Scene(*jnp.moveaxis(kinds, -1, 0))
-        total = 0.0
-        for field, values in logits.items():
-            each = optax.softmax_cross_entropy_with_integer_labels(values, getattr(scene, field))
-            seen = scene.hat > 0 if field == "hat_colour" else jnp.ones_like(each)
-            total += jnp.sum(each * seen) / jnp.maximum(jnp.sum(seen), 1)
-        return total / len(logits)
+        return scene_error(net.apply({"params": params}, x), kinds)
 
     def batch(rng):
         rows = rng.integers(0, len(images), size)
@@ -586,6 +580,23 @@ def train_judge(run: Run, name: str, images: np.ndarray, scenes: traits.Scene, p
     params, losses = fit(run, name, start["params"], loss, batch, steps, optimizer, ema=0.99)
     networks.save(path, params)
     return {"losses": losses}
+
+
+def scene_error(logits: jax.Array, kinds: jax.Array, shown: jax.Array | bool = True) -> jax.Array:
+    """Returns float32[]: cross-entropy of what is read of scenes, the mean over their fields.
+
+    Args:
+        logits: float32[..., outputs], as `split_logits` takes them.
+        kinds: int32[..., fields] in the order of `traits.Scene`.
+        shown: bool[...], whether there is such a person.
+    """
+    scene = traits.Scene(*jnp.moveaxis(kinds, -1, 0))
+    errors = []
+    for field, values in split_logits(logits).items():
+        each = optax.softmax_cross_entropy_with_integer_labels(values, getattr(scene, field))
+        seen = (scene.hat > 0 if field == "hat_colour" else jnp.ones_like(each)) * shown
+        errors.append(jnp.sum(each * seen) / jnp.maximum(jnp.sum(seen), 1))
+    return sum(errors) / len(errors)
 
 
 def train_own_judge(run: Run) -> dict:
@@ -641,9 +652,11 @@ def caption_ids(
 def train_clip(run: Run) -> dict:
     """Trains both towers on drawings and captions; the text encoder is frozen from then on.
 
-    Each picture must also tell its caption from one in which a single thing is another (hard
-    negatives, arXiv 2210.01936): name and clothes alone find the right one of a batch, and a text
-    encoder that never needed to say who smiles does not.
+    Name and clothes alone find the right caption of a batch, and a text encoder that never needed
+    to say who smiles does not; a drawing network that reads it then cannot know. So each picture
+    must also tell its caption from one in which a single thing is another (hard negatives, arXiv
+    2210.01936), and one linear layer must read the scene off the outputs of both towers, as far as
+    it is seen or said (labels in the space of texts and pictures, arXiv 2204.03610).
     """
     model, frozen, tokenizer = run.load()
     set_ = run.named()
@@ -653,9 +666,17 @@ def train_clip(run: Run) -> dict:
     key = stream(run.key, "clip")
     vision = tower.init(key, jnp.zeros((1, drawings.SIZE, drawings.SIZE, 3)))["params"]
     steps, size = run.budget.clip
+    kinds = np.stack(set_.scenes, axis=-1)  # [N, 2, fields]
+    shown = set_.names[:, :, 0] >= 0
+    outputs = sum(len(kinds) for kinds in captions.KINDS.values())
+
+    def read(params, states):
+        """float32[B, 2, outputs] of unit vectors: what is there, left and right."""
+        x = SHARPNESS * states @ params["kernel"] + params["bias"]
+        return x.reshape(-1, 2, outputs)
 
     def loss(params, batch, key):
-        images, ids, wrong = batch
+        images, ids, wrong, kinds, shown = batch
         x = drawings.to_float(images)
         x = x * (1 + 0.05 * jax.random.normal(key, (len(x), 1, 1, 1)))
         seen = unit(tower.apply({"params": params["vision"]}, x))
@@ -668,15 +689,22 @@ def train_clip(run: Run) -> dict:
         own = jnp.arange(len(x))
         each = optax.softmax_cross_entropy_with_integer_labels
         of_texts = each(logits[:, : len(x)].T, own)
-        return jnp.mean(each(logits + hidden[None], own) + of_texts) / 2
+        apart = jnp.mean(each(logits + hidden[None], own) + of_texts) / 2
+        readings = [
+            scene_error(read(params["scene"], states), kinds, shown)
+            for states in (seen, said[: len(x)])
+        ]
+        return apart + sum(readings) / 2
 
     def batch(rng):
         rows = rng.choice(len(ids), size, replace=False)
         which = rng.integers(0, ids.shape[1], size)
         texts = [table[rows, which].astype(np.int32) for table in (ids, wrong_ids)]
-        return set_.images[rows], *texts
+        return set_.images[rows], *texts, kinds[rows], shown[rows]
 
-    params = {"text": frozen.text, "vision": vision, "scale": jnp.log(1 / 0.07)}
+    scene = {"kernel": jnp.zeros((run.budget.text_width, 2 * outputs))}
+    scene["bias"] = jnp.zeros(2 * outputs)
+    params = {"text": frozen.text, "vision": vision, "scale": jnp.log(1 / 0.07), "scene": scene}
     # Adam moves rare rows as fast as common ones: at the full rate, names would lose what they say.
     optimizer = muon(params, steps, slow={"text/embeddings/token_embedding": 0.1})
     params, losses = fit(run, "clip", params, loss, batch, steps, optimizer)
