@@ -69,14 +69,15 @@ def measure(args: argparse.Namespace) -> None:
 
         states, photos = put(jax.tree.map(lambda leaf, n=people: np.stack([leaf] * n), one))
         last = put(np.full(people, 10**9, np.int32))
-        about = (model, method, optimizer, args.batch, mesh, False)
+        about = (model, method, optimizer, args.batch, mesh, False, 1)
         began = time.perf_counter()
-        compiled = step_people.lower(*about, frozen, states, photos, key, last).compile()
+        given = photos, key, last, jnp.int32(1)
+        compiled = step_people.lower(*about, frozen, states, *given).compile()
         compiling = time.perf_counter() - began
         times = []
         for _ in range(args.repeats + 1):  # the first one is not counted
             began = time.perf_counter()
-            states, _ = jax.block_until_ready(compiled(frozen, states, photos, key, last))
+            states, _ = jax.block_until_ready(compiled(frozen, states, *given))
             times.append(time.perf_counter() - began)
         step, memory = min(times[1:]), compiled.memory_analysis()
         text = compiled.as_text()

@@ -228,10 +228,10 @@ def refuse_checkpoints(folder: Path) -> None:
 class Checkpoints:
     """Checkpoints of a run in `folder/STEP`, written by orbax in the background.
 
-    A checkpoint holds the trainables, the optimiser's state and the step. All else follows from
-    the settings and the photos; their fingerprint is kept with it and must match on resume. SHA-256
-    digests of all of it, taken before it was handed over, are kept as well and must match what is
-    read: orbax itself restores most flipped bits without a word.
+    A checkpoint holds the trainables, the optimiser's state, the step and what early stopping
+    knows. All else follows from the settings and the photos; their fingerprint is kept with it and
+    must match on resume. SHA-256 digests of all of it, taken before it was handed over, are kept as
+    well and must match what is read: orbax itself restores most flipped bits without a word.
     """
 
     def __init__(self, folder: Path, fingerprint: dict, *, limit: int | None = None):
@@ -405,7 +405,7 @@ class Checkpoints:
 
 def resumable(state: IdentityState) -> dict:
     """The part of a state that a checkpoint holds."""
-    return {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step}
+    return {name: leaf for name, leaf in state._asdict().items() if name != "given"}
 
 
 def digests(tree: dict, run: dict) -> dict[str, str]:
