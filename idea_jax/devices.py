@@ -71,6 +71,21 @@ def own_share(names: Sequence[str]) -> list[str]:
     return list(names)[jax.process_index() :: jax.process_count()]
 
 
+def host() -> jax.Device:
+    """The CPU as a device, on which what is too much for one accelerator can be held.
+
+    Raises:
+        DevicesError: JAX was told to leave it out.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise DevicesError(
+            "--shard_frozen reads the weights on the CPU before it splits them; JAX_PLATFORMS must "
+            "name cpu as well, such as cuda,cpu"
+        ) from error
+
+
 def steps_per_call() -> int:
     """How many training steps one call to the devices takes, if nothing else is asked for.
 

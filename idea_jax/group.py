@@ -13,13 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from idea_jax.checkpoint import Checkpoints, IdentityError
+from idea_jax.checkpoint import CheckpointError, Checkpoints, IdentityError
 from idea_jax.config import TrainConfig
 from idea_jax.data import people
+from idea_jax.learned_embeds import EmbedsError
 from idea_jax.results import Results, TrainingError, is_multiple
 from idea_jax.train_step import IdentityState, Metrics, Photos
 
 log = logging.getLogger(__name__)
+
+# What can be wrong with what one person has learned, and does not concern the others.
+OWN_ERRORS = (IdentityError, EmbedsError, CheckpointError)
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -72,7 +76,7 @@ def train_together(
       room: how many steps one call of `step` takes at most.
       step: `train_step.step_people` with all bound but (states, photos, last, count).
       evaluate: `train_step.evaluate_people` with all bound but (states, photos, due).
-      finish: writes the results of a learner. An IdentityError of it is kept as their `error`.
+      finish: writes the results of a learner. What it says of them is kept as their `error`.
 
     Returns:
       None; or the number of the signal that came. Whoever is not done then has a checkpoint.
@@ -102,9 +106,14 @@ def train_together(
     def is_open(place):
         return learners[place].error is None and taken[place] < ends[place]
 
+    def take_out(place, error):
+        nonlocal open_until
+        learners[place].error = error
+        ends[place] = 0
+        open_until = put(ends)
+
     def note(moved, metrics):
         """Hands the metrics of some steps to those who took them."""
-        nonlocal open_until
         values = jax.device_get(metrics)._asdict() if moved else {}
         losses = []
         for place, first, count in moved:
@@ -117,9 +126,7 @@ def train_together(
                 try:
                     learner.results.report(first + row, own, good)
                 except TrainingError as error:
-                    learner.error = error
-                    ends[place] = 0
-                    open_until = put(ends)
+                    take_out(place, error)
                 else:
                     losses.append(own["loss"])
         if losses:
@@ -176,25 +183,32 @@ def train_together(
                 if has_plateau(cfg, learner.state):
                     ends[place] = number
                     open_until = put(ends)
-                learner.results.save_on_the_way(number, learner.state)
                 is_last = number == ends[place] and cfg.checkpointing_steps > 0
-                if is_last or is_multiple(number, cfg.checkpointing_steps):
-                    learner.checkpoints.save(learner.state)
-                    is_saved[place] = True
+                try:
+                    # Whoever is asked to stop has no time to draw.
+                    learner.results.save_on_the_way(number, learner.state, draws=not signals)
+                    if is_last or is_multiple(number, cfg.checkpointing_steps):
+                        learner.checkpoints.save(learner.state)
+                        is_saved[place] = True
+                except OWN_ERRORS as error:
+                    take_out(place, error)
             moved = []
             if signals:
                 break
         for place, learner in enumerate(learners):
-            if signals and is_open(place) and not is_saved[place]:
-                learner.checkpoints.save(learner.state)
+            try:
+                if signals and is_open(place) and not is_saved[place]:
+                    learner.checkpoints.save(learner.state)
+            except OWN_ERRORS as error:
+                take_out(place, error)
         for learner in learners:
             learner.checkpoints.close()
         for place, learner in enumerate(learners):
-            if learner.error is None and not is_open(place):
-                try:
+            try:
+                if learner.error is None and not is_open(place):
                     finish(learner)
-                except IdentityError as error:
-                    learner.error = error
+            except OWN_ERRORS as error:
+                take_out(place, error)
     return signals[0] if signals else None
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -195,7 +196,7 @@ def run(cfg: TrainConfig) -> list[Path]:
 
     # The frozen model
     # Where they are sharded, the whole of them may be too much for one device.
-    host = jax.local_devices(backend="cpu")[0] if cfg.shard_frozen else None
+    host = devices.host() if cfg.shard_frozen else None
     with jax.default_device(host):
         model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
     model = replace(model, attention=attention)
@@ -363,7 +364,8 @@ def train_group(
             person = person_of(cfg, name, everybody[name])
             seen = portraits_of(cfg, work.method, work.eyes, person)
             learner = begin(work, person, seen, out / name)
-            resume(learner, cfg, "latest")
+            with closed_on_error(learner):
+                resume(learner, cfg, "latest")
         except WriteError:
             raise
         except PERSON_ERRORS as error:
@@ -386,6 +388,17 @@ def train_group(
     left = [name for name in board.own if board.records[name].status != "done"]
     if signum is not None and left:
         raise Interrupted(signum, f"stopped with {len(left)} people left; the same command goes on")
+
+
+@contextmanager
+def closed_on_error(learner: Learner) -> Iterator[None]:
+    """Closes the files of somebody who cannot be trained: of many such people there are many."""
+    try:
+        yield
+    except BaseException:
+        learner.results.close()
+        learner.checkpoints.close()
+        raise
 
 
 def clean(folder: Path) -> None:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -190,7 +189,8 @@ def train_step(
     """
     trainable = state.trainable
     if data_axis is not None:
-        # Gradients of values that the devices share would be summed leaf by leaf, inside autodiff.
+        # Where a shard_map checks what varies, gradients of values that the devices share would be
+        # summed leaf by leaf, inside autodiff.
         trainable = jax.lax.pcast(trainable, data_axis, to="varying")
     grad = jax.value_and_grad(_loss_of_shards(gather), argnums=2, has_aux=True)
     (total, (error, pull)), grads = grad(model, method, trainable, frozen, state.given, batch)
@@ -216,16 +216,18 @@ def _loss_of_shards(gather: Callable[[sd.Frozen], sd.Frozen] | None) -> Callable
         return training_loss
 
     def loss(model, method, trainable, shards, given, batch):
-        @functools.partial(
-            jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("whole")
-        )
+        @functools.partial(jax.checkpoint, policy=_is_no_gathering)
         def inner(trainable, shards):
-            whole = jax.tree.map(lambda leaf: checkpoint_name(leaf, "whole"), gather(shards))
-            return training_loss(model, method, trainable, whole, given, batch)
+            return training_loss(model, method, trainable, gather(shards), given, batch)
 
         return inner(trainable, shards)
 
     return loss
+
+
+def _is_no_gathering(primitive, *_, **__) -> bool:
+    """Whether the backward pass may keep what this primitive gave."""
+    return primitive is not jax.lax.all_gather_p
 
 
 def draw_and_step(
@@ -346,6 +348,7 @@ def step_people(
             *(of_people, of_people, P(), of_people),
         ),
         out_specs=of_people,
+        check_vma=False,  # Pallas' kernels do not say over which axes their results vary
     )
 
     def take(states):
