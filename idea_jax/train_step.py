@@ -25,7 +25,7 @@ LEAST_GAIN = 0.01  # of the best evaluation
 
 
 class Plateau(NamedTuple):
-    """Whether training still gains anything; see `evaluate_people`.
+    """Whether training still gains anything; see `evaluate`.
 
     best: float32[], the lowest evaluation so far that counted as a gain.
     since: int32[], evaluations since then.
@@ -371,6 +371,34 @@ def step_people(
     return jax.lax.fori_loop(0, count, take_next, (states, rows))
 
 
+def evaluate(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    frozen: sd.Frozen,
+    state: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+) -> IdentityState:
+    """The state of a person, with what the loss on `EVALUATION_SAMPLES` samples says of their gain.
+
+    Picture, noise, timesteps and texts are the same at every call, so that two calls differ by what
+    was learned between them, which the noise of single steps hides. The timesteps are spread
+    evenly. A gain is a loss `LEAST_GAIN` below the best one.
+
+    Args:
+      key: of the run.
+    """
+    batch = draw_batch(model, photos, stream(key, "evaluation"), jnp.int32(0), EVALUATION_SAMPLES)
+    steps = model.schedule.num_train_timesteps
+    spread = (jnp.arange(EVALUATION_SAMPLES) + 0.5) * (steps / EVALUATION_SAMPLES)
+    batch = batch._replace(timesteps=spread.astype(jnp.int32))
+    _, (loss, _) = training_loss(model, method, state.trainable, frozen, state.given, batch)
+    best, since = state.plateau
+    gained = loss < best * (1 - LEAST_GAIN)
+    plateau = Plateau(jnp.where(gained, loss, best), jnp.where(gained, 0, since + 1))
+    return state._replace(plateau=plateau)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
 def evaluate_people(
     model: sd.StableDiffusion,
@@ -383,35 +411,21 @@ def evaluate_people(
     key: jax.Array,
     due: jax.Array,
 ) -> IdentityState:
-    """The states, with what their loss on `EVALUATION_SAMPLES` fixed samples says of their gain.
-
-    Noise, timesteps and texts are the same for every person and at every call, so that two calls
-    differ by what was learned between them, which the noise of single steps hides. The timesteps
-    are spread evenly. A gain is a loss `LEAST_GAIN` below the best one.
+    """`evaluate` of many people, as `step_people` is the step of many.
 
     Args:
       due: bool[I], who is evaluated; the others stay as they are. The rest as in `step_people`.
     """
     gather = gatherer(frozen, mesh) if is_sharded else None
 
-    def evaluate(frozen, state, photos, key, due):
+    def evaluate_one(frozen, state, photos, key, due):
         whole = gather(frozen) if gather else frozen
-        drawn = draw_batch(
-            model, photos, stream(key, "evaluation"), jnp.int32(0), EVALUATION_SAMPLES
-        )
-        steps = model.schedule.num_train_timesteps
-        spread = (jnp.arange(EVALUATION_SAMPLES) + 0.5) * (steps / EVALUATION_SAMPLES)
-        drawn = drawn._replace(timesteps=spread.astype(jnp.int32))
-        _, (loss, _) = training_loss(model, method, state.trainable, whole, state.given, drawn)
-        best, since = state.plateau
-        gained = loss < best * (1 - LEAST_GAIN)
-        new = Plateau(jnp.where(gained, loss, best), jnp.where(gained, 0, since + 1))
-        plateau = jax.tree.map(lambda new, old: jnp.where(due, new, old), new, state.plateau)
-        return state._replace(plateau=plateau)
+        evaluated = evaluate(model, method, whole, state, photos, key)
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), evaluated, state)
 
     of_people = P("identity")
     spread = jax.shard_map(
-        jax.vmap(evaluate, in_axes=(None, 0, 0, None, 0)),
+        jax.vmap(evaluate_one, in_axes=(None, 0, 0, None, 0)),
         mesh=mesh,
         in_specs=(
             shard_specs(frozen, mesh.shape["data"]) if gather else P(),
