@@ -1,17 +1,22 @@
 """Times the step of many people for several numbers of people and of devices; prints JSON lines.
 
-    python benchmarks/identities.py [--model mini|tiny|demo|sd21] [--people 1 2 4 8 16]
-                                    [--devices 1 2 4 8] [--batch 8] [--repeats 5]
+    python -m benchmarks.identities [--model mini|tiny|demo|sd21] [--people 1 2 4 8 16]
+                                    [--devices 1 2 4 8] [--data 1] [--batch 8] [--repeats 5]
+                                    [--mixed_precision no|bf16] [--attention auto]
 
 On a CPU the devices are simulated: they share the machine's cores, so their times show nothing, and
 what is judged is the structure (collectives, memory of a device). Each number of devices runs in a
 process of its own. On a GPU or TPU take --devices up to those that are there. People are spread
-over the devices; numbers of people that do not divide are left out.
+over the devices, or over groups of --data of them, each of which shares the samples of its people;
+numbers that do not divide are left out.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -29,22 +34,33 @@ def measure(args: argparse.Namespace) -> None:
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
+    from benchmarks import flops
     from idea_jax import checkpoint, random_sd
-    from idea_jax.config import PROFILE_DEFAULTS
+    from idea_jax.config import COMPUTE_DTYPES, PROFILE_DEFAULTS
     from idea_jax.method import condition
-    from idea_jax.models import hub, sd
-    from idea_jax.train_step import Photos, init_state, make_optimizer, step_people
+    from idea_jax.models import flash, hub, sd
+    from idea_jax.train_step import (
+        Photos,
+        draw_and_step,
+        init_state,
+        make_optimizer,
+        step_people,
+    )
 
+    dtype = COMPUTE_DTYPES[args.mixed_precision]
+    attention = flash.resolve(args.attention, jax.default_backend(), dtype)
     if args.model == "mini":
-        model, frozen = sd.load(hub.resolve("mini").folder)
+        model, frozen = sd.load(hub.resolve("mini").folder, compute_dtype=dtype)
     else:
         model = random_sd.config(args.model, "sd2", vocab_size=random_sd.CLIP_VOCAB_SIZE)
-        frozen = sd.init(model, jax.random.key(0))
+        frozen = jax.tree.map(lambda x: x.astype(dtype), sd.init(model, jax.random.key(0)))
+    model = dataclasses.replace(model, compute_dtype=dtype, attention=attention)
     method = condition.make_method("paper", kv="low_rank", reg_weight=8e-4)
     rates = dict.fromkeys(method.parts(), PROFILE_DEFAULTS["paper"]["kv_learning_rate"])
     optimizer = make_optimizer(rates, beta1=0.9, beta2=0.999, epsilon=1e-7, weight_decay=1e-2)
     (count,) = args.devices
-    devices = np.array(jax.devices()[:count]).reshape(count, 1)
+    groups = count // args.data
+    devices = np.array(jax.devices()[:count]).reshape(groups, args.data)
     mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
     rng = np.random.default_rng(0)
@@ -60,8 +76,11 @@ def measure(args: argparse.Namespace) -> None:
     one = jax.device_get(
         (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
     )
+    needed = flops.needed(
+        functools.partial(draw_and_step, model, method, optimizer, args.batch), frozen, *one, key
+    )
     for people in args.people:
-        if people % count:
+        if people % groups:
             continue
 
         def put(tree):
@@ -69,14 +88,15 @@ def measure(args: argparse.Namespace) -> None:
 
         states, photos = put(jax.tree.map(lambda leaf, n=people: np.stack([leaf] * n), one))
         last = put(np.full(people, 10**9, np.int32))
-        about = (model, method, optimizer, args.batch, mesh, False)
+        about = (model, method, optimizer, args.batch, mesh, False, 1)
         began = time.perf_counter()
-        compiled = step_people.lower(*about, frozen, states, photos, key, last).compile()
+        given = photos, key, last, jnp.int32(1)
+        compiled = step_people.lower(*about, frozen, states, *given).compile()
         compiling = time.perf_counter() - began
         times = []
         for _ in range(args.repeats + 1):  # the first one is not counted
             began = time.perf_counter()
-            states, _ = jax.block_until_ready(compiled(frozen, states, photos, key, last))
+            states, _ = jax.block_until_ready(compiled(frozen, states, *given))
             times.append(time.perf_counter() - began)
         step, memory = min(times[1:]), compiled.memory_analysis()
         text = compiled.as_text()
@@ -84,13 +104,17 @@ def measure(args: argparse.Namespace) -> None:
             "model": args.model,
             "device": jax.devices()[0].device_kind,
             "devices": count,
+            "devices_on_data": args.data,
+            "mixed_precision": args.mixed_precision,
+            "attention": attention,
             "people": people,
             "batch": args.batch,
             "compile_s": round(compiling, 2),
             "step_min_ms": round(1e3 * step, 2),
             "step_median_ms": round(1e3 * statistics.median(times[1:]), 2),
             "people_per_hour_320_steps": round(3600 * people / (STEPS * step), 2),
-            "collectives": sum(text.count(f" {name}(") for name in ("all-reduce", "all-gather")),
+            "tflops_per_device": round(people * needed / step / count / 1e12, 4),
+            "collectives": len(re.findall(r" (?:all-reduce|all-gather)(?:-start)?\(", text)),
             "device_arguments_mb": round(memory.argument_size_in_bytes / 1e6, 1),
             "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
             "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
@@ -105,6 +129,9 @@ def main() -> int:
     parser.add_argument("--model", default="mini", choices=("mini", "tiny", "demo", "sd21"))
     parser.add_argument("--people", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--data", type=int, default=1)
+    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"))
+    parser.add_argument("--attention", default="auto", choices=("auto", "xla", "cudnn", "splash"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -115,10 +142,11 @@ def main() -> int:
         measure(args)
         return 0
     for count in args.devices:
-        flags = ["--model", args.model, "--people", *map(str, args.people)]
-        flags += ["--devices", str(count), "--batch", str(args.batch)]
-        flags += ["--repeats", str(args.repeats)]
-        done = subprocess.run([sys.executable, __file__, *flags])
+        if count % args.data:
+            continue
+        # The last one counts.
+        flags = [*sys.argv[1:], "--devices", str(count)]
+        done = subprocess.run([sys.executable, "-m", "benchmarks.identities", *flags])
         if done.returncode:
             return done.returncode
     return 0

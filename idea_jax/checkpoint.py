@@ -228,10 +228,10 @@ def refuse_checkpoints(folder: Path) -> None:
 class Checkpoints:
     """Checkpoints of a run in `folder/STEP`, written by orbax in the background.
 
-    A checkpoint holds the trainables, the optimiser's state and the step. All else follows from
-    the settings and the photos; their fingerprint is kept with it and must match on resume. SHA-256
-    digests of all of it, taken before it was handed over, are kept as well and must match what is
-    read: orbax itself restores most flipped bits without a word.
+    A checkpoint holds the trainables, the optimiser's state, the step and what early stopping
+    knows. All else follows from the settings and the photos; their fingerprint is kept with it and
+    must match on resume. SHA-256 digests of all of it, taken before it was handed over, are kept as
+    well and must match what is read: orbax itself restores most flipped bits without a word.
     """
 
     def __init__(self, folder: Path, fingerprint: dict, *, limit: int | None = None):
@@ -296,8 +296,8 @@ class Checkpoints:
           which: "latest" or the path of a checkpoint's folder.
 
         Raises:
-          CheckpointError: no such checkpoint, a damaged one that was asked for by its path, or one
-            of a run with other settings.
+          CheckpointError: no such checkpoint, a damaged one that was asked for by its path, one of
+            a run with other settings, or one that cannot be read for a reason outside of it.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         if which != "latest":
@@ -329,7 +329,7 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: it is not what was written.
-          CheckpointError: it is of a run with other settings.
+          CheckpointError: it is of a run with other settings, or the disk cannot be read.
         """
         args = self.ocp.args
         target = jax.tree.map(np.asarray, jax.device_get(resumable(state)))
@@ -360,6 +360,13 @@ class Checkpoints:
             raise
         except Exception as error:  # orbax and tensorstore raise whatever their readers raise
             reason = str(error) if type(error) is ValueError else type(error).__name__
+            gone = FileNotFoundError, NotADirectoryError, IsADirectoryError
+            if isinstance(error, OSError | MemoryError) and not isinstance(error, gone):
+                # Of the machine, which may have a bad moment; the checkpoint may be good.
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.folder} cannot be read ({error or reason}); it "
+                    "was left as it is"
+                ) from error
             raise DamagedCheckpoint(
                 f"checkpoint {step} in {self.folder} cannot be read, or is not what was written "
                 f"({reason.splitlines()[0][:200]})"
@@ -405,7 +412,7 @@ class Checkpoints:
 
 def resumable(state: IdentityState) -> dict:
     """The part of a state that a checkpoint holds."""
-    return {"trainable": state.trainable, "opt_state": state.opt_state, "step": state.step}
+    return {name: leaf for name, leaf in state._asdict().items() if name != "given"}
 
 
 def digests(tree: dict, run: dict) -> dict[str, str]:

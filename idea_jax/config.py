@@ -116,6 +116,7 @@ class TrainConfig:
         None, "folder with one or more photos of one person, or with one such folder per person"
     )
     output_dir: str = setting("idea-output", "folder that receives all results")
+    preset: str | None = setting(None, "fewer steps for whom fewer are enough", choices=("fast",))
     profile: str = setting(
         "paper",
         "which method is trained: the paper's, the published code's, or a baseline",
@@ -213,6 +214,16 @@ class TrainConfig:
     # Optimisation
     max_train_steps: int = setting(320, "steps", aliases=("max_train_step",))
     train_batch_size: int = setting(8, "samples per step")
+    steps_per_call: int | None = setting(
+        None,
+        "steps in one call to the devices, during which nothing is looked at (default: 1 on a "
+        "CPU, else 8)",
+    )
+    early_stopping: int = setting(
+        0,
+        "end a training after N evaluations without a gain of 1% on fixed noise (0: never)",
+    )
+    evaluation_steps: int = setting(20, "steps from one such evaluation to the next")
     learning_rate: float | None = setting(None, "rate of the pseudo tokens (default: by profile)")
     adapter_learning_rate: float | None = setting(None, "rate of the ID-Adapter")
     enhancer_learning_rate: float | None = setting(None, "rate of the ID-Enhancer")
@@ -251,11 +262,11 @@ class TrainConfig:
     def __post_init__(self):
         positive(self, "n_pseudo_tokens", "kv_rank", "max_train_steps", "train_batch_size")
         positive(self, "resolution", "validation_steps", "num_validation_images")
-        positive(self, "identities_per_step")
+        positive(self, "identities_per_step", "steps_per_call", "evaluation_steps")
         positive(self, "checkpoints_total_limit", "adam_epsilon", "pictures_per_person")
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
-        not_negative(self, "kv_learning_rate", "beta")
+        not_negative(self, "kv_learning_rate", "beta", "early_stopping")
         check_seed(self.seed)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -275,6 +286,8 @@ class TrainConfig:
             raise ConfigError(
                 f"--logging_dir is a folder inside output_dir, got {self.logging_dir!r}"
             )
+        if not self.early_stopping and self.evaluation_steps != defaults["evaluation_steps"]:
+            raise ConfigError("--evaluation_steps has no effect without --early_stopping")
         if self.reg_weight and self.profile == "textual_inversion":
             raise ConfigError(
                 "profile 'textual_inversion' has no regulariser; leave out --reg_weight"
@@ -360,11 +373,6 @@ class TrainConfig:
         return {part: rate * scale for part, rate in rates.items() if rate is not None}
 
 
-# Settings that trade a little quality for time, where nothing more specific is given. What each
-# costs and gains: docs/performance.md.
-PRESETS: dict[str, dict] = {"fast": {"scheduler": "dpmpp_2m", "num_inference_steps": 20}}
-
-
 @dataclass(frozen=True)
 class SampleConfig:
     """Everything that decides what `sample_jax.py` does."""
@@ -390,7 +398,7 @@ class SampleConfig:
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
-    preset: str | None = setting(None, "a better sampler with fewer steps", choices=tuple(PRESETS))
+    preset: str | None = setting(None, "a better sampler with fewer steps", choices=("fast",))
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
@@ -518,6 +526,14 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
 
 
+# Settings that trade a little quality for time, where nothing more specific is given. What each
+# costs and gains: docs/performance.md.
+PRESETS: dict[type, dict[str, dict]] = {
+    TrainConfig: {"fast": {"early_stopping": 2}},
+    SampleConfig: {"fast": {"scheduler": "dpmpp_2m", "num_inference_steps": 20}},
+}
+
+
 def build(cls: type, file_values: dict, flags: dict, *, source: str | None = None) -> object:
     """Merges the layers and returns the checked dataclass.
 
@@ -532,7 +548,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
             raise ConfigError(f"unknown key {name!r} in {source}{hint}")
         check_type(known[name], value, source)
-    given = {**file_values, **flags}
+    asked = given = {**file_values, **flags}
     missing = [n for n, spec in known.items() if "required" in spec.metadata and n not in given]
     if missing:
         raise ConfigError(
@@ -545,11 +561,11 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
                 f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
             )
         given = {**PROFILE_DEFAULTS[profile], **given}
-    elif given.get("preset") is not None:
-        preset = given["preset"]
-        if preset not in PRESETS:
-            raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        given = {**PRESETS[preset], **given}
+    preset, presets = flags.get("preset", file_values.get("preset")), PRESETS[cls]
+    if preset is not None:
+        if preset not in presets:
+            raise ConfigError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
+        given = {**given, **{n: v for n, v in presets[preset].items() if n not in asked}}
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
 
 

@@ -71,6 +71,31 @@ def own_share(names: Sequence[str]) -> list[str]:
     return list(names)[jax.process_index() :: jax.process_count()]
 
 
+def host() -> jax.Device:
+    """The CPU as a device, on which what is too much for one accelerator can be held.
+
+    Raises:
+        DevicesError: JAX was told to leave it out.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise DevicesError(
+            "--shard_frozen reads the weights on the CPU before it splits them; JAX_PLATFORMS must "
+            "name cpu as well, such as cuda,cpu"
+        ) from error
+
+
+def steps_per_call() -> int:
+    """How many training steps one call to the devices takes, if nothing else is asked for.
+
+    On an accelerator steps are short, and several in one program spare the host. On a CPU the host
+    has nothing to wait for, and a step of a large network may take a minute, after which a signal
+    to stop must be heard.
+    """
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a process spreads its work.

@@ -39,7 +39,7 @@ class Record:
         status: one of `STATUSES`; after a crash it may still say running.
         why: of somebody who failed: the reason; otherwise None.
         attempts: times that their training was begun or resumed.
-        steps: that they have been trained for when they were done.
+        steps: that were asked for when they were done; early stopping may have taken fewer.
         seconds: of all attempts, each from the photos to the result; people who are trained
             together each have the whole time.
         ended: when they were done or failed, in seconds since 1970.

@@ -88,14 +88,16 @@ class Results:
         validates = self.validation_ids is not None and is_multiple(step, cfg.validation_steps)
         return validates or is_multiple(step, cfg.save_steps)
 
-    def save_on_the_way(self, step: int, state: IdentityState) -> None:
-        """Writes the identity and the validation grids of a step where they are due."""
+    def save_on_the_way(self, step: int, state: IdentityState, *, draws: bool = True) -> None:
+        """Writes the identity and, if it `draws`, the validation grids of a step where they are
+        due."""
         cfg = self.cfg
         if is_multiple(step, cfg.save_steps):
             self.save_embeds(state, self.output_dir / f"learned_embeds-steps-{step}.safetensors")
             if not cfg.only_save_embeds:
                 self.save_identity(state, self.output_dir / f"identity-steps-{step}.safetensors")
-        if self.validation_ids is not None and is_multiple(step, cfg.validation_steps):
+        validates = draws and self.validation_ids is not None
+        if validates and is_multiple(step, cfg.validation_steps):
             self.validate(step, state)
 
     def validate(self, step: int, state: IdentityState) -> None:

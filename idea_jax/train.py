@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from idea_jax import (
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig
 from idea_jax.data import images, people, text
 from idea_jax.files import WriteError, check_writable, file_digest, write_together
-from idea_jax.group import Interrupted, Learner, train_together
+from idea_jax.group import Interrupted, Learner, has_plateau, train_together
 from idea_jax.method import anchor, condition
 from idea_jax.models import flash, hub, sd
 from idea_jax.pytrees import count
@@ -37,6 +38,7 @@ from idea_jax.results import Base, Results, TrainingError
 from idea_jax.train_step import (
     IdentityState,
     Photos,
+    evaluate_people,
     init_state,
     make_optimizer,
     shard_specs,
@@ -57,7 +59,7 @@ FREE_ON_RESUME = frozenset(
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir", "compile_cache", "attention"),
         # Who is trained beside whom, and where, moves results by rounding alone.
-        *("identities_per_step", "mesh", "shard_frozen", "distributed"),
+        *("identities_per_step", "mesh", "shard_frozen", "distributed", "steps_per_call"),
     }
 )
 
@@ -101,9 +103,10 @@ class Work:
     validation: list[str]
     layout: devices.Layout
     pictures: int  # that the compiled step has places for
+    room: int  # steps that one call takes at most
     about: dict  # the fingerprint of a person, but for their photos
 
-    def step(self, states: IdentityState, photos: Photos, last: jax.Array):
+    def step(self, states: IdentityState, photos: Photos, last: jax.Array, count: jax.Array):
         """`step_people` with all bound that is the same for every group."""
         return step_people(
             self.base.model,
@@ -112,11 +115,27 @@ class Work:
             self.cfg.train_batch_size,
             self.layout.mesh,
             self.cfg.shard_frozen,
+            self.room,
             self.base.frozen,
             states,
             photos,
             jax.random.key(self.cfg.seed),
             last,
+            count,
+        )
+
+    def evaluate(self, states: IdentityState, photos: Photos, due: jax.Array) -> IdentityState:
+        """`evaluate_people` with all bound that is the same for every group."""
+        return evaluate_people(
+            self.base.model,
+            self.method,
+            self.layout.mesh,
+            self.cfg.shard_frozen,
+            self.base.frozen,
+            states,
+            photos,
+            jax.random.key(self.cfg.seed),
+            due,
         )
 
 
@@ -177,7 +196,7 @@ def run(cfg: TrainConfig) -> list[Path]:
 
     # The frozen model
     # Where they are sharded, the whole of them may be too much for one device.
-    host = jax.local_devices(backend="cpu")[0] if cfg.shard_frozen else None
+    host = devices.host() if cfg.shard_frozen else None
     with jax.default_device(host):
         model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
     model = replace(model, attention=attention)
@@ -196,6 +215,7 @@ def run(cfg: TrainConfig) -> list[Path]:
         validation=validation,
         layout=layout,
         pictures=max(counts),
+        room=cfg.steps_per_call or devices.steps_per_call(),
         about=fingerprint_of(cfg, base, eyes),
     )
     if is_single:
@@ -228,14 +248,16 @@ def train_one(work: Work, person: people.Person, seen: Portraits, started: float
         work.layout.mesh,
         work.layout.places,
         work.pictures,
+        work.room,
         work.step,
+        work.evaluate,
         [learner],
         lambda learner: write_results(learner, folder, time.monotonic() - started),
     )
     if learner.error is not None:
         raise learner.error
     step, last = int(learner.state.step), cfg.max_train_steps
-    if signum is not None and step < last:
+    if signum is not None and step < last and not has_plateau(cfg, learner.state):
         raise Interrupted(
             signum,
             f"stopped after step {step} of {last}, which is kept in {learner.checkpoints.folder}; "
@@ -342,7 +364,8 @@ def train_group(
             person = person_of(cfg, name, everybody[name])
             seen = portraits_of(cfg, work.method, work.eyes, person)
             learner = begin(work, person, seen, out / name)
-            resume(learner, cfg, "latest")
+            with closed_on_error(learner):
+                resume(learner, cfg, "latest")
         except WriteError:
             raise
         except PERSON_ERRORS as error:
@@ -353,7 +376,8 @@ def train_group(
     if not learners:
         return
     places, pictures = work.layout.places, work.pictures
-    signum = train_together(cfg, work.layout.mesh, places, pictures, work.step, learners, finish)
+    calls = work.room, work.step, work.evaluate
+    signum = train_together(cfg, work.layout.mesh, places, pictures, *calls, learners, finish)
     for learner in learners:
         name = learner.person.name
         if learner.error is not None:
@@ -364,6 +388,17 @@ def train_group(
     left = [name for name in board.own if board.records[name].status != "done"]
     if signum is not None and left:
         raise Interrupted(signum, f"stopped with {len(left)} people left; the same command goes on")
+
+
+@contextmanager
+def closed_on_error(learner: Learner) -> Iterator[None]:
+    """Closes the files of somebody who cannot be trained: of many such people there are many."""
+    try:
+        yield
+    except BaseException:
+        learner.results.close()
+        learner.checkpoints.close()
+        raise
 
 
 def clean(folder: Path) -> None:

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from idea_jax.diffusion import schedule
@@ -20,6 +19,20 @@ from idea_jax.method import condition
 from idea_jax.method.loss import denoising_error
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
+
+EVALUATION_SAMPLES = 16
+LEAST_GAIN = 0.01  # of the best evaluation
+
+
+class Plateau(NamedTuple):
+    """Whether training still gains anything; see `evaluate`.
+
+    best: float32[], the lowest evaluation so far that counted as a gain.
+    since: int32[], evaluations since then.
+    """
+
+    best: jax.Array
+    since: jax.Array
 
 
 class IdentityState(NamedTuple):
@@ -29,6 +42,7 @@ class IdentityState(NamedTuple):
     given: condition.Given
     opt_state: optax.OptState
     step: jax.Array  # int32[], steps taken
+    plateau: Plateau
 
 
 class Photos(NamedTuple):
@@ -85,7 +99,10 @@ def init_state(
     trainable: condition.Trainable,
     given: condition.Given,
 ) -> IdentityState:
-    return IdentityState(trainable, given, optimizer.init(trainable), jnp.zeros((), jnp.int32))
+    """A person's state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    plateau = Plateau(jnp.full((), jnp.inf, jnp.float32), zero)
+    return IdentityState(trainable, given, optimizer.init(trainable), zero, plateau)
 
 
 def draw_batch(
@@ -172,7 +189,8 @@ def train_step(
     """
     trainable = state.trainable
     if data_axis is not None:
-        # Gradients of values that the devices share would be summed leaf by leaf, inside autodiff.
+        # Where a shard_map checks what varies, gradients of values that the devices share would be
+        # summed leaf by leaf, inside autodiff.
         trainable = jax.lax.pcast(trainable, data_axis, to="varying")
     grad = jax.value_and_grad(_loss_of_shards(gather), argnums=2, has_aux=True)
     (total, (error, pull)), grads = grad(model, method, trainable, frozen, state.given, batch)
@@ -183,7 +201,7 @@ def train_step(
     trainable = optax.apply_updates(state.trainable, updates)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    taken = IdentityState(trainable, state.given, opt_state, state.step + 1)
+    taken = state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, state)
     return kept, Metrics(total, error, pull, grad_norm, finite)
 
@@ -198,16 +216,18 @@ def _loss_of_shards(gather: Callable[[sd.Frozen], sd.Frozen] | None) -> Callable
         return training_loss
 
     def loss(model, method, trainable, shards, given, batch):
-        @functools.partial(
-            jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names("whole")
-        )
+        @functools.partial(jax.checkpoint, policy=_is_no_gathering)
         def inner(trainable, shards):
-            whole = jax.tree.map(lambda leaf: checkpoint_name(leaf, "whole"), gather(shards))
-            return training_loss(model, method, trainable, whole, given, batch)
+            return training_loss(model, method, trainable, gather(shards), given, batch)
 
         return inner(trainable, shards)
 
     return loss
+
+
+def _is_no_gathering(primitive, *_, **__) -> bool:
+    """Whether the backward pass may keep what this primitive gave."""
+    return primitive is not jax.lax.all_gather_p
 
 
 def draw_and_step(
@@ -267,7 +287,7 @@ def shard_specs(frozen: sd.Frozen, parts: int) -> sd.Frozen:
     return jax.tree.map(spec, shard_axes(frozen, parts))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=7)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnums=8)
 def step_people(
     model: sd.StableDiffusion,
     method: condition.Method,
@@ -275,13 +295,15 @@ def step_people(
     size: int,
     mesh: Mesh,
     is_sharded: bool,
+    room: int,
     frozen: sd.Frozen,
     states: IdentityState,
     photos: Photos,
     key: jax.Array,
     last: jax.Array,
+    count: jax.Array,
 ) -> tuple[IdentityState, Metrics]:
-    """One step of I people at once: `draw_and_step`, vmapped over people, over a mesh's devices.
+    """Steps of I people at once: `draw_and_step`, vmapped over people, over a mesh's devices.
 
     People are spread over the axis `identity`, on which nothing is communicated, and each person's
     samples over the axis `data`, on which the gradients are averaged in one all-reduce. The frozen
@@ -294,22 +316,18 @@ def step_people(
       size: samples of a step of one person; a multiple of the mesh's `data`.
       is_sharded: the frozen weights are split over `data` as `shard_specs` says, and put together
         where they are used.
+      room: how many steps one call takes at most; all of them are one program, for which the
+        devices need the host once.
       states, photos: of all people, stacked; donated and read respectively. I is a multiple of the
         mesh's `identity`.
       key: of the run; what is drawn for a person depends on it and on their step alone.
       last: int32[I]; whose state has taken as many steps already keeps it, so 0 is an empty place.
+      count: int32[], steps that this call takes, from 1 to `room`.
+
+    Returns: the states, and metrics with leaves [room, I], of which `count` rows are filled.
     """
     parts = mesh.shape["data"]
-    gather = None
-    if is_sharded and parts > 1:
-        axes = shard_axes(frozen, parts)
-
-        def whole(leaf, axis):
-            return leaf if axis < 0 else jax.lax.all_gather(leaf, "data", axis=axis, tiled=True)
-
-        def gather(shards):
-            return jax.tree.map(whole, shards, axes)
-
+    gather = gatherer(frozen, mesh) if is_sharded else None
     step = functools.partial(
         *(draw_and_step, model, method, optimizer, size),
         data_axis="data" if parts > 1 else None,
@@ -330,5 +348,103 @@ def step_people(
             *(of_people, of_people, P(), of_people),
         ),
         out_specs=of_people,
+        check_vma=False,  # Pallas' kernels do not say over which axes their results vary
     )
-    return spread(frozen, states, photos, key, last)
+
+    def take(states):
+        return spread(frozen, states, photos, key, last)
+
+    if room == 1:
+        states, metrics = take(states)
+        return states, jax.tree.map(lambda leaf: leaf[None], metrics)
+    of_rows = NamedSharding(mesh, P(None, "identity"))
+
+    def rows_for(leaf):
+        return jax.lax.with_sharding_constraint(jnp.zeros((room, *leaf.shape), leaf.dtype), of_rows)
+
+    def take_next(number, carry):
+        states, rows = carry
+        states, metrics = take(states)
+        return states, jax.tree.map(lambda row, leaf: row.at[number].set(leaf), rows, metrics)
+
+    rows = jax.tree.map(rows_for, jax.eval_shape(take, states)[1])
+    return jax.lax.fori_loop(0, count, take_next, (states, rows))
+
+
+def evaluate(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    frozen: sd.Frozen,
+    state: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+) -> IdentityState:
+    """The state of a person, with what the loss on `EVALUATION_SAMPLES` samples says of their gain.
+
+    Picture, noise, timesteps and texts are the same at every call, so that two calls differ by what
+    was learned between them, which the noise of single steps hides. The timesteps are spread
+    evenly. A gain is a loss `LEAST_GAIN` below the best one.
+
+    Args:
+      key: of the run.
+    """
+    batch = draw_batch(model, photos, stream(key, "evaluation"), jnp.int32(0), EVALUATION_SAMPLES)
+    steps = model.schedule.num_train_timesteps
+    spread = (jnp.arange(EVALUATION_SAMPLES) + 0.5) * (steps / EVALUATION_SAMPLES)
+    batch = batch._replace(timesteps=spread.astype(jnp.int32))
+    _, (loss, _) = training_loss(model, method, state.trainable, frozen, state.given, batch)
+    best, since = state.plateau
+    gained = loss < best * (1 - LEAST_GAIN)
+    plateau = Plateau(jnp.where(gained, loss, best), jnp.where(gained, 0, since + 1))
+    return state._replace(plateau=plateau)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+def evaluate_people(
+    model: sd.StableDiffusion,
+    method: condition.Method,
+    mesh: Mesh,
+    is_sharded: bool,
+    frozen: sd.Frozen,
+    states: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+    due: jax.Array,
+) -> IdentityState:
+    """`evaluate` of many people, as `step_people` is the step of many.
+
+    Args:
+      due: bool[I], who is evaluated; the others stay as they are. The rest as in `step_people`.
+    """
+    gather = gatherer(frozen, mesh) if is_sharded else None
+
+    def evaluate_one(frozen, state, photos, key, due):
+        whole = gather(frozen) if gather else frozen
+        evaluated = evaluate(model, method, whole, state, photos, key)
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), evaluated, state)
+
+    of_people = P("identity")
+    spread = jax.shard_map(
+        jax.vmap(evaluate_one, in_axes=(None, 0, 0, None, 0)),
+        mesh=mesh,
+        in_specs=(
+            shard_specs(frozen, mesh.shape["data"]) if gather else P(),
+            *(of_people, of_people, P(), of_people),
+        ),
+        out_specs=of_people,
+        check_vma=False,  # every device on `data` evaluates all samples: what they share is equal
+    )
+    return spread(frozen, states, photos, key, due)
+
+
+def gatherer(frozen: sd.Frozen, mesh: Mesh) -> Callable[[sd.Frozen], sd.Frozen] | None:
+    """What puts shards of the frozen weights together, inside a `jax.shard_map`; None for one."""
+    parts = mesh.shape["data"]
+    if parts == 1:
+        return None
+    axes = shard_axes(frozen, parts)
+
+    def whole(leaf, axis):
+        return leaf if axis < 0 else jax.lax.all_gather(leaf, "data", axis=axis, tiled=True)
+
+    return lambda shards: jax.tree.map(whole, shards, axes)

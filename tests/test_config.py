@@ -195,6 +195,12 @@ def test_preset_gives_defaults_that_flags_override():
     own = parse(SampleConfig, [*fast, "--num_inference_steps", "8"])
     assert (own.scheduler, own.num_inference_steps) == ("dpmpp_2m", 8)
     assert parse(SampleConfig, SAMPLE).num_inference_steps == 50
+    fast = [*REQUIRED, "--preset", "fast"]
+    assert parse(TrainConfig, REQUIRED).early_stopping == 0
+    assert parse(TrainConfig, fast).early_stopping == 2
+    assert parse(TrainConfig, [*fast, "--early_stopping", "5"]).early_stopping == 5
+    with pytest.raises(ConfigError, match="no effect without --early_stopping"):
+        parse(TrainConfig, [*REQUIRED, "--evaluation_steps", "10"])
 
 
 def test_missing_settings_are_listed():

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 import sample_jax
 from idea_jax import learned_embeds, random_sd
+from idea_jax.method import condition
 from idea_jax.models import flash, sd
 from idea_jax.models.layers import attention
+from idea_jax.train_step import Photos, init_state, make_optimizer, step_people
 
 
 def test_device_and_type_decide_the_kernel():
@@ -79,6 +82,47 @@ def test_gpu_program_of_a_unet_holds_no_matrix_of_long_attention(kind):
     text = gradient.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert ("__cudnn$fmha" in text) == (kind == "cudnn")
     assert ("1024x1024x" in text) == (kind == "xla")
+
+
+@pytest.mark.usefixtures("_pretend_cudnn")
+@pytest.mark.parametrize(("kind", "platform"), [("cudnn", "cuda"), ("splash", "tpu")])
+@pytest.mark.parametrize(("data", "is_sharded"), [(1, False), (2, False), (2, True)])
+def test_step_of_people_takes_the_kernel_of_each_accelerator(kind, platform, data, is_sharded):
+    """The whole training step is lowered for a device that is not there."""
+    tiny = random_sd.config("tiny", "sd2", vocab_size=120)
+    unet = dataclasses.replace(tiny.unet, sample_size=32)
+    model = dataclasses.replace(tiny, unet=unet, compute_dtype="bfloat16", attention=kind)
+    shapes = sd.shapes(model)
+    method = condition.make_method("paper", kv="low_rank", reg_weight=8e-4)
+    rates = dict.fromkeys(method.parts(), 1e-3)
+    optimizer = make_optimizer(rates, beta1=0.9, beta2=0.999, epsilon=1e-7, weight_decay=1e-2)
+    start, face = np.zeros((2, model.text.hidden_size), np.float32), np.ones(512)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def state():
+        key = jax.random.key(0)
+        trainable = condition.init_trainable(method, model, shapes.cross_kv, key, start)
+        return init_state(
+            optimizer, trainable, condition.init_given(method, model, key, start, face)
+        )
+
+    def of_two(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), tree)
+
+    moments = jax.ShapeDtypeStruct((1, 2, 32, 32, 4), np.float32)
+    number = jax.ShapeDtypeStruct((), np.int32)
+    ids = jax.ShapeDtypeStruct((27, model.text.max_position_embeddings), np.int32)
+    people = of_two(jax.eval_shape(state)), of_two(Photos(moments, moments, number, ids))
+    devices = np.array(jax.devices()[: 2 * data]).reshape(2, data)
+    mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
+    last = jax.ShapeDtypeStruct((2,), np.int32)
+    about = model, method, optimizer, 2, mesh, is_sharded, 3
+    traced = step_people.trace(*about, shapes, *people, key, last, number)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert {"cudnn": "__cudnn$fmha", "splash": "tpu_custom_call"}[kind] in text
+    assert "1024x1024x" not in text
+    assert text.count("stablehlo.all_reduce") == (data > 1)
 
 
 def test_kernel_that_the_device_lacks_is_refused_before_anything_is_loaded(

@@ -14,7 +14,17 @@ from test_train_step import PAPER, optimizer_for, person
 
 from idea_jax import pytrees, random_sd
 from idea_jax.models import sd
-from idea_jax.train_step import shard_specs, step_people
+from idea_jax.pytrees import stream
+from idea_jax.train_step import (
+    EVALUATION_SAMPLES,
+    Plateau,
+    draw_batch,
+    evaluate_people,
+    shard_axes,
+    shard_specs,
+    step_people,
+    training_loss,
+)
 
 PLACES, BATCH = 4, 2
 ALL = np.full(PLACES, 100, np.int32)
@@ -53,16 +63,19 @@ def everybody(loaded):
 class Program:
     """The step on a mesh: its compiled text, and a way to take steps with it."""
 
-    def __init__(self, loaded, everybody, identity, data, *, is_sharded=False, places=PLACES):
+    def __init__(
+        self, loaded, everybody, identity, data, *, is_sharded=False, places=PLACES, room=1
+    ):
         model, frozen = loaded
         devices = np.array(jax.devices()[: identity * data]).reshape(identity, data)
         self.mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
         specs = shard_specs(frozen, data) if is_sharded else jax.tree.map(lambda _: P(), frozen)
         self.frozen = jax.tree.map(lambda leaf, spec: self.put(leaf, spec), frozen, specs)
-        self.about = (model, PAPER, OPTIMIZER, BATCH, self.mesh, is_sharded)
+        self.about = (model, PAPER, OPTIMIZER, BATCH, self.mesh, is_sharded, room)
         states, photos = self.stacked([everybody[0]] * places)
         self.lowered = step_people.lower(
-            *self.about, self.frozen, states, photos, jax.random.key(0), ALL[:places]
+            *(*self.about, self.frozen, states, photos),
+            *(jax.random.key(0), ALL[:places], np.int32(1)),
         )
 
     def put(self, tree, spec=PEOPLE):
@@ -74,15 +87,17 @@ class Program:
     def text(self):
         return self.lowered.compile().as_text()
 
-    def train(self, people, steps=2, last=ALL):
-        """Trainables of everybody, and the metrics of the last step."""
+    def train(self, people, calls=(1, 1), last=ALL):
+        """Trainables of everybody, and the metrics of the last step, after calls of some steps."""
         states, photos = self.stacked(people)
-        for _ in range(steps):
+        for count in calls:
             states, metrics = step_people(
-                *self.about, self.frozen, states, photos, jax.random.key(0), self.put(last)
+                *(*self.about, self.frozen, states, photos),
+                *(jax.random.key(0), self.put(last), np.int32(count)),
             )
         host = jax.device_get(states)
-        return [jax.tree.map(lambda x, i=i: x[i], host) for i in range(len(people))], metrics
+        lanes = [jax.tree.map(lambda x, i=i: x[i], host) for i in range(len(people))]
+        return lanes, jax.tree.map(lambda row: row[calls[-1] - 1], metrics)
 
 
 @pytest.fixture(scope="module")
@@ -175,5 +190,58 @@ def test_people_need_no_collective_and_samples_one_all_reduce(loaded, everybody,
         )
     if is_sharded:
         sharded = jax.tree.leaves(spread.frozen.unet)
+        # The backward pass gathers once more what it needs, instead of keeping the whole model.
+        axes = shard_axes(loaded[1], 2)
+        split = sum(axis >= 0 for axis in jax.tree.leaves(axes._replace(vae={})))
+        gathers = spread.lowered.as_text().count("stablehlo.all_gather")
+        assert gathers > 1.5 * split
         held = sum(leaf.addressable_shards[0].data.size for leaf in sharded)
         assert held < 0.6 * pytrees.count(spread.frozen.unet)
+
+
+def test_several_steps_in_one_call_are_those_of_single_calls(loaded, everybody, alone):
+    """Also somebody who ends in the middle of a call, and somebody whose numbers are none."""
+    several = Program(loaded, everybody, 2, 1, room=3)
+    zero, one, two, three, _, _ = everybody
+    broken = two[0]._replace(trainable=jax.tree.map(lambda x: x * np.nan, two[0].trainable)), two[1]
+    people, last = [zero, one, broken, three], np.array([100, 2, 100, 100], np.int32)
+    expected, metrics = alone.train(people, (1,) * 5, last)
+    got, row = several.train(people, (3, 2), last)
+    for one, other in zip(got, expected, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+    assert [int(state.step) for state in got] == [5, 2, 0, 5]
+    np.testing.assert_allclose(row.loss, metrics.loss, rtol=1e-5)
+    assert np.asarray(row.finite).tolist() == [True, True, False, True]
+    text = several.text()
+    assert not re.findall(r"(all-\w+|reduce-scatter|collective-permute)\S*\(", text)
+    assert {batch for batch, _ in convolutions(text)} == {PLACES * BATCH // 2}
+
+
+def test_evaluation_is_the_loss_on_samples_that_never_change(loaded, everybody, alone):
+    """A gain of less than 1% is none; who is not due keeps what was known."""
+    model, frozen = loaded
+    (state, photos), key = everybody[0], jax.random.key(0)
+    drawn = draw_batch(model, photos, stream(key, "evaluation"), 0, EVALUATION_SAMPLES)
+    steps = np.arange(1, 2 * EVALUATION_SAMPLES, 2) * 1000 // (2 * EVALUATION_SAMPLES)
+    drawn = drawn._replace(timesteps=jnp.asarray(steps, jnp.int32))
+    _, (loss, _) = training_loss(model, PAPER, state.trainable, frozen, state.given, drawn)
+
+    def with_plateau(best, since):
+        return state._replace(plateau=Plateau(np.float32(best), np.int32(since)))
+
+    loss = float(loss)
+    cases = {
+        (np.inf, 0): (loss, 0),
+        (loss * 1.02, 3): (loss, 0),
+        (loss * 1.005, 3): (loss * 1.005, 4),
+        (loss * 2, 1): (loss * 2, 1),
+    }
+    for program in (alone, Program(loaded, everybody, 2, 2, is_sharded=True)):
+        states, everyone = program.stacked([(with_plateau(*case), photos) for case in cases])
+        due = program.put(np.array([True, True, True, False]))
+        about = model, PAPER, program.mesh, program.about[5]
+        seen = evaluate_people(*about, program.frozen, states, everyone, key, due)
+        for lane, (best, since) in enumerate(cases.values()):
+            np.testing.assert_allclose(seen.plateau.best[lane], best, rtol=1e-5)
+            assert int(seen.plateau.since[lane]) == since
+        assert_equal(np.asarray(seen.step), np.zeros(PLACES, np.int32))

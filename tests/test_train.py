@@ -264,3 +264,47 @@ def test_pictures_equal_those_of_diffusers(random_checkpoint, photo_folder, tmp_
     difference = np.abs(ours / 255 - theirs)
     assert ours.std() > 10  # not a flat picture
     assert difference.max() <= 2 / 255
+
+
+def test_steps_of_one_call_are_those_of_many(straight, random_checkpoint, photo_folder, tmp_path):
+    """Calls of four steps, cut where something is saved or drawn, so at 2, 3, 4 and 6."""
+    flags = "--max_train_steps 6 --train_batch_size 2 --seed 5 --save_steps 2".split()
+    flags += "--checkpointing_steps 3 --steps_per_call 4".split()
+    assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 0
+    for name in ("identity", "identity-steps-2", "identity-steps-4"):
+        ours, theirs = (
+            load_file(folder / f"{name}.safetensors") for folder in (tmp_path, straight)
+        )
+        for key, value in theirs.items():
+            np.testing.assert_allclose(ours[key], value, atol=1e-5, err_msg=key)
+    curves = [
+        json.loads((folder / "run.json").read_text())["loss_curve"]
+        for folder in (tmp_path, straight)
+    ]
+    np.testing.assert_allclose(*curves, rtol=1e-4)
+
+
+def test_early_stopping_ends_where_nothing_is_gained(random_checkpoint, photo_folder, tmp_path):
+    """At rate 0 nothing is: the first evaluation counts, the second and the third do not.
+
+    A run that was interrupted between them ends at the same step.
+    """
+    flags = "--early_stopping 2 --evaluation_steps 2 --train_batch_size 2".split()
+    flags += "--learning_rate 0 --profile textual_inversion --checkpointing_steps 2".split()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(random_checkpoint, photo_folder, whole, *flags, "--max_train_steps", "20") == 0
+    assert checkpoint.read_identity(whole / "identity.safetensors").steps == 6
+    assert json.loads((whole / "run.json").read_text())["steps"] == 6
+    resume = ["--resume_from_checkpoint", "latest"]
+    for last, expected in ((4, 4), (20, 6), (30, 6)):
+        last = ["--max_train_steps", str(last)]
+        assert train(random_checkpoint, photo_folder, parts, *flags, *last, *resume) == 0
+        assert checkpoint.read_identity(parts / "identity.safetensors").steps == expected
+    assert digest(parts / "identity.safetensors") == digest(whole / "identity.safetensors")
+
+
+def test_early_stopping_lets_somebody_go_on_who_gains(random_checkpoint, photo_folder, tmp_path):
+    flags = "--early_stopping 1 --evaluation_steps 2 --train_batch_size 2".split()
+    flags += "--learning_rate 0.05 --profile textual_inversion --max_train_steps 8".split()
+    assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 0
+    assert checkpoint.read_identity(tmp_path / "identity.safetensors").steps == 8

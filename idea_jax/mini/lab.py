@@ -23,11 +23,11 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import config, faces, results, sample, train
+from idea_jax import config, faces, group, results, sample, train
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
-from idea_jax.train_step import IdentityState, draw_and_step, init_state
+from idea_jax.train_step import IdentityState, draw_and_step, evaluate, init_state
 
 PROFILES = ("paper", "official", "cross_init", "textual_inversion")
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -36,6 +36,7 @@ DRAWS = 2000  # of the bootstrap
 
 # One program for everybody who is learned with the same method and optimiser object.
 _step = jax.jit(draw_and_step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
+_evaluate = jax.jit(evaluate, static_argnums=(0, 1), donate_argnums=3)
 
 
 class Person(NamedTuple):
@@ -135,20 +136,18 @@ class Learner:
     ) -> tuple[IdentityState, list[float]]:
         """Returns the state after the config's steps, and the loss of every one."""
         state, photos = self.begin(photo)
-        key, size = jax.random.key(self.cfg.seed), self.cfg.train_batch_size
+        mini, cfg, key = self.mini, self.cfg, jax.random.key(self.cfg.seed)
         losses = []
-        for _ in range(self.cfg.max_train_steps if steps is None else steps):
+        for number in range(1, 1 + (cfg.max_train_steps if steps is None else steps)):
             state, metrics = _step(
-                self.mini.model,
-                self.method,
-                self.optimizer,
-                size,
-                self.mini.frozen,
-                state,
-                photos,
-                key,
+                *(mini.model, self.method, self.optimizer, cfg.train_batch_size),
+                *(mini.frozen, state, photos, key),
             )
             losses.append(metrics.loss)
+            if group.is_evaluated(cfg, number):
+                state = _evaluate(mini.model, self.method, mini.frozen, state, photos, key)
+                if group.has_plateau(cfg, state):
+                    break
         return jax.block_until_ready(state), [float(loss) for loss in losses]
 
     def draw(self, state: IdentityState, prompt: str, count: int, **settings) -> np.ndarray:
