@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=8, help="pictures of each person")
     args = parser.parse_args()
     mini = quality.load()
-    scoring = mini.recogniser("scoring")
+    scoring = mini.scoring()
     chosen = np.arange(args.people) * (people.NAMES // args.people)
     key = stream(jax.random.key(0), "benchmark of quality")
     true = drawings.portraits(people.named(chosen, chosen), 4, key)
