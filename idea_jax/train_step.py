@@ -100,9 +100,10 @@ def init_state(
     given: condition.Given,
 ) -> IdentityState:
     """A person's state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    plateau = Plateau(jnp.full((), jnp.inf, jnp.float32), zero)
-    return IdentityState(trainable, given, optimizer.init(trainable), zero, plateau)
+    # Two zeros: steps donate the state, and a buffer can be given away once.
+    plateau = Plateau(jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+    step = jnp.zeros((), jnp.int32)
+    return IdentityState(trainable, given, optimizer.init(trainable), step, plateau)
 
 
 def draw_batch(
