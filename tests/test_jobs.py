@@ -156,7 +156,9 @@ def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, capl
         (None, 4, 20, 8, (4, 1), 4),
         (None, 12, 20, 8, (6, 1), 12),
         (None, None, 1, 4, (1, 4), 1),
-        (None, None, 1, 5, (1, 1), 1),
+        (None, None, 1, 5, (1, 5), 1),
+        (None, None, 1, 12, (1, 6), 1),
+        (None, None, 1, 11, (1, 1), 1),
         ({"identity": 2, "data": 4}, 6, 20, 8, (2, 4), 6),
     ],
 )
