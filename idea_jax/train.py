@@ -401,11 +401,11 @@ def people_of(cfg: TrainConfig) -> dict[str, list]:
     """The pictures of each person of a run, by their name; nothing of them is read yet.
 
     A folder that has pictures itself is one person, whose name is empty; otherwise each sub-folder
-    with pictures is one, and so is each identity of a data set.
+    that is not hidden is one, and so is each identity of a data set.
 
     Raises:
       ConfigError: the choice of people does not fit a single person.
-      images.ImageError, people.PeopleError: there is nobody, or a picture cannot be used.
+      images.ImageError, people.PeopleError: there is nobody, or as `choose_people`.
     """
     if cfg.dataset is not None:
         log.info("CelebA is for non-commercial research only; do not pass its pictures on")
@@ -428,7 +428,7 @@ def choose_people(cfg: TrainConfig, found: dict[str, list]) -> dict[str, list]:
 
     Raises:
       ConfigError: as `people_of`.
-      people.PeopleError: nobody is chosen, or some have too few pictures; it names all of them.
+      people.PeopleError: nobody is chosen or has enough pictures, or somebody's name is taken.
     """
     if cfg.resume_from_checkpoint not in (None, "latest"):
         raise ConfigError(
@@ -436,12 +436,17 @@ def choose_people(cfg: TrainConfig, found: dict[str, list]) -> dict[str, list]:
         )
     chosen = people.choose(found, cfg.identities)
     count = cfg.pictures_per_person
-    numbers = {name: len(pictures) for name, pictures in chosen.items()}
-    few = [f"{name} ({n})" for name, n in numbers.items() if count is not None and n < count]
-    if few:
+    most = max(map(len, chosen.values()))
+    # Who has too few is taken out when their turn comes; that nobody has enough is a mistake.
+    if count is not None and most < count:
         raise people.PeopleError(
-            f"{len(few)} of {len(chosen)} people have fewer pictures than --pictures_per_person "
-            f"{count}: {', '.join(few)}; take a smaller number, or other --identities"
+            f"all of the {len(chosen)} people have fewer pictures than --pictures_per_person "
+            f"{count}: {most} at most; take a smaller number, or other --identities"
+        )
+    if jobs.MANIFEST in chosen:
+        raise people.PeopleError(
+            f"nobody can be called {jobs.MANIFEST}: --output_dir has a file of that name, which "
+            "says what became of everybody; rename that person's folder"
         )
     return chosen
 
