@@ -14,11 +14,14 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from idea_jax.files import atomic_write, file_digest
+import filelock
+
+from idea_jax.files import atomic_write, cannot_write, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ STATUSES = ("waiting", "running", "done", "failed")
 
 
 class JobsError(ValueError):
-    """A folder holds no run for many people, or one of another kind."""
+    """A folder holds no run for many people, one of another kind, or one that is under way."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,30 @@ def from_line(line: str) -> Record:
 def digest(values: Mapping) -> str:
     """SHA-256 of settings, hexadecimal."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def only_run(out: Path, process: int) -> Iterator[None]:
+    """Keeps a second run out of a folder while the block runs; a killed process keeps out nobody.
+
+    Raises:
+        JobsError: another run is using the folder.
+        WriteError: it cannot be written to.
+    """
+    lock = filelock.FileLock(out / f".lock-{process}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise JobsError(
+            f"another run is using {out}; wait until it has ended, or choose another --output_dir"
+        ) from None
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Board:

@@ -171,6 +171,29 @@ def run(cfg: TrainConfig) -> list[Path]:
             f"{cfg.train_data_dir} holds the photos of one person; --identities_per_step and "
             "--mesh identity=N are for several"
         )
+    with jobs.only_run(Path(cfg.output_dir), jax.process_index()):
+        return run_locked(cfg, everybody, own, alone, layout, started)
+
+
+def run_locked(
+    cfg: TrainConfig,
+    everybody: dict[str, list],
+    own: Sequence[str],
+    alone: people.Person | None,
+    layout: devices.Layout,
+    started: float,
+) -> list[Path]:
+    """`run` once it is known who is trained, and that no other run uses the folder.
+
+    Args:
+      own: those of everybody whom this process trains.
+      alone: the only person of the run; None if there may be several.
+      started: when the run did, by the monotonic clock.
+
+    Raises:
+      as `run`.
+    """
+    is_single = alone is not None
     for name in own:
         check_writable(Path(cfg.output_dir) / name)
     method = method_of(cfg)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import time
 
 import chaos
@@ -9,6 +11,7 @@ import pytest
 
 import train_jax
 from idea_jax import devices, jobs, train
+from idea_jax.files import WriteError
 
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
 IN_PAIRS = [*TWO, "--identities_per_step", "2", "--mesh", "identity=1,data=1"]
@@ -91,6 +94,39 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
     assert run(root, out, "--learning_rate", "0.5") == 1
     assert "was trained with other settings" in capsys.readouterr().err
     assert digests(out) == {**got, "person-01": expected["person-01"]}
+
+
+HOLD = """
+import pathlib, sys, time
+from idea_jax import jobs
+with jobs.only_run(pathlib.Path(sys.argv[1]), 0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_second_run_in_a_folder_is_refused_until_the_first_one_ends_or_is_killed(
+    run, tmp_path, capsys
+):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 2)
+    command = [sys.executable, "-c", HOLD, str(out)]
+    first = subprocess.Popen(command, cwd=chaos.ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        for photos in (root, root / "person-00"):  # of several people, of one
+            assert run(photos, out) == 1
+            assert f"another run is using {out}" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [".lock-0"]
+        with jobs.only_run(out, 1):  # another process of the same run
+            pass
+    finally:
+        chaos.end(first)
+    with jobs.only_run(out, 0):
+        pass
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(WriteError, match="cannot write"), jobs.only_run(tmp_path / "file", 0):
+        pass
 
 
 def record(person, status="done", **about):
