@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,9 +44,10 @@ class Record:
         why: of somebody who failed: the reason; otherwise None.
         attempts: times that their training was begun or resumed.
         steps: that were asked for when they were done; early stopping may have taken fewer.
-        seconds: of all attempts, each from the photos to the result; people who are trained
-            together each have the whole time.
-        ended: when they were done or failed, in seconds since 1970.
+        seconds: of all attempts but those that were killed, each from the photos to the result;
+            people who are trained together each have the whole time.
+        ended: when they were done or failed, in seconds since 1970; those who were trained
+            together have the same moment.
         result: SHA-256 of the identity file.
         settings: digest of the settings and weights that decide the numbers.
     """
@@ -225,16 +227,22 @@ def read(out: Path) -> list[Record]:
     return records
 
 
-def people_per_hour(records: Sequence[Record], newest: int = 50) -> float | None:
-    """How fast people get done, from the newest ones; None where fewer than two times are known.
+def people_per_hour(records: Sequence[Record]) -> float | None:
+    """How fast people got done while somebody was trained; None where nobody is done.
 
-    Those who ended at the same moment were trained together, so the first moment only starts the
-    clock.
+    People who were trained side by side share their time, and pauses between starts do not count.
     """
-    ends = sorted(r.ended for r in records if r.status == "done" and r.ended is not None)[-newest:]
-    if not ends or ends[-1] == ends[0]:
-        return None
-    return 3600 * sum(end > ends[0] for end in ends) / (ends[-1] - ends[0])
+    spans = sorted((r.ended - r.seconds, r.ended) for r in records if is_timed(r))
+    busy, until = 0.0, -math.inf
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 3600 * len(spans) / busy if busy else None
+
+
+def is_timed(record: Record) -> bool:
+    """Whether somebody is done, and it is known when."""
+    return record.status == "done" and record.ended is not None
 
 
 def duration(seconds: float) -> str:

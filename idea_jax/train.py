@@ -1,5 +1,6 @@
 """Learning people: photos in, identity files out."""
 
+import functools
 import hashlib
 import logging
 import shutil
@@ -351,6 +352,9 @@ def train_group(
     cfg, out, started = work.cfg, Path(work.cfg.output_dir), time.monotonic()
     before, learners = {}, []
 
+    # People of a group are done at the same moment, however long their results take to write.
+    end = functools.cache(time.time)
+
     def seconds_of(name):
         return round(before[name] + time.monotonic() - started, 1)
 
@@ -368,7 +372,7 @@ def train_group(
             why=None,
             steps=cfg.max_train_steps,
             seconds=seconds_of(name),
-            ended=time.time(),
+            ended=end(),
             result=board.finished(name),
         )
         bar.update()

@@ -161,16 +161,15 @@ def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path,
 
 
 def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, caplog):
-    ended = [0.0, 0.0, 1800.0, 1800.0, 3600.0]  # the first two only start the clock
-    records = [record(f"p{n}", ended=end) for n, end in enumerate(ended)]
-    assert jobs.people_per_hour(records) == pytest.approx(3.0)
-    assert jobs.people_per_hour(records[:2]) is None
+    times = [(900.0, 900.0), (900.0, 900.0), (1800.0, 900.0), (1800.0, 920.0), (3600.0, 1800.0)]
+    records = [record(f"p{n}", ended=end, seconds=took) for n, (end, took) in enumerate(times)]
+    assert jobs.people_per_hour(records) == pytest.approx(5.0)
     records += [record("q", "waiting"), record("r", "running", attempts=2)]
     records.append(record("s", "failed", why="no face found", attempts=2, ended=5.0))
     said = jobs.summary(records, now=3660.0)
     assert said.splitlines() == [
         "8 people: 1 waiting, 1 running, 5 done, 1 failed",
-        "3.0 people/hour, about 40 min 00 s left, the newest result is 1 min 00 s old",
+        "5.0 people/hour, about 24 min 00 s left, the newest result is 1 min 00 s old",
         "running r (attempt 2)",
         "failed s (attempt 2): no face found",
     ]
@@ -180,8 +179,23 @@ def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, capl
     assert "7 people: " in capsys.readouterr().out and "line 4" in caplog.text
     assert jobs.main([str(tmp_path / "none")]) == 1
     assert "no jobs.jsonl in" in capsys.readouterr().err
-    assert json.loads(lines[0])["ended"] == 0.0 and jobs.duration(7260) == "2 h 01 min"
+    assert json.loads(lines[0])["ended"] == 900.0 and jobs.duration(7260) == "2 h 01 min"
     assert time.time() > jobs.from_line(lines[0]).ended
+
+
+def test_speed_is_that_of_the_time_in_which_somebody_was_trained():
+    def group(ended, seconds, size=8):
+        return [record(f"{ended} {n}", ended=ended, seconds=seconds + 0.2 * n) for n in range(size)]
+
+    assert jobs.people_per_hour([]) is None
+    one = group(100.0, 99.0)  # one group of eight in 100 seconds, however fast they are written
+    assert jobs.people_per_hour(one) == pytest.approx(8 * 36, rel=0.01)
+    long = [r for n in range(100) for r in group(100.0 * n, 100.0, size=64)]
+    assert jobs.people_per_hour(long) == pytest.approx(64 * 36, rel=0.01)
+    pause = [*one, *group(90_000.0, 99.0)]
+    assert jobs.people_per_hour(pause) == pytest.approx(8 * 36, rel=0.01)
+    beside = [*one, *group(101.0, 99.0)]  # of another process
+    assert jobs.people_per_hour(beside) == pytest.approx(16 * 36, rel=0.02)
 
 
 @pytest.mark.parametrize(
