@@ -121,16 +121,25 @@ def only_run(out: Path, process: int) -> Iterator[None]:
 class Board:
     """The records of a run, kept in memory and on disk.
 
+    People of earlier runs into the same folder keep their records, as long as their folders are
+    there; `gone` has the names of those who are not done.
+
     Args:
         out: the run's folder.
-        names: everybody, in order.
+        names: everybody of this run, in order.
         own: those whose records this process writes.
         is_first: this process writes `jobs.jsonl`.
     """
 
     def __init__(self, out: Path, names: Sequence[str], own: Sequence[str], *, is_first: bool):
-        self.out, self.own, self.is_first = out, frozenset(own), is_first
-        self.records = {name: self._read(name) for name in names}
+        self.out, self.is_first = out, is_first
+        self.names, self.own = frozenset(names), frozenset(own)
+        earlier = {path.parent.name for path in out.glob(f"*/{RECORD}")}
+        if (out / MANIFEST).is_file():  # only there are those who were never begun
+            earlier |= {r.person for r in read(out) if (out / r.person).is_dir()}
+        others = sorted(earlier - self.names)
+        self.records = {name: self._read(name) for name in (*names, *others)}
+        self.gone = [name for name in others if self.records[name].status != "done"]
         if is_first:  # what a process that was killed left half-written
             for path in out.glob(f".tmp-*{Path(MANIFEST).suffix}"):
                 path.unlink(missing_ok=True)
@@ -146,6 +155,26 @@ class Board:
             log.warning("%s cannot be used (%s); %s is taken as not done", path, error, name)
             return Record(name)
         return dataclasses.replace(record, person=name)
+
+    def check(self, settings: str, steps: int) -> None:
+        """Refuses to go on with other settings than those of anybody who was begun.
+
+        Raises:
+            JobsError: somebody's settings or weights are others, or somebody of this run is done
+                with more steps.
+        """
+        for name, record in self.records.items():
+            if record.attempts and record.settings not in (None, settings):
+                raise JobsError(
+                    f"{self.out / name} was trained with other settings or weights than these; use "
+                    "the same ones (the config.yaml of somebody who is done has them), choose "
+                    "another --output_dir, or delete that folder"
+                )
+            if name in self.names and record.status == "done" and record.steps > steps:
+                raise JobsError(
+                    f"{self.out / name} was trained for {record.steps} steps; --max_train_steps "
+                    "may only grow: use as many, choose another --output_dir, or delete that folder"
+                )
 
     def plan(self, names: Sequence[str], settings: str) -> None:
         """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
@@ -176,22 +205,10 @@ class Board:
             lines = [to_line(record) + "\n" for record in self.records.values()]
             temporary.write_text("".join(lines), encoding="ascii")
 
-    def is_done(self, name: str, settings: str, steps: int) -> bool:
-        """Whether a person's result is there and is that of these settings.
-
-        Raises:
-            JobsError: it is that of other settings.
-        """
+    def is_done(self, name: str, steps: int) -> bool:
+        """Whether a person's result of that many steps is there, as it was written."""
         record = self.records[name]
-        if record.status != "done":
-            return False
-        if record.settings != settings:
-            raise JobsError(
-                f"{self.out / name} was trained with other settings or weights than these (its "
-                "config.yaml has them); use the same ones, choose another --output_dir, or delete "
-                "that folder"
-            )
-        if record.steps != steps:
+        if record.status != "done" or record.steps != steps:
             return False
         path = self.out / name / RESULT
         if path.is_file() and file_digest(path) == record.result:

@@ -301,7 +301,7 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
       own: those whom this process trains.
 
     Raises:
-      JobsError: the folder holds results of other settings.
+      JobsError: the folder holds the work of other settings, or results of more steps.
       TrainingError: some people failed; `jobs.jsonl` says why. All others are done.
       Interrupted: SIGINT or SIGTERM; the same command goes on.
       WriteError: the disk is full; the same command goes on.
@@ -309,7 +309,15 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     cfg, out = work.cfg, Path(work.cfg.output_dir)
     board = jobs.Board(out, list(everybody), own, is_first=jax.process_index() == 0)
     settings = jobs.digest(work.about)
-    todo = [name for name in own if not board.is_done(name, settings, cfg.max_train_steps)]
+    board.check(settings, cfg.max_train_steps)
+    todo = [name for name in own if not board.is_done(name, cfg.max_train_steps)]
+    # Of a choice of people the others are not missed.
+    gone = board.gone if board.is_first and cfg.identities is None else []
+    why = (
+        f"photos are gone: {cfg.train_data_dir or cfg.dataset_dir} has nobody of this name; bring "
+        f"them back, or delete this person's folder in {out}"
+    )
+    board.note(gone, status="failed", why=why, ended=time.time())
     board.plan(todo, settings)
     log.info(
         "%d people, %d of them done; %d in a step, %d steps of %d samples, profile %s",
@@ -326,11 +334,12 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
             train_group(work, board, everybody, deque([name]), 1, bar)
     devices.await_processes()
     board.publish()
-    failed = [board.records[name] for name in own if board.records[name].status == "failed"]
+    mine = [board.records[name] for name in (*own, *gone)]
+    failed = [record for record in mine if record.status == "failed"]
     if failed:
         reasons = "; ".join(f"{record.person}: {record.why}" for record in failed[:5])
         raise TrainingError(
-            f"{len(failed)} of {len(own)} people failed, the others are done; the same command "
+            f"{len(failed)} of {len(mine)} people failed, the others are done; the same command "
             f"tries them again. {out / jobs.MANIFEST} says who failed and why. {reasons}"
         )
     return [out / name / jobs.RESULT for name in own]

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -93,7 +95,69 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
     assert digests(out)["person-00"] == expected["person-00"]
     assert run(root, out, "--learning_rate", "0.5") == 1
     assert "was trained with other settings" in capsys.readouterr().err
+    assert run(root, out, "--max_train_steps", "1") == 1
+    assert "was trained for 2 steps; --max_train_steps may only grow" in capsys.readouterr().err
     assert digests(out) == {**got, "person-01": expected["person-01"]}
+
+
+def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
+    run, tmp_path, capsys
+):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 2)
+    (root / "person-01" / "0.png").rename(tmp_path / "0.png")
+    (root / "person-01" / "1.png").rename(root / "person-01" / "phone.heic")
+    (root / "person-02").mkdir()
+
+    def records():
+        return {record.person: record for record in jobs.read(out)}
+
+    assert run(root, out) == 1
+    message = capsys.readouterr().err
+    assert "2 of 3 people failed" in message and "found phone.heic (suffix .heic)" in message
+    assert sorted(digests(out)) == ["person-00"]
+    assert {r.person: (r.status, r.attempts) for r in records().values()} == {
+        "person-00": ("done", 1), "person-01": ("failed", 2), "person-02": ("failed", 2)
+    }  # fmt: skip
+    before = records()
+    # Nobody was trained whom other settings could touch, but they would mix with these ones.
+    assert run(root, out, "--seed", "7", "--identities", "1:2") == 1
+    assert "was trained with other settings" in capsys.readouterr().err
+    assert records() == before
+    # A choice of people keeps the others' lines.
+    assert run(root, out, "--identities", "0:1") == 0
+    assert records() == before
+    # Of everybody, those who are gone are missed, unless they are done.
+    shutil.rmtree(root / "person-00")
+    shutil.rmtree(root / "person-02")
+    (tmp_path / "0.png").rename(root / "person-01" / "0.png")
+    capsys.readouterr()
+    assert run(root, out) == 1
+    message = capsys.readouterr().err
+    assert "1 of 2 people failed" in message and "person-02: photos are gone" in message
+    assert {r.person: r.status for r in records().values()} == {
+        "person-00": "done", "person-01": "done", "person-02": "failed"
+    }  # fmt: skip
+
+
+def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys, monkeypatch):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 3)
+
+    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+        return signal.SIGTERM  # before anybody is done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_together", train_together)
+        assert run(root, out) == 143
+    before = (out / jobs.MANIFEST).read_text()
+    assert run(root, out, "--seed", "7") == 1
+    assert "person-00 was trained with other settings" in capsys.readouterr().err
+    assert (out / jobs.MANIFEST).read_text() == before and not digests(out)
+    shutil.rmtree(root / "person-02")  # who was not begun yet
+    assert run(root, out) == 1
+    assert "1 of 3 people failed" in (said := capsys.readouterr().err)
+    assert "person-02: photos are gone" in said and len(digests(out)) == 2
 
 
 HOLD = """
@@ -148,10 +212,8 @@ def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path,
     assert not list(tmp_path.rglob(".tmp-*"))
     again = jobs.Board(tmp_path, names, names, is_first=True)
     assert again.records == {r.person: r for r in found}
-    with pytest.raises(jobs.JobsError, match="other settings"):
-        again.is_done("anna", "others", 3)
-    assert not again.is_done("anna", "settings", 4)  # more steps are asked for
-    assert not again.is_done("anna", "settings", 3)
+    assert not again.is_done("anna", 4)  # more steps are asked for
+    assert not again.is_done("anna", 3)
     assert "is gone or was changed" in caplog.text
     for damaged in ("", "{", "[]", '{"person": "anna", "status": "dome"}', '{"person": 3}'):
         (tmp_path / "anna" / jobs.RECORD).write_text(damaged)
