@@ -322,6 +322,8 @@ class Checkpoints:
             self._set_aside(steps[:place])
             return state._replace(**tree)
         self._set_aside(steps)
+        if steps:
+            log.warning("no whole one is left in %s: starting from the first step", self.folder)
         return None
 
     def _read(self, step: int, state: IdentityState) -> dict:

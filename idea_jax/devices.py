@@ -1,7 +1,6 @@
 """The devices of a run: the mesh of a process, its share of the people, several processes."""
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,7 +134,8 @@ def layout(
         sizes = range(min(len(local), people), 0, -1)
         asked = {"identity": processes * next(n for n in sizes if each % n == 0), "data": 1}
     elif asked is None:
-        asked = {"identity": processes, "data": math.gcd(len(local), batch)}
+        data = next(n for n in range(len(local), 0, -1) if batch % n == 0)
+        asked = {"identity": processes, "data": data}
     identity, data = asked["identity"], asked["data"]
     if identity % processes:
         raise DevicesError(

@@ -12,13 +12,17 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from idea_jax.files import atomic_write, file_digest
+import filelock
+
+from idea_jax.files import atomic_write, cannot_write, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ STATUSES = ("waiting", "running", "done", "failed")
 
 
 class JobsError(ValueError):
-    """A folder holds no run for many people, or one of another kind."""
+    """A folder holds no run for many people, one of another kind, or one that is under way."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class Record:
         why: of somebody who failed: the reason; otherwise None.
         attempts: times that their training was begun or resumed.
         steps: that were asked for when they were done; early stopping may have taken fewer.
-        seconds: of all attempts, each from the photos to the result; people who are trained
-            together each have the whole time.
-        ended: when they were done or failed, in seconds since 1970.
+        seconds: of all attempts but those that were killed, each from the photos to the result;
+            people who are trained together each have the whole time.
+        ended: when they were done or failed, in seconds since 1970; those who were trained
+            together have the same moment.
         result: SHA-256 of the identity file.
         settings: digest of the settings and weights that decide the numbers.
     """
@@ -89,19 +94,52 @@ def digest(values: Mapping) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+@contextmanager
+def only_run(out: Path, process: int) -> Iterator[None]:
+    """Keeps a second run out of a folder while the block runs; a killed process keeps out nobody.
+
+    Raises:
+        JobsError: another run is using the folder.
+        WriteError: it cannot be written to.
+    """
+    lock = filelock.FileLock(out / f".lock-{process}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise JobsError(
+            f"another run is using {out}; wait until it has ended, or choose another --output_dir"
+        ) from None
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Board:
     """The records of a run, kept in memory and on disk.
 
+    People of earlier runs into the same folder keep their records, as long as their folders are
+    there; `gone` has the names of those who are not done.
+
     Args:
         out: the run's folder.
-        names: everybody, in order.
+        names: everybody of this run, in order.
         own: those whose records this process writes.
         is_first: this process writes `jobs.jsonl`.
     """
 
     def __init__(self, out: Path, names: Sequence[str], own: Sequence[str], *, is_first: bool):
-        self.out, self.own, self.is_first = out, frozenset(own), is_first
-        self.records = {name: self._read(name) for name in names}
+        self.out, self.is_first = out, is_first
+        self.names, self.own = frozenset(names), frozenset(own)
+        earlier = {path.parent.name for path in out.glob(f"*/{RECORD}")}
+        if (out / MANIFEST).is_file():  # only there are those who were never begun
+            earlier |= {r.person for r in read(out) if (out / r.person).is_dir()}
+        others = sorted(earlier - self.names)
+        self.records = {name: self._read(name) for name in (*names, *others)}
+        self.gone = [name for name in others if self.records[name].status != "done"]
         if is_first:  # what a process that was killed left half-written
             for path in out.glob(f".tmp-*{Path(MANIFEST).suffix}"):
                 path.unlink(missing_ok=True)
@@ -117,6 +155,26 @@ class Board:
             log.warning("%s cannot be used (%s); %s is taken as not done", path, error, name)
             return Record(name)
         return dataclasses.replace(record, person=name)
+
+    def check(self, settings: str, steps: int) -> None:
+        """Refuses to go on with other settings than those of anybody who was begun.
+
+        Raises:
+            JobsError: somebody's settings or weights are others, or somebody of this run is done
+                with more steps.
+        """
+        for name, record in self.records.items():
+            if record.attempts and record.settings not in (None, settings):
+                raise JobsError(
+                    f"{self.out / name} was trained with other settings or weights than these; use "
+                    "the same ones (the config.yaml of somebody who is done has them), choose "
+                    "another --output_dir, or delete that folder"
+                )
+            if name in self.names and record.status == "done" and record.steps > steps:
+                raise JobsError(
+                    f"{self.out / name} was trained for {record.steps} steps; --max_train_steps "
+                    "may only grow: use as many, choose another --output_dir, or delete that folder"
+                )
 
     def plan(self, names: Sequence[str], settings: str) -> None:
         """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
@@ -147,22 +205,10 @@ class Board:
             lines = [to_line(record) + "\n" for record in self.records.values()]
             temporary.write_text("".join(lines), encoding="ascii")
 
-    def is_done(self, name: str, settings: str, steps: int) -> bool:
-        """Whether a person's result is there and is that of these settings.
-
-        Raises:
-            JobsError: it is that of other settings.
-        """
+    def is_done(self, name: str, steps: int) -> bool:
+        """Whether a person's result of that many steps is there, as it was written."""
         record = self.records[name]
-        if record.status != "done":
-            return False
-        if record.settings != settings:
-            raise JobsError(
-                f"{self.out / name} was trained with other settings or weights than these (its "
-                "config.yaml has them); use the same ones, choose another --output_dir, or delete "
-                "that folder"
-            )
-        if record.steps != steps:
+        if record.status != "done" or record.steps != steps:
             return False
         path = self.out / name / RESULT
         if path.is_file() and file_digest(path) == record.result:
@@ -198,16 +244,22 @@ def read(out: Path) -> list[Record]:
     return records
 
 
-def people_per_hour(records: Sequence[Record], newest: int = 50) -> float | None:
-    """How fast people get done, from the newest ones; None where fewer than two times are known.
+def people_per_hour(records: Sequence[Record]) -> float | None:
+    """How fast people got done while somebody was trained; None where nobody is done.
 
-    Those who ended at the same moment were trained together, so the first moment only starts the
-    clock.
+    People who were trained side by side share their time, and pauses between starts do not count.
     """
-    ends = sorted(r.ended for r in records if r.status == "done" and r.ended is not None)[-newest:]
-    if not ends or ends[-1] == ends[0]:
-        return None
-    return 3600 * sum(end > ends[0] for end in ends) / (ends[-1] - ends[0])
+    spans = sorted((r.ended - r.seconds, r.ended) for r in records if is_timed(r))
+    busy, until = 0.0, -math.inf
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return 3600 * len(spans) / busy if busy else None
+
+
+def is_timed(record: Record) -> bool:
+    """Whether somebody is done, and it is known when."""
+    return record.status == "done" and record.ended is not None
 
 
 def duration(seconds: float) -> str:

@@ -174,7 +174,10 @@ class Results:
         person: people.Person,
         folder: Path,
     ) -> None:
-        """Writes the resolved config (`--config` reads it back) and what came of it."""
+        """Writes the resolved config (`--config` reads it back) and what came of it.
+
+        The losses are those since the last start, which may have resumed an earlier one.
+        """
         with atomic_write(folder / "config.yaml") as temporary:
             # Without the way this run was resumed: the file says how to do all of it again.
             temporary.write_text(to_yaml(replace(self.cfg, resume_from_checkpoint=None)), "utf-8")

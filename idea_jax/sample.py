@@ -312,7 +312,7 @@ def read_sitters(cfg: SampleConfig) -> list[Sitter]:
         return [Sitter("", *read_tokens(cfg))]
     sitters = []
     for given in cfg.identity:
-        named = re.fullmatch(r"([A-Za-z0-9_-]+)=(.+)", given)
+        named = re.fullmatch(r"([^={}/]+)=(.+)", given)
         path = Path(given)
         if named and not path.is_file():
             path = Path(named[2])

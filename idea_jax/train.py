@@ -1,5 +1,6 @@
 """Learning people: photos in, identity files out."""
 
+import functools
 import hashlib
 import logging
 import shutil
@@ -172,6 +173,29 @@ def run(cfg: TrainConfig) -> list[Path]:
             f"{cfg.train_data_dir} holds the photos of one person; --identities_per_step and "
             "--mesh identity=N are for several"
         )
+    with jobs.only_run(Path(cfg.output_dir), jax.process_index()):
+        return run_locked(cfg, everybody, own, alone, layout, started)
+
+
+def run_locked(
+    cfg: TrainConfig,
+    everybody: dict[str, list],
+    own: Sequence[str],
+    alone: people.Person | None,
+    layout: devices.Layout,
+    started: float,
+) -> list[Path]:
+    """`run` once it is known who is trained, and that no other run uses the folder.
+
+    Args:
+      own: those of everybody whom this process trains.
+      alone: the only person of the run; None if there may be several.
+      started: when the run did, by the monotonic clock.
+
+    Raises:
+      as `run`.
+    """
+    is_single = alone is not None
     for name in own:
         check_writable(Path(cfg.output_dir) / name)
     method = method_of(cfg)
@@ -278,7 +302,7 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
       own: those whom this process trains.
 
     Raises:
-      JobsError: the folder holds results of other settings.
+      JobsError: the folder holds the work of other settings, or results of more steps.
       TrainingError: some people failed; `jobs.jsonl` says why. All others are done.
       Interrupted: SIGINT or SIGTERM; the same command goes on.
       WriteError: the disk is full; the same command goes on.
@@ -286,7 +310,15 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     cfg, out = work.cfg, Path(work.cfg.output_dir)
     board = jobs.Board(out, list(everybody), own, is_first=jax.process_index() == 0)
     settings = jobs.digest(work.about)
-    todo = [name for name in own if not board.is_done(name, settings, cfg.max_train_steps)]
+    board.check(settings, cfg.max_train_steps)
+    todo = [name for name in own if not board.is_done(name, cfg.max_train_steps)]
+    # Of a choice of people the others are not missed.
+    gone = board.gone if board.is_first and cfg.identities is None else []
+    why = (
+        f"photos are gone: {cfg.train_data_dir or cfg.dataset_dir} has nobody of this name; bring "
+        f"them back, or delete this person's folder in {out}"
+    )
+    board.note(gone, status="failed", why=why, ended=time.time())
     board.plan(todo, settings)
     log.info(
         "%d people, %d of them done; %d in a step, %d steps of %d samples, profile %s",
@@ -303,11 +335,12 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
             train_group(work, board, everybody, deque([name]), 1, bar)
     devices.await_processes()
     board.publish()
-    failed = [board.records[name] for name in own if board.records[name].status == "failed"]
+    mine = [board.records[name] for name in (*own, *gone)]
+    failed = [record for record in mine if record.status == "failed"]
     if failed:
         reasons = "; ".join(f"{record.person}: {record.why}" for record in failed[:5])
         raise TrainingError(
-            f"{len(failed)} of {len(own)} people failed, the others are done; the same command "
+            f"{len(failed)} of {len(mine)} people failed, the others are done; the same command "
             f"tries them again. {out / jobs.MANIFEST} says who failed and why. {reasons}"
         )
     return [out / name / jobs.RESULT for name in own]
@@ -329,6 +362,9 @@ def train_group(
     cfg, out, started = work.cfg, Path(work.cfg.output_dir), time.monotonic()
     before, learners = {}, []
 
+    # People of a group are done at the same moment, however long their results take to write.
+    end = functools.cache(time.time)
+
     def seconds_of(name):
         return round(before[name] + time.monotonic() - started, 1)
 
@@ -346,7 +382,7 @@ def train_group(
             why=None,
             steps=cfg.max_train_steps,
             seconds=seconds_of(name),
-            ended=time.time(),
+            ended=end(),
             result=board.finished(name),
         )
         bar.update()
@@ -414,11 +450,11 @@ def people_of(cfg: TrainConfig) -> dict[str, list]:
     """The pictures of each person of a run, by their name; nothing of them is read yet.
 
     A folder that has pictures itself is one person, whose name is empty; otherwise each sub-folder
-    with pictures is one, and so is each identity of a data set.
+    that is not hidden is one, and so is each identity of a data set.
 
     Raises:
       ConfigError: the choice of people does not fit a single person.
-      images.ImageError, people.PeopleError: there is nobody, or a picture cannot be used.
+      images.ImageError, people.PeopleError: there is nobody, or as `choose_people`.
     """
     if cfg.dataset is not None:
         log.info("CelebA is for non-commercial research only; do not pass its pictures on")
@@ -441,7 +477,7 @@ def choose_people(cfg: TrainConfig, found: dict[str, list]) -> dict[str, list]:
 
     Raises:
       ConfigError: as `people_of`.
-      people.PeopleError: nobody is chosen, or some have too few pictures; it names all of them.
+      people.PeopleError: nobody is chosen or has enough pictures, or somebody's name is taken.
     """
     if cfg.resume_from_checkpoint not in (None, "latest"):
         raise ConfigError(
@@ -449,12 +485,17 @@ def choose_people(cfg: TrainConfig, found: dict[str, list]) -> dict[str, list]:
         )
     chosen = people.choose(found, cfg.identities)
     count = cfg.pictures_per_person
-    numbers = {name: len(pictures) for name, pictures in chosen.items()}
-    few = [f"{name} ({n})" for name, n in numbers.items() if count is not None and n < count]
-    if few:
+    most = max(map(len, chosen.values()))
+    # Who has too few is taken out when their turn comes; that nobody has enough is a mistake.
+    if count is not None and most < count:
         raise people.PeopleError(
-            f"{len(few)} of {len(chosen)} people have fewer pictures than --pictures_per_person "
-            f"{count}: {', '.join(few)}; take a smaller number, or other --identities"
+            f"all of the {len(chosen)} people have fewer pictures than --pictures_per_person "
+            f"{count}: {most} at most; take a smaller number, or other --identities"
+        )
+    if jobs.MANIFEST in chosen:
+        raise people.PeopleError(
+            f"nobody can be called {jobs.MANIFEST}: --output_dir has a file of that name, which "
+            "says what became of everybody; rename that person's folder"
         )
     return chosen
 

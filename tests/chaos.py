@@ -51,14 +51,14 @@ class Job:
             "XLA_FLAGS": XLA.format(1),
         }
 
-    def start(self, *flags, **environment):
+    def start(self, *flags, stderr=None, **environment):
         self.errors = self.out.parent / f"errors-{time.monotonic_ns()}.txt"
         with open(self.errors, "wb") as errors:
             return subprocess.Popen(
                 [*self.command, *flags],
                 env=self.environment | environment,
                 stdout=subprocess.DEVNULL,
-                stderr=errors,
+                stderr=stderr or errors,
             )
 
     def run(self, *flags, timeout=PATIENCE):
@@ -70,23 +70,28 @@ class Job:
             end(process)
         return code, self.said()
 
-    def run_on_a_full_disk(self, largest):
-        """The same, while no file can grow beyond so many bytes."""
-        done = subprocess.run(
-            self.command,
-            env=self.environment | {"JAX_ENABLE_COMPILATION_CACHE": "0"},
-            capture_output=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
-            timeout=PATIENCE,
+    def run_on_a_disk_that_fills(self, is_time, *flags):
+        """The same, but once it is time nothing can be written to any file."""
+        process, is_running = self.start_and_wait(
+            is_time,
+            *flags,
+            stderr=subprocess.PIPE,  # which is no file; it has room for what is said
+            JAX_ENABLE_COMPILATION_CACHE="0",
         )
-        return done.returncode, done.stderr.decode("utf-8", "replace")
+        try:
+            assert is_running
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
+            _, said = process.communicate(timeout=PATIENCE)
+        finally:
+            end(process)
+        return process.returncode, said.decode("utf-8", "replace")
 
     def said(self):
         return self.errors.read_text("utf-8", "replace")
 
-    def start_and_wait(self, is_time):
+    def start_and_wait(self, is_time, *flags, **options):
         """Starts it and waits for something; returns the process, and whether it still runs."""
-        process = self.start()
+        process = self.start(*flags, **options)
         deadline = time.monotonic() + PATIENCE
         try:
             while process.poll() is None and not is_time():

@@ -137,10 +137,23 @@ def test_twelve_people_survive_everything(smallest_checkpoint, tmp_path, cache):
     code = wild.kill_when(after(length / 24), signal.SIGTERM, signal.SIGTERM)
     assert code in (143, -signal.SIGTERM, None) and wild.seconds_to_stop < 5
     check()
-    # No room for anything larger than a few bytes: said, and nothing is lost.
-    code, said = wild.run_on_a_full_disk(2000)
-    assert code == 1 and "cannot write" in said and "Traceback" not in said
-    check()
+    # A disk that fills while checkpoints are written, or results: said, and nothing is lost.
+    first = wild.out / "person-00"
+    manifest, begun = wild.out / jobs.MANIFEST, first / jobs.RECORD
+
+    def all_have_begun():
+        return begun.exists() and manifest.stat().st_mtime_ns > begun.stat().st_mtime_ns
+
+    for is_time, flags, kept_out in (
+        ((first / "checkpoints").exists, (), "/checkpoints"),
+        (all_have_begun, ("--checkpointing_steps", "0"), f"{first}:"),
+    ):
+        shutil.rmtree(first)
+        code, said = wild.run_on_a_disk_that_fills(is_time, *flags)
+        assert code == 1 and "Traceback" not in said
+        assert "cannot write" in said and kept_out in said, said
+        check()
+        assert not (first / jobs.RESULT).exists()
     # Photos that vanish after everybody was counted.
     shutil.rmtree(wild.out / "person-11", ignore_errors=True)
     before = wild.begun()

@@ -92,7 +92,9 @@ def test_flipped_bits_are_never_restored(saved, tmp_path, caplog):
     assert fell_back >= 3
 
 
-def test_values_that_orbax_takes_for_good_are_compared_with_their_digests(folder, monkeypatch):
+def test_values_that_orbax_takes_for_good_are_compared_with_their_digests(
+    folder, monkeypatch, caplog
+):
     """As a flipped bit that its own checks let pass."""
     digests = checkpoint.digests
 
@@ -103,6 +105,7 @@ def test_values_that_orbax_takes_for_good_are_compared_with_their_digests(folder
         patch.setattr(checkpoint, "digests", of_other_values)
         assert restore(folder) is None
     assert steps(folder) == ["damaged-2", "damaged-4"]
+    assert f"no whole one is left in {folder.resolve()}: starting from the" in caplog.text
 
 
 def test_steps_that_were_damaged_can_be_saved_again(folder):

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import chaos
@@ -9,6 +13,7 @@ import pytest
 
 import train_jax
 from idea_jax import devices, jobs, train
+from idea_jax.files import WriteError
 
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
 IN_PAIRS = [*TWO, "--identities_per_step", "2", "--mesh", "identity=1,data=1"]
@@ -90,7 +95,102 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
     assert digests(out)["person-00"] == expected["person-00"]
     assert run(root, out, "--learning_rate", "0.5") == 1
     assert "was trained with other settings" in capsys.readouterr().err
+    assert run(root, out, "--max_train_steps", "1") == 1
+    assert "was trained for 2 steps; --max_train_steps may only grow" in capsys.readouterr().err
     assert digests(out) == {**got, "person-01": expected["person-01"]}
+
+
+def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
+    run, tmp_path, capsys
+):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 2)
+    (root / "person-01" / "0.png").rename(tmp_path / "0.png")
+    (root / "person-01" / "1.png").rename(root / "person-01" / "phone.heic")
+    (root / "person-02").mkdir()
+
+    def records():
+        return {record.person: record for record in jobs.read(out)}
+
+    assert run(root, out) == 1
+    message = capsys.readouterr().err
+    assert "2 of 3 people failed" in message and "found phone.heic (suffix .heic)" in message
+    assert sorted(digests(out)) == ["person-00"]
+    assert {r.person: (r.status, r.attempts) for r in records().values()} == {
+        "person-00": ("done", 1), "person-01": ("failed", 2), "person-02": ("failed", 2)
+    }  # fmt: skip
+    before = records()
+    # Nobody was trained whom other settings could touch, but they would mix with these ones.
+    assert run(root, out, "--seed", "7", "--identities", "1:2") == 1
+    assert "was trained with other settings" in capsys.readouterr().err
+    assert records() == before
+    # A choice of people keeps the others' lines.
+    assert run(root, out, "--identities", "0:1") == 0
+    assert records() == before
+    # Of everybody, those who are gone are missed, unless they are done.
+    shutil.rmtree(root / "person-00")
+    shutil.rmtree(root / "person-02")
+    (tmp_path / "0.png").rename(root / "person-01" / "0.png")
+    capsys.readouterr()
+    assert run(root, out) == 1
+    message = capsys.readouterr().err
+    assert "1 of 2 people failed" in message and "person-02: photos are gone" in message
+    assert {r.person: r.status for r in records().values()} == {
+        "person-00": "done", "person-01": "done", "person-02": "failed"
+    }  # fmt: skip
+
+
+def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys, monkeypatch):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 3)
+
+    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+        return signal.SIGTERM  # before anybody is done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_together", train_together)
+        assert run(root, out) == 143
+    before = (out / jobs.MANIFEST).read_text()
+    assert run(root, out, "--seed", "7") == 1
+    assert "person-00 was trained with other settings" in capsys.readouterr().err
+    assert (out / jobs.MANIFEST).read_text() == before and not digests(out)
+    shutil.rmtree(root / "person-02")  # who was not begun yet
+    assert run(root, out) == 1
+    assert "1 of 3 people failed" in (said := capsys.readouterr().err)
+    assert "person-02: photos are gone" in said and len(digests(out)) == 2
+
+
+HOLD = """
+import pathlib, sys, time
+from idea_jax import jobs
+with jobs.only_run(pathlib.Path(sys.argv[1]), 0):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_second_run_in_a_folder_is_refused_until_the_first_one_ends_or_is_killed(
+    run, tmp_path, capsys
+):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 2)
+    command = [sys.executable, "-c", HOLD, str(out)]
+    first = subprocess.Popen(command, cwd=chaos.ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        for photos in (root, root / "person-00"):  # of several people, of one
+            assert run(photos, out) == 1
+            assert f"another run is using {out}" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [".lock-0"]
+        with jobs.only_run(out, 1):  # another process of the same run
+            pass
+    finally:
+        chaos.end(first)
+    with jobs.only_run(out, 0):
+        pass
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(WriteError, match="cannot write"), jobs.only_run(tmp_path / "file", 0):
+        pass
 
 
 def record(person, status="done", **about):
@@ -112,10 +212,8 @@ def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path,
     assert not list(tmp_path.rglob(".tmp-*"))
     again = jobs.Board(tmp_path, names, names, is_first=True)
     assert again.records == {r.person: r for r in found}
-    with pytest.raises(jobs.JobsError, match="other settings"):
-        again.is_done("anna", "others", 3)
-    assert not again.is_done("anna", "settings", 4)  # more steps are asked for
-    assert not again.is_done("anna", "settings", 3)
+    assert not again.is_done("anna", 4)  # more steps are asked for
+    assert not again.is_done("anna", 3)
     assert "is gone or was changed" in caplog.text
     for damaged in ("", "{", "[]", '{"person": "anna", "status": "dome"}', '{"person": 3}'):
         (tmp_path / "anna" / jobs.RECORD).write_text(damaged)
@@ -125,16 +223,15 @@ def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path,
 
 
 def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, caplog):
-    ended = [0.0, 0.0, 1800.0, 1800.0, 3600.0]  # the first two only start the clock
-    records = [record(f"p{n}", ended=end) for n, end in enumerate(ended)]
-    assert jobs.people_per_hour(records) == pytest.approx(3.0)
-    assert jobs.people_per_hour(records[:2]) is None
+    times = [(900.0, 900.0), (900.0, 900.0), (1800.0, 900.0), (1800.0, 920.0), (3600.0, 1800.0)]
+    records = [record(f"p{n}", ended=end, seconds=took) for n, (end, took) in enumerate(times)]
+    assert jobs.people_per_hour(records) == pytest.approx(5.0)
     records += [record("q", "waiting"), record("r", "running", attempts=2)]
     records.append(record("s", "failed", why="no face found", attempts=2, ended=5.0))
     said = jobs.summary(records, now=3660.0)
     assert said.splitlines() == [
         "8 people: 1 waiting, 1 running, 5 done, 1 failed",
-        "3.0 people/hour, about 40 min 00 s left, the newest result is 1 min 00 s old",
+        "5.0 people/hour, about 24 min 00 s left, the newest result is 1 min 00 s old",
         "running r (attempt 2)",
         "failed s (attempt 2): no face found",
     ]
@@ -144,8 +241,23 @@ def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, capl
     assert "7 people: " in capsys.readouterr().out and "line 4" in caplog.text
     assert jobs.main([str(tmp_path / "none")]) == 1
     assert "no jobs.jsonl in" in capsys.readouterr().err
-    assert json.loads(lines[0])["ended"] == 0.0 and jobs.duration(7260) == "2 h 01 min"
+    assert json.loads(lines[0])["ended"] == 900.0 and jobs.duration(7260) == "2 h 01 min"
     assert time.time() > jobs.from_line(lines[0]).ended
+
+
+def test_speed_is_that_of_the_time_in_which_somebody_was_trained():
+    def group(ended, seconds, size=8):
+        return [record(f"{ended} {n}", ended=ended, seconds=seconds + 0.2 * n) for n in range(size)]
+
+    assert jobs.people_per_hour([]) is None
+    one = group(100.0, 99.0)  # one group of eight in 100 seconds, however fast they are written
+    assert jobs.people_per_hour(one) == pytest.approx(8 * 36, rel=0.01)
+    long = [r for n in range(100) for r in group(100.0 * n, 100.0, size=64)]
+    assert jobs.people_per_hour(long) == pytest.approx(64 * 36, rel=0.01)
+    pause = [*one, *group(90_000.0, 99.0)]
+    assert jobs.people_per_hour(pause) == pytest.approx(8 * 36, rel=0.01)
+    beside = [*one, *group(101.0, 99.0)]  # of another process
+    assert jobs.people_per_hour(beside) == pytest.approx(16 * 36, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +268,9 @@ def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, capl
         (None, 4, 20, 8, (4, 1), 4),
         (None, 12, 20, 8, (6, 1), 12),
         (None, None, 1, 4, (1, 4), 1),
-        (None, None, 1, 5, (1, 1), 1),
+        (None, None, 1, 5, (1, 5), 1),
+        (None, None, 1, 12, (1, 6), 1),
+        (None, None, 1, 11, (1, 1), 1),
         ({"identity": 2, "data": 4}, 6, 20, 8, (2, 4), 6),
     ],
 )

@@ -158,6 +158,7 @@ def root(tmp_path):
 
 def test_each_folder_is_a_person_and_copies_count_once(root, caplog):
     found = people.from_folders(root)
+    assert isinstance(found.pop("empty")[0], people.NoPictures)
     assert {name: [p.name for p in pictures] for name, pictures in found.items()} == {
         "Bert": ["x.webp"],
         "anna": ["a.png", "b.jpg", "z.png"],
@@ -172,24 +173,26 @@ def test_each_folder_is_a_person_and_copies_count_once(root, caplog):
 
 
 def test_what_is_left_out_is_reported(root, caplog):
+    people.from_folders(root)
+    for name in ("anna/notes.txt", "list.txt"):
+        assert f"skipped {root / name}: suffix .txt" in caplog.text
+
+
+def test_who_has_no_pictures_is_a_person_all_the_same(root):
     (root / "dora").mkdir()
     (root / "dora" / "phone.heic").write_text("x")
-    assert "dora" not in people.from_folders(root)
-    for name, reason in (
-        ("dora/phone.heic", "suffix .heic"),
-        ("dora", "no pictures in this folder"),
-        ("empty", "no pictures in this folder"),
-        ("anna/notes.txt", "suffix .txt"),
-        ("list.txt", "suffix .txt"),
-    ):
-        assert f"skipped {root / name}: {reason}" in caplog.text
+    found = people.from_folders(root)
+    assert list(found) == ["Bert", "anna", "carl", "dora", "empty"]
+    for name, says in (("dora", r"found phone.heic \(suffix .heic\)"), ("empty", "found nothing")):
+        with pytest.raises(images.ImageError, match=f"no pictures in .*{name}: .*{says}"):
+            images.readable(found[name])
 
 
 def test_folders_without_anybody(root):
     for name in ("carl", "anna", "Bert"):
         shutil.rmtree(root / name)
     with pytest.raises(
-        images.ImageError, match=r"no pictures in .*empty \(no pictures in this folder\)"
+        images.ImageError, match="no pictures in .*empty: expected files ending in .*found nothing"
     ):
         people.from_folders(root)
     with pytest.raises(images.ImageError, match="does not exist"):
@@ -208,9 +211,13 @@ def test_a_folder_that_cannot_be_read(root, monkeypatch):
         monkeypatch.setattr(type(root), "iterdir", iterdir)
     else:
         (root / "anna").chmod(0)
-    with pytest.raises(images.ImageError, match="anna cannot be read: Permission denied"):
-        people.from_folders(root)
+    found = people.from_folders(root)
+    _, skipped = images.list_tree(root)
     (root / "anna").chmod(0o755)
+    reason = f"the folder of pictures {root / 'anna'} cannot be read: Permission denied"
+    with pytest.raises(images.ImageError, match=reason):
+        images.readable(found["anna"])
+    assert (root / "anna", reason) in skipped and len(found["carl"]) == 1
 
 
 # --- choosing and splitting -----------------------------------------------------------------------

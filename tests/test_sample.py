@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 
 import sample_jax
-from idea_jax import checkpoint, files, learned_embeds, sample
+from idea_jax import checkpoint, config, files, learned_embeds, sample
 from idea_jax.data import images, text
 from idea_jax.method import condition
 from idea_jax.models import sd
@@ -224,6 +224,17 @@ def test_negative_prompt_that_names_the_person_is_refused(
     args = (random_checkpoint, file, tmp_path / "x", "--prompt", "{}")
     assert run(*args, "--negative_prompt", "<person>_v0 ugly") == 1
     assert "drawn by the plain model" in capsys.readouterr().err
+
+
+def test_person_may_be_called_anything_that_a_prompt_can_say(identity, tmp_path):
+    file = tmp_path / "a=b" / "identity.safetensors"
+    file.parent.mkdir()
+    checkpoint.write_identity(file, identity)
+    given = [str(file), f"jürgen={file}", f"anna smith={file}", f"x.1={file}"]
+    cfg = config.SampleConfig("tiny", identity=given, prompt=["{}"])
+    sitters = sample.read_sitters(cfg)
+    assert [sitter.name for sitter in sitters] == ["a=b", "jürgen", "anna smith", "x.1"]
+    assert {sitter.source for sitter in sitters} == {file}
 
 
 def test_several_people_alone_and_in_one_picture(random_checkpoint, identity, tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
     one_by_one = ["--mesh", "identity=1", "--identities", "0:2", "--pictures_per_person", "1"]
     assert run(root, *CROSS, *one_by_one) == 0
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["anna", "bert", "jobs.jsonl"]
+    assert {path.name for path in out.iterdir()} == {".lock-0", "anna", "bert", "jobs.jsonl"}
     assert run(root / "bert", *CROSS, out="alone") == 0
     for name in ("identity.safetensors", "learned_embeds.safetensors"):
         assert (out / "bert" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
@@ -238,7 +238,7 @@ def test_celeb_a_people_are_trained(run, seen, celeb_a, tmp_path):  # noqa: F811
     dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
     assert run(None, *CROSS, *dataset, "--pictures_per_person", "1") == 0
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["00007", "00091", "jobs.jsonl"]
+    assert {path.name for path in out.iterdir()} == {".lock-0", "00007", "00091", "jobs.jsonl"}
     for name, held_out in (("00007", 2), ("00091", 0)):
         assert checkpoint.read_identity(out / name / "identity.safetensors").base_model == "tiny"
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == held_out
@@ -285,13 +285,26 @@ def test_photo_without_a_face_is_named(run, tmp_path, capsys):
     assert f"no face found in {photos / '0.png'}" in message and "--pre_aligned" in message
 
 
-def test_people_with_too_few_pictures_are_named_together(run, tmp_path, capsys):
+def test_people_with_too_few_pictures_stop_nobody_else(run, seen, tmp_path, capsys):
     root = tmp_path / "root"
     for name, colours in (("anna", ["red"]), ("bert", ["red", "blue"]), ("carl", ["green"])):
         write_photos(root / name, *colours)
     assert run(root, *CROSS, "--pictures_per_person", "2") == 1
     message = capsys.readouterr().err
-    assert "2 of 3 people have fewer" in message and "anna (1), carl (1);" in message
+    assert "2 of 3 people failed" in message
+    assert "anna has 1 picture(s), fewer than" in message and "carl has 1" in message
+    assert (tmp_path / "out" / "bert" / "identity.safetensors").exists()
+    assert run(root, *CROSS, "--pictures_per_person", "3", out="none") == 1
+    assert "all of the 3 people have fewer" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_person_with_the_name_of_the_list_of_people_is_refused(run, tmp_path, capsys):
+    for name in ("anna", "jobs.jsonl"):
+        write_photos(tmp_path / "root" / name, "red")
+    assert run(tmp_path / "root", *CROSS) == 1
+    assert "nobody can be called jobs.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_cheap_to_see_comes_before_pictures_are_read(run, tmp_path, capsys, monkeypatch):

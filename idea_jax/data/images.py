@@ -69,19 +69,21 @@ def has_only_folders(folder: str | Path) -> bool:
     return not images and any(reason == "sub-folder" for _, reason in skipped)
 
 
-def list_people(root: str | Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
+def list_people(
+    root: str | Path,
+) -> tuple[dict[str, list[Path] | ImageError], list[tuple[Path, str]]]:
     """Returns the pictures in the sub-folders of `root`, by the names of these, both sorted.
 
-    Then what was skipped with reasons: in the sub-folders, sub-folders that are hidden or have no
-    pictures, and files in `root`.
+    Of a sub-folder that is unreadable or has no pictures, the error that says so. Then what was
+    skipped with reasons: in the sub-folders, sub-folders that are hidden, and files in `root`.
 
     Raises:
-        ImageError: `root` or a sub-folder is missing, no folder or unreadable, or no sub-folder
-            has a picture.
+        ImageError: `root` is missing, no folder or unreadable, or no sub-folder has a picture.
     """
     _, people, skipped = _scan_tree(Path(root))
-    if not people:
-        raise _no_pictures(Path(root), skipped)
+    errors = [found for found in people.values() if isinstance(found, ImageError)]
+    if len(errors) == len(people):
+        raise errors[0] if errors else _no_pictures(Path(root), skipped)
     return people, skipped
 
 
@@ -91,8 +93,12 @@ def list_tree(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     Raises:
         ImageError: as `list_people`, but pictures directly in `root` suffice.
     """
-    own, people, skipped = _scan_tree(Path(root))
-    images = own + [path for paths in people.values() for path in paths]
+    images, people, skipped = _scan_tree(Path(root))
+    for name, found in people.items():
+        if isinstance(found, ImageError):
+            skipped.append((Path(root) / name, str(found)))
+        else:
+            images += found
     if not images:
         raise _no_pictures(Path(root), skipped)
     return images, skipped
@@ -106,20 +112,19 @@ def report_skipped(skipped: Sequence[tuple[Path, str]]) -> None:
 
 def _scan_tree(
     root: Path,
-) -> tuple[list[Path], dict[str, list[Path]], list[tuple[Path, str]]]:
-    """Pictures in `root`, those of each sub-folder that has some, and what was skipped."""
+) -> tuple[list[Path], dict[str, list[Path] | ImageError], list[tuple[Path, str]]]:
+    """Pictures in `root`, those of each sub-folder or why it has none, and what was skipped."""
     own, entries = _scan(root)
     people, skipped = {}, []
     for entry, reason in entries:
         if reason != "sub-folder":
             skipped.append((entry, reason))
             continue
-        images, inside = _scan(entry)
-        skipped += inside
-        if images:
-            people[entry.name] = images
-        else:
-            skipped.append((entry, "no pictures in this folder"))
+        try:
+            people[entry.name], inside = list_images(entry)
+            skipped += inside
+        except ImageError as error:
+            people[entry.name] = error
     return own, people, skipped
 
 

@@ -72,6 +72,21 @@ class StoredPicture:
 
 
 @dataclass(frozen=True)
+class NoPictures:
+    """Stands for the pictures of somebody who has none that can be used; reading it says why."""
+
+    error: images.ImageError
+
+    def read(self) -> Image.Image:
+        """There is nothing to read.
+
+        Raises:
+            ImageError: always.
+        """
+        raise self.error
+
+
+@dataclass(frozen=True)
 class Person:
     """One person: a name that can be that of a folder, and pictures to train on or to hold out.
 
@@ -83,17 +98,23 @@ class Person:
     held_out: tuple = ()
 
 
-def from_folders(root: str | Path) -> dict[str, list[images.PictureFile]]:
+def from_folders(root: str | Path) -> dict[str, list[images.PictureFile | NoPictures]]:
     """Returns the pictures of each person in a folder that holds one folder per person.
 
-    What is left out is reported.
+    Whose folder is unreadable or has no pictures is there as well, with `NoPictures`. What is left
+    out is reported.
 
     Raises:
         ImageError: as `images.list_people`.
     """
     people, skipped = images.list_people(root)
     images.report_skipped(skipped)
-    return {name: [images.PictureFile(path) for path in paths] for name, paths in people.items()}
+    return {
+        name: [NoPictures(found)]
+        if isinstance(found, images.ImageError)
+        else [images.PictureFile(path) for path in found]
+        for name, found in people.items()
+    }
 
 
 def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
