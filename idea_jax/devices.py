@@ -1,18 +1,37 @@
 """The devices of a run: the mesh of a process, its share of the people, several processes."""
 
+import functools
+import hashlib
+import json
 import logging
+import math
 import os
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+
+# The key-value store of the processes has no public name; orbax takes it from here, too.
+from jax._src.distributed import global_state
 from jax.experimental.multihost_utils import live_devices
 from jax.sharding import AxisType, Mesh
+
+from idea_jax.group import Interrupted, first_signal
 
 log = logging.getLogger(__name__)
 
 AXES = ("identity", "data")
+
+# Seconds that process 0 still waits for the others once it was told to stop. With a step, a
+# checkpoint and the end of JAX's service it stays below the 30 that schedulers give.
+GRACE = 20
+# Seconds between two looks at what the others have done, and for which they wait for process 0.
+PULSE, LISTING = 30, 300
 
 
 class DevicesError(ValueError):
@@ -55,14 +74,93 @@ def start_processes() -> None:
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def await_processes() -> None:
-    """Waits until every process that is still alive has come to its end.
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes of a run, and leaves them so that none of them ends another.
 
-    Process 0 coordinates the others, which cannot go on without it.
+    Process 0 holds what the others cannot live without, so it leaves last: after an error once all
+    others have ended, after SIGINT or SIGTERM in any case after `GRACE` seconds. A signal that
+    nothing else handles ends the block in order, with the exit code 130 or 143; a second one ends
+    the process at once.
+
+    Raises:
+        DevicesError: the processes did not find each other.
     """
-    if jax.process_count() > 1:
-        with live_devices(jax.devices()):
+    start_processes()
+    with first_signal(lambda signum: sys.exit(128 + signum)):
+        try:
+            yield
+        except Interrupted:
+            raise
+        except Exception as error:
+            log.warning("process %d ends: %s", jax.process_index(), error)
+            await_others()
+            raise
+        finally:
+            await_others(GRACE)
+            jax.distributed.shutdown()
+
+
+def await_others(limit: float = math.inf, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Waits, in process 0, until each other process has left or died; no longer than `limit`.
+
+    One that was killed counts as dead when nothing was heard of it for 100 seconds.
+
+    Args:
+        meanwhile: is called every `PULSE` seconds.
+    """
+    if jax.process_count() == 1 or jax.process_index() > 0:
+        return
+    are_gone, until = watch_others(), time.monotonic() + limit
+    while not are_gone.wait(min(PULSE, until - time.monotonic())) and time.monotonic() < until:
+        meanwhile()
+
+
+@functools.cache
+def watch_others() -> threading.Event:
+    """What is set once each other process has left or died.
+
+    A thread waits for it, because JAX's own wait has no limit and hears no signal.
+    """
+    are_gone = threading.Event()
+
+    def wait():
+        # It is a wait for all to come here or to go, and nobody else comes here.
+        with suppress(Exception), live_devices(jax.devices()):
             pass
+        are_gone.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return are_gone
+
+
+def check_same_people(names: Sequence[str]) -> None:
+    """Makes sure that this process shares out the same people, in the same order, as process 0.
+
+    Otherwise some would be trained twice and others by nobody.
+
+    Raises:
+        DevicesError: they differ, or process 0 does not say whom it has.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = f"{len(names)} people, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
+    client, key = global_state.client, "idea_jax/people"
+    if jax.process_index() == 0:
+        client.key_value_set(key, ours)
+        return
+    theirs, until = None, time.monotonic() + LISTING
+    while theirs is None and time.monotonic() < until:
+        with suppress(jax.errors.JaxRuntimeError):  # not yet; short, so that signals are heard
+            theirs = client.blocking_key_value_get(key, 1000)
+    if theirs is None:
+        raise DevicesError(f"process 0 did not say within {LISTING} seconds whom it trains")
+    if theirs != ours:
+        raise DevicesError(
+            f"process {jax.process_index()} sees other people than process 0 ({ours}; there: "
+            f"{theirs}); --train_data_dir, --dataset_dir and --identities must name the same ones "
+            "everywhere"
+        )
 
 
 def own_share(names: Sequence[str]) -> list[str]:

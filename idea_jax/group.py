@@ -264,26 +264,37 @@ def show(bar: tqdm, step: int, count: int, losses: list[float]) -> None:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step under way can end; a second one ends the
-    process at once, wherever it is.
+    """Collects SIGINT and SIGTERM, so that the step under way can end; see `first_signal`."""
+    noted: list[int] = []
+
+    def note(signum):
+        noted.append(signum)
+        log.warning("stopping after this step; once more to stop at once")
+
+    with first_signal(note):
+        yield noted
+
+
+@contextmanager
+def first_signal(act: Callable[[int], None]) -> Iterator[None]:
+    """Calls `act` with the number of the first SIGINT or SIGTERM; a second one ends the process at
+    once, wherever it is.
 
     Does nothing outside the main thread, where Python allows no handlers.
     """
-    noted: list[int] = []
 
-    def note(signum, frame):
-        noted.append(signum)
+    def handle(signum, frame):
         # A handler of ours would have to wait for the end of a long call into XLA.
         for number in STOPPING:
             signal.signal(number, signal.SIG_DFL)
-        log.warning("stopping after this step; once more to stop at once")
+        act(signum)
 
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield
         return
-    before = {number: signal.signal(number, note) for number in STOPPING}
+    before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
-        yield noted
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,7 +4,8 @@
 
 `OUT/PERSON/job.json` is the record; it decides what a restarted run has left to do, and only the
 process that trains the person writes it. `OUT/jobs.jsonl` repeats the records of everybody, one a
-line, for people to read and for the command above; process 0 writes it.
+line; process 0 writes it when its groups begin and end, and while it waits for the others. The
+command above shows what is newer in the records.
 """
 
 import argparse
@@ -222,7 +223,7 @@ class Board:
 
 
 def read(out: Path) -> list[Record]:
-    """The records of `OUT/jobs.jsonl`; a damaged line is skipped with a warning.
+    """The newest records of the people of `OUT/jobs.jsonl`; a damaged line is skipped, and named.
 
     Raises:
         JobsError: there is no such file.
@@ -238,10 +239,22 @@ def read(out: Path) -> list[Record]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(from_line(line))
+            records.append(latest(Path(out), from_line(line)))
         except JobsError as error:
             log.warning("line %d of %s is skipped: %s", number, path, error)
     return records
+
+
+def latest(out: Path, line: Record) -> Record:
+    """A line of the manifest; or the person's own record, where more has happened since."""
+    try:
+        own = from_line((out / line.person / RECORD).read_text(encoding="ascii"))
+    except (JobsError, OSError, UnicodeDecodeError):
+        return line
+    # After as many attempts, a line that says waiting is newer: the same people, trained further.
+    since = own.attempts - line.attempts
+    is_newer = since > 0 or (since == 0 and line.status == "running")
+    return dataclasses.replace(own, person=line.person) if is_newer else line
 
 
 def people_per_hour(records: Sequence[Record]) -> float | None:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -153,13 +153,22 @@ def run(cfg: TrainConfig) -> list[Path]:
       TrainingError: the loss became non-finite; the last good identity is on disk.
       Interrupted: SIGINT or SIGTERM; a checkpoint is on disk.
     """
+    with devices.joined() if cfg.distributed else nullcontext():
+        return train_people(cfg)
+
+
+def train_people(cfg: TrainConfig) -> list[Path]:
+    """`run`, once the processes are joined.
+
+    Raises:
+      as `run`.
+    """
     started = time.monotonic()
-    if cfg.distributed:
-        devices.start_processes()
     # What can be wrong and is cheap to see comes first.
     people.places(cfg.identities)
     face_models.check_select(cfg.face_select)
     everybody = people_of(cfg)
+    devices.check_same_people(list(everybody))
     is_single = list(everybody) == [""]
     alone = person_of(cfg, "", everybody[""]) if is_single else None
     own = devices.own_share(list(everybody))
@@ -333,7 +342,7 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
         for name in [name for name in own if board.records[name].status == "failed"]:
             log.warning("once more, alone: %s", name)
             train_group(work, board, everybody, deque([name]), 1, bar)
-    devices.await_processes()
+    devices.await_others(meanwhile=board.publish)
     board.publish()
     mine = [board.records[name] for name in (*own, *gone)]
     failed = [record for record in mine if record.status == "failed"]

@@ -5,6 +5,7 @@ import hashlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,21 @@ class Job:
 
     def is_saving(self):
         return any(self.out.glob("*/checkpoints/*orbax-checkpoint-tmp*"))
+
+
+def processes_of(count):
+    """The variables that let so many processes on this machine find each other."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    return [
+        {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(number),
+        }
+        for number in range(count)
+    ]
 
 
 def end(process):

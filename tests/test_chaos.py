@@ -1,11 +1,10 @@
 """No run is ever lost: trainings of many people that are killed, and whose files are damaged."""
 
-import json
 import random
 import shutil
 import signal
-import socket
 import time
+from contextlib import contextmanager
 
 import chaos
 import numpy as np
@@ -178,62 +177,114 @@ def test_twelve_people_survive_everything(smallest_checkpoint, tmp_path, cache):
     assert not left
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+class Pair(chaos.Job):
+    """Two processes with four simulated devices each."""
 
-
-@pytest.fixture
-def pair(smallest_checkpoint, tmp_path, cache):
-    """Two processes with four simulated devices each, and one process with as many."""
-    flags = "--max_train_steps 12 --checkpointing_steps 4 --mesh identity={}".format
-    make = job(tmp_path, smallest_checkpoint, cache, 8)
-    one, two = make("one"), make("two")
-    one.command += flags(4).split()
-    two.command += [*flags(8).split(), "--distributed"]
-    for each in (one, two):
-        each.environment["XLA_FLAGS"] = chaos.XLA.format(4)
-
-    def start():
-        port, processes, said = free_port(), [], []
-        for number in range(2):
-            processes.append(
-                two.start(
-                    JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-                    JAX_NUM_PROCESSES="2",
-                    JAX_PROCESS_ID=str(number),
-                )
-            )
-            said.append(two.errors)
+    def start_both(self):
+        """Returns both, and a function that tells what they said."""
+        processes, said = [], []
+        for variables in chaos.processes_of(2):
+            processes.append(self.start(**variables))
+            said.append(self.errors)
         return processes, lambda: "\n".join(path.read_text("utf-8", "replace") for path in said)
 
-    return one, two, start
+    def run_both(self):
+        processes, said = self.start_both()
+        with ended(processes):
+            assert [process.wait(chaos.PATIENCE) for process in processes] == [0, 0], said()
+
+    def checkpoints_of(self, number):
+        return [p for p in self.checkpoints() if int(p.parent.parent.name[-2:]) % 2 == number]
+
+
+@contextmanager
+def ended(processes):
+    """Ends processes that a failed test would leave behind."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            chaos.end(process)
+
+
+def wait_until(is_time, processes, said):
+    """Waits for something that happens while all of these run."""
+    deadline = time.monotonic() + chaos.PATIENCE
+    while not is_time():
+        assert all(process.poll() is None for process in processes), said()
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def pair(smallest_checkpoint, tmp_path_factory, cache):
+    """What makes a `Pair`, and what one process with as many devices learned of the same people."""
+    tmp_path = tmp_path_factory.mktemp("pair")
+    chaos.write_people(tmp_path / "people", 8)
+
+    def make(kind, name, *flags):
+        steps = "--max_train_steps 20 --checkpointing_steps 4".split()
+        made = kind(
+            smallest_checkpoint, tmp_path / "people", tmp_path / name, cache, *steps, *flags
+        )
+        made.environment["XLA_FLAGS"] = chaos.XLA.format(4)
+        return made
+
+    one = make(chaos.Job, "one", "--mesh", "identity=4")
+    code, said = one.run()
+    assert code == 0, said
+    expected = one.results()
+    assert len(set(expected.values())) == 8
+    return lambda name: make(Pair, name, "--mesh", "identity=8", "--distributed"), expected
+
+
+def test_two_processes_learn_what_one_does(pair):
+    make, expected = pair
+    two = make("two")
+    two.run_both()
+    assert two.results() == expected
+    lines = [jobs.from_line(line) for line in (two.out / jobs.MANIFEST).read_text().splitlines()]
+    assert [record.status for record in lines] == ["done"] * 8
 
 
 @pytest.mark.chaos
 def test_one_of_two_processes_is_killed(pair):
-    one, two, start = pair
-    code, said = one.run()
-    assert code == 0, said
-    expected = one.results()
-    processes, _ = start()
-    try:
-        while not two.checkpoints():
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.01)
+    """The other one finishes its people; told to stop, it does not wait for the dead one."""
+    make, expected = pair
+    two = make("killed")
+    processes, said = two.start_both()
+    with ended(processes):
+        wait_until(lambda: two.checkpoints_of(1), processes, said)
         processes[1].kill()
-        # The other one ends by itself once it notices, and does not have to.
-        processes[0].wait(10) if processes[0].poll() is not None else processes[0].kill()
-        assert two.results().items() <= expected.items()
-        for process in processes:
-            process.wait()
-        processes, said = start()
-        codes = [process.wait(chaos.PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            chaos.end(process)
-    assert codes == [0, 0], said()
+        wait_until(lambda: len(two.results()) >= 4, processes[:1], said)
+        processes[0].send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert processes[0].wait(chaos.PATIENCE) == 143, said()
+        assert time.monotonic() - started < 30
+    assert two.results().items() <= expected.items()
+    two.run_both()
     assert two.results() == expected
-    records = [json.loads(line) for line in (two.out / jobs.MANIFEST).read_text().splitlines()]
-    assert {record["status"] for record in records} == {"done"} and len(records) == 8
+
+
+@pytest.mark.chaos
+def test_two_processes_are_stopped_in_order(pair):
+    """Process 0 waits for one that is late: for its people, and for its last checkpoints."""
+    make, expected = pair
+    two = make("stopped")
+    processes, said = two.start_both()
+    with ended(processes):
+        wait_until(lambda: two.checkpoints_of(1), processes, said)
+        processes[1].send_signal(signal.SIGSTOP)
+        wait_until(lambda: len(two.results()) >= 4, processes, said)
+        time.sleep(2)
+        for process in processes:
+            assert process.poll() is None, said()
+            process.send_signal(signal.SIGTERM)
+        time.sleep(8)  # JAX would have ended process 1 by now, had process 0 gone
+        assert processes[0].poll() is None, said()
+        processes[1].send_signal(signal.SIGCONT)
+        assert [process.wait(chaos.PATIENCE) for process in processes] == [143, 143], said()
+    assert two.results().items() <= expected.items()
+    assert {r.status for r in jobs.read(two.out) if r.person not in two.results()} == {"waiting"}
+    two.run_both()
+    assert two.results() == expected

@@ -222,6 +222,22 @@ def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path,
         assert "cannot be used" in caplog.text
 
 
+def test_status_looks_into_the_records_where_more_has_happened_than_the_manifest_says(tmp_path):
+    before = {"failed": "waiting", "done": "running", "running": "waiting", "waiting": "waiting"}
+    lines = [record(name, status, attempts=1) for name, status in before.items()]
+    (tmp_path / jobs.MANIFEST).write_text("".join(jobs.to_line(line) + "\n" for line in lines))
+    # Of the last one only the plan to train further is newer than their record.
+    attempts = {"failed": 2, "done": 1, "running": 3, "waiting": 1}
+    for name, count in attempts.items():
+        status = "done" if name == "waiting" else name
+        (tmp_path / name).mkdir()
+        own = jobs.to_line(record(name, status, attempts=count))
+        (tmp_path / name / jobs.RECORD).write_text(own)
+    assert [r.status for r in jobs.read(tmp_path)] == list(before)
+    (tmp_path / "done" / jobs.RECORD).write_text("{")
+    assert jobs.read(tmp_path)[1] == lines[1]
+
+
 def test_status_says_how_fast_it_goes_and_what_went_wrong(tmp_path, capsys, caplog):
     times = [(900.0, 900.0), (900.0, 900.0), (1800.0, 900.0), (1800.0, 920.0), (3600.0, 1800.0)]
     records = [record(f"p{n}", ended=end, seconds=took) for n, (end, took) in enumerate(times)]
