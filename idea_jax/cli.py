@@ -10,10 +10,10 @@ from idea_jax import (
     config,
     devices,
     face_models,
-    group,
     jobs,
     learned_embeds,
     results,
+    signals,
 )
 from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
@@ -66,7 +66,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     except INPUT_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
-    except group.Interrupted as stop:
+    except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:

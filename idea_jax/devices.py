@@ -21,7 +21,7 @@ from jax._src.distributed import global_state
 from jax.experimental.multihost_utils import live_devices
 from jax.sharding import AxisType, Mesh
 
-from idea_jax.group import Interrupted, first_signal
+from idea_jax.signals import Interrupted, first_signal
 
 log = logging.getLogger(__name__)
 

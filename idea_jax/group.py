@@ -1,10 +1,8 @@
 """Training people together: all steps of one group, until a signal comes."""
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import jax
@@ -18,22 +16,13 @@ from idea_jax.config import TrainConfig
 from idea_jax.data import people
 from idea_jax.learned_embeds import EmbedsError
 from idea_jax.results import Results, TrainingError, is_multiple
+from idea_jax.signals import noted_signals
 from idea_jax.train_step import IdentityState, Metrics, Photos
 
 log = logging.getLogger(__name__)
 
 # What can be wrong with what one person has learned, and does not concern the others.
 OWN_ERRORS = (IdentityError, EmbedsError, CheckpointError)
-
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; what was reached is on disk."""
-
-    def __init__(self, signum: int, message: str):
-        super().__init__(message)
-        self.signum = signum
 
 
 @dataclass
@@ -260,41 +249,3 @@ def show(bar: tqdm, step: int, count: int, losses: list[float]) -> None:
     tenth = max(1, bar.total // 10)
     if bar.disable and step // tenth > (step - count) // tenth:
         log.info("step %d of %d: loss %.4f", step, bar.total, mean)
-
-
-@contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the step under way can end; see `first_signal`."""
-    noted: list[int] = []
-
-    def note(signum):
-        noted.append(signum)
-        log.warning("stopping after this step; once more to stop at once")
-
-    with first_signal(note):
-        yield noted
-
-
-@contextmanager
-def first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Calls `act` with the number of the first SIGINT or SIGTERM; a second one ends the process at
-    once, wherever it is.
-
-    Does nothing outside the main thread, where Python allows no handlers.
-    """
-
-    def handle(signum, frame):
-        # A handler of ours would have to wait for the end of a long call into XLA.
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_DFL)
-        act(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

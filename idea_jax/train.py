@@ -31,11 +31,12 @@ from idea_jax import (
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig
 from idea_jax.data import images, people, text
 from idea_jax.files import WriteError, check_writable, file_digest, write_together
-from idea_jax.group import Interrupted, Learner, has_plateau, train_together
+from idea_jax.group import Learner, has_plateau, train_together
 from idea_jax.method import anchor, condition
 from idea_jax.models import flash, hub, sd
 from idea_jax.pytrees import count
 from idea_jax.results import Base, Results, TrainingError
+from idea_jax.signals import Interrupted
 from idea_jax.train_step import (
     IdentityState,
     Photos,

@@ -16,7 +16,8 @@ ROWS = (
     ("config", ""),
     ("pytrees", ""),
     ("files", ""),
-    ("devices", ""),
+    ("signals", ""),
+    ("devices", "signals"),
     ("compile_cache", ""),
     # level 1: one format or one outside world each
     ("data.images", "files"),
@@ -57,10 +58,11 @@ ROWS = (
         "sample checkpoint train_step learned_embeds tensorboard config files data.* method.* "
         "models.*",
     ),
-    ("group", "results checkpoint train_step config data.people"),
+    ("group", "results checkpoint learned_embeds train_step signals config data.people"),
     (
         "train",
-        "group results sample checkpoint train_step learned_embeds jobs devices faces face_models "
+        "group results sample checkpoint train_step learned_embeds jobs devices signals faces "
+        "face_models "
         "face_table config pytrees files data.* diffusion.* method.* models.*",
     ),
     # the drawn world: knows neither networks nor runs
@@ -76,11 +78,11 @@ ROWS = (
     ("mini.detector", "mini.composites mini.networks"),
     ("mini.pretrain", "mini.* models.* diffusion.schedule data.text files pytrees random_sd"),
     ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
-    ("mini.lab", "mini.* train results train_step sample faces config models.hub pytrees"),
+    ("mini.lab", "mini.* train group results train_step sample faces config models.hub pytrees"),
     # level 6: the command line
     (
         "cli",
-        "train group results jobs devices sample checkpoint learned_embeds face_models "
+        "train results jobs devices signals sample checkpoint learned_embeds face_models "
         "compile_cache config data.* diffusion.* models.*",
     ),
     ("demo", "cli mini.* faces data.images pytrees"),
