@@ -178,8 +178,8 @@ def test_second_run_in_a_folder_is_refused_until_the_first_one_ends_or_is_killed
     first = subprocess.Popen(command, cwd=chaos.ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "held\n"
-        for photos in (root, root / "person-00"):  # of several people, of one
-            assert run(photos, out) == 1
+        for given in ([root, out], [root / "person-00", out, "--identities_per_step", "1"]):
+            assert run(*given) == 1
             assert f"another run is using {out}" in capsys.readouterr().err
         assert [path.name for path in out.iterdir()] == [".lock-0"]
         with jobs.only_run(out, 1):  # another process of the same run
