@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -257,7 +257,7 @@ def download(name: str) -> Path:
     with _packages_needed():
         from insightface.utils import storage
     folder = packs_folder() / name
-    log.warning("insightface downloads its pack %s to %s: %s", name, folder, LICENCE)
+    log.warning("insightface downloads its pack %s to %s", name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # insightface would take a half unpacked folder for the pack ever after: renamed when whole.
@@ -276,6 +276,23 @@ def download(name: str) -> Path:
 
 
 # --- opening them ---------------------------------------------------------------------------------
+def licence(files: Sequence[Path]) -> str | None:
+    """Returns what has to be said of the terms of face models; None if they are not insightface's.
+
+    Args:
+        files: the models that are used.
+
+    Raises:
+        FaceError: the manifest of their pack is damaged.
+    """
+    if any(file.name in KNOWN_SHA256 or file.parent.parent == packs_folder() for file in files):
+        return LICENCE
+    for package in (_manifest(folder) for folder in {file.parent for file in files}):
+        if package is not None:  # as insightface has it: without that file, these terms hold
+            return f"{LICENCE}, unless {package.license_path} says otherwise"
+    return None
+
+
 
 
 @contextlib.contextmanager

@@ -437,9 +437,6 @@ def open_finder(
     """
     check_select(select)
     log.info("face model: %s (%s)", face_model.name, face_model.parent.name)
-    if face_model.name in face_models.KNOWN_SHA256:
-        log.info(face_models.LICENCE)
-    recogniser = load_recogniser(face_model, provider) if embeds else None
     file = None if pre_aligned else detector_beside(face_model, needed=needs_detector)
     if file is None and not pre_aligned:
         log.warning(
@@ -463,6 +460,10 @@ def detector_beside(face_model: Path, *, needed: bool = True) -> Path | None:
         return face_models.find_in_pack(face_model.parent, "detection")
     except face_models.NotInPack:
         if needed:
+    terms = face_models.licence([path for path in (face_model if embeds else None, file) if path])
+    if terms:
+        log.info(terms)
+    recogniser = load_recogniser(face_model, provider) if embeds else None
             raise
         return None
 

@@ -258,7 +258,8 @@ def test_download_only_after_the_licence_was_accepted(pack, home, monkeypatch, c
     assert len(asked) == 1 and asked[0].endswith("/buffalo_l.zip")
     assert "non-commercial research only" in caplog.text
     assert capsys.readouterr().out == ""  # standard output is for results
-    assert find() == home / "buffalo_l" / "rec.onnx"  # found now, without a second download
+    found = find()
+    assert found == home / "buffalo_l" / "rec.onnx"  # found now, without a second download
     assert len(asked) == 1
 
 
@@ -303,6 +304,23 @@ def test_unpacking_that_is_interrupted_leaves_nothing(pack, home, monkeypatch):
     assert find(accept=True) == home / "buffalo_l" / "rec.onnx"
     assert [path.name for path in home.iterdir()] == ["buffalo_l"]
 
+    caplog.set_level("INFO")
+    faces.open_finder(found)
+    assert caplog.text.count("non-commercial research only") == 1  # of the download, too
+
+
+@pytest.mark.parametrize("case", ["own", "recogniser", "detector", "detector alone", "manifest"])
+def test_licence_is_said_once_of_what_is_insightfaces(pack, monkeypatch, caplog, case):
+    caplog.set_level("INFO")
+    name = {"recogniser": "rec.onnx", "detector": "det.onnx", "detector alone": "det.onnx"}
+    if case in name:
+        digest = hashlib.sha256((pack / name[case]).read_bytes()).hexdigest()
+        monkeypatch.setitem(face_models.KNOWN_SHA256, name[case], digest)
+    if case == "manifest":
+        write_manifest(pack)
+    faces.open_finder(find(pack), embeds=case != "detector alone")
+    assert caplog.text.count("non-commercial research only") == (case != "own")
+    assert ("MODEL.LICENSE says otherwise" in caplog.text) == (case == "manifest")
 
 def test_damaged_pack_in_insightfaces_own_folder_can_be_removed(home):
     (home / "buffalo_l").mkdir(parents=True)
