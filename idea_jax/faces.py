@@ -286,8 +286,8 @@ def embed_faces(recogniser: Recogniser, crops: Sequence[np.ndarray]) -> np.ndarr
     """Returns float32[P, 512] of unit norm for P crops uint8[112, 112, 3] in RGB.
 
     Raises:
-        FaceError: there is no crop, one has another shape or dtype, or its embedding is not finite
-            or zero.
+        FaceError: there is no crop, one has another shape or dtype, the model cannot process it, or
+            its embedding is not finite or zero.
     """
     if len(crops) == 0:
         raise FaceError("expected at least one face crop, got none")
@@ -302,7 +302,13 @@ def embed_faces(recogniser: Recogniser, crops: Sequence[np.ndarray]) -> np.ndarr
         # insightface works on OpenCV's channel order, and swaps it back before the network. One at
         # a time, since some exported models have a fixed batch of one.
         bgr = np.ascontiguousarray(crop[:, :, ::-1])
-        embeds.append(recogniser.model.get_feat(bgr).reshape(-1))
+        try:
+            embeds.append(recogniser.model.get_feat(bgr).reshape(-1))
+        except Exception as error:  # of OpenCV or onnxruntime, without a common base
+            raise FaceError(
+                f"the face model {recogniser.path} cannot process a crop "
+                f"({type(error).__name__}: {error}); see whether it is an ArcFace model"
+            ) from error
     return _normalise(np.stack(embeds), "the embedding of face crop")
 
 
