@@ -91,7 +91,7 @@ def detect(
     width, height = image.size
     # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
     input_side = max(detector.model.static_input_size or (DET_SIZE,))
-    shrink = max(width, height) / (2 * input_side)
+    shrink = max(width, height) * (1 + 2 * border) / (2 * input_side)
     if shrink > 1:
         image = image.resize((max(1, round(width / shrink)), max(1, round(height / shrink))))
     scale = np.array([width / image.width, height / image.height], np.float32)
@@ -120,28 +120,43 @@ def detect(
 
 
 def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Face]:
+def attempts(detector: Detector) -> list[tuple[int, float, float]]:
+    """Returns `ATTEMPTS` as a detector can make them.
+
+    One with an input of a fixed size sees no smaller one; there the border is as wide as makes the
+    face as small.
+    """
+    fixed = detector.model.static_input_size
+    if fixed is None:
+        return list(ATTEMPTS)
+    return [
+        (max(fixed), threshold, ((1 + 2 * border) * DET_SIZE / size - 1) / 2)
+        for size, threshold, border in ATTEMPTS
+    ]
+
+
     """Returns the faces on a picture, from left to right, trying harder until there is one.
 
     Raises:
         FaceError: there is none, and the message has the picture's `name`; or the detector cannot
             process it in any way.
     """
-    failures = []
-    for size, threshold, border in ATTEMPTS:
+    failures, ways = [], attempts(detector)
+    for size, threshold, border in ways:
         try:
             found = detect(detector, image, size=size, threshold=threshold, border=border)
         except FaceError as error:  # a picture that is too thin is not so with a border
             failures.append(error)
             continue
         if found:
-            if (size, threshold, border) != ATTEMPTS[0]:
+            if (size, threshold, border) != ways[0]:
                 log.info(
                     "%s: a face was found only with detection size %d, threshold %g, border %g; "
                     "see whether it is the right one",
                     *(name, size, threshold, border),
                 )
             return found
-    if len(failures) == len(ATTEMPTS):
+    if len(failures) == len(ways):
         raise failures[0]
     raise FaceError(
         f"no face found in {name} ({image.width} x {image.height} pixels), neither as it is, nor "
