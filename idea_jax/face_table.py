@@ -152,7 +152,7 @@ def read(path: str | Path) -> Table:
 
 
 def write(path: str | Path, table: Table) -> None:
-    """Writes a table, atomically.
+    """Writes a table, atomically, for nobody but the user to read.
 
     Raises:
         WriteError: the disk is full, or the place cannot be written to.
@@ -176,4 +176,4 @@ def write(path: str | Path, table: Table) -> None:
         **vars(table.about),
         "names": [table.names[digest] for digest in digests],
     }
-    write_tensors(path, arrays, {_KEY: json.dumps(about, sort_keys=True)})
+    write_tensors(path, arrays, {_KEY: json.dumps(about, sort_keys=True)}, private=True)
