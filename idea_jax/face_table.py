@@ -81,8 +81,8 @@ class Table:
         if sight is None:
             raise FaceError(
                 f"{picture} is not among the {len(self.rows)} pictures of --face_embeddings; run "
-                "python -m idea_jax.faces again on its folder (it adds what is missing), and see "
-                "whether it finds a face there"
+                "python -m idea_jax.faces again on its folder or data set (it adds what is "
+                "missing), and see whether it finds a face there"
             )
         return sight
 

@@ -2,13 +2,14 @@
 
 The detector, the recogniser and the alignment are insightface's own. Embeddings are biometric data:
 nothing here logs or prints them. `python -m idea_jax.faces DIR --out FILE` computes them once for a
-folder of pictures, so that training needs neither the models nor onnxruntime.
+folder of pictures or a data set, so that training needs neither the models nor onnxruntime.
 """
 
 import argparse
 import hashlib
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import face_models, face_table
-from idea_jax.data import images
+from idea_jax import config, face_models, face_table
+from idea_jax.data import images, people
 from idea_jax.face_models import (
     SIZE,
     WIDTH,
@@ -119,7 +120,6 @@ def detect(
     return sorted(found, key=lambda face: (face.box[0] + face.box[2], face.box[1]))
 
 
-def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Face]:
 def attempts(detector: Detector) -> list[tuple[int, float, float]]:
     """Returns `ATTEMPTS` as a detector can make them.
 
@@ -135,6 +135,7 @@ def attempts(detector: Detector) -> list[tuple[int, float, float]]:
     ]
 
 
+def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Face]:
     """Returns the faces on a picture, from left to right, trying harder until there is one.
 
     Raises:
@@ -459,6 +460,10 @@ def open_finder(
     check_select(select)
     log.info("face model: %s (%s)", face_model.name, face_model.parent.name)
     file = None if pre_aligned else detector_beside(face_model, needed=needs_detector)
+    terms = face_models.licence([path for path in (face_model if embeds else None, file) if path])
+    if terms:
+        log.info(terms)
+    recogniser = load_recogniser(face_model, provider) if embeds else None
     if file is None and not pre_aligned:
         log.warning(
             "there is no face detector beside %s: the central square of each photo is taken for "
@@ -481,25 +486,24 @@ def detector_beside(face_model: Path, *, needed: bool = True) -> Path | None:
         return face_models.find_in_pack(face_model.parent, "detection")
     except face_models.NotInPack:
         if needed:
-    terms = face_models.licence([path for path in (face_model if embeds else None, file) if path])
-    if terms:
-        log.info(terms)
-    recogniser = load_recogniser(face_model, provider) if embeds else None
             raise
         return None
 
 
-# --- a folder, once -------------------------------------------------------------------------------
+# --- many pictures, once --------------------------------------------------------------------------
 
 
 def precompute(
-    pictures: Sequence[images.PictureFile], out: Path, finder: Finder, *, save_every: int = 50
+    pictures: Sequence[images.PictureFile], out: Path, finder: Finder, *, seconds: float = 30.0
 ) -> list[tuple[object, str]]:
     """Adds the faces of pictures to the table at `out`; returns the pictures that failed, and why.
 
-    Pictures whose contents are in the table are not looked at again. The table is saved every
-    `save_every` pictures and when anything stops the work, so that the same call goes on with it;
-    then the pictures that failed are printed, too.
+    Pictures whose contents are in the table are not looked at again. The table is saved on the way
+    and when anything stops the work, so that the same call goes on with it; then the pictures that
+    failed are printed, too.
+
+    Args:
+        seconds: least time from one save to the next; each writes the whole table.
 
     Raises:
         FaceError: `out` is a table that was made in another way, or no table.
@@ -509,7 +513,7 @@ def precompute(
     if out.exists():
         table = read_table(out, about)
         rows, names = dict(table.rows), dict(table.names)
-    saved = len(rows)
+    saved, saved_at = len(rows), time.monotonic()
 
     def save():
         face_table.write(out, face_table.Table(about, rows, names))
@@ -524,9 +528,9 @@ def precompute(
                     rows[digest] = finder.look(picture)
             except (FaceError, images.ImageError, OSError) as error:
                 failed.append((picture, str(error)))
-            if len(rows) - saved >= save_every:
+            if len(rows) > saved and time.monotonic() - saved_at >= seconds:
                 save()
-                saved = len(rows)
+                saved, saved_at = len(rows), time.monotonic()
     finally:
         try:
             if len(rows) > saved:
@@ -564,10 +568,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     args = _parser().parse_args(argv)
     try:
+        config.check_sources("a folder", args.folder, args.dataset, args.dataset_dir)
+        if args.identities is not None and args.dataset is None:
+            raise config.ConfigError("--identities has no effect without --dataset")
+        config.check_finding(args)
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         check_select(args.face_select)
-        paths, skipped = images.list_tree(args.folder)
-        images.report_skipped(skipped)
-        pictures = [images.PictureFile(path) for path in paths]
+        pictures = _pictures(args)
         if args.out.is_dir():
             raise FaceError(
                 f"--out {args.out} is a folder; give a file, such as {args.out}/faces.safetensors"
@@ -589,7 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pre_aligned=args.pre_aligned,
         )
         failed = precompute(pictures, args.out, finder)
-    except (FaceError, images.ImageError, OSError) as error:
+    except (FaceError, images.ImageError, people.PeopleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -599,6 +609,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
     return 0
+
+
+def _pictures(args: argparse.Namespace) -> list:
+    if args.dataset is None:
+        paths, skipped = images.list_tree(args.folder)
+        images.report_skipped(skipped)
+        return [images.PictureFile(path) for path in paths]
+    people.places(args.identities)  # it takes minutes until they are needed
+    log.info(people.LICENCE)
+    chosen = people.choose(people.from_celeb_a(args.dataset_dir), args.identities)
+    return [picture for pictures in chosen.values() for picture in pictures]
 
 
 def _digest(file: Path | None) -> str | None:
@@ -614,12 +635,19 @@ def _digest(file: Path | None) -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m idea_jax.faces",
-        description="Compute the face embeddings of a folder of photos, and of its sub-folders, "
-        "once; training reads them with --face_embeddings. The same command goes on where it "
-        "stopped.",
+        description="Compute the face embeddings of a folder of photos, and of its sub-folders, or "
+        "of a data set, once; training reads them with --face_embeddings. The same command goes on "
+        "where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="folder of photos, or of one folder per person")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="folder of photos, or of one folder per person"
+    )
+    parser.add_argument("--dataset", choices=("celeb_a",), help="data set, instead of a folder")
+    parser.add_argument(
+        "--dataset_dir", help="folder in which tensorflow-datasets prepared it, as array_record"
+    )
+    parser.add_argument("--identities", help="people of the data set, FROM:TO (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--face_model_dir", help="folder of an insightface pack")
     parser.add_argument("--face_model", help="ArcFace model; its detector lies beside it")

@@ -421,7 +421,7 @@ def people_of(cfg: TrainConfig) -> dict[str, list]:
       images.ImageError, people.PeopleError: there is nobody, or a picture cannot be used.
     """
     if cfg.dataset is not None:
-        log.info("CelebA is for non-commercial research only; do not pass its pictures on")
+        log.info(people.LICENCE)
         return choose_people(cfg, people.from_celeb_a(cfg.dataset_dir))
     folder = Path(cfg.train_data_dir)
     if images.has_only_folders(folder):

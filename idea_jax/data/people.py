@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from idea_jax.data import images
 
+LICENCE = "CelebA is for non-commercial research only; do not pass its pictures on"
 HOW_TO_PREPARE = (
     "prepare it once, where TensorFlow is installed (pip install 'idea-jax[celeba]' tensorflow "
     "importlib_resources): python -c \"import tensorflow_datasets as tfds; tfds.builder('celeb_a', "
