@@ -102,7 +102,7 @@ def write_identity(path: Path, identity: Identity) -> None:
         "versions": versions(),
         "licence": "the base model's and the face model's terms of use apply",
     }
-    write_tensors(path, tensors, {FORMAT: json.dumps(about)})
+    write_tensors(path, tensors, {FORMAT: json.dumps(about)}, private=True)  # a face embedding
 
 
 def read_identity(path: Path) -> Identity:

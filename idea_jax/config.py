@@ -301,7 +301,7 @@ class TrainConfig:
                     f"{' and '.join(profiles)}"
                 )
 
-        self.check_sources()
+        check_sources("--train_data_dir", self.train_data_dir, self.dataset, self.dataset_dir)
         self.check_face()
         shape = self.mesh_shape()
         if self.shard_frozen and (shape is None or shape["data"] == 1):
@@ -309,17 +309,6 @@ class TrainConfig:
                 "--shard_frozen splits the weights over the devices on data; give --mesh with "
                 "data=N, N > 1"
             )
-
-    def check_sources(self) -> None:
-        """Raises unless there is one source of photos."""
-        if self.train_data_dir is None and self.dataset is None:
-            raise ConfigError(
-                "missing: --train_data_dir, or --dataset with --dataset_dir (see --help)"
-            )
-        if self.train_data_dir is not None and self.dataset is not None:
-            raise ConfigError("give either --train_data_dir or --dataset, not both")
-        if (self.dataset is None) != (self.dataset_dir is None):
-            raise ConfigError("--dataset and --dataset_dir belong together: give both or none")
 
     def check_face(self) -> None:
         """Raises unless the settings of the face fit together."""
@@ -335,8 +324,7 @@ class TrainConfig:
                 f"--{given[0]} has no effect with --face_embeddings: how faces are found was "
                 "settled when that file was written"
             )
-        if self.face_model is not None and self.face_model_dir is not None:
-            raise ConfigError("give either --face_model or --face_model_dir, not both")
+        check_finding(self)
         if self.pre_aligned and self.crop == "face":
             raise ConfigError("--crop face has no effect on --pre_aligned photos: they are crops")
 
@@ -454,6 +442,26 @@ class SampleConfig:
             raise ConfigError(f"eta must lie between 0 and 1, got {self.eta}")
         if self.eta and self.scheduler != "ddim":
             raise ConfigError("--eta belongs to --scheduler ddim; dpmpp_2m is deterministic")
+
+
+def check_sources(name: str, folder: object, dataset: str | None, dataset_dir: object) -> None:
+    """Raises unless there is one source of photos: a folder, whose setting has `name`, or a set."""
+    if folder is None and dataset is None:
+        raise ConfigError(f"missing: {name}, or --dataset with --dataset_dir (see --help)")
+    if folder is not None and dataset is not None:
+        raise ConfigError(f"give either {name} or --dataset, not both")
+    if (dataset is None) != (dataset_dir is None):
+        raise ConfigError("--dataset and --dataset_dir belong together: give both or none")
+
+
+def check_finding(settings: object) -> None:
+    """Raises unless the settings of how a face is found fit together."""
+    if settings.face_model is not None and settings.face_model_dir is not None:
+        raise ConfigError("give either --face_model or --face_model_dir, not both")
+    if settings.pre_aligned and settings.face_select != "largest":
+        raise ConfigError(
+            "--face_select has no effect on --pre_aligned photos: they are crops of one face"
+        )
 
 
 def positive(config: object, *names: str) -> None:

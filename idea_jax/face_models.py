@@ -6,12 +6,13 @@ detector and a recogniser among its ONNX files.
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ def download(name: str) -> Path:
     with _packages_needed():
         from insightface.utils import storage
     folder = packs_folder() / name
-    log.warning("insightface downloads its pack %s to %s: %s", name, folder, LICENCE)
+    log.warning("insightface downloads its pack %s to %s", name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # insightface would take a half unpacked folder for the pack ever after: renamed when whole.
@@ -273,6 +274,23 @@ def download(name: str) -> Path:
             f"{folder}, or give its folder with --face_model_dir"
         ) from error
     return folder
+
+
+def licence(files: Sequence[Path]) -> str | None:
+    """Returns what has to be said of the terms of face models; None if they are not insightface's.
+
+    Args:
+        files: the models that are used.
+
+    Raises:
+        FaceError: the manifest of their pack is damaged.
+    """
+    if any(file.name in KNOWN_SHA256 or file.parent.parent == packs_folder() for file in files):
+        return LICENCE
+    for package in (_manifest(folder) for folder in {file.parent for file in files}):
+        if package is not None:  # as insightface has it: without that file, these terms hold
+            return f"{LICENCE}, unless {package.license_path} says otherwise"
+    return None
 
 
 # --- opening them ---------------------------------------------------------------------------------
@@ -329,7 +347,8 @@ def _open(path: Path, provider: str, task: str) -> tuple[object, str]:
     declared = package.tasks.get(task) if package is not None else None
     if declared is not None and declared.path != path.resolve():
         declared = None
-    digest = _inspect(path, declared.sha256 if declared else KNOWN_SHA256.get(path.name))
+    expected = (declared.sha256 if declared else None) or KNOWN_SHA256.get(path.name)
+    content, digest = _inspect(path, expected)
     providers = PROVIDERS[provider]
     if providers[0] not in onnxruntime.get_available_providers():
         raise FaceError(_no_provider(provider, "this onnxruntime was built without it"))
@@ -337,25 +356,33 @@ def _open(path: Path, provider: str, task: str) -> tuple[object, str]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: warnings about graph clean-up help nobody here
     settings = {"sess_options": options, "providers": list(providers)}
+    # By default insightface builds a session for each size of a detector's input, from the file.
+    one = {"static_shape_sessions": False}
     model = None
     try:
-        if declared:  # the manifest also says how the model wants its pixels
-            model = get_model(str(path), model_descriptor=declared, **settings)
+        if declared:
+            # The manifest also says how the model wants its pixels. insightface opens the file
+            # itself, and with the hash makes sure that it is still the one that was inspected.
+            declared = replace(declared, sha256=digest)
+            model = get_model(str(path), model_descriptor=declared, **settings, **one)
             session = model.session
         else:
-            session = onnxruntime.InferenceSession(str(path), **settings)
+            session = onnxruntime.InferenceSession(content, **settings)  # what was inspected
     except Exception as error:  # onnxruntime's errors share no public base class
         raise FaceError(f"onnxruntime cannot load the face model {path}: {error}") from error
     used = session.get_providers()[0]
     if used != providers[0]:  # onnxruntime itself only warns, and goes on with the CPU
         raise FaceError(_no_provider(provider, f"onnxruntime fell back to {used}"))
+    # Without a manifest insightface gives every model float32. With one it has refused what it
+    # cannot feed.
+    types = ("tensor(float)", "tensor(uint8)") if declared else ("tensor(float)",)
     if task == "recognition":
-        _check_recogniser(path, session)
-        model = model or ArcFaceONNX(model_file=str(path), session=session)
+        _check_recogniser(path, session, types)
+        # It looks into the file itself, for whether the network scales colours.
+        model = model or ArcFaceONNX(model_file=io.BytesIO(content), session=session)
     else:
-        _check_detector(path, session)
-        # One session for all sizes; by default insightface builds another one for each.
-        model = model or SCRFD(model_file=str(path), session=session, static_shape_sessions=False)
+        _check_detector(path, session, types)
+        model = model or SCRFD(session=session, **one)
     return model, digest
 
 
@@ -366,9 +393,9 @@ def _no_provider(provider: str, why: str) -> str:
     )
 
 
-def _inspect(path: Path, expected: str | None) -> str:
+def _inspect(path: Path, expected: str | None) -> tuple[bytes, str]:
     """Checks that `path` is one ONNX model without external data and, where it is known, that it
-    has the expected SHA-256; returns its SHA-256."""
+    has the expected SHA-256; returns its bytes and their SHA-256."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -407,7 +434,7 @@ def _inspect(path: Path, expected: str | None) -> str:
             f"expected {expected}; it is damaged or was changed: remove its folder and "
             "download the pack again, or rename the file if it is a model of your own"
         )
-    return digest
+    return content, digest
 
 
 def _external_tensors(message: object) -> Iterator:
@@ -428,12 +455,12 @@ def _external_tensors(message: object) -> Iterator:
                     yield from _external_tensors(item)
 
 
-def _check_recogniser(path: Path, session: object) -> None:
+def _check_recogniser(path: Path, session: object, types: Sequence[str]) -> None:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     fits = (
         len(inputs) == 1
         and len(outputs) == 1
-        and inputs[0].type in ("tensor(float)", "tensor(uint8)")
+        and inputs[0].type in types
         and len(inputs[0].shape) == 4
         and list(inputs[0].shape[1:]) == [3, SIZE, SIZE]
         and len(outputs[0].shape) == 2
@@ -446,10 +473,11 @@ def _check_recogniser(path: Path, session: object) -> None:
         )
 
 
-def _check_detector(path: Path, session: object) -> None:
+def _check_detector(path: Path, session: object, types: Sequence[str]) -> None:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     fits = (
         len(inputs) == 1
+        and inputs[0].type in types
         and len(inputs[0].shape) == 4
         and inputs[0].shape[1] == 3
         and len(outputs) in (9, 15)

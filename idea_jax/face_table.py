@@ -81,8 +81,8 @@ class Table:
         if sight is None:
             raise FaceError(
                 f"{picture} is not among the {len(self.rows)} pictures of --face_embeddings; run "
-                "python -m idea_jax.faces again on its folder (it adds what is missing), and see "
-                "whether it finds a face there"
+                "python -m idea_jax.faces again on its folder or data set (it adds what is "
+                "missing), and see whether it finds a face there"
             )
         return sight
 
@@ -152,7 +152,7 @@ def read(path: str | Path) -> Table:
 
 
 def write(path: str | Path, table: Table) -> None:
-    """Writes a table, atomically.
+    """Writes a table, atomically, for nobody but the user to read.
 
     Raises:
         WriteError: the disk is full, or the place cannot be written to.
@@ -176,4 +176,4 @@ def write(path: str | Path, table: Table) -> None:
         **vars(table.about),
         "names": [table.names[digest] for digest in digests],
     }
-    write_tensors(path, arrays, {_KEY: json.dumps(about, sort_keys=True)})
+    write_tensors(path, arrays, {_KEY: json.dumps(about, sort_keys=True)}, private=True)

@@ -2,13 +2,14 @@
 
 The detector, the recogniser and the alignment are insightface's own. Embeddings are biometric data:
 nothing here logs or prints them. `python -m idea_jax.faces DIR --out FILE` computes them once for a
-folder of pictures, so that training needs neither the models nor onnxruntime.
+folder of pictures or a data set, so that training needs neither the models nor onnxruntime.
 """
 
 import argparse
 import hashlib
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import face_models, face_table
-from idea_jax.data import images
+from idea_jax import config, face_models, face_table
+from idea_jax.data import images, people
 from idea_jax.face_models import (
     SIZE,
     WIDTH,
@@ -91,7 +92,7 @@ def detect(
     width, height = image.size
     # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
     input_side = max(detector.model.static_input_size or (DET_SIZE,))
-    shrink = max(width, height) / (2 * input_side)
+    shrink = max(width, height) * (1 + 2 * border) / (2 * input_side)
     if shrink > 1:
         image = image.resize((max(1, round(width / shrink)), max(1, round(height / shrink))))
     scale = np.array([width / image.width, height / image.height], np.float32)
@@ -119,6 +120,21 @@ def detect(
     return sorted(found, key=lambda face: (face.box[0] + face.box[2], face.box[1]))
 
 
+def attempts(detector: Detector) -> list[tuple[int, float, float]]:
+    """Returns `ATTEMPTS` as a detector can make them.
+
+    One with an input of a fixed size sees no smaller one; there the border is as wide as makes the
+    face as small.
+    """
+    fixed = detector.model.static_input_size
+    if fixed is None:
+        return list(ATTEMPTS)
+    return [
+        (max(fixed), threshold, ((1 + 2 * border) * DET_SIZE / size - 1) / 2)
+        for size, threshold, border in ATTEMPTS
+    ]
+
+
 def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Face]:
     """Returns the faces on a picture, from left to right, trying harder until there is one.
 
@@ -126,22 +142,22 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
         FaceError: there is none, and the message has the picture's `name`; or the detector cannot
             process it in any way.
     """
-    failures = []
-    for size, threshold, border in ATTEMPTS:
+    failures, ways = [], attempts(detector)
+    for size, threshold, border in ways:
         try:
             found = detect(detector, image, size=size, threshold=threshold, border=border)
         except FaceError as error:  # a picture that is too thin is not so with a border
             failures.append(error)
             continue
         if found:
-            if (size, threshold, border) != ATTEMPTS[0]:
+            if (size, threshold, border) != ways[0]:
                 log.info(
                     "%s: a face was found only with detection size %d, threshold %g, border %g; "
                     "see whether it is the right one",
                     *(name, size, threshold, border),
                 )
             return found
-    if len(failures) == len(ATTEMPTS):
+    if len(failures) == len(ways):
         raise failures[0]
     raise FaceError(
         f"no face found in {name} ({image.width} x {image.height} pixels), neither as it is, nor "
@@ -286,8 +302,8 @@ def embed_faces(recogniser: Recogniser, crops: Sequence[np.ndarray]) -> np.ndarr
     """Returns float32[P, 512] of unit norm for P crops uint8[112, 112, 3] in RGB.
 
     Raises:
-        FaceError: there is no crop, one has another shape or dtype, or its embedding is not finite
-            or zero.
+        FaceError: there is no crop, one has another shape or dtype, the model cannot process it, or
+            its embedding is not finite or zero.
     """
     if len(crops) == 0:
         raise FaceError("expected at least one face crop, got none")
@@ -302,7 +318,13 @@ def embed_faces(recogniser: Recogniser, crops: Sequence[np.ndarray]) -> np.ndarr
         # insightface works on OpenCV's channel order, and swaps it back before the network. One at
         # a time, since some exported models have a fixed batch of one.
         bgr = np.ascontiguousarray(crop[:, :, ::-1])
-        embeds.append(recogniser.model.get_feat(bgr).reshape(-1))
+        try:
+            embeds.append(recogniser.model.get_feat(bgr).reshape(-1))
+        except Exception as error:  # of OpenCV or onnxruntime, without a common base
+            raise FaceError(
+                f"the face model {recogniser.path} cannot process a crop "
+                f"({type(error).__name__}: {error}); see whether it is an ArcFace model"
+            ) from error
     return _normalise(np.stack(embeds), "the embedding of face crop")
 
 
@@ -437,10 +459,11 @@ def open_finder(
     """
     check_select(select)
     log.info("face model: %s (%s)", face_model.name, face_model.parent.name)
-    if face_model.name in face_models.KNOWN_SHA256:
-        log.info(face_models.LICENCE)
-    recogniser = load_recogniser(face_model, provider) if embeds else None
     file = None if pre_aligned else detector_beside(face_model, needed=needs_detector)
+    terms = face_models.licence([path for path in (face_model if embeds else None, file) if path])
+    if terms:
+        log.info(terms)
+    recogniser = load_recogniser(face_model, provider) if embeds else None
     if file is None and not pre_aligned:
         log.warning(
             "there is no face detector beside %s: the central square of each photo is taken for "
@@ -467,17 +490,20 @@ def detector_beside(face_model: Path, *, needed: bool = True) -> Path | None:
         return None
 
 
-# --- a folder, once -------------------------------------------------------------------------------
+# --- many pictures, once --------------------------------------------------------------------------
 
 
 def precompute(
-    pictures: Sequence[images.PictureFile], out: Path, finder: Finder, *, save_every: int = 50
+    pictures: Sequence[images.PictureFile], out: Path, finder: Finder, *, seconds: float = 30.0
 ) -> list[tuple[object, str]]:
     """Adds the faces of pictures to the table at `out`; returns the pictures that failed, and why.
 
-    Pictures whose contents are in the table are not looked at again. The table is saved every
-    `save_every` pictures and when anything stops the work, so that the same call goes on with it;
-    then the pictures that failed are printed, too.
+    Pictures whose contents are in the table are not looked at again. The table is saved on the way
+    and when anything stops the work, so that the same call goes on with it; then the pictures that
+    failed are printed, too.
+
+    Args:
+        seconds: least time from one save to the next; each writes the whole table.
 
     Raises:
         FaceError: `out` is a table that was made in another way, or no table.
@@ -487,7 +513,7 @@ def precompute(
     if out.exists():
         table = read_table(out, about)
         rows, names = dict(table.rows), dict(table.names)
-    saved = len(rows)
+    saved, saved_at = len(rows), time.monotonic()
 
     def save():
         face_table.write(out, face_table.Table(about, rows, names))
@@ -502,9 +528,9 @@ def precompute(
                     rows[digest] = finder.look(picture)
             except (FaceError, images.ImageError, OSError) as error:
                 failed.append((picture, str(error)))
-            if len(rows) - saved >= save_every:
+            if len(rows) > saved and time.monotonic() - saved_at >= seconds:
                 save()
-                saved = len(rows)
+                saved, saved_at = len(rows), time.monotonic()
     finally:
         try:
             if len(rows) > saved:
@@ -542,10 +568,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     args = _parser().parse_args(argv)
     try:
+        config.check_sources("a folder", args.folder, args.dataset, args.dataset_dir)
+        if args.identities is not None and args.dataset is None:
+            raise config.ConfigError("--identities has no effect without --dataset")
+        config.check_finding(args)
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         check_select(args.face_select)
-        paths, skipped = images.list_tree(args.folder)
-        images.report_skipped(skipped)
-        pictures = [images.PictureFile(path) for path in paths]
+        pictures = _pictures(args)
         if args.out.is_dir():
             raise FaceError(
                 f"--out {args.out} is a folder; give a file, such as {args.out}/faces.safetensors"
@@ -567,7 +599,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pre_aligned=args.pre_aligned,
         )
         failed = precompute(pictures, args.out, finder)
-    except (FaceError, images.ImageError, OSError) as error:
+    except (FaceError, images.ImageError, people.PeopleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -577,6 +609,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
     return 0
+
+
+def _pictures(args: argparse.Namespace) -> list:
+    if args.dataset is None:
+        paths, skipped = images.list_tree(args.folder)
+        images.report_skipped(skipped)
+        return [images.PictureFile(path) for path in paths]
+    people.places(args.identities)  # it takes minutes until they are needed
+    log.info(people.LICENCE)
+    chosen = people.choose(people.from_celeb_a(args.dataset_dir), args.identities)
+    return [picture for pictures in chosen.values() for picture in pictures]
 
 
 def _digest(file: Path | None) -> str | None:
@@ -592,12 +635,19 @@ def _digest(file: Path | None) -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m idea_jax.faces",
-        description="Compute the face embeddings of a folder of photos, and of its sub-folders, "
-        "once; training reads them with --face_embeddings. The same command goes on where it "
-        "stopped.",
+        description="Compute the face embeddings of a folder of photos, and of its sub-folders, or "
+        "of a data set, once; training reads them with --face_embeddings. The same command goes on "
+        "where it stopped.",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="folder of photos, or of one folder per person")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="folder of photos, or of one folder per person"
+    )
+    parser.add_argument("--dataset", choices=("celeb_a",), help="data set, instead of a folder")
+    parser.add_argument(
+        "--dataset_dir", help="folder in which tensorflow-datasets prepared it, as array_record"
+    )
+    parser.add_argument("--identities", help="people of the data set, FROM:TO (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     parser.add_argument("--face_model_dir", help="folder of an insightface pack")
     parser.add_argument("--face_model", help="ArcFace model; its detector lies beside it")

@@ -27,11 +27,15 @@ def cannot_write(path: str | os.PathLike, error: Exception) -> WriteError:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike, *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it to `path` only if the block succeeds.
 
     The temporary file keeps the suffix of `path`, since many writers choose the format by it. On
     any error it is removed, and whatever was at `path` before is untouched.
+
+    Args:
+      private: nobody but the user may read the file; otherwise it gets the permissions that any new
+        file gets.
 
     Raises:
       WriteError: the disk is full, or the place cannot be written to.
@@ -44,12 +48,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from error
     temporary = Path(name)
-    # mkstemp makes the file private to the user; a result gets the permissions any new file gets.
     umask = os.umask(0)
     os.umask(umask)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~umask)
+        # mkstemp makes it private; a writer may have made the file anew, with other permissions.
+        os.chmod(temporary, 0o600 if private else 0o666 & ~umask)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -113,11 +117,18 @@ def file_digest(path: str | os.PathLike) -> str:
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    *,
+    private: bool = False,
 ) -> None:
     """Writes a safetensors file, atomically; equal contents are equal files.
 
     The library orders the metadata at random, so the header is written again with sorted keys.
+
+    Args:
+      private: as of `atomic_write`.
 
     Raises:
       WriteError: the disk is full, or the place cannot be written to.
@@ -128,7 +139,7 @@ def write_tensors(
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)  # the data stay aligned, as the format asks
-    with atomic_write(path) as temporary:
+    with atomic_write(path, private=private) as temporary:
         temporary.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 

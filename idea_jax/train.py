@@ -57,6 +57,8 @@ FREE_ON_RESUME = frozenset(
         *("celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
         # How faces were found is compared by what did it: see fingerprint_of.
         *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
+        # A GPU moves embeddings by rounding alone, and precomputed faces do not say where they ran.
+        "face_provider",
         *("validation_prompt", "validation_steps", "num_validation_images"),
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir", "compile_cache", "attention"),
@@ -250,7 +252,7 @@ def run_locked(
         layout=layout,
         pictures=max(counts),
         room=cfg.steps_per_call or devices.steps_per_call(),
-        about=fingerprint_of(cfg, base, eyes),
+        about=fingerprint_of(cfg, method, base, eyes),
     )
     if is_single:
         return [train_one(work, alone, seen, started)]
@@ -467,7 +469,7 @@ def people_of(cfg: TrainConfig) -> dict[str, list]:
       images.ImageError, people.PeopleError: there is nobody, or as `choose_people`.
     """
     if cfg.dataset is not None:
-        log.info("CelebA is for non-commercial research only; do not pass its pictures on")
+        log.info(people.LICENCE)
         return choose_people(cfg, people.from_celeb_a(cfg.dataset_dir))
     folder = Path(cfg.train_data_dir)
     if images.has_only_folders(folder):
@@ -778,13 +780,26 @@ def write_results(learner: Learner, folder: Path, seconds: float) -> None:
 def training_pixels(
     cfg: TrainConfig, seen: Portraits, side: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, float32[side, side, 3] in [-1, 1]) of each picture of a person."""
+    """Yields (name, float32[side, side, 3] in [-1, 1]) of each picture of a person.
+
+    After the last one, those are reported whose face is too small to be more than a blur.
+    """
+    small = []
     for index, picture in enumerate(seen.pictures):
         image = picture.read()
         if cfg.crop == "face":
-            square = faces.training_square(seen.sights[index].points, image.size)
-            image = images.crop_turned(image, *square)
+            centre, width, angle = faces.training_square(seen.sights[index].points, image.size)
+            image = images.crop_turned(image, centre, width, angle)
+            if width < side / 2:
+                small.append(f"{picture} ({width} pixels)")
         yield picture.name, images.to_pixels(image, side, center_crop=cfg.center_crop)
+    if small:
+        log.warning(
+            "on %d of %d photos the square around the face is smaller than half of the %d pixels "
+            "that it is scaled up to, so what is learned will be soft: %s; take photos with a "
+            "larger face, or a smaller --resolution",
+            *(len(small), len(seen.pictures), side, ", ".join(small[:5])),
+        )
 
 
 def encode_photos(base: Base, paths: list[Path], side: int, center_crop: bool) -> Photos:
@@ -827,15 +842,21 @@ _encode_image = jax.jit(sd.encode_image, static_argnums=0)
 
 
 def fingerprint_of(
-    cfg: TrainConfig, base: Base, eyes: faces.Finder | face_table.Table | None
+    cfg: TrainConfig,
+    method: condition.Method,
+    base: Base,
+    eyes: faces.Finder | face_table.Table | None,
 ) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
     names = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
+    seen = asdict(eyes.about) if eyes is not None else {}
+    if not method.uses_face:  # then a recogniser is not loaded, but precomputed faces had one
+        seen.pop("face_model", None)
     return {
         **settings,
         **names,
-        **(asdict(eyes.about) if eyes is not None else {}),
+        **seen,
         "base_model": base.name,
         "revision": base.revision,
         "base_weights": checkpoint.tree_digest(base.frozen.cross_kv),

@@ -39,7 +39,7 @@ def face(x, y, side, score=0.9, angle=0.0):
 
 
 def write_detector(
-    path: Path, faces, *, size=640, only_up_to=None, only_with_corner=None, points=True
+    path: Path, faces, *, size=640, only_up_to=None, only_with_corner=None, points=True, fixed=False
 ):
     """Writes the model.
 
@@ -48,6 +48,7 @@ def write_detector(
         only_up_to: no face is seen in a larger input.
         only_with_corner: no face is seen unless this is the colour (RGB) of the upper left corner.
         points: whether there are outputs for the points.
+        fixed: whether the input has this size and no other.
     """
     count = {s: (640 // s) ** 2 * ANCHORS for s in STRIDES}
     tables = {s: [np.zeros((count[s], n), np.float32) for n in (1, 4, 10)] for s in STRIDES}
@@ -120,10 +121,11 @@ def write_detector(
             outputs.append(
                 helper.make_tensor_value_info(f"{kind}_{s}", TensorProto.FLOAT, [f"n_{s}", n])
             )
+    sides = [size, size] if fixed else ["h", "w"]
     graph = helper.make_graph(
         nodes,
         "scrfd",
-        [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, [1, 3, "h", "w"])],
+        [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, [1, 3, *sides])],
         outputs,
         weights,
     )

@@ -9,8 +9,10 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scrfd
+from PIL import Image
 
 from idea_jax import face_models, faces, random_face
 
@@ -213,6 +215,48 @@ def test_manifest_of_a_pack_names_files_hashes_and_preprocessing(pack, monkeypat
     assert (finder.detector.model.input_mean, finder.detector.model.input_std) == (100, 50)
 
 
+def test_manifest_without_a_hash_does_not_switch_off_a_known_one(pack, no_onnxruntime, monkeypatch):
+    write_manifest(pack)
+    for name, load in (
+        ("rec.onnx", faces.load_recogniser),
+        ("det.onnx", faces.load_detector),
+    ):
+        monkeypatch.setitem(face_models.KNOWN_SHA256, name, "1" * 64)
+        with pytest.raises(faces.FaceError, match=f"is not the file .* expected {'1' * 64}"):
+            load(pack / name)
+
+
+@pytest.mark.parametrize("name", ["rec.onnx", "det.onnx"])
+@pytest.mark.parametrize("manifest", [False, True])
+def test_what_is_run_is_what_was_inspected(pack, monkeypatch, name, manifest):
+    """The file is changed between the two: its bytes are run that were read, or it is refused."""
+    inspect = face_models._inspect
+
+    def inspect_and_change(path, expected):
+        seen = inspect(path, expected)
+        random_face.write_random_recogniser(path, seed=9)
+        return seen
+
+    monkeypatch.setattr(face_models, "_inspect", inspect_and_change)
+    load = faces.load_recogniser if name == "rec.onnx" else faces.load_detector
+    if manifest:
+        write_manifest(pack)
+        with pytest.raises(faces.FaceError, match="SHA-256 mismatch"):
+            load(pack / name)
+        return
+    digest = hashlib.sha256((pack / name).read_bytes()).hexdigest()
+    loaded = load(pack / name)
+    assert loaded.sha256 == digest
+    if name == "rec.onnx":
+        crop = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+        random_face.write_random_recogniser(pack / name)
+        monkeypatch.undo()
+        again = faces.embed_faces(load(pack / name), [crop])
+        np.testing.assert_array_equal(faces.embed_faces(loaded, [crop]), again)
+    else:
+        assert len(faces.detect(loaded, Image.new("RGB", (640, 640)))) == 1
+
+
 def test_manifest_with_another_hash_is_refused_before_onnxruntime(pack, no_onnxruntime):
     write_manifest(pack, recognition="0" * 64)
     with pytest.raises(faces.FaceError, match=f"is not the file .* expected {'0' * 64}"):
@@ -256,10 +300,29 @@ def test_download_only_after_the_licence_was_accepted(pack, home, monkeypatch, c
     assert asked == [] and not home.exists()
     assert find(accept=True) == home / "buffalo_l" / "rec.onnx"
     assert len(asked) == 1 and asked[0].endswith("/buffalo_l.zip")
-    assert "non-commercial research only" in caplog.text
     assert capsys.readouterr().out == ""  # standard output is for results
-    assert find() == home / "buffalo_l" / "rec.onnx"  # found now, without a second download
+    found = find()
+    assert found == home / "buffalo_l" / "rec.onnx"  # found now, without a second download
     assert len(asked) == 1
+    caplog.set_level("INFO")
+    digest = hashlib.sha256(found.read_bytes()).hexdigest()
+    monkeypatch.setitem(face_models.KNOWN_SHA256, found.name, digest)
+    faces.open_finder(found)
+    assert caplog.text.count("non-commercial research only") == 1  # of the download, too
+
+
+@pytest.mark.parametrize("case", ["own", "recogniser", "detector", "detector alone", "manifest"])
+def test_licence_is_said_once_of_what_is_insightfaces(pack, monkeypatch, caplog, case):
+    caplog.set_level("INFO")
+    name = {"recogniser": "rec.onnx", "detector": "det.onnx", "detector alone": "det.onnx"}
+    if case in name:
+        digest = hashlib.sha256((pack / name[case]).read_bytes()).hexdigest()
+        monkeypatch.setitem(face_models.KNOWN_SHA256, name[case], digest)
+    if case == "manifest":
+        write_manifest(pack)
+    faces.open_finder(find(pack), embeds=case != "detector alone")
+    assert caplog.text.count("non-commercial research only") == (case != "own")
+    assert ("MODEL.LICENSE says otherwise" in caplog.text) == (case == "manifest")
 
 
 @pytest.mark.parametrize("content", [None, b"<html>404</html>"])

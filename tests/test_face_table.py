@@ -110,19 +110,56 @@ def test_the_same_command_goes_on_where_it_stopped(run, photos, tmp_path, looked
     assert len(face_table.read(tmp_path / "faces.safetensors").rows) == 4
 
 
-def test_rows_are_saved_on_the_way(pack, photos, tmp_path, monkeypatch):
-    sizes = []
-    write = face_table.write
+@pytest.fixture
+def pictures(photos):
+    return [images.PictureFile(photos / name) for name in ("a.png", "b.jpg", "anna/c.png")]
 
-    def noted(path, table):
+
+def test_rows_are_saved_on_the_way(pack, pictures, tmp_path, monkeypatch):
+    """Every 30 seconds, of which each picture takes 16; the save itself takes 100."""
+    sizes, now = [], [0.0]
+    look, write = faces.Finder.look, face_table.write
+
+    def slow_look(self, picture):
+        now[0] += 16
+        return look(self, picture)
+
+    def slow_write(path, table):
+        now[0] += 100
         sizes.append(len(table.rows))
         write(path, table)
 
-    monkeypatch.setattr(face_table, "write", noted)
-    pictures = [images.PictureFile(photos / name) for name in ("a.png", "b.jpg", "anna/c.png")]
+    monkeypatch.setattr(faces.Finder, "look", slow_look)
+    monkeypatch.setattr(face_table, "write", slow_write)
+    monkeypatch.setattr(faces.time, "monotonic", lambda: now[0])
     finder = faces.open_finder(pack / "rec.onnx")
-    assert faces.precompute(pictures, tmp_path / "t.safetensors", finder, save_every=2) == []
+    assert faces.precompute(pictures, tmp_path / "t.safetensors", finder) == []
     assert sizes == [2, 3]
+
+
+def test_a_picture_that_the_recogniser_cannot_process_does_not_stop_the_others(
+    pack, pictures, tmp_path, capsys
+):
+    finder = faces.open_finder(pack / "rec.onnx")
+    model, crops = finder.recogniser.model, []
+    get_feat = model.get_feat
+
+    def fails_once(crop):
+        crops.append(crop)
+        if len(crops) == 2:
+            raise RuntimeError("out of memory")
+        return get_feat(crop)
+
+    model.get_feat = fails_once
+    ((failed, why),) = faces.precompute(pictures, tmp_path / "t.safetensors", finder)
+    assert failed.name == "b.jpg" and "cannot process a crop (RuntimeError: out of memory)" in why
+    assert len(face_table.read(tmp_path / "t.safetensors").rows) == 2
+
+
+def test_nobody_else_may_read_the_file(run, tmp_path):
+    path = tmp_path / "faces.safetensors"
+    assert run()[0] == 0
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_table_of_other_making_is_not_mixed(run, tmp_path):
@@ -261,6 +298,27 @@ def test_what_cannot_be_written_to_is_refused_before_models_are_loaded(run, tmp_
     ):
         code, printed = run(*flags, out=out)
         assert code == 1 and says in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--face_model", "rec.onnx"], "either --face_model or --face_model_dir, not both"),
+        (["--pre_aligned", "--face_select", "left"], "no effect on --pre_aligned photos"),
+        (["--dataset", "celeb_a", "--dataset_dir", "x"], "give either a folder or --dataset"),
+        (["--dataset_dir", "x"], "--dataset and --dataset_dir belong together"),
+        (["--identities", "0:2"], "--identities has no effect without --dataset"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(run, tmp_path, monkeypatch, flags, says):
+    monkeypatch.setattr(faces.images, "list_tree", None)  # must not be called
+    code, printed = run(*flags)
+    assert code == 2 and printed.err.startswith("error: ") and says in printed.err
+
+
+def test_no_source_of_pictures(tmp_path, capsys):
+    assert faces.main(["--out", str(tmp_path / "x.safetensors")]) == 2
+    assert "missing: a folder, or --dataset with --dataset_dir" in capsys.readouterr().err
 
 
 def test_files_that_are_skipped_are_reported(run, photos, caplog):

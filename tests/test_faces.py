@@ -1,5 +1,6 @@
 """ArcFace through insightface: what the network sees, what comes out, which files are refused."""
 
+import json
 import subprocess
 import sys
 
@@ -25,14 +26,14 @@ def crops(count):
     return [RNG.integers(0, 256, (112, 112, 3), np.uint8) for _ in range(count)]
 
 
-def write_model(path, nodes, weights, inputs=None, outputs=None):
+def write_model(path, nodes, weights, inputs=None, outputs=None, kind=TensorProto.FLOAT):
     """Writes an ONNX model, from `x` [batch, 3, 112, 112] to `y` [batch, 512] by default."""
     inputs = inputs or {"x": ["batch", 3, 112, 112]}
     outputs = outputs or {"y": ["batch", 512]}
     graph = helper.make_graph(
         nodes,
         "test",
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()],
+        [helper.make_tensor_value_info(n, kind, s) for n, s in inputs.items()],
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()],
         [
             value if isinstance(value, TensorProto) else numpy_helper.from_array(value, name)
@@ -127,6 +128,36 @@ def test_embedding_that_is_zero_or_not_finite_is_refused_without_values(tmp_path
     recogniser = faces.load_recogniser(write_model(tmp_path / "bad.onnx", nodes, weights))
     with pytest.raises(faces.FaceError, match=r"row 0\) is zero or not finite; check the picture"):
         faces.embed_faces(recogniser, crops(1))
+
+
+def test_model_that_cannot_process_a_crop_is_named(tmp_path):
+    """onnxruntime refuses a crop, since this model takes two at a time only."""
+    recogniser = faces.load_recogniser(write_probe(tmp_path / "pairs.onnx", batch=2))
+    with pytest.raises(faces.FaceError, match=r"pairs\.onnx cannot process a crop \(Invalid"):
+        faces.embed_faces(recogniser, crops(1))
+
+
+def test_model_of_bytes_needs_a_manifest(tmp_path):
+    """Without one, insightface gives every model float32."""
+    weights = {"w": np.eye(3, 512, dtype=np.float32), "b": np.eye(1, 512, 3, np.float32)[0]}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["f"], ["r"], axes=[2, 3], keepdims=0),
+        helper.make_node("Gemm", ["r", "w", "b"], ["y"]),
+    ]
+    path = write_model(tmp_path / "bytes.onnx", nodes, weights, kind=TensorProto.UINT8)
+    with pytest.raises(faces.FaceError, match=r"is not an ArcFace .* got input x tensor\(uint8\)"):
+        faces.load_recogniser(path)
+    task = {"file": "bytes.onnx", "preprocessing": "embedded"}
+    manifest = {"manifest_version": 2, "model_id": "own", "license": "MODEL.LICENSE"}
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**manifest, "tasks": {"recognition": task}})
+    )
+    colour = np.array([10, 200, 60], np.uint8)
+    (embed,) = faces.embed_faces(
+        faces.load_recogniser(path), [np.broadcast_to(colour, (112, 112, 3))]
+    )
+    np.testing.assert_allclose(embed[:3] / embed[3], colour, rtol=1e-4)
 
 
 def test_mean_embedding_is_the_normalised_mean():

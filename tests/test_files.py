@@ -13,6 +13,9 @@ from safetensors import safe_open
 from idea_jax import pytrees
 from idea_jax.files import atomic_write, slug, write_tensors
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
 
 def test_failed_write_leaves_the_earlier_file_and_no_trace(tmp_path):
     path = tmp_path / "result.bin"
@@ -31,6 +34,13 @@ def test_written_file_has_the_usual_permissions(tmp_path):
         temporary.write_bytes(b"x")
     (tmp_path / "plain").write_bytes(b"x")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_private_file_is_for_its_owner_alone(tmp_path):
+    path = tmp_path / "result.safetensors"
+    for private, mode in ((True, 0o600), (False, 0o666 & ~UMASK), (True, 0o600)):
+        write_tensors(path, {"a": np.zeros(2)}, {}, private=private)
+        assert path.stat().st_mode & 0o777 == mode
 
 
 def test_equal_tensors_and_metadata_are_equal_files(tmp_path):

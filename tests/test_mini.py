@@ -14,6 +14,7 @@ from PIL import Image
 from idea_jax import faces
 from idea_jax.data import text
 from idea_jax.mini import captions, drawings, lab, networks, people, pretrain, quality, traits
+from idea_jax.models import hub
 from idea_jax.random_sd import write_tokenizer
 
 # People and their names
@@ -417,6 +418,19 @@ def test_verification_pairs_are_of_one_person_or_of_two():
     same, different = quality.verification(np.eye(5)[who], who, 40, np.random.default_rng(0))
     assert len(same) == len(different) == 20
     assert (same == 1).all() and (different == 0).all()
+
+
+def test_photo_without_a_face_stops_the_lab_before_the_first_training(monkeypatch, capsys):
+    folder = hub.resolve(hub.MINI).folder
+    drawn = np.asarray(Image.open(lab.__file__.replace("lab.py", "photo.png")).convert("RGB"))
+    met = [lab.Person(photo, None, None) for photo in (drawn, np.full_like(drawn, 90))]
+    monkeypatch.setattr(lab, "meet", lambda *_: met)
+    monkeypatch.setattr(lab.quality, "load", lambda _: quality.Mini(None, None, None, folder))
+    monkeypatch.setattr(lab, "Learner", None)  # must not be called
+    monkeypatch.setattr(lab, "judge_pictures", None)
+    assert lab.main(["--people", "2", "--profiles", "cross_init", "paper"]) == 1
+    message = capsys.readouterr().err
+    assert "error: no face is found on the photos of 1 of 2 people (counted from 0: 1)" in message
 
 
 # All of it, in small

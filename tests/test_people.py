@@ -75,9 +75,8 @@ def celeb_a(tmp_path_factory):
 # --- CelebA ---------------------------------------------------------------------------------------
 
 
-def test_celeb_a_is_grouped_by_identity_without_tensorflow(celeb_a):
+def test_celeb_a_is_grouped_by_identity(celeb_a):
     found = people.from_celeb_a(celeb_a)
-    assert "tensorflow" not in sys.modules
     assert {name: len(pictures) for name, pictures in found.items()} == {
         "00007": 3,
         "00091": 1,
@@ -94,6 +93,30 @@ def test_celeb_a_is_grouped_by_identity_without_tensorflow(celeb_a):
     picture = found["00007"][0]
     assert picture.read().mode == "RGB" and picture.read().size == (178, 218)
     assert picture.name.isdigit() and "data set" in str(picture)
+
+
+def test_tensorflow_is_not_imported_even_where_it_is_installed(tmp_path, celeb_a):
+    """In its place is a package that leaves a mark when it is imported."""
+    mark = tmp_path / "imported"
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    code = (
+        "import sys; from idea_jax.data import people; "
+        "found = people.from_celeb_a(sys.argv[1]); print(found['00091'][0].read().size)"
+    )
+    for command, printed in ((code, "(178, 218)"), ("import tensorflow", "")):
+        assert not mark.exists()
+        done = subprocess.run(
+            [sys.executable, "-c", command, celeb_a],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == printed
+    assert mark.exists()  # the package would have been found
 
 
 def test_celeb_a_that_is_not_prepared(tmp_path, celeb_a):
@@ -135,7 +158,7 @@ def test_package_that_is_missing_is_named(celeb_a, package):
     done = subprocess.run(command, capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     assert last.startswith("idea_jax.data.people.PeopleError: CelebA needs the packages")
-    assert last.endswith("pip install 'idea-jax[celeba]'")
+    assert last.endswith("pip install '.[celeba]'")
 
 
 # --- folders --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from test_people import celeb_a  # noqa: F401  (a fixture)
 
 import train_jax
-from idea_jax import checkpoint, faces, random_face, train
+from idea_jax import checkpoint, face_models, face_table, faces, random_face, train
 from idea_jax.data import images, people
 
 QUICK = "--max_train_steps 1 --train_batch_size 1 --report_to none".split()
@@ -95,7 +95,39 @@ def test_crop_face_trains_on_the_square_around_it(run, seen, pack, tmp_path):
         np.testing.assert_array_equal(seen["pixels"][0][1], expected)
 
 
+def test_a_face_that_is_too_small_to_train_on_is_reported(tmp_path, caplog):
+    photos = write_photos(tmp_path / "photos", "red", "blue")
+    pictures = [images.PictureFile(photos / name) for name in ("0.png", "1.png")]
+    points = [((scrfd.TEMPLATE - 56) * side / 112 + 160).astype(np.float32) for side in (20, 100)]
+    sights = [faces.Sight(None, five, 1.0, "", None) for five in points]
+    cfg = train.TrainConfig("mini", "photos", profile="cross_init", crop="face")
+    portraits = train.Portraits(pictures, sights, None)
+    widths = [faces.training_square(five, (640, 320))[1] for five in points]
+    list(train.training_pixels(cfg, portraits, 2 * widths[0]))
+    assert caplog.text == ""
+    ((name, pixels), _) = train.training_pixels(cfg, portraits, 2 * widths[0] + 1)
+    assert name == "0.png" and pixels.shape == (2 * widths[0] + 1,) * 2 + (3,)
+    assert "on 1 of 2 photos the square around the face is smaller than half" in caplog.text
+    assert f"0.png ({widths[0]} pixels)" in caplog.text and "1.png" not in caplog.text
+
+
 # --- precomputed faces ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["cross_init", "official"])
+def test_a_run_on_precomputed_faces_resumes_a_direct_one(
+    run, seen, pack, tmp_path, monkeypatch, profile
+):
+    """Also without an embedding, and where the direct one looked for faces on a GPU."""
+    monkeypatch.setitem(face_models.PROVIDERS, "cuda", face_models.PROVIDERS["cpu"])
+    photos, table = write_photos(tmp_path / "photos", "red"), tmp_path / "faces.safetensors"
+    flags = ["--profile", profile, *QUICK, "--crop", "face"]
+    assert run(photos, *flags, "--face_model_dir", pack, "--face_provider", "cuda") == 0
+    direct = seen["fingerprint"]
+    assert faces.main([str(x) for x in (photos, "--out", table, "--face_model_dir", pack)]) == 0
+    assert run(photos, *flags, "--face_embeddings", table) == 0
+    assert seen["fingerprint"] == direct
+    assert ("face_model" in direct) == (profile == "official") and direct["detector"] is not None
 
 
 def test_precomputed_faces_do_without_onnxruntime(run, seen, pack, tmp_path, monkeypatch, caplog):
@@ -119,6 +151,7 @@ def test_precomputed_faces_do_without_onnxruntime(run, seen, pack, tmp_path, mon
         np.testing.assert_array_equal(ours, theirs)
     assert seen["fingerprint"] == fingerprint  # a checkpoint of one resumes the other
     path = tmp_path / "out" / "identity.safetensors"
+    assert path.stat().st_mode & 0o777 == 0o600  # the embedding is in it
     with safe_open(path, "numpy") as file:
         told = json.dumps(file.metadata()) + caplog.text
     for value in np.abs(np.asarray(direct.given["id_embed"])[:50]):
@@ -246,6 +279,34 @@ def test_celeb_a_people_are_trained(run, seen, celeb_a, tmp_path):  # noqa: F811
     ((_, pixels),) = seen["pixels"]
     expected = images.to_pixels(picture.read(), 32, center_crop=True)
     np.testing.assert_array_equal(pixels, expected)
+
+
+def test_faces_of_celeb_a_are_precomputed(run, seen, celeb_a, tmp_path, capsys, caplog):  # noqa: F811
+    """The same people as in training; their embedding is that of a direct run."""
+    caplog.set_level("INFO")
+    folder = tmp_path / "pack"
+    folder.mkdir()
+    scrfd.write_detector(folder / "det.onnx", [scrfd.face(320, 320, 100)])
+    random_face.write_random_recogniser(folder / "rec.onnx")
+    dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
+    table, models = tmp_path / "faces.safetensors", ["--face_model_dir", folder]
+    assert faces.main([str(x) for x in (*dataset, "--out", table, *models)]) == 0
+    assert capsys.readouterr().out == f"{table}\n"
+    assert "CelebA is for non-commercial research only" in caplog.text
+    found = people.choose(people.from_celeb_a(celeb_a), "0:2")
+    names = sorted(picture.name for pictures in found.values() for picture in pictures)
+    assert sorted(face_table.read(table).names.values()) == names and len(names) == 4
+    assert run(None, *QUICK, *dataset, *models) == 0
+    direct = np.asarray(seen["state"].given["id_embed"])
+    assert run(None, *QUICK, *dataset, "--face_embeddings", table, out="other") == 0
+    np.testing.assert_array_equal(seen["state"].given["id_embed"], direct)
+    for flags, says in (
+        (["--identities", "a:b"], "must be FROM:TO"),
+        (["--identities", "5:"], "holds nobody"),
+        (["--dataset_dir", tmp_path, "--identities", "0:2"], "no prepared CelebA"),
+    ):
+        assert faces.main([str(x) for x in (*dataset, *flags, "--out", table, *models)]) == 1
+        assert says in capsys.readouterr().err
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from idea_jax.data import images
 
+LICENCE = "CelebA is for non-commercial research only; do not pass its pictures on"
 HOW_TO_PREPARE = (
-    "prepare it once, where TensorFlow is installed (pip install 'idea-jax[celeba]' tensorflow "
-    "importlib_resources): python -c \"import tensorflow_datasets as tfds; tfds.builder('celeb_a', "
-    "data_dir='DIR', file_format='array_record').download_and_prepare()\" (1.4 GB, see "
-    "docs/faces.md)"
+    "prepare it once, where TensorFlow is installed (in the folder of this project: "
+    "pip install '.[celeba]' tensorflow): python -c \"import tensorflow_datasets as tfds; "
+    "tfds.builder('celeb_a', data_dir='DIR', file_format='array_record').download_and_prepare()\" "
+    "(1.4 GB, see docs/faces.md)"
 )
 
 
@@ -149,7 +150,7 @@ def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
     except ImportError as error:
         raise PeopleError(
             f"CelebA needs the packages tensorflow-datasets and array_record ({error}); install "
-            "them with: pip install 'idea-jax[celeba]'"
+            "them, in the folder of this project, with: pip install '.[celeba]'"
         ) from error
     except Exception as error:  # of tfds, Protocol Buffers and array_record, without a common base
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -207,8 +207,13 @@ def experiment(
 
     The floor are true drawings of the next person, the ceiling those of the person: both as the
     prompts ask.
+
+    Raises:
+        FaceError: a config needs faces, and on some photos none is found; nothing is trained then.
     """
     met = meet(mini, split, range(count), pictures, seed)
+    if any(train.method_of(cfg).uses_face for cfg in configs.values()):
+        check_faces(mini, met)
     scoring = mini.scoring()
     scores: dict[str, list[Score]] = {}
     for i, person in enumerate(met):
@@ -226,6 +231,18 @@ def experiment(
             result = judge_pictures(mini, scoring, person, np.stack(drawn))
             scores.setdefault(name, []).append(Score(*result, seconds))
     return scores
+
+
+def check_faces(mini: quality.Mini, met: Sequence[Person]) -> None:
+    """Raises FaceError, with people's numbers, unless a face is found on each of their photos."""
+    found, _ = quality.look(mini.finder(), np.stack([person.photo for person in met]))
+    if not found.all():
+        numbers = ", ".join(map(str, np.flatnonzero(~found)))
+        raise faces.FaceError(
+            f"no face is found on the photos of {(~found).sum()} of {len(met)} people (counted "
+            f"from 0: {numbers}); take another --seed, fewer --people, or --profiles cross_init "
+            "textual_inversion, which need no face"
+        )
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
@@ -284,10 +301,14 @@ def main(argv: list[str] | None = None) -> int:
     overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
     mini = quality.load(args.checkpoint)
     configs = {profile: read_config(profile, overrides) for profile in args.profiles}
-    scores = experiment(
-        mini, configs, args.split, args.people, args.pictures, args.seed,
-        lambda met: tqdm(met, unit="person"),
-    )  # fmt: skip
+    try:
+        scores = experiment(
+            mini, configs, args.split, args.people, args.pictures, args.seed,
+            lambda met: tqdm(met, unit="person"),
+        )  # fmt: skip
+    except faces.FaceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(markdown(scores))
     if args.json:
         args.json.write_text(
