@@ -90,9 +90,10 @@ def detect(
         FaceError: the detector cannot process the picture: too thin, or no SCRFD at all.
     """
     width, height = image.size
-    # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos.
+    # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos. With a
+    # wide border, the picture is made smaller for it.
     input_side = max(detector.model.static_input_size or (DET_SIZE,))
-    shrink = max(width, height) * (1 + 2 * border) / (2 * input_side)
+    shrink = max(width, height) * max(1, 0.5 + border) / (2 * input_side)
     if shrink > 1:
         image = image.resize((max(1, round(width / shrink)), max(1, round(height / shrink))))
     scale = np.array([width / image.width, height / image.height], np.float32)

@@ -329,7 +329,7 @@ def test_8000_by_8000(make, tmp_path):
 
     finder.detector.model.detect = noted
     sight = finder.look(save(tmp_path, Image.new("RGB", (8000, 8000), "navy")))
-    assert shapes == [(1280, 1280, 3), (1280, 1280, 3)]
+    assert shapes == [(1280, 1280, 3), (2560, 2560, 3)]
     np.testing.assert_allclose(sight.box, [3600, 3600, 4400, 4400], rtol=2e-3)
 
 
@@ -354,21 +354,24 @@ def test_a_detector_of_one_fixed_size_sees_a_smaller_face_within_a_wider_border(
     caplog.set_level("INFO")
     place = (0.5 + share * (np.array([250, 120]) / 400 - 0.5)) * 640
     finder = make([scrfd.face(*place, 90 * 1.6 * share)], fixed=True)
-    model, shares = finder.detector.model, []
+    model, shares, sides = finder.detector.model, [], []
     detect = model.detect
 
     def seen(pixels, **settings):
+        sides.append(max(pixels.shape))
         shares.append((pixels != 127).any(axis=(0, 2)).mean())
         if shares[-1] > share + 0.01:
             return np.zeros((0, 5), np.float32), np.zeros((0, 5, 2), np.float32)
         return detect(pixels, **settings)
 
     model.detect = seen
-    sight = finder.look(save(tmp_path, Image.new("RGB", (400, 400), "navy")))
+    # Of four megapixels, which must not be put into the border as they are.
+    sight = finder.look(save(tmp_path, Image.new("RGB", (2000, 2000), "navy")))
     assert model.static_input_size == (640, 640)
     np.testing.assert_allclose(shares, [1, 0.5, 0.25, 0.125][: len(shares)], atol=0.01)
+    assert max(sides) <= 4 * 640
     assert f"detection size 640, threshold 0.5, border {border}; see" in caplog.text
-    np.testing.assert_allclose(sight.box, [214, 84, 286, 156], atol=1)
+    np.testing.assert_allclose(sight.box / 5, [214, 84, 286, 156], atol=1)
 
 
 def test_a_face_at_the_border(make, tmp_path):
