@@ -25,7 +25,7 @@ ROWS = (
     ("data.text", "files"),
     ("face_models", ""),
     ("face_table", "face_models files"),
-    ("faces", "face_models face_table data.images files"),
+    ("faces", "face_models face_table config data.images data.people files"),
     ("random_face", "files"),
     ("learned_embeds", "files"),
     ("tensorboard", "files"),
