@@ -460,11 +460,11 @@ def open_finder(
     """
     check_select(select)
     log.info("face model: %s (%s)", face_model.name, face_model.parent.name)
+    recogniser = load_recogniser(face_model, provider) if embeds else None
     file = None if pre_aligned else detector_beside(face_model, needed=needs_detector)
     terms = face_models.licence([path for path in (face_model if embeds else None, file) if path])
     if terms:
         log.info(terms)
-    recogniser = load_recogniser(face_model, provider) if embeds else None
     if file is None and not pre_aligned:
         log.warning(
             "there is no face detector beside %s: the central square of each photo is taken for "

@@ -55,7 +55,9 @@ def test_quality_on_a_small_sample(mini):
         if row.at_most:
             assert row.value <= max(row.must, value) + slack[row.unit] / 2, row
         else:
-            assert row.value >= min(row.must, value) - slack[row.unit], row
+            # Of 24 pictures of named people a share has a standard error of 10 points.
+            more = 1.5 if row.name.startswith("named") else 1.0
+            assert row.value >= min(row.must, value) - more * slack[row.unit], row
     assert len(rows) == len(measured) == 15
 
 

@@ -304,7 +304,8 @@ def test_early_stopping_ends_where_nothing_is_gained(random_checkpoint, photo_fo
 
 
 def test_early_stopping_lets_somebody_go_on_who_gains(random_checkpoint, photo_folder, tmp_path):
+    """Without any gain this one would end after step 4."""
     flags = "--early_stopping 1 --evaluation_steps 2 --train_batch_size 2".split()
     flags += "--learning_rate 0.05 --profile textual_inversion --max_train_steps 8".split()
     assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 0
-    assert checkpoint.read_identity(tmp_path / "identity.safetensors").steps == 8
+    assert checkpoint.read_identity(tmp_path / "identity.safetensors").steps > 4

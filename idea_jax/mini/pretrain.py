@@ -672,7 +672,7 @@ def train_clip(run: Run) -> dict:
 
     def read(params, states):
         """float32[B, 2, outputs] of unit vectors: what is there, left and right."""
-        x = SHARPNESS * states @ params["kernel"] + params["bias"]
+        x = SHARPNESS * states @ params["kernel"] + params["bias"][None]
         return x.reshape(-1, 2, outputs)
 
     def loss(params, batch, key):
