@@ -54,7 +54,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir"),
         *("dataset", "dataset_dir", "identities"),
-        *("celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
+        *("preset", "celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
         # How faces were found is compared by what did it: see fingerprint_of.
         *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
         # A GPU moves embeddings by rounding alone, and precomputed faces do not say where they ran.

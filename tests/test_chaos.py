@@ -180,31 +180,25 @@ def test_twelve_people_survive_everything(smallest_checkpoint, tmp_path, cache):
 class Pair(chaos.Job):
     """Two processes with four simulated devices each."""
 
-    def start_both(self):
-        """Returns both, and a function that tells what they said."""
+    @contextmanager
+    def running(self):
+        """Both, and a function that tells what they said; ends what is left of them."""
         processes, said = [], []
-        for variables in chaos.processes_of(2):
-            processes.append(self.start(**variables))
-            said.append(self.errors)
-        return processes, lambda: "\n".join(path.read_text("utf-8", "replace") for path in said)
+        try:
+            for variables in chaos.processes_of(2):
+                processes.append(self.start(**variables))
+                said.append(self.errors)
+            yield processes, lambda: "\n".join(p.read_text("utf-8", "replace") for p in said)
+        finally:
+            for process in processes:
+                chaos.end(process)
 
     def run_both(self):
-        processes, said = self.start_both()
-        with ended(processes):
+        with self.running() as (processes, said):
             assert [process.wait(chaos.PATIENCE) for process in processes] == [0, 0], said()
 
     def checkpoints_of(self, number):
         return [p for p in self.checkpoints() if int(p.parent.parent.name[-2:]) % 2 == number]
-
-
-@contextmanager
-def ended(processes):
-    """Ends processes that a failed test would leave behind."""
-    try:
-        yield
-    finally:
-        for process in processes:
-            chaos.end(process)
 
 
 def wait_until(is_time, processes, said):
@@ -252,8 +246,7 @@ def test_one_of_two_processes_is_killed(pair):
     """The other one finishes its people; told to stop, it does not wait for the dead one."""
     make, expected = pair
     two = make("killed")
-    processes, said = two.start_both()
-    with ended(processes):
+    with two.running() as (processes, said):
         wait_until(lambda: two.checkpoints_of(1), processes, said)
         processes[1].kill()
         wait_until(lambda: len(two.results()) >= 4, processes[:1], said)
@@ -271,8 +264,7 @@ def test_two_processes_are_stopped_in_order(pair):
     """Process 0 waits for one that is late: for its people, and for its last checkpoints."""
     make, expected = pair
     two = make("stopped")
-    processes, said = two.start_both()
-    with ended(processes):
+    with two.running() as (processes, said):
         wait_until(lambda: two.checkpoints_of(1), processes, said)
         processes[1].send_signal(signal.SIGSTOP)
         wait_until(lambda: len(two.results()) >= 4, processes, said)

@@ -287,17 +287,19 @@ def test_steps_of_one_call_are_those_of_many(straight, random_checkpoint, photo_
 def test_early_stopping_ends_where_nothing_is_gained(random_checkpoint, photo_folder, tmp_path):
     """At rate 0 nothing is: the first evaluation counts, the second and the third do not.
 
-    A run that was interrupted between them ends at the same step.
+    A run that was interrupted between them ends at the same step, whichever way the setting came.
     """
-    flags = "--early_stopping 2 --evaluation_steps 2 --train_batch_size 2".split()
-    flags += "--learning_rate 0 --profile textual_inversion --checkpointing_steps 2".split()
+    flags = "--evaluation_steps 2 --train_batch_size 2 --learning_rate 0".split()
+    patience, fast = ["--early_stopping", "2"], ["--preset", "fast"]
+    flags += "--profile textual_inversion --checkpointing_steps 2".split()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(random_checkpoint, photo_folder, whole, *flags, "--max_train_steps", "20") == 0
+    last = ["--max_train_steps", "20"]
+    assert train(random_checkpoint, photo_folder, whole, *flags, *patience, *last) == 0
     assert checkpoint.read_identity(whole / "identity.safetensors").steps == 6
     assert json.loads((whole / "run.json").read_text())["steps"] == 6
     resume = ["--resume_from_checkpoint", "latest"]
-    for last, expected in ((4, 4), (20, 6), (30, 6)):
-        last = ["--max_train_steps", str(last)]
+    for how, last, expected in ((patience, 4, 4), (fast, 20, 6), (patience, 30, 6)):
+        last = [*how, "--max_train_steps", str(last)]
         assert train(random_checkpoint, photo_folder, parts, *flags, *last, *resume) == 0
         assert checkpoint.read_identity(parts / "identity.safetensors").steps == expected
     assert digest(parts / "identity.safetensors") == digest(whole / "identity.safetensors")

@@ -553,6 +553,9 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=axis, keepdims=True) + 1e-12)
 
 
+OUTPUTS = sum(map(len, captions.KINDS.values()))  # logits of a scene
+
+
 def split_logits(logits: jax.Array) -> dict:
     """Returns the logits of each field of a scene."""
     edges = np.cumsum([len(kinds) for kinds in captions.KINDS.values()])[:-1]
@@ -562,8 +565,7 @@ def split_logits(logits: jax.Array) -> dict:
 def train_judge(run: Run, name: str, images: np.ndarray, scenes: traits.Scene, path: Path) -> dict:
     """Trains a classifier that reads a scene off a picture of one person."""
     kinds = np.stack(scenes, axis=-1)
-    outputs = sum(len(kinds) for kinds in captions.KINDS.values())
-    net = networks.ConvNet(run.budget.face_widths[:1] + run.budget.face_widths[:3], outputs)
+    net = networks.ConvNet(run.budget.face_widths[:1] + run.budget.face_widths[:3], OUTPUTS)
     start = net.init(stream(run.key, name), jnp.zeros((1, drawings.SIZE, drawings.SIZE, 3)))
     steps, size = run.budget.judge
 
@@ -586,7 +588,7 @@ def scene_error(logits: jax.Array, kinds: jax.Array, shown: jax.Array | bool = T
     """Returns float32[]: cross-entropy of what is read of scenes, the mean over their fields.
 
     Args:
-        logits: float32[..., outputs], as `split_logits` takes them.
+        logits: float32[..., OUTPUTS], as `split_logits` takes them.
         kinds: int32[..., fields] in the order of `traits.Scene`.
         shown: bool[...], whether there is such a person.
     """
@@ -668,12 +670,11 @@ def train_clip(run: Run) -> dict:
     steps, size = run.budget.clip
     kinds = np.stack(set_.scenes, axis=-1)  # [N, 2, fields]
     shown = set_.names[:, :, 0] >= 0
-    outputs = sum(len(kinds) for kinds in captions.KINDS.values())
 
     def read(params, states):
-        """float32[B, 2, outputs] of unit vectors: what is there, left and right."""
+        """float32[B, 2, OUTPUTS] of unit vectors: what is there, left and right."""
         x = SHARPNESS * states @ params["kernel"] + params["bias"][None]
-        return x.reshape(-1, 2, outputs)
+        return x.reshape(-1, 2, OUTPUTS)
 
     def loss(params, batch, key):
         images, ids, wrong, kinds, shown = batch
@@ -702,8 +703,8 @@ def train_clip(run: Run) -> dict:
         texts = [table[rows, which].astype(np.int32) for table in (ids, wrong_ids)]
         return set_.images[rows], *texts, kinds[rows], shown[rows]
 
-    scene = {"kernel": jnp.zeros((run.budget.text_width, 2 * outputs))}
-    scene["bias"] = jnp.zeros(2 * outputs)
+    scene = {"kernel": jnp.zeros((run.budget.text_width, 2 * OUTPUTS))}
+    scene["bias"] = jnp.zeros(2 * OUTPUTS)
     params = {"text": frozen.text, "vision": vision, "scale": jnp.log(1 / 0.07), "scene": scene}
     # Adam moves rare rows as fast as common ones: at the full rate, names would lose what they say.
     optimizer = muon(params, steps, slow={"text/embeddings/token_embedding": 0.1})
