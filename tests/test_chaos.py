@@ -149,7 +149,8 @@ def test_twelve_people_survive_everything(smallest_checkpoint, tmp_path, cache):
     ):
         shutil.rmtree(first)
         code, said = wild.run_on_a_disk_that_fills(is_time, *flags)
-        assert code == 1 and "Traceback" not in said
+        # Tensorstore may say that a loop, closed after the first failed write, was closed.
+        assert code == 1 and f'File "{chaos.ROOT}' not in said, said
         assert "cannot write" in said and kept_out in said, said
         check()
         assert not (first / jobs.RESULT).exists()

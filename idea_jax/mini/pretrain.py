@@ -95,7 +95,7 @@ BUDGETS = {
         vae=(2000, 8),
         vae_details=(3700, 8),
         recogniser=(1400, 64),
-        detector=(3000, 16),
+        detector=(6000, 16),
         judge=(3000, 32),
         clip=(2700, 96),
         unet=(9900, 96),
@@ -104,7 +104,7 @@ BUDGETS = {
         unet_layers=1,
         text_width=192,
         face_widths=(16, 32, 64, 128),
-        detector_widths=(12, 24, 48, 64),
+        detector_widths=(24, 32, 64, 96),
     ),
     # Minutes, to see that every stage learns.
     "tiny": Budget(
