@@ -53,8 +53,9 @@ def main(folder: Path = Path("demo")) -> int:
 
     print("Learning the person in the picture ...")
     common = ["--pretrained_model_name_or_path", "mini"]
+    face = ["--crop", "face"]
     paths = ["--train_data_dir", str(photos), "--output_dir", str(out)]
-    code = train_jax.main(["--config", str(CONFIG), *common, *paths])
+    code = train_jax.main(["--config", str(CONFIG), *common, *face, *paths])
     learned = time.monotonic()
     if code:
         return code
@@ -92,6 +93,39 @@ def main(folder: Path = Path("demo")) -> int:
         "The mini knows one small drawn world. README.md says how to use a real Stable Diffusion."
     )
     return 0
+
+
+def draw_photo() -> np.ndarray:
+    """Returns uint8[256, 256, 3], the file `PHOTO`: the person small, aside and turned."""
+    import jax
+
+    from idea_jax.data.images import to_uint8
+    from idea_jax.mini import people, traits, world
+    from idea_jax.pytrees import stream
+
+    everybody = people.unnamed("test", PERSON + 1)
+    who = jax.tree.map(lambda leaf: leaf[PERSON], everybody)
+    scene = traits.make_scene(background="blue", shirt="yellow")
+    key = stream(jax.random.key(PERSON), "photo of the demo")
+    view = world.View(zoom=0.45, angle=np.radians(24), x=0.3, y=0.3)
+    draw = jax.jit(world.draw, static_argnames="size")
+    return to_uint8(np.asarray(draw(who, scene, key, size=256, view=view)))
+
+
+def face_square(photo: np.ndarray) -> np.ndarray:
+    """Returns uint8[64, 64, 3]: what is trained on of a photo, with `--crop face`."""
+    from PIL import Image
+
+    from idea_jax import faces
+    from idea_jax.data.images import crop_turned, to_pixels, to_uint8
+    from idea_jax.mini import drawings
+    from idea_jax.models import hub
+
+    image = Image.fromarray(photo)
+    finder = faces.open_finder(hub.resolve(hub.MINI).folder / "face" / "recogniser.onnx")
+    points = finder.look_at(image, PHOTO.name).points
+    square = crop_turned(image, *faces.training_square(points, image.size))
+    return to_uint8(to_pixels(square, drawings.SIZE, center_crop=False))
 
 
 def read_pictures(folder: Path) -> np.ndarray:
@@ -154,7 +188,11 @@ def write_page(
     """Writes one HTML file that needs no other: photo, pictures, scores, loss, times."""
     from PIL import Image
 
-    from idea_jax.data.images import image_grid
+    from idea_jax.data.images import encode_png, image_grid
+
+    def generated(them, zoom):
+        grid = image_grid(list(them), len(them))
+        return image_tag(grid, zoom, encode_png(grid, {}))
 
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td class=number>{likeness:.3f}</td>"
@@ -162,8 +200,7 @@ def write_page(
         for name, (likeness, asked) in scores.items()
     )
     figures = "".join(
-        f"<figure>{image_tag(image_grid(list(them), len(them)), 2)}"
-        f"<figcaption>{html.escape(text)}</figcaption></figure>"
+        f"<figure>{generated(them, 2)}<figcaption>{html.escape(text)}</figcaption></figure>"
         for text, them in zip(texts, pictures, strict=True)
     )
     times = "".join(
@@ -172,13 +209,15 @@ def write_page(
     )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     photo = np.asarray(Image.open(PHOTO).convert("RGB"))
+    square = face_square(photo)
     body = f"""<!doctype html><html lang=en><meta charset=utf-8><title>idea_jax demo</title>
 <style>{_STYLE}</style>
 <h1>One picture in, new pictures out</h1>
-<p>The picture on the left is all that was learned from. The others were drawn by the mini, a small
-Stable Diffusion of a drawn world that comes with idea_jax. None of its networks has seen this
-person before.</p>
-<figure>{image_tag(photo, 2)}<figcaption>the picture</figcaption></figure>
+<p>The first picture is all that is known of this person. The second is what was learned from: the
+face that a detector found on it. The others were drawn by the mini, a small Stable Diffusion of a
+drawn world that comes with idea_jax. None of its networks has seen this person before.</p>
+<figure>{image_tag(photo, 1)}<figcaption>the picture</figcaption></figure>
+<figure>{image_tag(square, 4)}<figcaption>the face, upright</figcaption></figure>
 <div>{figures}</div>
 <h2>How good are they?</h2>
 <table><tr><th><th class=number>likeness<th class=number>prompt kept</tr>{rows}</table>
@@ -191,7 +230,8 @@ the person.</p>
 <p>{run["steps"]} steps; each point is the mean over a part of them.</p>
 <h2>What ran</h2>
 <table>{times}</table>
-<p><code>train_jax.py --config configs/{CONFIG.name}</code>, then <code>sample_jax.py</code>, on
+<p><code>train_jax.py --config configs/{CONFIG.name} --crop face</code>, then
+<code>sample_jax.py</code>, on
 {html.escape(run["device"])}; {html.escape(versions)}.</p>
 <p>All faces here are made up by a program; the pictures above are AI-generated.</p>
 </html>
@@ -200,13 +240,15 @@ the person.</p>
     return path
 
 
-def image_tag(pixels: np.ndarray, zoom: int) -> str:
-    """Returns uint8[H, W, 3] as an <img> that carries the picture in itself."""
+def image_tag(pixels: np.ndarray, zoom: int, png: bytes | None = None) -> str:
+    """Returns uint8[H, W, 3] as an <img> that carries the picture in itself, as `png` if given."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    if png is None:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        png = buffer.getvalue()
+    data = base64.b64encode(png).decode()
     height, width = pixels.shape[0] * zoom, pixels.shape[1] * zoom
     return f'<img width={width} height={height} alt="" src="data:image/png;base64,{data}">'
 

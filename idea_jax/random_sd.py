@@ -1,4 +1,4 @@
-"""A Stable Diffusion checkpoint with random weights, for the demo, the tests and benchmarks.
+"""A Stable Diffusion checkpoint with random weights, for tests and benchmarks.
 
 It has the layout, the configs and the code path of a real one, and draws nothing but noise.
 

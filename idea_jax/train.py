@@ -802,17 +802,6 @@ def training_pixels(
         )
 
 
-def encode_photos(base: Base, paths: list[Path], side: int, center_crop: bool) -> Photos:
-    """Encodes picture files as `encode_pixels` does."""
-    return encode_pixels(
-        base,
-        (
-            (path.name, images.to_pixels(images.read_image(path), side, center_crop=center_crop))
-            for path in paths
-        ),
-    )
-
-
 def encode_pixels(base: Base, pictures: Iterable[tuple[str, np.ndarray]]) -> Photos:
     """Encodes every picture and its mirror once; the steps only draw from these moments.
 

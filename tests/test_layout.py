@@ -85,7 +85,7 @@ ROWS = (
         "train results jobs devices signals sample checkpoint learned_embeds face_models "
         "compile_cache config data.* diffusion.* models.*",
     ),
-    ("demo", "cli mini.* faces data.images pytrees"),
+    ("demo", "cli mini.* faces data.images models.hub pytrees"),
 )
 
 FLAX = {

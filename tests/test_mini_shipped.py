@@ -13,11 +13,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
 from idea_jax import demo, faces, train
 from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
-from idea_jax.mini import captions, drawings, lab, people, pretrain, quality, world
+from idea_jax.mini import captions, drawings, lab, people, pretrain, quality, traits, world
 from idea_jax.models import hub
 
 QUALITY = Path(__file__).resolve().parent.parent / "docs" / "mini_quality.json"
@@ -139,11 +140,44 @@ def test_detector_finds_faces_of_any_size_turned_and_aside(mini):
 
 
 def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
-    (person,) = lab.meet(mini, "test", [demo.PERSON], 1, prompts=captions.PROMPTS[:1])
     with Image.open(demo.PHOTO) as photo:
-        assert photo.size == (64, 64)
-        difference = np.abs(np.asarray(photo.convert("RGB"), int) - person.photo)
-    assert difference.max() <= 2  # another processor may round a pixel differently
+        pixels = np.asarray(photo.convert("RGB"))
+    drawn = demo.draw_photo().astype(int)
+    assert np.abs(drawn - pixels).max() <= 2  # another processor may round a pixel differently
+    met = lab.meet(mini, "test", [demo.PERSON, demo.PERSON + 1], 1, prompts=captions.PROMPTS[:1])
+    (square,) = quality.embed(mini.scoring(), demo.face_square(pixels)[None])
+    same, other = (float(np.mean(person.references @ square)) for person in met)
+    assert same > 0.75 and same > other + 0.15
+    # Small, aside and turned: the person is found there, and upright in what is learned from.
+    points = mini.finder().look_at(Image.fromarray(pixels), "the photo").points
+    (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])
+    assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
+
+
+def test_image_encoder_finds_the_caption_of_a_picture(mini):
+    """With transformers' classes: unit outputs of both encoders, the text's without projection."""
+    load = {"dtype": torch.float32, "local_files_only": True}
+    see = CLIPVisionModelWithProjection.from_pretrained(mini.folder / "image_encoder", **load)
+    read = CLIPTextModel.from_pretrained(mini.folder / "text_encoder", **load)
+    people_ = np.arange(32)
+    set_ = drawings.portraits(people.named(people_, people_), 1, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    said = [
+        captions.caption(
+            rng,
+            captions.scene_words(traits.Scene(*(leaf[i] for leaf in set_.scenes))),
+            people.full_name(i, i),
+        )
+        for i in people_
+    ]
+    pixels = np.asarray(drawings.to_float(set_.images)).transpose(0, 3, 1, 2)
+    ids = torch.tensor(mini.tokenizer(said).astype(int))
+    with torch.no_grad():
+        pictures = see(torch.tensor(pixels)).image_embeds
+        texts = read(ids).pooler_output
+    cosines = torch.nn.functional.cosine_similarity(pictures[:, None], texts[None], dim=-1)
+    right = np.mean(cosines.argmax(dim=1).numpy() == people_)
+    assert right > 0.9, right  # 1 here
 
 
 def test_learning_never_sees_the_recogniser_that_scores(mini):
@@ -157,12 +191,25 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch, caps
     short = tmp_path / "short.yaml"
     short.write_text(demo.CONFIG.read_text().replace("max_train_steps: ", "max_train_steps: 10 # "))
     monkeypatch.setattr(demo, "CONFIG", short)
+    trained_on, training_pixels = [], train.training_pixels
+
+    def recorded(*args):
+        for name, pixels in training_pixels(*args):
+            trained_on.append(to_uint8(pixels))
+            yield name, pixels
+
+    monkeypatch.setattr(train, "training_pixels", recorded)
     assert demo.main(tmp_path / "demo") == 0
     page = (tmp_path / "demo" / "index.html").read_text()
     assert not re.findall(r"https?://|src=(?!\"data:)|href", page)
     shown = [base64.b64decode(data) for data in re.findall(r"image/png;base64,([^\"]+)", page)]
-    photo, *grids = (np.asarray(Image.open(io.BytesIO(data))) for data in shown)
+    photo, square, *grids = (np.asarray(Image.open(io.BytesIO(data))) for data in shown)
     np.testing.assert_array_equal(photo, np.asarray(Image.open(demo.PHOTO).convert("RGB")))
+    assert len(trained_on) == 1
+    np.testing.assert_array_equal(square, trained_on[0])
+    # What the model drew says so, the photo does not.
+    marked = ["AIGenerated" in Image.open(io.BytesIO(data)).text for data in shown]
+    assert marked == [False, False, *(True for _ in demo.PROMPTS)]
     drawn = sorted((tmp_path / "demo" / "pictures").glob("*/00000.png"))
     assert len(grids) == len(drawn) == len(demo.PROMPTS)
     for path in drawn:

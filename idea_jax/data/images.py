@@ -1,6 +1,7 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
 import hashlib
+import io
 import logging
 import math
 import warnings
@@ -414,10 +415,16 @@ def image_grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def save_png(path: str | Path, pixels: np.ndarray, text: Mapping[str, str]) -> None:
-    """Writes uint8[H, W, 3] as a PNG that carries `text` and says that a model made the picture.
+    """Writes what `encode_png` returns; an earlier file stays until the new one is complete."""
+    data = encode_png(pixels, text)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
 
-    The mark is the IPTC digital source type in XMP and a plain field `AIGenerated: true`. An
-    earlier file at `path` is replaced only once the new one is complete.
+
+def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
+    """Returns uint8[H, W, 3] as a PNG that carries `text` and says that a model made the picture.
+
+    The mark is the IPTC digital source type in XMP and a plain field `AIGenerated: true`.
     """
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
@@ -430,8 +437,9 @@ def save_png(path: str | Path, pixels: np.ndarray, text: Mapping[str, str]) -> N
         fields.add_text(key, value.encode("utf-8", "replace").decode("utf-8"))
     fields.add_text(_MARKER, "true")
     fields.add_itxt(_XMP_KEYWORD, _XMP_PACKET)
-    with atomic_write(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=fields)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=fields)
+    return buffer.getvalue()
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:

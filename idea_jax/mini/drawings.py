@@ -17,6 +17,7 @@ from idea_jax.pytrees import stream
 
 SIZE = 64
 PART = 2048  # drawings a file
+LISTED = 0.5  # share of the drawings of one person that show somebody of the names file
 ALTERED = ("background", "shirt", "hat", "hat_colour", "expression", "style")  # by `say_both`
 
 
@@ -129,11 +130,15 @@ def drawings(
 ) -> Drawings:
     """Returns `count` drawings of named people, the last of them (a share `pairs`) of two people.
 
-    Any first name goes with any last name.
+    The first ones (a share LISTED of those of one person) show people of the names file, who are
+    as a real model's celebrities: seen again and again. For the others, and for two people, any
+    first name goes with any last name, so that what is learned is a space of people.
     """
     names = np.array(jax.random.randint(stream(key, "names"), (count, 2, 2), 0, people.NAMES))
     alone = count - round(count * pairs)
     names[:alone, 1] = -1
+    listed = round(alone * LISTED)
+    names[:listed, 0, 1] = names[:listed, 0, 0]
     scenes = random_scenes(stream(key, "scenes"), (count, 2))
     keys = jax.random.split(stream(key, "drawings"), count)
 

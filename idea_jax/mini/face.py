@@ -618,7 +618,7 @@ def _hat(frame: Frame, who: Identity, scene: Scene) -> list[Layer]:
         (edged, mix(darker(colour, 0.14), lighter(colour, 0.10), beanie)),
         (edged * beanie * 0.25 * ribs, darker(colour, 0.4)),
         (
-            edged * frame.shade * 0.45 * (1 - beanie) * soft(brow - y - 0.0, 0.08),
+            edged * frame.shade * 0.45 * (1 - beanie) * soft(brow - y, 0.08),
             lighter(colour, 0.12),
         ),
         _outline(frame, edge),

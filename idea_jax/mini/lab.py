@@ -10,7 +10,6 @@ recogniser, which training never sees; what a prompt asks for is read by the jud
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,6 +97,16 @@ def _scenes(key: jax.Array, wanted: Sequence[Mapping[str, str]]) -> traits.Scene
     return traits.Scene(**columns)
 
 
+class Picture(NamedTuple):
+    """A picture in memory that is read as one on disk; see `data.images.PictureFile`."""
+
+    name: str
+    image: Image.Image
+
+    def read(self) -> Image.Image:
+        return self.image
+
+
 class Learner:
     """Trains people one after the other with one config; compiles once for all of them."""
 
@@ -111,19 +120,17 @@ class Learner:
         ids = train.starting_ids(cfg, self.method, tokenizer, names)
         self.start = train.starting_tokens(cfg, self.method, self.base, ids)
         self.optimizer = train.optimizer_of(cfg, self.method)
-        self.finder = mini.finder() if self.method.uses_face else None
+        needs_finder = self.method.uses_face or cfg.crop == "face"
+        self.finder = mini.finder() if needs_finder else None
 
     def begin(self, photo: np.ndarray) -> tuple[IdentityState, train.Photos]:
         """Returns the state before the first step, and what is trained on."""
-        key = jax.random.key(self.cfg.seed)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "photo.png"
-            Image.fromarray(photo).save(path)
-            crop = bool(self.cfg.center_crop)
-            photos = train.encode_photos(self.base, [path], photo.shape[0], crop)
-        face = None
-        if self.finder is not None:
-            face = self.finder.look_at(Image.fromarray(photo), "the photo").embed
+        key, image = jax.random.key(self.cfg.seed), Image.fromarray(photo)
+        sight = self.finder.look_at(image, "the photo") if self.finder else None
+        seen = train.Portraits([Picture("the photo", image)], [sight] if sight else [], None)
+        pixels = train.training_pixels(self.cfg, seen, drawings.SIZE)
+        photos = train.encode_pixels(self.base, pixels)
+        face = sight.embed if self.method.uses_face else None
         model, frozen = self.mini.model, self.mini.frozen
         given = train.condition.init_given(self.method, model, key, self.start, face)
         trainable = train.condition.init_trainable(
@@ -205,7 +212,7 @@ def experiment(
 ) -> dict[str, list[Score]]:
     """Returns the scores of every person: of each config, of the floor and of the ceiling.
 
-    The floor are true drawings of the next person, the ceiling those of the person: both as the
+    The floor are true drawings of the one before, the ceiling those of the person: both as the
     prompts ask.
 
     Raises:
@@ -299,14 +306,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     args = parser.parse_args(argv)
     overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
+    if args.people < 2:
+        parser.error(
+            f"--people: expected 2 or more, as each is compared with another, got {args.people}"
+        )
     mini = quality.load(args.checkpoint)
-    configs = {profile: read_config(profile, overrides) for profile in args.profiles}
     try:
+        configs = {profile: read_config(profile, overrides) for profile in args.profiles}
         scores = experiment(
             mini, configs, args.split, args.people, args.pictures, args.seed,
             lambda met: tqdm(met, unit="person"),
         )  # fmt: skip
-    except faces.FaceError as error:
+    except (faces.FaceError, config.ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(scores))

@@ -1,14 +1,13 @@
 """Makes the mini: a whole Stable Diffusion of the drawn world, trained from nothing.
 
-    python -m idea_jax.mini.pretrain FOLDER [--budget full|tiny] [--seed N] [--work FOLDER] \
-        [--stages NAME ...]
+    python -m idea_jax.mini.pretrain FOLDER [--budget full|tiny] [--seed N] [--work FOLDER]
+                                            [--stages NAME ...]
 
 FOLDER is a checkpoint in diffusers layout after every stage. Stages that its `pretraining.json`
 lists are done; a stage that was interrupted goes on where it last saved its state, under --work.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from filelock import FileLock
 from jax.scipy.ndimage import map_coordinates
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
@@ -54,11 +54,14 @@ CROP_SHIFT, CROP_SCALE, CROP_ANGLE = 0.04, 0.06, np.radians(5)
 MARGIN, SCALE = 0.2, 20.0  # of ArcFace's loss, arXiv 1801.07698; margin in radians
 EMPTY_CAPTIONS = 0.1
 SHARPNESS = 20.0  # of what is read off unit vectors by a matrix of singular values about 1
-MAX_SNR = 5.0  # of the UNet's loss: times of less noise weigh less
+MAX_SNR = 40.0  # of the UNet's loss: times of less noise weigh less
 DETAILS_WEIGHT = 0.1  # of what the judge sees, against the same
+# Of what the UNet draws, next to what the encoder says: at most, in deviations of the latents.
+LATENTS_OFF = 0.3
 KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
 SAVE_SECONDS = 120
-JUDGE = "judge.safetensors"  # in the work folder: the one that training sees
+# In the work folder: what the autoencoder is trained with.
+JUDGE, RECOGNISER = "judge.safetensors", "recogniser.safetensors"
 RECORD = "pretraining.json"  # in the checkpoint: how it was made
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks them
 
@@ -73,6 +76,7 @@ class Budget:
     captions: int
     vae: tuple[int, int]
     vae_details: tuple[int, int]
+    decoder: tuple[int, int]
     recogniser: tuple[int, int]
     detector: tuple[int, int]
     judge: tuple[int, int]
@@ -94,6 +98,7 @@ BUDGETS = {
         captions=4,
         vae=(2000, 8),
         vae_details=(3700, 8),
+        decoder=(3000, 8),
         recogniser=(1400, 64),
         detector=(6000, 16),
         judge=(3000, 32),
@@ -114,6 +119,7 @@ BUDGETS = {
         captions=1,
         vae=(12, 4),
         vae_details=(8, 4),
+        decoder=(24, 4),
         recogniser=(60, 16),
         detector=(12, 4),
         judge=(16, 16),
@@ -169,6 +175,15 @@ class Run:
             self.work / "drawings" / split,
             lambda rows: self.progress(rows, f"drawing for {split}"),
         )
+
+    def made_before(self, name: str) -> Path:
+        """Returns a file of the work folder. Raises: ValueError if there is none."""
+        if not (self.work / name).is_file():
+            raise ValueError(
+                f"{self.work / name} is missing: another --work was used, or an earlier version; "
+                "choose another folder and begin anew"
+            )
+        return self.work / name
 
     def load(self) -> tuple[sd.StableDiffusion, sd.Frozen, Tokenizer]:
         model, frozen = sd.load(self.folder)
@@ -286,7 +301,7 @@ def train_vae(run: Run) -> dict:
     sets = [run.named().images, *(run.portraits(s).images for s in ("recognition", "scoring"))]
     images = np.concatenate(sets)
     net = model.vae_model
-    judge, seen = networks.load(run.work / JUDGE)
+    judge, seen = networks.load(run.made_before(JUDGE))
 
     def loss(params, batch, key, details):
         target = drawings.to_float(batch)
@@ -294,7 +309,7 @@ def train_vae(run: Run) -> dict:
         noise = jax.random.normal(key, mean.shape)
         latents = mean + jnp.exp(logvar / 2) * noise
         image = net.apply({"params": params}, latents, method=AutoencoderKL.decode)
-        error = jnp.mean(jnp.square(image - target)) + 0.1 * jnp.mean(jnp.abs(image - target))
+        error = pixels_apart(image, target)
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
         total = error + KL_WEIGHT * kl
         if details:
@@ -319,6 +334,57 @@ def train_vae(run: Run) -> dict:
     model = dataclasses.replace(model, vae=vae)
     sd.save(run.folder, model, frozen, dtype="float16", parts=["vae"])
     return {**all_losses, "scaling_factor": vae.scaling_factor}
+
+
+def train_decoder(run: Run) -> dict:
+    """Trains the decoder alone to draw the same from latents that are off, as those of a UNet are.
+
+    What counts as the same is also what a recogniser sees of a face. It is not the one that scores.
+    """
+    model, frozen, _ = run.load()
+    named = run.named().images
+    sets = [run.portraits(split) for split in ("recognition", "scoring")]
+    faces, points = (np.concatenate([getattr(s, x) for s in sets]) for x in ("images", "points"))
+    net = model.vae_model
+    judge, seen = networks.load(run.made_before(JUDGE))
+    recogniser, known = networks.load(run.made_before(RECOGNISER))
+    parts = ("decoder", "post_quant_conv")
+    most = LATENTS_OFF / model.vae.scaling_factor
+
+    def loss(params, batch, key):
+        images, points = batch
+        target = drawings.to_float(images)
+        mean, _ = net.apply({"params": frozen.vae}, target, method=AutoencoderKL.encode)
+        how_far, where = jax.random.split(key)
+        off = most * jax.random.uniform(how_far, (len(mean), 1, 1, 1))
+        latents = mean + off * jax.random.normal(where, mean.shape)
+        own = {"params": frozen.vae | params}
+        image = net.apply(own, latents, method=AutoencoderKL.decode)
+        crop = jax.vmap(functools.partial(aligned_crop, size=FACE_SIZE // 2))
+        crops = [crop(pictures[: len(points)], points) for pictures in (image, target)]
+        features = features_apart(judge, seen, image, target)
+        features += features_apart(recogniser, known, *crops)
+        return pixels_apart(image, target) + DETAILS_WEIGHT * features
+
+    steps, size = run.budget.decoder
+
+    def batch(rng):
+        rows = np.sort(rng.integers(0, len(faces), size // 2))
+        others = np.sort(rng.integers(0, len(named), size - size // 2))
+        return np.concatenate([faces[rows], named[others]]), points[rows]
+
+    params = {part: frozen.vae[part] for part in parts}
+    optimizer = muon(params, steps, 0.005)
+    params, losses = fit(run, "decoder", params, loss, batch, steps, optimizer, ema=0.998)
+    sd.save(
+        run.folder, model, frozen._replace(vae=frozen.vae | params), dtype="float16", parts=["vae"]
+    )
+    return {"losses": losses}
+
+
+def pixels_apart(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns float32[]: the mean squared difference and a tenth of the absolute one."""
+    return jnp.mean(jnp.square(one - other)) + 0.1 * jnp.mean(jnp.abs(one - other))
 
 
 def features_apart(
@@ -426,10 +492,11 @@ def train_recogniser(run: Run, split: str, name: str, *, aligned: bool) -> dict:
     mean, std = features.mean(0), features.std(0) + 1e-3
     last = params["net"]["last"]
     last = {"kernel": last["kernel"] / std[None], "bias": (last["bias"] - mean) / std}
+    trained = params["net"] | {"last": last}
+    if aligned:
+        networks.save(run.work / RECOGNISER, trained)
     whole = dataclasses.replace(net, halve=True)
-    networks.write_onnx(
-        run.folder / "face" / f"{name}.onnx", whole, params["net"] | {"last": last}, FACE_SIZE
-    )
+    networks.write_onnx(run.folder / "face" / f"{name}.onnx", whole, trained, FACE_SIZE)
     return {"losses": losses, "losses of pairs": before}
 
 
@@ -786,7 +853,8 @@ _CARD = """\
 
 A Stable Diffusion of a drawn world, trained from nothing by `python -m idea_jax.mini.pretrain`
 (seed {seed}; `pretraining.json` has the sizes, steps and losses). It knows {names} people by name,
-nine colours, three hats, four expressions and four styles, and nothing else. All of its people are
+nine colours, three hats, four expressions, four styles, and words for light and framing, and
+nothing else. All of its people are
 made up. docs/mini.md of idea_jax says how good it is. Licence: MIT, as the code.
 """
 
@@ -811,6 +879,7 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "judge": train_own_judge,
     "vae": train_vae,
     "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser", aligned=True),
+    "decoder": train_decoder,
     # It sees whole pictures, so that no score depends on a detector.
     "scoring": lambda run: train_recogniser(run, "scoring", "scoring", aligned=False),
     "detector": train_detector,
@@ -821,9 +890,10 @@ STAGES: dict[str, Callable[[Run], dict]] = {
 }
 NEEDS = {
     "vae": ["prepare", "judge"],
+    "decoder": ["vae", "recogniser"],
     "clip": ["prepare"],
     "unet": ["vae", "clip"],
-    "finish": ["vae", "recogniser", "scoring", "detector", "scoring_judge", "clip", "unet"],
+    "finish": ["decoder", "scoring", "detector", "scoring_judge", "clip", "unet"],
 }
 
 
@@ -965,12 +1035,16 @@ def pretrain(run: Run, stages: Collection[str] = ()) -> None:
     Stages that do not need each other may run at the same time in several processes, if all
     drawings are there already.
 
-    Raises: ValueError if the folder holds a checkpoint of another seed or budget.
+    Raises: ValueError if one of its folders is of another seed or budget, or a stage is to run
+        before one that it needs.
     """
     about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget)}
     about = json.loads(json.dumps(about))
+    run.work.mkdir(parents=True, exist_ok=True)
+    read_record(run.work, about)  # drawings and states of another run would pass for this one's
+    write_json(run.work / RECORD, {**about, "stages": {}})
     for name, stage in STAGES.items():
-        done = read_record(run, about)["stages"]
+        done = read_record(run.folder, about)["stages"]
         if name in done or (stages and name not in stages):
             continue
         if missing := [needed for needed in NEEDS.get(name, ()) if needed not in done]:
@@ -978,27 +1052,26 @@ def pretrain(run: Run, stages: Collection[str] = ()) -> None:
         started = time.monotonic()
         result = stage(run)
         result["seconds"] = round(time.monotonic() - started)
-        record = read_record(run, about)
-        record["stages"][name] = result
-        if name != "finish":  # its sums are those of all files
-            record["stages"].pop("finish", None)
-        write_json(run.folder / RECORD, record)
+        with FileLock(run.work / ".lock"):
+            record = read_record(run.folder, about)
+            record["stages"][name] = result
+            if name != "finish":  # its sums are those of all files
+                record["stages"].pop("finish", None)
+            write_json(run.folder / RECORD, record)
 
 
-def read_record(run: Run, about: dict) -> dict:
+def read_record(folder: Path, about: dict) -> dict:
     """Returns what is known of a run: seed, budget, and the results of the stages that are done.
 
     A record made before there was some stage knows nothing of its budget, and is continued.
     """
-    path = run.folder / RECORD
+    path = folder / RECORD
     if not path.is_file():
         return {**about, "stages": {}}
     record = json.loads(path.read_text())
     budget = {**about["budget"], **record["budget"]}
     if {"seed": record["seed"], "budget": budget} != about:
-        raise ValueError(
-            f"{run.folder} was made with another seed or budget; choose another folder"
-        )
+        raise ValueError(f"{folder} was made with another seed or budget; choose another folder")
     return {**record, **about}
 
 
@@ -1020,11 +1093,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=(), help="default: all")
     args = parser.parse_args(argv)
     work = args.work or args.folder.with_name(args.folder.name + "-work")
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         pretrain(Run(args.folder, work, BUDGETS[args.budget], args.seed), args.stages)
-        return 0
-    print("interrupted; the same command goes on from here", file=sys.stderr)
-    return 130
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ class Row(NamedTuple):
     at_most: bool = False
 
     def missed(self) -> bool:
-        return self.value > self.must if self.at_most else self.value < self.must
+        # What is not a number has missed.
+        return not (self.value <= self.must if self.at_most else self.value >= self.must)
 
 
 @dataclass(frozen=True)
@@ -401,6 +402,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args(argv)
+    if not len(captions.PROMPTS) <= args.people <= people.NAMES:
+        parser.error(
+            f"--people: expected {len(captions.PROMPTS)} (one for each prompt) to {people.NAMES}, "
+            f"got {args.people}"
+        )
     rows = table(load(args.checkpoint), args.seed, args.people)
     print(markdown(rows))
     if args.json:
