@@ -377,12 +377,12 @@ def test_save_png_failure_keeps_the_earlier_file(tmp_path, monkeypatch):
     im.save_png(path, np.zeros((8, 8, 3), np.uint8), {"n": "1"})
     before = path.read_bytes()
 
-    def full(self, target, **_):
-        with open(target, "wb") as file:
-            file.write(b"half")
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         im.save_png(path, np.ones((8, 8, 3), np.uint8), {"n": "2"})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
