@@ -1,6 +1,7 @@
 """The mini that comes with the package: whole, as good as it says, and the same in PyTorch."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -152,6 +153,19 @@ def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
     points = mini.finder().look_at(Image.fromarray(pixels), "the photo").points
     (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])
     assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
+
+
+def test_record_says_how_it_was_made(mini):
+    """It has the sizes and steps of the command, and the rounds in which these were trained."""
+    record = json.loads((mini.folder / pretrain.RECORD).read_text())
+    budget = json.loads(json.dumps(dataclasses.asdict(pretrain.BUDGETS["full"])))
+    assert record["budget"] == budget and list(record["stages"]) == list(pretrain.STAGES)
+    rounds = dict(record["rounds"])
+    assert "one go" in rounds.pop("about")
+    samples = {name: sum(n * size for n, size in parts) for name, parts in rounds.items()}
+    vae = np.prod(budget["vae"]) + np.prod(budget["vae_details"])
+    assert samples.pop("vae") == vae
+    assert samples == {name: np.prod(budget[name]) for name in samples}
 
 
 def test_image_encoder_finds_the_caption_of_a_picture(mini):

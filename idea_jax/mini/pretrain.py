@@ -98,12 +98,12 @@ BUDGETS = {
         captions=4,
         vae=(2000, 8),
         vae_details=(3700, 8),
-        decoder=(3000, 8),
+        decoder=(2500, 8),
         recogniser=(1400, 64),
         detector=(6000, 16),
         judge=(3000, 32),
         clip=(2700, 96),
-        unet=(9900, 96),
+        unet=(12900, 96),
         vae_widths=(16, 32, 96, 112),
         unet_widths=(64, 128),
         unet_layers=1,
@@ -852,7 +852,8 @@ _CARD = """\
 # The mini
 
 A Stable Diffusion of a drawn world, trained from nothing by `python -m idea_jax.mini.pretrain`
-(seed {seed}; `pretraining.json` has the sizes, steps and losses). It knows {names} people by name,
+(seed {seed}; `pretraining.json` has the sizes, steps and losses, and the rounds in which the one that
+comes with idea_jax was made). It knows {names} people by name,
 nine colours, three hats, four expressions, four styles, and words for light and framing, and
 nothing else. All of its people are
 made up. docs/mini.md of idea_jax says how good it is. Licence: MIT, as the code.

@@ -25,7 +25,7 @@ from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import stream
 
-STEPS, GUIDANCE = 50, 4.0
+STEPS, GUIDANCE = 50, 3.0
 REPORTED = ("shirt", "background", "hat", "hat_colour", "expression", "style")
 
 
