@@ -852,10 +852,9 @@ _CARD = """\
 # The mini
 
 A Stable Diffusion of a drawn world, trained from nothing by `python -m idea_jax.mini.pretrain`
-(seed {seed}; `pretraining.json` has the sizes, steps and losses, and the rounds in which the one that
-comes with idea_jax was made). It knows {names} people by name,
-nine colours, three hats, four expressions, four styles, and words for light and framing, and
-nothing else. All of its people are
+(seed {seed}; `pretraining.json` has the sizes, steps and losses, and the rounds in which the one
+that comes with idea_jax was made). It knows {names} people by name, nine colours, three hats, four
+expressions, four styles, and words for light and framing, and nothing else. All of its people are
 made up. docs/mini.md of idea_jax says how good it is. Licence: MIT, as the code.
 """
 
