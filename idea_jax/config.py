@@ -202,6 +202,11 @@ class TrainConfig:
         choices=("face", "center", "none"),
         switch=("center_crop", "center", "none"),
     )
+    crop_margin: float = setting(
+        1.0,
+        "side of --crop face's square, in that of FFHQ's: more than 1 for a model whose pictures "
+        "show more around a face",
+    )
     # Method
     reg_weight: float | None = setting(None, "weight of the regulariser (default: by profile)")
     beta: float = setting(0.4, "scale of the ID-Adapter's contribution")
@@ -325,6 +330,10 @@ class TrainConfig:
                 "settled when that file was written"
             )
         check_finding(self)
+        if not 0.5 <= self.crop_margin <= 4:
+            raise ConfigError(f"crop_margin must be from 0.5 to 4, got {self.crop_margin}")
+        if self.crop_margin != 1 and self.crop != "face":
+            raise ConfigError("--crop_margin has no effect without --crop face")
         if self.pre_aligned and self.crop == "face":
             raise ConfigError("--crop face has no effect on --pre_aligned photos: they are crops")
 

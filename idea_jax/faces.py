@@ -252,19 +252,19 @@ def align(image: Image.Image, points: np.ndarray) -> np.ndarray:
 
 
 def training_square(
-    points: np.ndarray, image_size: tuple[int, int]
+    points: np.ndarray, image_size: tuple[int, int], margin: float = 1.0
 ) -> tuple[tuple[float, float], int, float]:
     """Returns the square to train on, as `images.crop_turned` takes it: centre, side and angle.
 
-    It is that of FFHQ and CelebA-HQ, from the eyes and the mouth: it turns with the face, which is
-    upright in it. It is moved, and if it must be, made smaller, to lie inside the picture.
+    It is that of FFHQ and CelebA-HQ, from the eyes and the mouth, `margin` times as large: it turns
+    with the face, which is upright in it. It is moved, and if it must be, made smaller, to lie inside the picture.
 
     Source: arXiv 1710.10196, appendix C (c, s and x).
     """
     eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
     across, down = points[1] - points[0], mouth - eyes
     angle = float(np.arctan2(across[1] - down[0], across[0] + down[1]))
-    side = max(4.0 * np.hypot(*across), 3.6 * np.hypot(*down))
+    side = margin * max(4.0 * np.hypot(*across), 3.6 * np.hypot(*down))
     # Of the upright square around the turned one.
     reach = abs(np.cos(angle)) + abs(np.sin(angle))
     side = max(1, min(round(side), int(min(image_size) / reach)))

@@ -788,7 +788,8 @@ def training_pixels(
     for index, picture in enumerate(seen.pictures):
         image = picture.read()
         if cfg.crop == "face":
-            centre, width, angle = faces.training_square(seen.sights[index].points, image.size)
+            points = seen.sights[index].points
+            centre, width, angle = faces.training_square(points, image.size, cfg.crop_margin)
             image = images.crop_turned(image, centre, width, angle)
             if width < side / 2:
                 small.append(f"{picture} ({width} pixels)")

@@ -136,6 +136,8 @@ def test_yaml_mistakes_are_named(tmp_path, yaml, message):
         ("--face_model f --face_model_dir d", "either --face_model or --face_model_dir"),
         ("--face_embeddings f --face_select left", "--face_select has no effect with --face_emb"),
         ("--face_embeddings f --pre_aligned", "--pre_aligned has no effect with --face_emb"),
+        ("--crop_margin 1.2", "--crop_margin has no effect without --crop face"),
+        ("--crop face --crop_margin 5", "crop_margin must be from 0.5 to 4, got 5"),
         ("--crop face --pre_aligned", "--crop face has no effect on --pre_aligned"),
         ("--crop face --center_crop", "center_crop true means crop center, which contradicts"),
         ("--profile cross_init --crop face --drop_outliers", "--drop_outliers has no effect"),

@@ -405,6 +405,8 @@ def test_training_square_has_the_proportions_of_ffhq():
     assert square(points, (600, 350)) == ((425, 175), 350, 0)  # made smaller
     taller = points + np.array([[0, 0], [0, 0], [0, 0], [0, 90], [0, 90]], np.float32)
     assert square(taller, (2000, 2000))[1] == 720
+    assert square(points, (1000, 1000), 1.25) == ((500, 411), 500, 0)
+    assert square(points, (1000, 1000), 3.0) == ((500, 500), 1000, 0)  # all there is
 
 
 @pytest.mark.parametrize("degrees", [-100, -35, 10, 60, 170])

@@ -151,7 +151,7 @@ def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
     assert same > 0.75 and same > other + 0.15
     # Small, aside and turned: the person is found there, and upright in what is learned from.
     points = mini.finder().look_at(Image.fromarray(pixels), "the photo").points
-    (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])
+    (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])  # without margin
     assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
 
 
