@@ -257,7 +257,8 @@ def training_square(
     """Returns the square to train on, as `images.crop_turned` takes it: centre, side and angle.
 
     It is that of FFHQ and CelebA-HQ, from the eyes and the mouth, `margin` times as large: it turns
-    with the face, which is upright in it. It is moved, and if it must be, made smaller, to lie inside the picture.
+    with the face, which is upright in it. It is moved, and if it must be, made smaller, to lie
+    inside the picture.
 
     Source: arXiv 1710.10196, appendix C (c, s and x).
     """
