@@ -191,17 +191,14 @@ def write_page(
 
     from idea_jax.data.images import encode_png, image_grid
 
-    def generated(them, zoom):
-        grid = image_grid(list(them), len(them))
-        return image_tag(grid, zoom, encode_png(grid, {}))
-
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td class=number>{likeness:.3f}</td>"
         f"<td class=number>{asked:.0%}</td></tr>"
         for name, (likeness, asked) in scores.items()
     )
     figures = "".join(
-        f"<figure>{generated(them, 2)}<figcaption>{html.escape(text)}</figcaption></figure>"
+        f"<figure>{image_tag(encode_png(image_grid(list(them), len(them)), {}), 2)}"
+        f"<figcaption>{html.escape(text)}</figcaption></figure>"
         for text, them in zip(texts, pictures, strict=True)
     )
     times = "".join(
@@ -209,16 +206,17 @@ def write_page(
         for what, time_ in seconds.items()
     )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    photo = np.asarray(Image.open(PHOTO).convert("RGB"))
-    square = face_square(photo)
+    square = io.BytesIO()
+    with Image.open(PHOTO) as photo:
+        Image.fromarray(face_square(np.asarray(photo.convert("RGB")))).save(square, "PNG")
     body = f"""<!doctype html><html lang=en><meta charset=utf-8><title>idea_jax demo</title>
 <style>{_STYLE}</style>
 <h1>One picture in, new pictures out</h1>
 <p>The first picture is all that is known of this person. The second is what was learned from: the
 face that a detector found on it. The others were drawn by the mini, a small Stable Diffusion of a
 drawn world that comes with idea_jax. None of its networks has seen this person before.</p>
-<figure>{image_tag(photo, 1)}<figcaption>the picture</figcaption></figure>
-<figure>{image_tag(square, 4)}<figcaption>the face, upright</figcaption></figure>
+<figure>{image_tag(PHOTO.read_bytes(), 1)}<figcaption>the picture</figcaption></figure>
+<figure>{image_tag(square.getvalue(), 4)}<figcaption>the face, upright</figcaption></figure>
 <div>{figures}</div>
 <h2>How good are they?</h2>
 <table><tr><th><th class=number>likeness<th class=number>prompt kept</tr>{rows}</table>
@@ -241,16 +239,13 @@ the person.</p>
     return path
 
 
-def image_tag(pixels: np.ndarray, zoom: int, png: bytes | None = None) -> str:
-    """Returns uint8[H, W, 3] as an <img> that carries the picture in itself, as `png` if given."""
+def image_tag(png: bytes, zoom: int) -> str:
+    """Returns an <img> that carries a picture in itself, shown `zoom` times as large."""
     from PIL import Image
 
-    if png is None:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        png = buffer.getvalue()
+    with Image.open(io.BytesIO(png)) as image:
+        width, height = (side * zoom for side in image.size)
     data = base64.b64encode(png).decode()
-    height, width = pixels.shape[0] * zoom, pixels.shape[1] * zoom
     return f'<img width={width} height={height} alt="" src="data:image/png;base64,{data}">'
 
 

@@ -369,7 +369,7 @@ def test_a_work_folder_of_another_run_is_not_taken(run, monkeypatch):
     pretrain.pretrain(dataclasses.replace(other, seed=run.seed))
 
 
-def test_what_another_folder_was_made_with_is_asked_for_by_name(run, capsys):
+def test_what_another_folder_was_made_with_is_asked_for_by_name(run):
     """The decoder needs a recogniser that an earlier version did not keep."""
     with pytest.raises(ValueError, match="recogniser.safetensors is missing"):
         run.made_before(pretrain.RECOGNISER)

@@ -288,7 +288,9 @@ def read_config(profile: str, overrides: dict) -> config.TrainConfig:
     """Reads configs/mini_PROFILE.yaml with some settings replaced."""
     path = CONFIGS / f"mini_{profile}.yaml"
     values = config.read_yaml(str(path)) | overrides
-    return config.build(config.TrainConfig, values, {"train_data_dir": "."}, source=str(path))
+    return config.build(
+        config.TrainConfig, values, {"train_data_dir": "."}, source=f"{path} or --set"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
