@@ -4,10 +4,13 @@
 
 One run on one machine: the same weights, inputs, shapes, types and numbers of steps for all. The
 stacks are those of `stack_jax` and `stack_torch`. First their results are compared; a stack that
-computes something else is not timed, and the run fails. Then each is measured in turn, again and
-again (A B C A B C ...), so that whatever else the machine does meets all of them. Reported are
-minimum, median and spread, (max - min) / median; a ratio within the spread counts as "equal".
-Compilation is timed apart. Whole jobs (process start to identity file to pictures) come last.
+computes something else, or fails, is not timed: the report says so, and the exit code is 1. Then
+each is measured in turn, again and again (A B C A B C ...), so that whatever else the machine does
+meets all of them. Reported are minimum, median and spread, (max - min) / median; a ratio within the
+spread counts as "equal".
+The first call of each, which compiles, is timed apart: on a CPU one after the other, on a GPU side
+by side, since compiling takes longer there than all else. Whole jobs (process start to identity
+file to pictures) come last.
 
 Writes NAME.json, NAME.md and NAME.svg into --out; they are written anew after each part, so that a
 run that is cut off leaves what it has measured.
@@ -19,6 +22,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+from concurrent import futures
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -29,6 +34,11 @@ from benchmarks.settings import COMPARED_STEPS, WORKLOADS, Workload
 from benchmarks.worker import StackError, Worker
 
 STACKS = ("jax", "published", "eager", "compiled")
+PARTS = ("train", "sampling", "people", "ablations", "kernels", "convolutions")
+# Of torch.compile. On a CPU max-autotune tries its kernels for hours.
+MODES = {"cpu": "default", "gpu": "max-autotune"}
+# What is taken back, one at a time.
+ABLATIONS = ("calls", "moments", "trainables", "flash", "bfloat16")
 # The profile that each stack trains; the published step is compared with the same arithmetic here.
 PROFILES = {"jax": ("paper", "official"), "published": ("official",)}
 # Tokens after a few steps of Adam, whose first steps turn rounding of small gradients into steps:
@@ -39,48 +49,68 @@ TOLERANCES = {
 }
 
 
-class Mismatch(RuntimeError):
-    """A stack computes something else than this project."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
     workload = WORKLOADS[args.workload, args.device]
     repeats = args.repeats or workload.repeats
-    name = f"{args.workload}-{args.device}"
+    parts = [part for part in args.parts if workload.ablations or part in ("train", "sampling")]
+    name_of_report = f"{args.workload}-{args.device}"
+    mode = args.torch_compile or MODES[args.device]
     result = {"workload": args.workload, "device": args.device, "machine": machine()}
     out = Path(args.out)
     with tempfile.TemporaryDirectory(prefix="idea-jax-bench-") as scratch:
-        folder = Path(scratch)
-        stacks = {}
+        folder = Path(args.inputs or scratch)
+        stacks, alone = {}, report.Measurements()
+        failed = result["failed"] = {}
         try:
-            result["sizes"] = prepare(workload, args.device, folder)
-            stacks = start(args.stacks, args.device, folder)
+            result["sizes"] = prepare(workload, args.device, folder) | {"torch.compile": mode}
+            stacks = start(args.stacks, args.device, mode, folder)
+            result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device)
-            result["compared"] = compare(stacks, folder, args.device)
             measurements = report.Measurements()
-            for part in (train_steps, sampling):
-                part(stacks, workload, repeats, measurements)
+            plans = {"train": train_steps, "sampling": sampling}
+            plans = [plan(stacks, workload) for part, plan in plans.items() if part in parts]
+            wanted = comparisons(stacks, workload)
+            files = first_calls(stacks, wanted, plans, measurements, failed)
+            result["compared"] = compare(files, folder, args.device, failed)
+            for name in failed:
+                stacks.pop(name).close()
+            for plan in plans:
+                take_turns(stacks, plan, repeats, measurements)
                 result["times"] = measurements.summary()
-                report.write(out, name, result)
-            if workload.ablations:
-                result |= inside(stacks["jax"], workload, repeats, args.device)
-            result["memory"] = {name: stack("memory") for name, stack in stacks.items()}
-            report.write(out, name, result)
-        except (StackError, Mismatch) as error:
+                report.write(out, name_of_report, result)
+            result["memory"] = memory(stacks, workload)
+            for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
+                stacks.pop(name).close()
+            result["flops"] = counted(stacks["jax"], workload)
+            report.write(out, name_of_report, result)
+            plans = {"people": people, "ablations": ablations}
+            plans = [plan(workload, args) for part, plan in plans.items() if part in parts]
+            first_calls(stacks, {}, plans, alone, failed)
+            for plan in plans:
+                take_turns(stacks, plan, repeats, alone)
+                result["inside"] = alone.summary()
+                report.write(out, name_of_report, result)
+            for part in ("kernels", "convolutions"):
+                if part in parts:
+                    result[part] = looked_into(stacks["jax"], part, workload)
+                    report.write(out, name_of_report, result)
+        except StackError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         finally:
             for stack in stacks.values():
                 stack.close()
         if args.jobs:
-            result["jobs"] = jobs.measure(
-                args.workload, args.device, args.stacks, folder, args.jobs
-            )
-            report.write(out, name, result)
-    print((out / f"{name}.md").read_text())
-    return 0
+            those = [name for name in args.stacks if name not in failed]
+            variables = environment(args.device)
+            result["jobs"] = jobs.measure(folder, args.device, those, args.jobs, mode, variables)
+            report.write(out, name_of_report, result)
+    print((out / f"{name_of_report}.md").read_text())
+    for name, reason in failed.items():
+        print(f"error: {name}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -91,9 +121,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=names, default="mini")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: all)"
+    )
+    parser.add_argument(
+        "--people",
+        nargs="+",
+        type=int,
+        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 16)",
+    )
+    parser.add_argument(
+        "--ablations",
+        nargs="+",
+        choices=ABLATIONS,
+        default=ABLATIONS,
+        help="measures that the part ablations takes back",
+    )
+    parser.add_argument(
+        "--torch_compile",
+        metavar="MODE",
+        help="mode of the stack compiled (default: "
+        + ", ".join(f"{mode} on {device}" for device, mode in MODES.items())
+        + ")",
+    )
     parser.add_argument("--repeats", type=int, help="measurements of each (default: by workload)")
     parser.add_argument(
         "--jobs", type=int, default=0, help="measure whole jobs, this many times each (0: not)"
+    )
+    parser.add_argument(
+        "--inputs",
+        help="folder of checkpoint and inputs, which are written there if they are not there yet "
+        "(default: a temporary one)",
     )
     parser.add_argument("--out", default="benchmarks/results", help="folder of the results")
     args = parser.parse_args(argv)
@@ -130,18 +188,20 @@ def prepare(workload: Workload, device: str, folder: Path) -> dict:
     dtype = "float32" if device == "cpu" else "bfloat16"
     sizes = (str(workload.batch), str(max(workload.pictures, 2)), dtype)
     command = [sys.executable, "-m", "benchmarks.workloads", workload.name, str(folder), *sizes]
+    if (folder / "workload.json").is_file():  # the last file that is written
+        return vars(workload) | {"dtype": dtype}
     subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     return vars(workload) | {"dtype": dtype}
 
 
-def start(names: list[str], device: str, folder: Path) -> dict[str, Worker]:
+def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, Worker]:
     """Starts the stacks; the programs that they compile are cached for this run alone."""
     variables = environment(device) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     dtype = "float32" if device == "cpu" else "bfloat16"
     torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
     stacks = {}
     for name in names:
-        command = ["benchmarks.stack_torch", str(folder), torch_device, name]
+        command = ["benchmarks.stack_torch", str(folder), torch_device, name, mode]
         if name == "jax":
             command = ["benchmarks.stack_jax", str(folder), dtype]
         stacks[name] = Worker(name, command, variables)
@@ -154,102 +214,206 @@ def ceilings(stacks: dict[str, Worker], device: str) -> dict[str, float]:
     return {name: stack("ceiling", size=size) for name, stack in stacks.items()}
 
 
-def compare(stacks: dict[str, Worker], folder: Path, device: str) -> dict:
+def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, list]:
+    """The calls of each stack whose results must agree."""
+    calls = {}
+    for name in stacks:
+        # Pictures before the training steps, which change the person whom PyTorch draws.
+        calls[name] = [] if name == "published" else [["sample_outputs", {}]]
+        sizes = {"batch": workload.batch, "room": workload.room} if name == "jax" else {}
+        calls[name] += [
+            ["train_outputs", {"profile": profile, **sizes}] for profile in profiles(stacks, name)
+        ]
+    return calls
+
+
+def profiles(stacks: dict[str, Worker], name: str) -> list[str]:
+    """The profiles that a stack trains in this run."""
+    all_of_them = PROFILES.get(name, ("paper",))
+    return [one for one in all_of_them if one == "paper" or "published" in stacks]
+
+
+def first_calls(stacks: dict[str, Worker], comparisons, plans, measurements, failed: dict) -> dict:
+    """Makes the first calls of everything, which compile it.
+
+    What fails is left out of the plans, and told in `failed`: a stack as a whole, but single calls
+    of this project where they are made side by side.
+
+    Returns: the files with what is to be compared, by stack, call and profile.
+    """
+    at_once = stacks["jax"]("device")["platform"] != "cpu"
+    timed: dict[str, list] = {name: [] for name in stacks}
+    for plan in plans:
+        for what, calls in plan.calls.items():
+            for variant, (stack, call, arguments) in calls.items():
+                timed[stack].append((plan, what, variant, [call, arguments]))
+    files = {}
+
+    def of_stack(stack: str) -> None:
+        calls = [*comparisons.get(stack, []), *(call for *_, call in timed[stack])]
+        try:
+            if at_once and stack == "jax":
+                results = stacks[stack]("at_once", calls=calls)
+            else:
+                results = [stacks[stack](call, **arguments) for call, arguments in calls]
+            stacks[stack]("release")
+        except StackError as error:
+            failed[stack] = str(error)
+            return
+        count = len(comparisons.get(stack, []))
+        for (call, arguments), file in zip(calls, results[:count], strict=False):
+            files[stack, call, arguments.get("profile")] = file
+        for (plan, what, variant, _), seconds in zip(timed[stack], results[count:], strict=True):
+            if isinstance(seconds, dict):
+                failed[f"{what}, {variant}"] = seconds["error"]
+                del plan.calls[what][variant]
+                continue
+            measurements.add(what, variant, plan.scales[what] * seconds, plan.unit, is_first=True)
+
+    with futures.ThreadPoolExecutor(len(stacks) if at_once else 1) as pool:
+        list(pool.map(of_stack, stacks))
+    if "jax" in failed:
+        raise StackError(failed["jax"])
+    return files
+
+
+def compare(files: dict, folder: Path, device: str, failed: dict) -> dict:
     """The differences between every stack and this project.
 
-    Raises: Mismatch, where one is larger than rounding explains.
+    Args:
+        files: from `first_calls`.
+        failed: is told of stacks that differ by more than rounding explains.
     """
     limits = TOLERANCES["float32" if device == "cpu" else "bfloat16"]
     start_of = dict(np.load(folder / "inputs.npz"))
-    found = {}
-    for name, stack in stacks.items():
+    found: dict = {}
+    for (name, call, profile), file in files.items():
         if name == "jax":
             continue
-        found[name], pair = {}, (stacks["jax"], stack)
-        if name != "published":
-            # Before the training steps: they change the person whom PyTorch draws.
-            ours, theirs = (np.load(one("sample_outputs"))["pictures"] for one in pair)
-            found[name]["pictures"] = float(np.abs(ours - theirs).mean())
-        (profile,) = PROFILES.get(name, ("paper",))
-        ours, theirs = (np.load(one("train_outputs", profile=profile)) for one in pair)
+        ours, theirs = np.load(files["jax", call, profile]), np.load(file)
+        differences = found.setdefault(name, {})
+        if call == "sample_outputs":
+            apart = np.abs(ours["pictures"] - theirs["pictures"])
+            differences["pictures"] = float(apart.mean())
+            continue
         start = start_of[f"{profile}/trainable/pseudo_tokens"]
         a, b = (np.ravel(x["tokens"] - start) for x in (ours, theirs))
-        found[name]["loss"] = float(np.max(np.abs(theirs["losses"] / ours["losses"] - 1)))
-        found[name]["tokens"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+        differences["loss"] = float(np.max(np.abs(theirs["losses"] / ours["losses"] - 1)))
+        differences["tokens"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+    for name, one in found.items():
         # Written so that a NaN is a mismatch.
-        fits = found[name]["loss"] <= limits["loss"] and found[name]["tokens"] >= limits["tokens"]
-        if not (fits and found[name].get("pictures", 0.0) <= limits["pictures"]):
-            raise Mismatch(
-                f"{name} differs from this project after {COMPARED_STEPS} steps of profile "
-                f"{profile}: {found[name]}, expected within {limits}"
+        fits = one["loss"] <= limits["loss"] and one["tokens"] >= limits["tokens"]
+        if not (fits and one.get("pictures", 0.0) <= limits["pictures"]):
+            failed[name] = (
+                f"differs from this project after {COMPARED_STEPS} steps: {one}, expected within "
+                f"{limits}"
             )
-        for one in pair:
-            one("release")
     return found
 
 
-def train_steps(stacks, workload: Workload, repeats: int, measurements) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What is measured in turns: `calls[what][name]` is (stack, call, arguments); `scales[what]`
+    makes numbers of `unit` of seconds."""
+
+    calls: dict[str, dict[str, tuple[str, str, dict]]]
+    scales: dict[str, float]
+    unit: str
+
+
+def train_steps(stacks: dict[str, Worker], workload: Workload) -> Plan:
     """Blocks of training steps, milliseconds a step."""
-    calls = {
-        (f"train step, {profile}", name): (stack, "train_time", {"profile": profile})
-        for name, stack in stacks.items()
-        for profile in PROFILES.get(name, ("paper",))
-        if profile == "paper" or "published" in stacks
-    }
-    sizes = {"batch": workload.batch, "steps": workload.block}
-    take_turns(calls, sizes, repeats, 1e3 / workload.block, "ms", measurements)
+    calls: dict = {}
+    for name in stacks:
+        sizes = {"batch": workload.batch, "steps": workload.block}
+        sizes |= {"room": workload.room} if name == "jax" else {}
+        for profile in profiles(stacks, name):
+            what = f"train step, {profile}"
+            calls.setdefault(what, {})[name] = (name, "train_time", {"profile": profile, **sizes})
+    return Plan(calls, dict.fromkeys(calls, 1e3 / workload.block), "ms")
 
 
-def sampling(stacks, workload: Workload, repeats: int, measurements) -> None:
+def sampling(stacks: dict[str, Worker], workload: Workload) -> Plan:
     """Calls of the sampler, milliseconds a call; the published code's is that of `eager`."""
-    counts = dict.fromkeys([workload.pictures, *([1] if workload.single else [])])
-    for pictures in counts:
-        what = f"drawing {pictures} at once, {workload.steps} steps"
-        calls = {
-            (what, name): (stack, "sample_time", {})
-            for name, stack in stacks.items()
-            if name != "published"
-        }
+    calls: dict = {}
+    for pictures in dict.fromkeys([workload.pictures, *([1] if workload.single else [])]):
         sizes = {"pictures": pictures, "steps": workload.steps}
-        take_turns(calls, sizes, repeats, 1e3, "ms", measurements)
-
-
-def take_turns(calls, sizes: dict, repeats: int, scale: float, unit: str, measurements) -> None:
-    """Measures every call once per round; the first round compiles and is kept apart."""
-    for round_number in range(repeats + 1):
-        for (what, name), (stack, call, arguments) in calls.items():
-            value = scale * stack(call, **arguments, **sizes)
-            measurements.add(what, name, value, unit, is_first=round_number == 0)
-            stack("release")
-
-
-def inside(jax_stack: Worker, workload: Workload, repeats: int, device: str) -> dict:
-    """What only this project's stack is asked: counts, and on a GPU ablations and kernels."""
-    counted = jax_stack(
-        "counted", batch=workload.batch, pictures=workload.pictures, steps=workload.steps
-    )
-    sizes = {"batch": workload.batch, "steps": workload.block}
-    measurements = report.Measurements()
-    plain = {"best": (jax_stack, "train_time", {"profile": "paper"})}
-    taken_back = ("moments", "trainables", *(("flash", "bfloat16") if device == "gpu" else ()))
-    without = {
-        f"without {name}": (jax_stack, "ablated_time", {"without": name}) for name in taken_back
-    }
-    without["in one program"] = (jax_stack, "scanned_time", {})
-    calls = {("ablation", name): call for name, call in {**plain, **without}.items()}
-    take_turns(calls, sizes, repeats, 1e3 / workload.block, "ms", measurements)
-    numbers = (1, 2, 4, 8, 16) if device == "gpu" else (1, 2, 4)
-    for people in numbers:
-        calls = {
-            ("people in one step", f"{people}"): (jax_stack, "people_time", {"people": people})
+        calls[f"drawing {pictures} at once, {workload.steps} steps"] = {
+            name: (name, "sample_time", sizes) for name in stacks if name != "published"
         }
-        take_turns(calls, sizes, repeats, 1e3 / workload.block / people, "ms/person", measurements)
-    return {
-        "flops": counted,
-        "inside": measurements.summary(),
-        "kernels": jax_stack("kernels", profile="paper", **sizes),
-        "convolutions": jax_stack("convolutions", batch=workload.batch),
+    return Plan(calls, dict.fromkeys(calls, 1e3), "ms")
+
+
+def people(workload: Workload, args: argparse.Namespace) -> Plan:
+    """Blocks of steps of several people at once, milliseconds a step for each of them."""
+    sizes = {"profile": "paper", "batch": workload.batch, "steps": workload.block}
+    calls, scales = {}, {}
+    for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8, 16)):
+        what, together = f"people in one step: {count}", {"room": workload.room, "people": count}
+        calls[what] = {"jax": ("jax", "train_time", sizes | together)}
+        scales[what] = 1e3 / workload.block / count
+    return Plan(calls, scales, "ms")
+
+
+def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
+    """Blocks of steps with one of the measures taken back, milliseconds a step."""
+    sizes = {"batch": workload.batch, "steps": workload.block}
+    plain = sizes | {"profile": "paper", "room": workload.room}
+    variants = {
+        "best": ("train_time", plain),
+        "calls": ("train_time", plain | {"room": 1}),
+        "moments": ("ablated_time", sizes | {"without": "moments"}),
+        "trainables": ("ablated_time", sizes | {"without": "trainables"}),
     }
+    if args.device == "gpu":
+        exact = {"attention": "xla", "compute_dtype": "float32"}
+        variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
+        variants["bfloat16"] = ("train_time", plain | {"changes": exact})
+    if workload.room == 1:
+        del variants["calls"]
+    chosen = {name: v for name, v in variants.items() if name in ("best", *args.ablations)}
+    what = "a step without one of the measures"
+    calls = {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
+    return Plan(calls, {what: 1e3 / workload.block}, "ms")
+
+
+def take_turns(stacks: dict[str, Worker], plan: Plan, repeats: int, measurements) -> None:
+    """Measures every call once per round."""
+    for _ in range(repeats):
+        for what, calls in plan.calls.items():
+            for variant, (stack, call, arguments) in calls.items():
+                if stack not in stacks:
+                    continue  # it has failed
+                value = plan.scales[what] * stacks[stack](call, **arguments)
+                measurements.add(what, variant, value, plan.unit, is_first=False)
+                stacks[stack]("release")
+
+
+def memory(stacks: dict[str, Worker], workload: Workload) -> dict[str, int]:
+    """Bytes that training took of each stack; on a GPU nothing but training is in it."""
+    sizes = {"batch": workload.batch}
+    found = {}
+    for name, stack in stacks.items():
+        if name == "jax":
+            found[name] = stack("memory", room=workload.room, **sizes)
+            continue
+        stack("train_time", profile=profiles(stacks, name)[0], steps=1, **sizes)
+        found[name] = stack("memory")
+    return found
+
+
+def counted(stack: Worker, workload: Workload) -> dict[str, float]:
+    """FLOPs of what is timed."""
+    sizes = {"batch": workload.batch, "pictures": workload.pictures, "steps": workload.steps}
+    return stack("counted", **sizes)
+
+
+def looked_into(stack: Worker, part: str, workload: Workload) -> list:
+    """The operations of a step, or the convolutions of the UNet, that take most."""
+    if part == "convolutions":
+        return stack("convolutions", batch=workload.batch)
+    sizes = {"batch": workload.batch, "steps": workload.block, "room": workload.room}
+    return stack("kernels", profile="paper", **sizes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(
-    folder: Path, device: str, stacks: Sequence[str], repeats: int, variables: Mapping[str, str]
+    folder: Path,
+    device: str,
+    stacks: Sequence[str],
+    repeats: int,
+    mode: str,
+    variables: Mapping[str, str],
 ) -> dict:
     """Seconds of learning, of drawing 16 pictures, of both, and to a first picture.
 
@@ -23,6 +28,7 @@ def measure(
 
     Args:
         folder: of the workload; checkpoint and photo are read from it.
+        mode: of `torch.compile`.
         variables: environment of every process.
     """
     about = read(folder)
@@ -38,7 +44,7 @@ def measure(
                 continue
             out = folder / "jobs" / name
             shutil.rmtree(out, ignore_errors=True)
-            learn, draw, first = commands(name, folder, about, device, out, sizes)
+            learn, draw, first = commands(name, folder, about, device, mode, out, sizes)
             spent = [seconds_of(command, environment) for command in (learn, draw, first)]
             values = {
                 f"learning, {sizes['steps']} steps": spent[0],
@@ -51,7 +57,9 @@ def measure(
     return measurements.summary()
 
 
-def commands(name, folder: Path, about: dict, device: str, out: Path, sizes: dict) -> list[list]:
+def commands(
+    name: str, folder: Path, about: dict, device: str, mode: str, out: Path, sizes: dict
+) -> list[list[str]]:
     """The three command lines of a stack: learn, draw, draw one picture."""
     pictures, steps = str(sizes["pictures"]), str(sizes["sampling_steps"])
     if name == "jax":
@@ -73,7 +81,7 @@ def commands(name, folder: Path, about: dict, device: str, out: Path, sizes: dic
         lines = [[*learn, *common], [*draw, *many, *common], [*draw, *one, *common]]
         return [[sys.executable, *line] for line in lines]
     torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
-    common = [str(folder / "workload.json"), torch_device, name, str(out)]
+    common = [str(folder / "workload.json"), torch_device, name, mode, str(out)]
     lines = [
         ["learn", *common, str(sizes["steps"]), str(sizes["batch"])],
         ["draw", *common, pictures, steps],

@@ -73,9 +73,10 @@ def about(result: dict) -> list[str]:
     """Machine, versions, what was run and how far the results of the stacks agree."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    on = f"; on one {machine['device']['kind']}" if "device" in machine else ""
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']:.1f} "
-        f"before the run; Python {machine['python']}, {versions}.",
+        f"before the run{on}; Python {machine['python']}, {versions}.",
         f"Sizes: {json.dumps(result['sizes'])}.",
     ]
     if machine["load_average"] > BUSY * machine["cores"]:
@@ -86,6 +87,8 @@ def about(result: dict) -> list[str]:
         if "pictures" in found:
             parts += [f"pictures differ by {found['pictures']:.1e} on average"]
         lines.append(f"Compared before timing, {name}: {', '.join(parts)}.")
+    for name, reason in result.get("failed", {}).items():
+        lines.append(f"**Left out, {name}: {reason.strip().splitlines()[-1]}**")
     return lines
 
 
@@ -106,15 +109,18 @@ def further(result: dict) -> list[str]:
         lines += [f"The step takes {best:.4g} ms: {1e3 * step / ceiling / best:.0%} of it.", ""]
     if "memory" in result:
         peaks = (f"{name} {peak / 2**30:.2f} GiB" for name, peak in result["memory"].items())
-        lines += ["## Peak memory", "", ", ".join(peaks) + ".", ""]
+        lines += ["## Memory of training", "", ", ".join(peaks) + ".", ""]
     if "inside" in result:
         lines += ["## This project alone", "", "| what | variant | min | median | spread | first |"]
         lines += ["|---|---|---|---|---|---|"]
         for what, row in result["inside"].items():
             for name, values in row["stacks"].items():
                 lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
-        lines += ["", "Operations that take most of a step:", ""]
+        lines.append("")
+    if "kernels" in result:
+        lines += ["Operations that take most of a step:", ""]
         lines += [f"* `{name}` {share:.1%}" for name, share in result["kernels"]] + [""]
+    if "convolutions" in result:
         lines += ["Convolutions of the UNet alone, those that take most first:", ""]
         lines += ["| image | kernel | times | NHWC | NCHW |", "|---|---|---|---|---|"]
         for one in result["convolutions"][:10]:

@@ -18,6 +18,7 @@ class Workload:
     Attributes:
         batch: samples per training step.
         block: training steps in one measurement.
+        room: steps in one call of this project, what `--steps_per_call` is by default.
         pictures: pictures in one measurement of the sampler; 1 is measured too where `single`.
         steps: sampling steps, each with guidance.
         repeats: measurements of each kind.
@@ -28,6 +29,7 @@ class Workload:
     name: str
     batch: int
     block: int
+    room: int
     pictures: int
     steps: int
     repeats: int
@@ -36,14 +38,14 @@ class Workload:
 
 
 WORKLOADS = {
-    ("tiny", "cpu"): Workload("tiny", 2, 2, 2, 2, 2),
-    ("tiny", "gpu"): Workload("tiny", 2, 2, 2, 2, 2),
-    ("mini", "cpu"): Workload("mini", 8, 10, 16, 50, 7),
-    ("mini", "gpu"): Workload("mini", 8, 50, 16, 50, 7),
-    ("mid", "cpu"): Workload("mid", 4, 1, 4, 5, 5, single=False),
-    ("mid", "gpu"): Workload("mid", 8, 20, 16, 50, 7),
-    ("sd21", "cpu"): Workload("sd21", 1, 1, 1, 2, 1, single=False, ablations=False),
-    ("sd21", "gpu"): Workload("sd21", 8, 10, 32, 50, 5),
+    ("tiny", "cpu"): Workload("tiny", 2, 2, 1, 2, 2, 2),
+    ("tiny", "gpu"): Workload("tiny", 2, 8, 8, 2, 2, 2),
+    ("mini", "cpu"): Workload("mini", 8, 10, 1, 16, 50, 7),
+    ("mini", "gpu"): Workload("mini", 8, 48, 8, 16, 50, 7),
+    ("mid", "cpu"): Workload("mid", 4, 1, 1, 4, 5, 5, single=False),
+    ("mid", "gpu"): Workload("mid", 8, 24, 8, 16, 50, 7),
+    ("sd21", "cpu"): Workload("sd21", 1, 1, 1, 1, 2, 1, single=False, ablations=False),
+    ("sd21", "gpu"): Workload("sd21", 8, 8, 8, 32, 50, 5),
 }
 
 # Whole jobs, by workload.

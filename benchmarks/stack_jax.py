@@ -9,24 +9,28 @@ import resource
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
+from concurrent import futures
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
 from idea_jax import pytrees, sample
 from idea_jax.data import images
 from idea_jax.models import flash, sd
 from idea_jax.train_step import (
-    Batch,
+    Metrics,
     Photos,
-    draw_and_step,
     draw_batch,
     init_state,
     make_optimizer,
+    step_people,
     train_step,
     training_loss,
 )
@@ -48,17 +52,13 @@ class Stack:
 
     # What is compared
 
-    def train_outputs(self, profile: str) -> str:
-        """Losses and pseudo tokens of a few steps on given draws, as a file."""
-        method, optimizer, state = self.person(profile)
-        step = jax.jit(functools.partial(train_step, self.model, method, optimizer))
-        photos, losses = self.photos(), []
-        for index in range(settings.COMPARED_STEPS):
-            state, metrics = step(self.frozen, state, self.given_batch(photos, index))
-            losses.append(float(metrics.loss))
-        return self.save(
-            f"jax-{profile}", losses=losses, tokens=np.asarray(state.trainable["pseudo_tokens"])
-        )
+    def train_outputs(self, profile: str, batch: int, room: int) -> str:
+        """Losses and pseudo tokens of a few steps, as a file; the others are given their draws."""
+        training = self.training(profile, batch, room)
+        training.restart()
+        losses = [float(training.take(1).loss[0, 0]) for _ in range(settings.COMPARED_STEPS)]
+        tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
+        return self.save(f"jax-{profile}", losses=losses, tokens=tokens)
 
     def sample_outputs(self) -> str:
         """Pictures of a few steps, as a file."""
@@ -67,23 +67,31 @@ class Stack:
 
     # What is timed
 
-    def train_time(self, profile: str, batch: int, steps: int) -> float:
-        """Seconds of a block of training steps; what they draw is drawn on the device."""
-        kind = ("train", profile, batch)
-        if kind not in self.compiled:
-            method, optimizer, state = self.person(profile)
-            run = functools.partial(draw_and_step, self.model, method, optimizer, batch)
-            run = jax.jit(run, donate_argnums=1)
-            self.compiled[kind] = [run, state, self.photos()]
-        run, state, photos = self.compiled[kind]
-        key = jax.random.key(0)
+    def train_time(
+        self,
+        profile: str,
+        batch: int,
+        steps: int,
+        room: int,
+        people: int = 1,
+        changes: dict | None = None,
+    ) -> float:
+        """Seconds of a block of training steps; what they draw is drawn on the device.
+
+        Args:
+          room: steps of one call.
+          people: trained at once.
+          changes: of the model's settings, to take a measure back.
+        """
+        training = self.training(profile, batch, room, people, tuple((changes or {}).items()))
+        # Float32 weights exist only while they are measured.
+        frozen = training.weights()
+        jax.block_until_ready((frozen, training.states))
         started = time.perf_counter()
-        for _ in range(steps):
-            state, metrics = run(self.frozen, state, photos, key)
-        jax.block_until_ready((state, metrics))
-        seconds = time.perf_counter() - started
-        self.compiled[kind][1] = state
-        return seconds
+        for _ in range(steps // room):
+            metrics = training.take(room, frozen)
+        jax.block_until_ready((training.states, metrics))
+        return time.perf_counter() - started
 
     def sample_time(self, pictures: int, steps: int) -> float:
         """Seconds from the prompt's tokens to pictures."""
@@ -91,62 +99,36 @@ class Stack:
         jax.block_until_ready(self.draw(pictures, steps))
         return time.perf_counter() - started
 
-    def people_time(self, people: int, batch: int, steps: int) -> float:
-        """Seconds of a block of steps of several people in one program, by `jax.vmap`."""
-        kind = ("people", people, batch)
-        if kind not in self.compiled:
-            method, optimizer, state = self.person("paper")
-            photos = self.photos()
+    def at_once(self, calls: list) -> list:
+        """What some calls [name, arguments] return, made by a thread each.
 
-            def one(frozen, state, key):
-                drawn = draw_batch(self.model, photos, key, state.step, batch)
-                return train_step(self.model, method, optimizer, frozen, state, drawn)
+        Their programs are compiled side by side, so their times mean little. For a call that fails
+        there is {"error": its traceback}.
+        """
 
-            run = jax.jit(jax.vmap(one, in_axes=(None, 0, 0)), donate_argnums=1)
-            self.compiled[kind] = [run, pytrees.stack([state] * people)]
-        return self.block(kind, steps, self.frozen, jax.random.split(jax.random.key(0), people))
+        def make(call):
+            try:
+                return getattr(self, call[0])(**call[1])
+            except Exception:
+                return {"error": traceback.format_exc()}
 
-    def scanned_time(self, batch: int, steps: int) -> float:
-        """Seconds of a block of steps as one program, a `lax.scan` over all of them."""
-        kind = ("scan", batch, steps)
-        if kind not in self.compiled:
-            method, optimizer, state = self.person("paper")
-            photos = self.photos()
-
-            def run(frozen, state, key):
-                def one(state, _):
-                    drawn = draw_batch(self.model, photos, key, state.step, batch)
-                    return train_step(self.model, method, optimizer, frozen, state, drawn)
-
-                return jax.lax.scan(one, state, length=steps)
-
-            self.compiled[kind] = [jax.jit(run, donate_argnums=1), state]
-        return self.block(kind, 1, self.frozen, jax.random.key(0))
+        with futures.ThreadPoolExecutor(max(1, len(calls))) as pool:
+            return list(pool.map(make, calls))
 
     def ablated_time(self, without: str, batch: int, steps: int) -> float:
-        """Seconds of a block of steps with one of the measures taken back.
+        """Seconds of a block of steps, each a call, with one of the measures taken back.
 
         Args:
-          without: "moments" (the VAE encodes in every step), "trainables" (the gradient of the
-            whole UNet is taken and clipped with the rest, as a masked optimiser does), "flash"
-            (plain attention at every length) or "bfloat16" (float32 everywhere).
+          without: "moments" (the VAE encodes in every step) or "trainables" (the gradient of the
+            whole UNet is taken and clipped with the rest, as a masked optimiser does).
         """
         kind = (without, batch)
         if kind not in self.compiled:
             method, optimizer, state = self.person("paper")
-            make = {
-                "moments": self.encoding_step,
-                "trainables": self.whole_gradient_step,
-                "flash": functools.partial(self.plain_step, attention="xla"),
-                "bfloat16": functools.partial(
-                    self.plain_step, attention="xla", compute_dtype="float32"
-                ),
-            }[without]
+            make = {"moments": self.encoding_step, "trainables": self.whole_gradient_step}[without]
             run = jax.jit(make(method, optimizer, batch), donate_argnums=1)
             self.compiled[kind] = [run, state]
-        # Float32 weights exist only while they are measured.
-        frozen = self.frozen if without != "bfloat16" else pytrees.cast(self.frozen, jnp.float32)
-        return self.block(kind, steps, frozen, jax.random.key(0))
+        return self.block(kind, steps, self.frozen, jax.random.key(0))
 
     def block(self, kind: tuple, calls: int, frozen: sd.Frozen, key: jax.Array) -> float:
         """Seconds of some calls of a compiled step, which keeps its state from block to block."""
@@ -160,9 +142,15 @@ class Stack:
         self.compiled[kind][1] = state
         return seconds
 
+    def device(self) -> dict[str, str]:
+        """What is computed on."""
+        (one, *_) = jax.devices()
+        return {"platform": one.platform, "kind": one.device_kind}
+
     def ceiling(self, size: int) -> float:
         """FLOP/s of one square product in the compute dtype, the best of ten."""
-        a = jnp.ones((size, size), self.model.dtype)
+        # Random, since products of equal numbers can run faster than those of real ones.
+        a = jax.random.normal(jax.random.key(0), (size, size), self.model.dtype)
         return 2 * size**3 / seconds_of(jax.jit(jnp.matmul), a, a)
 
     def convolutions(self, batch: int) -> list[dict]:
@@ -185,8 +173,8 @@ class Stack:
         found = Counter(flops.convolutions(jaxpr.jaxpr))
         timed = []
         for (image, kernel, strides, padding), times in found.items():
-            x = jnp.ones(image, self.model.dtype)
-            w = jnp.ones(kernel, self.model.dtype)
+            x = jax.random.normal(jax.random.key(0), image, self.model.dtype)
+            w = jax.random.normal(jax.random.key(1), kernel, self.model.dtype)
             seconds = {
                 layout: seconds_of(convolve(layout, strides, padding), *arrange(layout, x, w))
                 for layout in ("NHWC", "NCHW")
@@ -209,27 +197,40 @@ class Stack:
             "sampling": flops.needed(lambda: self.draw(pictures, steps)),
         }
 
-    def memory(self) -> int:
-        """Peak bytes: of the device, or on a CPU of the process."""
-        measured = jax.devices()[0].memory_stats()
-        if measured:
-            return measured["peak_bytes_in_use"]
+    def memory(self, batch: int, room: int) -> int:
+        """Bytes of training: on a device those that the program of a step is given and plans for
+        itself, on a CPU the peak of this process so far."""
+        if jax.default_backend() != "cpu":
+            return self.training("paper", batch, room).device_bytes()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def release(self) -> None:
         """JAX frees device memory by itself."""
 
-    def kernels(self, profile: str, batch: int, steps: int) -> list[list]:
-        """The ten operations that take most of a block of steps: [name, share of all]."""
-        self.train_time(profile, batch, steps)
+    def kernels(self, **sizes) -> list[list]:
+        """The ten operations that take most of a block of steps: [name, share of all].
+
+        Args:
+          sizes: as of `train_time`.
+        """
+        self.train_time(**sizes)
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                self.train_time(profile, batch, steps)
+                self.train_time(**sizes)
             (path,) = Path(folder).rglob("*.xplane.pb")
             profile_data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
         return top_ten(profile_data)
 
     # Parts
+
+    def training(
+        self, profile: str, batch: int, room: int, people: int = 1, changes: tuple = ()
+    ) -> "Training":
+        """The steps of a profile, compiled at the first call."""
+        kind = ("training", profile, batch, room, people, changes)
+        if kind not in self.compiled:
+            self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
+        return self.compiled[kind]
 
     def person(self, profile: str):
         """The method, its optimiser and the person's state before the first step."""
@@ -259,21 +260,6 @@ class Stack:
         )
         return Photos(mean[None], logvar[None], jnp.int32(1), jnp.asarray(self.inputs["token_ids"]))
 
-    def given_batch(self, photos: Photos, index: int) -> Batch:
-        """The batch of the draws that all stacks are given."""
-        draws = {
-            name.removeprefix("draws/"): value[index]
-            for name, value in self.inputs.items()
-            if name.startswith("draws/")
-        }
-        mean, logvar = (moment[0][draws["mirror"]] for moment in (photos.mean, photos.logvar))
-        return Batch(
-            latents=mean + jnp.exp(0.5 * logvar) * draws["posterior"],
-            noise=jnp.asarray(draws["noise"]),
-            timesteps=jnp.asarray(draws["timesteps"], jnp.int32),
-            token_ids=photos.token_ids[draws["rows"]],
-        )
-
     def draw(self, pictures: int, steps: int) -> jax.Array:
         """Pictures float32[N, H, W, 3] of the prompt."""
         method, _, state = self.person("paper")
@@ -300,17 +286,6 @@ class Stack:
             is_guided=True,
             eta=0.0,
         )
-
-    def plain_step(self, method, optimizer, batch, **settings):
-        """The step of a model with other settings."""
-        model, photos = dataclasses.replace(self.model, **settings), self.photos()
-
-        def step(frozen, state, key):
-            drawn = draw_batch(model, photos, key, state.step, batch)
-            taken, metrics = train_step(model, method, optimizer, frozen, state, drawn)
-            return taken, metrics.loss
-
-        return step
 
     def encoding_step(self, method, optimizer, batch):
         """A step that encodes its pictures itself, as the published code does."""
@@ -361,6 +336,50 @@ class Stack:
         return str(path)
 
 
+class Training:
+    """The program that train_jax.py runs, `train_step.step_people`, on one device."""
+
+    def __init__(
+        self, stack: Stack, profile: str, batch: int, room: int, people: int, changes: dict
+    ):
+        model = dataclasses.replace(stack.model, **changes)
+        self._frozen, self._is_cast = stack.frozen, model.dtype != stack.model.dtype
+        self._dtype = model.dtype
+        method, optimizer, state = stack.person(profile)
+        mesh = Mesh([[jax.devices()[0]]], ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+        self._spread = NamedSharding(mesh, P("identity"))
+        self._start = jax.device_get(pytrees.stack([state] * people))
+        photos = jax.device_put(pytrees.stack([stack.photos()] * people), self._spread)
+        last = jax.device_put(np.full(people, 10**9, np.int32), self._spread)
+        self._given = photos, jax.random.key(0), last
+        self.restart()
+        about = (model, method, optimizer, batch, mesh, False, room)
+        arguments = self.weights(), self.states, *self._given, jnp.int32(1)
+        self._run = step_people.lower(*about, *arguments).compile()
+
+    def weights(self) -> sd.Frozen:
+        """The frozen weights, in another type if that is what was changed."""
+        return pytrees.cast(self._frozen, self._dtype) if self._is_cast else self._frozen
+
+    def restart(self) -> None:
+        """Puts all people back to where they were before the first step."""
+        self.states = jax.device_put(self._start, self._spread)
+
+    def take(self, count: int, frozen: sd.Frozen | None = None) -> Metrics:
+        """Takes a number of steps, at most as many as there is room for, in one call."""
+        frozen = self.weights() if frozen is None else frozen
+        self.states, metrics = self._run(frozen, self.states, *self._given, jnp.int32(count))
+        return metrics
+
+    def device_bytes(self) -> int:
+        """Weights, people, and what the program needs beside them."""
+        planned = self._run.memory_analysis()
+        given = (self._frozen, self.states, self._given[0])
+        own = planned.temp_size_in_bytes + planned.output_size_in_bytes
+        own -= planned.alias_size_in_bytes
+        return own + sum(leaf.nbytes for leaf in jax.tree.leaves(given))
+
+
 def convolve(layout: str, strides, padding):
     """A jitted convolution of images and kernels that `arrange` has brought into a layout."""
     names = ("NHWC", "HWIO", "NHWC") if layout == "NHWC" else ("NCHW", "OIHW", "NCHW")
@@ -408,11 +427,11 @@ def main() -> None:
     folder, compute_dtype = sys.argv[1:]
     stack = Stack(Path(folder), compute_dtype)
     names = (
-        *("train_outputs", "sample_outputs", "train_time", "sample_time", "people_time"),
+        *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
         *(
-            "scanned_time",
-            "ablated_time",
+            "at_once",
             "ceiling",
+            "device",
             "convolutions",
             "counted",
             "memory",

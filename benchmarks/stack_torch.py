@@ -1,6 +1,6 @@
 """PyTorch with diffusers, as the stacks that this project is compared with.
 
-    python -m benchmarks.stack_torch FOLDER DEVICE published|eager|compiled
+    python -m benchmarks.stack_torch FOLDER DEVICE published|eager|compiled MODE
 
 published (S): the training step of the published code, made runnable and changed in nothing that
 costs time: float32, the VAE encodes in every step, the picture is read and resized for every
@@ -12,7 +12,7 @@ eager (E): the paper's method as a careful user of diffusers would write it. Cac
 what is trained has gradients, two token rows, channels last, fused AdamW, no waiting for the
 device; in bfloat16 on a GPU, with cuDNN's attention.
 
-compiled (C): E with `torch.compile`, mode max-autotune.
+compiled (C): E with `torch.compile` in a mode of its.
 """
 
 import contextlib
@@ -117,12 +117,20 @@ class Stack:
             person that it leaves out start at random, as in training.
         kind: "published", "eager" or "compiled".
         dtype: of the frozen networks.
+        mode: of `torch.compile`, for "compiled".
     """
 
     def __init__(
-        self, about: dict, inputs: Callable[..., dict], device: str, kind: str, dtype: torch.dtype
+        self,
+        about: dict,
+        inputs: Callable[..., dict],
+        device: str,
+        kind: str,
+        dtype: torch.dtype,
+        mode: str,
     ):
         self.about, self.device, self.kind, self.dtype = about, torch.device(device), kind, dtype
+        self.mode = mode
         checkpoint = Path(about["checkpoint"])
         load = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
         self.unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", **load)
@@ -164,6 +172,8 @@ class Stack:
 
     def train_time(self, profile: str, batch: int, steps: int) -> float:
         """Seconds of a block of training steps; what they draw is drawn on the device."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         for _ in range(steps):
             self.step(self.drawn(batch))
@@ -179,7 +189,7 @@ class Stack:
 
     def ceiling(self, size: int) -> float:
         """FLOP/s of one square product in the compute dtype, the best of ten."""
-        a = torch.ones(size, size, dtype=self.dtype, device=self.device)
+        a = torch.randn(size, size, device=self.device).to(self.dtype)
         a @ a
         times = []
         for _ in range(10):
@@ -191,7 +201,7 @@ class Stack:
         return 2 * size**3 / min(times)
 
     def memory(self) -> int:
-        """Peak bytes: of the device, or on a CPU of the process."""
+        """Peak bytes: of a device since the last training began, on a CPU of the process so far."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -345,7 +355,7 @@ class Careful(Stack):
         )
         self.loss_function, self.predict, self.decode = self.loss, self.unet, self.vae.decode
         if self.kind == "compiled":
-            options = {"mode": "max-autotune", "dynamic": False}
+            options = {"mode": self.mode, "dynamic": False}
             self.loss_function = torch.compile(self.loss, **options)
             self.predict = torch.compile(self.unet, **options)
             self.decode = torch.compile(self.vae.decode, **options)
@@ -432,7 +442,9 @@ class Careful(Stack):
         return self.tokens.detach().cpu().numpy()
 
 
-def open_stack(about: dict, inputs: Callable[..., dict], device: str, kind: str) -> Stack:
+def open_stack(
+    about: dict, inputs: Callable[..., dict], device: str, kind: str, mode: str
+) -> Stack:
     """Loads a stack; the published step runs in float32, the others in bfloat16 on a GPU."""
     on_gpu = device == "cuda"
     # What torch's own tuning guide asks for; the published code leaves it off.
@@ -441,12 +453,14 @@ def open_stack(about: dict, inputs: Callable[..., dict], device: str, kind: str)
         torch.backends.cudnn.benchmark = True
     cls = Published if kind == "published" else Careful
     careful_dtype = torch.bfloat16 if on_gpu else torch.float32
-    return cls(about, inputs, device, kind, torch.float32 if kind == "published" else careful_dtype)
+    dtype = torch.float32 if kind == "published" else careful_dtype
+    return cls(about, inputs, device, kind, dtype, mode)
 
 
 def main() -> None:
-    folder, device, kind = Path(sys.argv[1]), *sys.argv[2:]
-    stack = open_stack(read(folder), lambda _: dict(np.load(folder / "inputs.npz")), device, kind)
+    folder, device, kind, mode = Path(sys.argv[1]), *sys.argv[2:]
+    inputs = dict(np.load(folder / "inputs.npz"))
+    stack = open_stack(read(folder), lambda _: inputs, device, kind, mode)
     names = ["train_outputs", "train_time", "ceiling", "memory", "release"]
     if kind != "published":
         names += ["sample_outputs", "sample_time"]

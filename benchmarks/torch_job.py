@@ -1,7 +1,7 @@
 """A whole job in PyTorch: one person learned from a photo, then drawn. Two commands, as here.
 
-    python -m benchmarks.torch_job learn ABOUT.json DEVICE eager|compiled OUT STEPS BATCH
-    python -m benchmarks.torch_job draw ABOUT.json DEVICE eager|compiled OUT PICTURES STEPS
+    python -m benchmarks.torch_job learn ABOUT.json DEVICE eager|compiled MODE OUT STEPS BATCH
+    python -m benchmarks.torch_job draw ABOUT.json DEVICE eager|compiled MODE OUT PICTURES STEPS
 
 Tokenizer and face finding are this project's own, which use neither JAX nor PyTorch, so that both
 sides spend the same on them.
@@ -57,7 +57,9 @@ def anchor_of(about: dict, encoder, tokenizer: text.Tokenizer) -> np.ndarray:
     return encoder.final_layer_norm(encoded)[0, 1:3].float().cpu().numpy()
 
 
-def learn(about: dict, device: str, kind: str, out: Path, steps: str, batch: str) -> None:
+def learn(
+    about: dict, device: str, kind: str, mode: str, out: Path, steps: str, batch: str
+) -> None:
     """Learns the person and writes what was trained."""
     folder = Path(about["checkpoint"]) / "face"
     model = face_models.find_recogniser(None, None, folder, accept_licence=False)
@@ -75,7 +77,7 @@ def learn(about: dict, device: str, kind: str, out: Path, steps: str, batch: str
             "draws/noise": np.zeros((0, 0, *about["latents"]), np.float32),
         }
 
-    stack = open_stack(about, inputs, device, kind)
+    stack = open_stack(about, inputs, device, kind, mode)
     for _ in range(int(steps)):
         stack.step(stack.drawn(int(batch)))
     tensors = {"face": stack.face, "anchor": stack.anchor, **trained(stack)}
@@ -95,7 +97,9 @@ def trained(stack: Careful) -> dict[str, torch.Tensor]:
     return parts
 
 
-def draw(about: dict, device: str, kind: str, out: Path, pictures: str, steps: str) -> None:
+def draw(
+    about: dict, device: str, kind: str, mode: str, out: Path, pictures: str, steps: str
+) -> None:
     """Draws the learned person and writes the pictures."""
     tensors = load_file(out / "person.safetensors")
 
@@ -109,7 +113,7 @@ def draw(about: dict, device: str, kind: str, out: Path, pictures: str, steps: s
             "paper/given/id_embed": tensors["face"].numpy(),
         }
 
-    stack = open_stack(about, inputs, device, kind)
+    stack = open_stack(about, inputs, device, kind, mode)
     with torch.no_grad():
         for name, parameter in trained(stack).items():
             parameter.copy_(tensors[name])
@@ -119,7 +123,7 @@ def draw(about: dict, device: str, kind: str, out: Path, pictures: str, steps: s
 
 
 if __name__ == "__main__":
-    command, about, device, kind, out, *sizes = sys.argv[1:]
+    command, about, device, kind, mode, out, *sizes = sys.argv[1:]
     {"learn": learn, "draw": draw}[command](
-        json.loads(Path(about).read_text()), device, kind, Path(out), *sizes
+        json.loads(Path(about).read_text()), device, kind, mode, Path(out), *sizes
     )

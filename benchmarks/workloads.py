@@ -4,6 +4,7 @@
 diffusers layout and `inputs.npz`. Names there are paths: `paper/trainable/adapter/gamma`.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -25,6 +26,7 @@ from idea_jax.models import hub, sd
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
+from idea_jax.train_step import Photos, draw_batch
 
 MINI_PHOTO = Path(random_sd.__file__).parent / "mini" / "photo.png"
 PROMPT = "a photo of {} person"
@@ -94,16 +96,8 @@ def write(name: str, folder: Path, *, batch: int, pictures: int, dtype: str) -> 
     }
     for profile in ("paper", "official"):
         inputs |= person(model, profile, rng)
+    inputs |= {f"draws/{key}": value for key, value in draws(model, len(token_ids), batch).items()}
     side = model.unet.sample_size
-    shape = (COMPARED_STEPS, batch, side, side, model.unet.in_channels)
-    drawn = {
-        "mirror": rng.integers(0, 2, shape[:2]),
-        "posterior": rng.standard_normal(shape, np.float32),
-        "noise": rng.standard_normal(shape, np.float32),
-        "timesteps": rng.integers(0, model.schedule.num_train_timesteps, shape[:2]),
-        "rows": rng.integers(0, len(token_ids), shape[:2]),
-    }
-    inputs |= {f"draws/{key}": value for key, value in drawn.items()}
     np.savez(folder / "inputs.npz", **inputs)
     photo = folder / "photo.png"
     pixels = side * model.vae.downscale
@@ -117,10 +111,36 @@ def write(name: str, folder: Path, *, batch: int, pictures: int, dtype: str) -> 
         "checkpoint": str(checkpoint),
         "photo": str(photo),
         "pixels": pixels,
-        "latents": shape[2:],
+        "latents": (side, side, model.unet.in_channels),
     }
     (folder / "workload.json").write_text(json.dumps(about))
     return about
+
+
+def draws(model: sd.StableDiffusion, texts: int, batch: int) -> dict[str, np.ndarray]:
+    """What this project draws in the first steps of key 0; leaves [COMPARED_STEPS, batch, ...]."""
+    side = model.unet.sample_size
+    shape = (1, 2, side, side, model.unet.in_channels)
+    numbers = np.arange(texts, dtype=np.int32)[:, None]
+    # Moments for which the sample of the posterior is the noise in it, or tells which of the
+    # picture and its mirror was taken.
+    plain = Photos(np.zeros(shape, np.float32), np.zeros(shape, np.float32), 1, numbers)
+    which = np.broadcast_to(np.arange(2, dtype=np.float32)[None, :, None, None, None], shape)
+    sides = plain._replace(mean=which, logvar=np.full(shape, -np.inf, np.float32))
+    draw = jax.jit(functools.partial(draw_batch, model, size=batch))
+    found = []
+    for step in range(COMPARED_STEPS):
+        drawn, mirrored = (draw(photos, jax.random.key(0), step) for photos in (plain, sides))
+        found.append(
+            {
+                "mirror": mirrored.latents[:, 0, 0, 0].astype(int),
+                "posterior": drawn.latents,
+                "noise": drawn.noise,
+                "timesteps": drawn.timesteps,
+                "rows": drawn.token_ids[:, 0],
+            }
+        )
+    return {key: np.stack([one[key] for one in found]) for key in found[0]}
 
 
 def initial_noise(model: sd.StableDiffusion, pictures: int) -> np.ndarray:
