@@ -1189,8 +1189,15 @@ def pretrain_at_once(run: Run, stages: Collection[str], jobs: int, command: Sequ
     running: dict[str, subprocess.Popen] = {}
     try:
         while True:
-            done = read_record(run.folder, about)["stages"]
-            left = [n for n in STAGES if n not in {*done, *running} and n in (stages or STAGES)]
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                if code := running.pop(name).returncode:
+                    said = (run.work / f"{name}.log").read_text(errors="replace").splitlines()
+                    words = "\n".join(said[-20:])
+                    raise ChildProcessError(f"stage {name} failed with exit code {code}:\n{words}")
+                print(f"{name}: done", file=sys.stderr)
+            done = read_record(run.folder, about)["stages"].keys() - running.keys()
+            left = [n for n in STAGES if n not in done | running.keys() and n in (stages or STAGES)]
             if not left and not running:
                 return
             ready = [name for name in left if all(n in done for n in NEEDS.get(name, ()))]
@@ -1209,15 +1216,7 @@ def pretrain_at_once(run: Run, stages: Collection[str], jobs: int, command: Sequ
                         stderr=output,
                         start_new_session=True,
                     )
-            ended = [name for name, process in running.items() if process.poll() is not None]
-            for name in ended:
-                if code := running.pop(name).returncode:
-                    said = (run.work / f"{name}.log").read_text(errors="replace").splitlines()
-                    words = "\n".join(said[-20:])
-                    raise ChildProcessError(f"stage {name} failed with exit code {code}:\n{words}")
-                print(f"{name}: done", file=sys.stderr)
-            if not ended:
-                time.sleep(0.2)
+            time.sleep(0.2)
     finally:
         stop(running.values())
 
