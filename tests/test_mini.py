@@ -5,6 +5,9 @@ import itertools
 import json
 import re
 import shutil
+import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -322,12 +325,34 @@ def test_an_interrupted_training_ends_like_one_that_was_not(run, monkeypatch):
 
     monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
     calls, stop = [], 7
+    threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         train("interrupted")
+    assert threading.active_count() == threads  # the one that makes batches has ended
     calls, stop = [], None
     resumed, again = train("interrupted")
     assert len(calls) == 13 and again == losses
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+@pytest.mark.parametrize("save_seconds", [0, 120])
+def test_a_loss_that_is_no_number_stops_a_training_and_is_not_saved(run, monkeypatch, save_seconds):
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", save_seconds)
+    params = {"a": {"bias": jnp.zeros(1)}}
+
+    def loss(params, batch, key):
+        return jnp.sum(params["a"]["bias"]) + batch
+
+    inputs = iter([1.0, 1.0, np.inf, 1.0, 1.0])
+    with pytest.raises(FloatingPointError, match="the loss of test is inf at step 2"):
+        pretrain.fit(
+            run, "test", params, loss, lambda rng: next(inputs), 5, pretrain.muon(params, 5)
+        )
+    file = run.work / "test.state.safetensors"
+    if save_seconds:
+        assert not file.is_file()
+    else:
+        assert len(load_file(file)["losses"]) == 2
 
 
 def test_an_average_is_returned_where_one_is_asked_for(run):
@@ -396,6 +421,114 @@ def test_a_record_from_before_there_was_a_stage_is_continued(run, monkeypatch):
     pretrain.write_json(run.folder / pretrain.RECORD, record | {"budget": before | {"each": 99}})
     with pytest.raises(ValueError, match="another seed or budget"):
         pretrain.pretrain(run)
+
+
+# Stands for the command: does a stage in no time, or fails, and notes when it was at work.
+STAGE = """
+import json, sys, time
+from pathlib import Path
+from idea_jax.files import atomic_write
+from filelock import FileLock
+folder, name = Path(sys.argv[1]), sys.argv[-1]
+begun = time.time()
+if name == "bad":
+    time.sleep(0.5)
+    print("Traceback: it went wrong")
+    sys.exit(3)
+time.sleep(60 if name == "long" else 0.7)
+with FileLock(folder / "lock"):
+    record = json.loads((folder / "pretraining.json").read_text())
+    record["stages"][name] = {"begun": begun, "ended": time.time()}
+    with atomic_write(folder / "pretraining.json") as path:
+        path.write_text(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def stages(run, monkeypatch, tmp_path):
+    """Runs stages that need others, {name: needs}, and returns when each began and ended."""
+    script = tmp_path / "stage.py"
+    script.write_text(STAGE)
+
+    def go(needs, jobs, only=()):
+        monkeypatch.setattr(pretrain, "STAGES", dict.fromkeys(needs))
+        monkeypatch.setattr(pretrain, "NEEDS", needs)
+        run.folder.mkdir(exist_ok=True)
+        about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget), "stages": {}}
+        if not (run.folder / pretrain.RECORD).is_file():
+            pretrain.write_json(run.folder / pretrain.RECORD, about)
+        command = [sys.executable, str(script), str(run.folder)]
+        pretrain.pretrain_at_once(run, only, jobs, command)
+        return json.loads((run.folder / pretrain.RECORD).read_text())["stages"]
+
+    return go
+
+
+def test_stages_that_do_not_need_each_other_run_at_the_same_time(stages):
+    done = stages({"first": [], "a": ["first"], "b": ["first"], "c": ["first"], "last": "abc"}, 2)
+    assert done["a"]["begun"] < done["b"]["ended"] and done["b"]["begun"] < done["a"]["ended"]
+    assert done["c"]["begun"] >= min(done["a"]["ended"], done["b"]["ended"])  # two at a time
+    assert done["first"]["ended"] <= min(done[name]["begun"] for name in "ab")
+    assert done["last"]["begun"] >= max(done[name]["ended"] for name in "abc")
+
+
+def test_a_stage_that_fails_stops_the_others_and_says_why(stages, run):
+    started = time.monotonic()
+    with pytest.raises(ChildProcessError, match="stage bad failed.* 3:\nTraceback: it went wrong"):
+        stages({"good": [], "bad": ["good"], "long": ["good"], "after": ["long"]}, 3)
+    assert time.monotonic() - started < 20
+    assert list(json.loads((run.folder / pretrain.RECORD).read_text())["stages"]) == ["good"]
+    with pytest.raises(ValueError, match="stage after needs long, which is not done yet"):
+        stages({"good": [], "bad": ["good"], "long": ["good"], "after": ["long"]}, 3, ["after"])
+
+
+def test_every_stage_comes_after_those_that_it_needs():
+    names = list(pretrain.STAGES)
+    assert set(pretrain.NEEDS) == set(names) - {"prepare"}
+    for name, needs in pretrain.NEEDS.items():
+        assert all(names.index(needed) < names.index(name) for needed in needs)
+
+
+def test_pictures_are_the_same_one_by_one_and_together(monkeypatch):
+    """Drawn together as on a GPU; the last batch is not full."""
+    who, keys = people.unnamed("test", 6), jax.random.split(jax.random.key(2), 6)
+    scenes = drawings.random_scenes(jax.random.key(1), (6,))
+    one_by_one = drawings.draw(who, scenes, keys).astype(int)
+    monkeypatch.setattr(drawings, "at_once", lambda: True)
+    monkeypatch.setattr(drawings, "BATCH_AT_ONCE", 4)
+    together = drawings.draw(who, scenes, keys)
+    # Rounding is the compiler's choice; a pixel on the edge of two values may take either.
+    assert np.abs(together - one_by_one).max() <= 1
+    assert one_by_one.std() > 30
+
+
+def test_captions_do_not_depend_on_who_makes_them(run, tokenizer, monkeypatch):
+    names = np.random.default_rng(0).integers(0, people.NAMES, (8, 2, 2))
+    names[:6, 1] = -1  # nobody on the right
+    scenes = drawings.random_scenes(jax.random.key(3), (8, 2))
+    set_ = drawings.Drawings(np.zeros((8, 1), np.uint8), names, scenes)
+    budget = dataclasses.replace(run.budget, captions=2)
+    run = dataclasses.replace(run, budget=budget)
+    alone = pretrain.caption_ids(run, set_, tokenizer)
+    monkeypatch.setattr(pretrain, "CAPTIONED", 3)
+    monkeypatch.setattr(pretrain.os, "cpu_count", lambda: 2)
+    shared = pretrain.caption_ids(run, set_, tokenizer)
+    for ids, same in zip(alone, shared, strict=True):
+        assert ids.shape == (8, 2, pretrain.TEXT_LENGTH) and ids.dtype == np.int16
+        np.testing.assert_array_equal(ids, same)
+    seed = [run.seed, 7, 1, *b"captions"]
+    np.testing.assert_array_equal(
+        alone[0][7, 1], tokenizer([drawings.say_both(seed, set_, 7)[0]])[0]
+    )
+
+
+def test_one_text_of_several_is_what_numpy_chooses():
+    """So that captions stay what they were when numpy chose them."""
+    texts = "a b c d e".split()
+    ours, its = (np.random.default_rng(5) for _ in range(2))
+    assert [captions.one_of(ours, texts) for _ in range(50)] == [
+        its.choice(texts) for _ in range(50)
+    ]
 
 
 def test_drawings_come_from_disk_where_they_are_there(tmp_path):

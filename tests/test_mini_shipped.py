@@ -164,7 +164,9 @@ def test_record_says_how_it_was_made(mini):
     """It has the sizes and steps of the command, and the rounds in which these were trained."""
     record = json.loads((mini.folder / pretrain.RECORD).read_text())
     budget = json.loads(json.dumps(dataclasses.asdict(pretrain.BUDGETS["full"])))
-    assert record["budget"] == budget and list(record["stages"]) == list(pretrain.STAGES)
+    assert record["budget"] == budget
+    # It is from when each stage made the drawings and captions that it needs.
+    assert set(record["stages"]) == set(pretrain.STAGES) - {"drawings"}
     rounds = dict(record["rounds"])
     assert "one go" in rounds.pop("about")
     samples = {name: sum(n * size for n, size in parts) for name, parts in rounds.items()}

@@ -1,6 +1,6 @@
 """What is said about a picture of the drawn world, and the prompts by which models are judged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,10 +120,15 @@ def pair_caption(
     for scene, name in zip(scenes, names, strict=True):
         parts = [p for p in _parts(rng, scene, 0.3) if "background" not in p and "wall" not in p]
         people.append(" ".join([name, *parts[:1]]))
-    text = _opening(rng, scenes[0] | {"framing": "plain"}) + str(rng.choice(_PAIRS)).format(*people)
+    text = _opening(rng, scenes[0] | {"framing": "plain"}) + one_of(rng, _PAIRS).format(*people)
     if rng.random() < 0.5:
         text += " " + _phrase(rng, _BACKGROUNDS, scenes[0]["background"])
     return text
+
+
+def one_of(rng: np.random.Generator, texts: Sequence[str]) -> str:
+    """Returns what rng.choice would, without making an array of the texts first."""
+    return texts[rng.integers(len(texts))]
 
 
 def words() -> list[str]:
@@ -142,7 +147,7 @@ def _parts(rng: np.random.Generator, scene: Mapping[str, str], chance: float) ->
     if rng.random() < chance:
         parts.append(_phrase(rng, _SHIRTS, scene["shirt"]))
     if rng.random() < chance:
-        parts.append(str(rng.choice(_EXPRESSIONS[scene["expression"]])))
+        parts.append(one_of(rng, _EXPRESSIONS[scene["expression"]]))
     if scene["hat"] == "none":
         if rng.random() < 0.4 * chance:
             parts.append("without a hat")
@@ -153,7 +158,7 @@ def _parts(rng: np.random.Generator, scene: Mapping[str, str], chance: float) ->
 
 
 def _opening(rng: np.random.Generator, scene: Mapping[str, str]) -> str:
-    medium = str(rng.choice(_MEDIA[scene["style"]] if rng.random() < 0.75 else _ANY_MEDIUM))
+    medium = one_of(rng, _MEDIA[scene["style"]] if rng.random() < 0.75 else _ANY_MEDIUM)
     adjectives = [
         scene[field]
         for field in ("light", "framing")
@@ -161,7 +166,7 @@ def _opening(rng: np.random.Generator, scene: Mapping[str, str]) -> str:
     ]
     if not adjectives and rng.random() < 0.05:
         adjectives = ["good"]
-    article = str(rng.choice(["a", "a", "the"]))
+    article = one_of(rng, ["a", "a", "the"])
     return _an(" ".join([article, *adjectives, medium, "of "]))
 
 
@@ -171,8 +176,8 @@ def _subject(rng: np.random.Generator, name: str) -> str:
         return name
     if form < 0.6:
         return f"{name} person"
-    owner = str(rng.choice(["a", "the", "the", "my", "one"]))
-    filler = [str(rng.choice(_FILLERS))] if rng.random() < 0.3 else []
+    owner = one_of(rng, ["a", "the", "the", "my", "one"])
+    filler = [one_of(rng, _FILLERS)] if rng.random() < 0.3 else []
     person = ["person"] if form < 0.85 else []
     return " ".join([owner, *filler, "face of", name, *person])
 
@@ -181,13 +186,13 @@ def _joined(rng: np.random.Generator, parts: list[str]) -> str:
     text = ""
     for i, part in enumerate(parts):
         last = i == len(parts) - 1 and i > 0
-        text += " and " if last and rng.random() < 0.5 else str(rng.choice([" ", ", "]))
+        text += " and " if last and rng.random() < 0.5 else one_of(rng, [" ", ", "])
         text += part
     return text
 
 
 def _phrase(rng: np.random.Generator, forms: tuple[str, ...], what: str) -> str:
-    return _an(str(rng.choice(forms)).format(what))
+    return _an(one_of(rng, forms).format(what))
 
 
 def _an(text: str) -> str:

@@ -17,6 +17,8 @@ from idea_jax.pytrees import stream
 
 SIZE = 64
 PART = 2048  # drawings a file
+# How many are drawn by one call of the device: one after the other, or all at once.
+BATCH, BATCH_AT_ONCE = 64, 512
 LISTED = 0.5  # share of the drawings of one person that show somebody of the names file
 ALTERED = ("background", "shirt", "hat", "hat_colour", "expression", "style")  # by `say_both`
 
@@ -38,27 +40,51 @@ class Portraits(NamedTuple):
     points: np.ndarray  # float32[N, 5, 2]: world.landmarks
 
 
-@partial(jax.jit, static_argnames="size")
-def draw_each(who: Identity, scenes: Scene, keys: jax.Array, size: int = SIZE) -> jax.Array:
-    """Returns float32[B, size, size, 3]: one after the other, which is faster on a CPU."""
-    return jax.lax.map(lambda args: world.draw(*args, size=size), (who, scenes, keys))
+def at_once() -> bool:
+    """Whether pictures of a batch are drawn together: one by one is faster on a CPU, where all that
+    a picture is made of stays in the cache, and leaves any other device idle."""
+    return jax.default_backend() != "cpu"
 
 
-@jax.jit
-def _draw_pairs(left, right, left_scenes, right_scenes, keys):
+def _mapped(draw_one: Callable, args: tuple, together: bool) -> jax.Array:
+    if together:
+        return jax.vmap(draw_one)(*args)
+    return jax.lax.map(lambda each: draw_one(*each), args)
+
+
+@partial(jax.jit, static_argnames=("size", "together"))
+def _draw_each(who, scenes, keys, size, together):
+    return _mapped(partial(world.draw, size=size), (who, scenes, keys), together)
+
+
+@partial(jax.jit, static_argnames="together")
+def _draw_pairs(left, right, left_scenes, right_scenes, keys, together):
     args = (left, right, left_scenes, right_scenes, keys)
-    return jax.lax.map(lambda each: world.draw_pair(*each, size=SIZE), args)
+    return _mapped(partial(world.draw_pair, size=SIZE), args, together)
 
 
-def draw(who: Identity, scenes: Scene, keys: jax.Array, size: int = SIZE) -> np.ndarray:
+def _in_batches(draw_batch: Callable, args: tuple) -> np.ndarray:
     """Returns uint8[B, size, size, 3] of leaves [B]; compiles for one batch size only."""
-    count, batch = len(who.skin), 64
+    together = at_once()
+    count, batch = len(args[-1]), BATCH_AT_ONCE if together else BATCH
     images = []
     for start in range(0, count, batch):
         rows = np.minimum(np.arange(start, start + batch), count - 1)
-        args = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (who, scenes, keys))
-        images.append(to_uint8(np.asarray(draw_each(*args, size=size))))
+        some = jax.tree.map(lambda leaf, rows=rows: leaf[rows], args)
+        images.append(to_uint8(np.asarray(draw_batch(*some, together=together))))
     return np.concatenate(images)[:count]
+
+
+def draw(who: Identity, scenes: Scene, keys: jax.Array, size: int = SIZE) -> np.ndarray:
+    """Returns uint8[B, size, size, 3] of leaves [B]: `world.draw` of each."""
+    return _in_batches(partial(_draw_each, size=size), (who, scenes, keys))
+
+
+def draw_pairs(
+    left: Identity, right: Identity, left_scenes: Scene, right_scenes: Scene, keys: jax.Array
+) -> np.ndarray:
+    """Returns uint8[B, 64, 64, 3] of leaves [B]: `world.draw_pair` of each."""
+    return _in_batches(_draw_pairs, (left, right, left_scenes, right_scenes, keys))
 
 
 def random_scenes(key: jax.Array, shape: tuple[int, ...]) -> Scene:
@@ -113,16 +139,11 @@ def pairs(who: Identity, count: int, key: jax.Array) -> tuple[np.ndarray, np.nda
         )
 
     (left, left_scenes), (right, right_scenes) = of(0), of(1)
-    images, batch = [], 64
-    for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + batch), count - 1)
-        args = (left, right, left_scenes, right_scenes, keys)
-        drawn = _draw_pairs(*jax.tree.map(lambda leaf, rows=rows: leaf[rows], args))
-        images.append(to_uint8(np.asarray(drawn)))
+    images = draw_pairs(left, right, left_scenes, right_scenes, keys)
     points = jax.jit(jax.vmap(world.landmarks_of_pair))(
         left, right, left_scenes, right_scenes, jax.random.clone(keys)
     )
-    return np.concatenate(images)[:count], np.asarray(points)
+    return images, np.asarray(points)
 
 
 def drawings(
@@ -149,11 +170,9 @@ def drawings(
 
         single, double = rows[rows < alone], rows[rows >= alone]
         images = [draw(*of(0, single), keys[single])] if len(single) else []
-        for start in range(0, len(double), 64):
-            full = double[np.minimum(np.arange(start, start + 64), len(double) - 1)]
-            (left, left_scene), (right, right_scene) = of(0, full), of(1, full)
-            both = _draw_pairs(left, right, left_scene, right_scene, keys[full])
-            images.append(to_uint8(np.asarray(both))[: len(double) - start])
+        if len(double):
+            (left, left_scenes), (right, right_scenes) = of(0, double), of(1, double)
+            images.append(draw_pairs(left, right, left_scenes, right_scenes, keys[double]))
         return np.concatenate(images)
 
     return Drawings(_parts(part, count, folder, progress), names, scenes)
@@ -177,35 +196,37 @@ def _parts(draw_rows: Callable, count: int, folder: Path | None, progress: Calla
 
 def say(rng: np.random.Generator, set_: Drawings, row: int) -> str:
     """Returns one caption of one drawing."""
-    return _said(rng, set_, row, lambda kinds: kinds)
+    return _said(rng, *_described(set_, row))
 
 
 def say_both(seed: Sequence[int], set_: Drawings, row: int) -> tuple[str, str]:
     """Returns a caption of one drawing, and the same words with one thing of the (left) scene
     replaced by another of its kind; twice the same if the caption mentions nothing."""
-    true = say(np.random.default_rng(seed), set_, row)
+    (left, right), names = _described(set_, row)
+    true = _said(np.random.default_rng(seed), (left, right), names)
     rng = np.random.default_rng([*seed, 1])
     for field in rng.permutation(ALTERED):
-
-        def altered(kinds, field=field):
-            if "hat" in field and kinds["hat"] == "none":
-                return kinds  # there is no word to replace
-            others = [k for k in captions.KINDS[field] if k not in (kinds[field], "none")]
-            return kinds | {field: str(rng.choice(others))}
-
-        if (wrong := _said(np.random.default_rng(seed), set_, row, altered)) != true:
+        if "hat" in field and left["hat"] == "none":
+            continue  # there is no word to replace
+        others = [k for k in captions.KINDS[field] if k not in (left[field], "none")]
+        altered = left | {field: captions.one_of(rng, others)}
+        if (wrong := _said(np.random.default_rng(seed), (altered, right), names)) != true:
             return true, wrong
     return true, true
 
 
-def _said(rng, set_, row, alter):
-    left, right = (
+def _described(set_, row):
+    """Returns the words of both scenes, and the one name or two."""
+    scenes = [
         captions.scene_words(Scene(*(leaf[row, side] for leaf in set_.scenes))) for side in (0, 1)
-    )
-    names = [people.full_name(*pair) for pair in set_.names[row] if pair[0] >= 0]
+    ]
+    return scenes, tuple(people.full_name(*pair) for pair in set_.names[row] if pair[0] >= 0)
+
+
+def _said(rng, scenes, names):
     if len(names) == 1:
-        return captions.caption(rng, alter(left), names[0])
-    return captions.pair_caption(rng, (alter(left), right), tuple(names))
+        return captions.caption(rng, scenes[0], *names)
+    return captions.pair_caption(rng, tuple(scenes), names)
 
 
 def to_float(images: np.ndarray | jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ half (`traits.Identity`), so that any first name with any last name is a person.
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -75,11 +76,17 @@ def unnamed(split: str, count: int) -> Identity:
 
 def identities(codes: np.ndarray) -> Identity:
     """Returns the people of codes float32[..., 2, CODE_SIZE]: leaves of shape [...]."""
+    leading = codes.shape[:-2]
+    flat = _identities()(codes.reshape(-1, 2, CODE_SIZE))
+    return Identity(*(np.asarray(leaf).reshape(leading) for leaf in flat))
+
+
+@functools.cache
+def _identities() -> Callable:
+    """Kept, so that it is compiled once for each number of people."""
     import jax
 
-    leading = codes.shape[:-2]
-    flat = jax.jit(jax.vmap(identity_from_code))(codes.reshape(-1, 2, CODE_SIZE))
-    return Identity(*(np.asarray(leaf).reshape(leading) for leaf in flat))
+    return jax.jit(jax.vmap(identity_from_code))
 
 
 def name_parts() -> list[str]:

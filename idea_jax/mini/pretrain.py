@@ -1,7 +1,7 @@
 """Makes the mini: a whole Stable Diffusion of the drawn world, trained from nothing.
 
     python -m idea_jax.mini.pretrain FOLDER [--budget full|tiny] [--seed N] [--work FOLDER]
-                                            [--stages NAME ...]
+                                            [--stages NAME ...] [--jobs N]
 
 FOLDER is a checkpoint in diffusers layout after every stage. Stages that its `pretraining.json`
 lists are done; a stage that was interrupted goes on where it last saved its state, under --work.
@@ -12,9 +12,16 @@ import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +67,13 @@ DETAILS_WEIGHT = 0.1  # of what the judge sees, against the same
 LATENTS_OFF = 0.3
 KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
 SAVE_SECONDS = 120
-# In the work folder: what the autoencoder is trained with.
+STOP_SECONDS = 10  # that a stage has to end by itself
+AHEAD = 3  # batches that are made while one is learned from
+COMPOSERS = 8  # processes at most that make the detector's pictures
+CAPTIONED = 1500  # drawings whose captions one process makes in one go
+# In the work folder: what the autoencoder is trained with, and the captions.
 JUDGE, RECOGNISER = "judge.safetensors", "recogniser.safetensors"
+CAPTIONS = "captions.safetensors"
 RECORD = "pretraining.json"  # in the checkpoint: how it was made
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks them
 
@@ -186,12 +198,22 @@ class Run:
         return self.work / name
 
     def load(self) -> tuple[sd.StableDiffusion, sd.Frozen, Tokenizer]:
-        model, frozen = sd.load(self.folder)
+        with self.lock():
+            model, frozen = sd.load(self.folder)
         text = model.text
         tokenizer = load_tokenizer(
             self.folder / "tokenizer", text.vocab_size, text.max_position_embeddings
         )
         return model, frozen, tokenizer
+
+    def save(self, model: sd.StableDiffusion, frozen: sd.Frozen, *parts: str) -> None:
+        """Writes parts of the checkpoint, each in the layout of `sd.save`; the others stay."""
+        with self.lock():
+            sd.save(self.folder, model, frozen, dtype="float16", parts=parts)
+
+    def lock(self) -> FileLock:
+        """For what several stages write, which may run at the same time."""
+        return FileLock(self.work / ".lock")
 
 
 # Stages
@@ -209,7 +231,7 @@ def prepare(run: Run) -> dict:
     table = frozen.text["embeddings"]["token_embedding"]
     tokenizer = load_tokenizer(run.folder / "tokenizer", size, TEXT_LENGTH)
     table["embedding"] = jnp.array(name_embeddings(tokenizer, np.array(table["embedding"])))
-    sd.save(run.folder, model, frozen, dtype="float16")
+    run.save(model, frozen, "text_encoder", "unet", "vae")
     return {"vocabulary": size}
 
 
@@ -291,6 +313,70 @@ def name_embeddings(tokenizer: Tokenizer, table: np.ndarray) -> np.ndarray:
     return table
 
 
+def make_drawings(run: Run) -> dict:
+    """Makes what several stages learn from: the drawings, and the captions as token ids."""
+    for split in ("recognition", "scoring"):
+        run.portraits(split)
+    text = sd.read_configs(run.folder).text
+    tokenizer = load_tokenizer(run.folder / "tokenizer", text.vocab_size, TEXT_LENGTH)
+    true, wrong = caption_ids(run, run.named(), tokenizer)
+    with atomic_write(run.work / CAPTIONS) as path:
+        save_file({"true": true, "wrong": wrong}, path)
+    return {}
+
+
+def caption_ids(
+    run: Run, set_: drawings.Drawings, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what is said about each drawing, and what is nearly true of it.
+
+    Returns: int16[N, captions, T] each; where both are equal, there was nothing to replace.
+    """
+    starts = range(0, len(set_.names), CAPTIONED)
+    unseen = set_._replace(images=set_.images[:, :0])  # not sent to other processes
+    parts = [
+        jax.tree.map(lambda leaf, rows=slice(start, start + CAPTIONED): leaf[rows], unseen)
+        for start in starts
+    ]
+    say = functools.partial(ids_of_captions, tokenizer, run.seed, run.budget.captions)
+    workers = min(len(parts), os.cpu_count() or 1)
+    with processes(workers) if workers > 1 else nullcontext() as pool:
+        made = pool.map(say, parts, starts) if pool else map(say, parts, starts)
+        both = list(tqdm(made, "captions", len(parts), disable=run.quiet))
+    true, wrong = map(np.concatenate, zip(*both, strict=True))
+    return true, wrong
+
+
+def ids_of_captions(
+    tokenizer: Tokenizer, seed: int, count: int, set_: drawings.Drawings, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns `caption_ids` of a part of all drawings, the first of which is number `first`."""
+    true, wrong = [], []
+    for row in range(len(set_.names)):
+        texts = [
+            drawings.say_both([seed, first + row, number, *b"captions"], set_, row)
+            for number in range(count)
+        ]
+        ids = tokenizer([text for both in texts for text in both]).astype(np.int16)
+        true.append(ids[::2])
+        wrong.append(ids[1::2])
+    return np.stack(true), np.stack(wrong)
+
+
+def processes(count: int, *initial) -> ProcessPoolExecutor:
+    """Returns processes for work without JAX; each first calls initial[0](*initial[1:]).
+
+    They are begun anew, as a copy of one that has used JAX may hang.
+    """
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, initial)
+
+
+def _begin(function: Callable | None = None, *args) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # they end with the process that began them
+    if function:
+        function(*args)
+
+
 def train_vae(run: Run) -> dict:
     """Trains the autoencoder on all drawings; its latents are scaled to unit variance.
 
@@ -332,7 +418,7 @@ def train_vae(run: Run) -> dict:
     scale = float(model.vae.scaling_factor / np.std(mean))
     vae = dataclasses.replace(model.vae, scaling_factor=round(scale, 5))
     model = dataclasses.replace(model, vae=vae)
-    sd.save(run.folder, model, frozen, dtype="float16", parts=["vae"])
+    run.save(model, frozen, "vae")
     return {**all_losses, "scaling_factor": vae.scaling_factor}
 
 
@@ -376,9 +462,7 @@ def train_decoder(run: Run) -> dict:
     params = {part: frozen.vae[part] for part in parts}
     optimizer = muon(params, steps, 0.005)
     params, losses = fit(run, "decoder", params, loss, batch, steps, optimizer, ema=0.998)
-    sd.save(
-        run.folder, model, frozen._replace(vae=frozen.vae | params), dtype="float16", parts=["vae"]
-    )
+    run.save(model, frozen._replace(vae=frozen.vae | params), "vae")
     return {"losses": losses}
 
 
@@ -406,8 +490,9 @@ def moments(
     """Returns mean and standard deviation of the scaled latents of uint8[N, 64, 64, 3]."""
     encode = jax.jit(lambda vae, x: sd.encode_image(model, frozen._replace(vae=vae), x))
     means, stds, vae = [], [], on_all_devices(frozen.vae)
-    for start in progress(range(0, len(images), 64)):
-        rows = np.minimum(np.arange(start, start + 64), len(images) - 1)
+    size = 64 if jax.default_backend() == "cpu" else 1024
+    for start in progress(range(0, len(images), size)):
+        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
         batch = on_all_devices(images[rows], split=True)
         mean, logvar = encode(vae, drawings.to_float(batch))
         means.append(np.asarray(mean))
@@ -516,12 +601,17 @@ def train_detector(run: Run) -> dict:
         found = net.apply({"params": params}, detector.scaled(batch.image))
         return detector.loss(found, batch.points, batch.state)
 
-    def batch(rng):
-        made = [composites.compose(rng, alone, pairs) for _ in range(size)]
-        return composites.Composite(*map(np.stack, zip(*made, strict=True)))
-
+    batch = functools.partial(composites.composed, size)
+    train = functools.partial(fit, run, "detector", start, loss, batch, steps)
     optimizer = muon(start, steps, 0.02)
-    params, losses = fit(run, "detector", start, loss, batch, steps, optimizer, ema=0.99)
+    # A picture takes the host longer than it takes a GPU, and threads would wait for each other.
+    workers = min(COMPOSERS, (os.cpu_count() or 1) // 2)
+    if workers > 1:
+        with processes(workers, composites.share, alone, pairs) as pool:
+            params, losses = train(optimizer, ema=0.99, pool=pool, ahead=2 * workers)
+    else:
+        composites.share(alone, pairs)
+        params, losses = train(optimizer, ema=0.99)
     detector.write_onnx(run.folder / "face" / "detector.onnx", net, params)
     return {"losses": losses}
 
@@ -699,25 +789,6 @@ def image_configuration(budget: Budget) -> CLIPVisionConfig:
     )
 
 
-def caption_ids(
-    run: Run, set_: drawings.Drawings, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what is said about each drawing, and what is nearly true of it.
-
-    Returns: int16[N, captions, T] each; where both are equal, there was nothing to replace.
-    """
-    true, wrong = [], []
-    for row in run.progress(range(len(set_.images)), "captions"):
-        texts = [
-            drawings.say_both([run.seed, row, number, *b"captions"], set_, row)
-            for number in range(run.budget.captions)
-        ]
-        ids = tokenizer([text for both in texts for text in both]).astype(np.int16)
-        true.append(ids[::2])
-        wrong.append(ids[1::2])
-    return np.stack(true), np.stack(wrong)
-
-
 def train_clip(run: Run) -> dict:
     """Trains both towers on drawings and captions; the text encoder is frozen from then on.
 
@@ -729,7 +800,7 @@ def train_clip(run: Run) -> dict:
     """
     model, frozen, tokenizer = run.load()
     set_ = run.named()
-    ids, wrong_ids = caption_ids(run, set_, tokenizer)
+    ids = load_file(run.made_before(CAPTIONS))
     config = image_configuration(run.budget)
     tower = CLIPVisionModel(config)
     key = stream(run.key, "clip")
@@ -765,9 +836,9 @@ def train_clip(run: Run) -> dict:
         return apart + sum(readings) / 2
 
     def batch(rng):
-        rows = rng.choice(len(ids), size, replace=False)
-        which = rng.integers(0, ids.shape[1], size)
-        texts = [table[rows, which].astype(np.int32) for table in (ids, wrong_ids)]
+        rows = rng.choice(len(kinds), size, replace=False)
+        which = rng.integers(0, run.budget.captions, size)
+        texts = [ids[kind][rows, which].astype(np.int32) for kind in ("true", "wrong")]
         return set_.images[rows], *texts, kinds[rows], shown[rows]
 
     scene = {"kernel": jnp.zeros((run.budget.text_width, 2 * OUTPUTS))}
@@ -777,7 +848,7 @@ def train_clip(run: Run) -> dict:
     optimizer = muon(params, steps, slow={"text/embeddings/token_embedding": 0.1})
     params, losses = fit(run, "clip", params, loss, batch, steps, optimizer)
     frozen = frozen._replace(text=params["text"])
-    sd.save(run.folder, model, frozen, dtype="float16", parts=["text_encoder"])
+    run.save(model, frozen, "text_encoder")
     tensors = weights.to_tensors(weights.vision_table(), {"vision": params["vision"]}, np.float16)
     folder = run.folder / "image_encoder"
     with atomic_write(folder / "model.safetensors") as path:
@@ -799,16 +870,14 @@ def pooled(states: jax.Array, ids: jax.Array, eos: int) -> jax.Array:
 def train_unet(run: Run) -> dict:
     """Trains the denoising network on the frozen latents and text, with 10% empty captions."""
     model, frozen, tokenizer = run.load()
-    set_ = run.named()
+    ids = load_file(run.made_before(CAPTIONS))["true"]
     cache = run.work / "latents.safetensors"
     if not cache.is_file():
-        ids, _ = caption_ids(run, set_, tokenizer)
-        bar = "encoding drawings"
-        mean, std = moments(model, frozen, set_.images, lambda rows: run.progress(rows, bar))
+        bar, images = "encoding drawings", run.named().images
+        mean, std = moments(model, frozen, images, lambda rows: run.progress(rows, bar))
         with atomic_write(cache) as path:
-            half = {"mean": mean.astype(np.float16), "std": std.astype(np.float16)}
-            save_file({"ids": ids, **half}, path)
-    data = load_file(cache)
+            save_file({"mean": mean.astype(np.float16), "std": std.astype(np.float16)}, path)
+    latents = load_file(cache)
     empty = tokenizer([""])[0]
     steps, size = run.budget.unet
     fixed = frozen.text
@@ -836,15 +905,16 @@ def train_unet(run: Run) -> dict:
         return jnp.mean(weights_of_times[times] * errors)
 
     def batch(rng):
-        rows = rng.integers(0, len(data["ids"]), size)
-        ids = data["ids"][rows, rng.integers(0, data["ids"].shape[1], size)].astype(np.int32)
-        ids = np.where(rng.random(size)[:, None] < EMPTY_CAPTIONS, empty, ids)
-        return data["mean"][rows].astype(np.float32), data["std"][rows].astype(np.float32), ids
+        rows = rng.integers(0, len(ids), size)
+        said = ids[rows, rng.integers(0, ids.shape[1], size)].astype(np.int32)
+        said = np.where(rng.random(size)[:, None] < EMPTY_CAPTIONS, empty, said)
+        mean, std = (latents[name][rows].astype(np.float32) for name in ("mean", "std"))
+        return mean, std, said
 
     params = {"unet": frozen.unet, "cross_kv": frozen.cross_kv}
     optimizer = muon(params, steps)
     params, losses = fit(run, "unet", params, loss, batch, steps, optimizer, ema=0.999)
-    sd.save(run.folder, model, frozen._replace(**params), dtype="float16", parts=["unet"])
+    run.save(model, frozen._replace(**params), "unet")
     return {"losses": losses}
 
 
@@ -874,25 +944,33 @@ def finish(run: Run) -> dict:
     return {"megabytes": round(sum((run.folder / n).stat().st_size for n in files) / 1e6, 2)}
 
 
+# In the order in which they are begun: what others wait for longest, then what takes long.
 STAGES: dict[str, Callable[[Run], dict]] = {
     "prepare": prepare,
+    "drawings": make_drawings,
     "judge": train_own_judge,
     "vae": train_vae,
+    "clip": train_clip,
+    "unet": train_unet,
+    "detector": train_detector,
     "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser", aligned=True),
     "decoder": train_decoder,
     # It sees whole pictures, so that no score depends on a detector.
     "scoring": lambda run: train_recogniser(run, "scoring", "scoring", aligned=False),
-    "detector": train_detector,
     "scoring_judge": train_scoring_judge,
-    "clip": train_clip,
-    "unet": train_unet,
     "finish": finish,
 }
 NEEDS = {
-    "vae": ["prepare", "judge"],
-    "decoder": ["vae", "recogniser"],
-    "clip": ["prepare"],
+    "drawings": ["prepare"],
+    "judge": ["drawings"],
+    "vae": ["drawings", "judge"],
+    "clip": ["drawings"],
     "unet": ["vae", "clip"],
+    "detector": ["drawings"],
+    "recogniser": ["drawings"],
+    "decoder": ["vae", "recogniser"],
+    "scoring": ["drawings"],
+    "scoring_judge": ["drawings"],
     "finish": ["decoder", "scoring", "detector", "scoring_judge", "clip", "unet"],
 }
 
@@ -957,6 +1035,8 @@ def fit(
     optimizer: optax.GradientTransformation,
     *,
     ema: float = 0.0,
+    pool: Executor | None = None,
+    ahead: int = AHEAD,
 ) -> tuple[dict, list[float]]:
     """Minimises loss(params, batch, key); returns the averaged parameters and the mean losses.
 
@@ -966,6 +1046,8 @@ def fit(
     Args:
         batch: rng -> arrays.
         ema: decay of the moving average that is returned; 0 returns the last parameters.
+        pool: what makes the batches; a thread if None.
+        ahead: batches that are made while one is learned from.
 
     Returns: the losses as at most 50 means over equal parts of the run.
     """
@@ -1000,64 +1082,173 @@ def fit(
         with atomic_write(file) as path:
             save_file({**tensors, "losses": np.array(losses, np.float64)}, path)
 
-    last = time.monotonic()
-    with tqdm(total=steps, initial=len(losses), desc=name, disable=run.quiet) as bar:
-        for index in range(len(losses), steps):
-            rng = np.random.default_rng([run.seed, index, *name.encode()])
-            state, value = step(state, np.int32(index), on_all_devices(batch(rng), split=True))
-            losses.append(float(value))
-            if not np.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss of {name} is {losses[-1]} at step {index}")
-            bar.update()
-            if index % 20 == 0:
-                bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}")
+    def random_batch(index):
+        return np.random.default_rng([run.seed, index, *name.encode()])
+
+    def read(value):
+        losses.append(float(value))  # waits for the step
+        if not np.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"the loss of {name} is {losses[-1]} at step {len(losses) - 1}"
+            )
+        bar.update()
+        if len(losses) % 20 == 1:
+            bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}")
+
+    last, begun = time.monotonic(), None  # `begun`: the loss of a step whose end nobody awaited
+    rngs = (random_batch(index) for index in range(len(losses), steps))
+    with (
+        tqdm(total=steps, initial=len(losses), desc=name, disable=run.quiet) as bar,
+        ThreadPoolExecutor(1) as own,
+        closing(made_ahead(pool or own, batch, rngs, ahead)) as batches,
+    ):
+        for index, data in enumerate(batches, len(losses)):
+            state, value = step(state, np.int32(index), on_all_devices(data, split=True))
+            if begun is not None:  # the device has the next step already while the host waits
+                read(begun)
+            begun = value
             if time.monotonic() - last > SAVE_SECONDS:
+                read(begun)
+                begun = None
                 save()
                 last = time.monotonic()
+        if begun is not None:
+            read(begun)
     save()
     parts = np.array_split(np.array(losses), min(50, len(losses)))
     return state.average, [round(float(part.mean()), 5) for part in parts]
 
 
+def made_ahead(pool: Executor, make: Callable, inputs: Iterator, ahead: int) -> Iterator:
+    """Yields make(input) for each input, in order, while the pool makes the next ones."""
+    waiting = deque()
+    try:
+        for each in inputs:
+            waiting.append(pool.submit(make, each))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
 def on_all_devices(tree: object, split: bool = False) -> object:
     """Puts arrays on all devices; `split` puts a part on each, if all first axes can be split."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     sizes = [leaf.shape[0] if np.ndim(leaf) else 1 for leaf in jax.tree.leaves(tree)]
     split = split and all(size % jax.device_count() == 0 for size in sizes)
-    return jax.device_put(
-        tree, NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec())
-    )
+    return jax.device_put(tree, _sharding(split))
+
+
+@functools.cache
+def _sharding(split: bool) -> NamedSharding:
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("data") if split else PartitionSpec())
 
 
 def pretrain(run: Run, stages: Collection[str] = ()) -> None:
     """Runs the stages that are not done yet, or of these only the ones that are named.
 
-    Stages that do not need each other may run at the same time in several processes, if all
-    drawings are there already.
-
     Raises: ValueError if one of its folders is of another seed or budget, or a stage is to run
         before one that it needs.
     """
-    about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget)}
-    about = json.loads(json.dumps(about))
-    run.work.mkdir(parents=True, exist_ok=True)
-    read_record(run.work, about)  # drawings and states of another run would pass for this one's
-    write_json(run.work / RECORD, {**about, "stages": {}})
-    for name, stage in STAGES.items():
+    about = begin(run)
+    for name in STAGES:
         done = read_record(run.folder, about)["stages"]
         if name in done or (stages and name not in stages):
             continue
-        if missing := [needed for needed in NEEDS.get(name, ()) if needed not in done]:
-            raise ValueError(f"stage {name} needs {' and '.join(missing)}, which is not done yet")
+        check_needs(name, done)
         started = time.monotonic()
-        result = stage(run)
+        result = STAGES[name](run)
         result["seconds"] = round(time.monotonic() - started)
-        with FileLock(run.work / ".lock"):
+        with run.lock():
             record = read_record(run.folder, about)
-            record["stages"][name] = result
+            known = {**record["stages"], name: result}
             if name != "finish":  # its sums are those of all files
-                record["stages"].pop("finish", None)
+                known.pop("finish", None)
+            # In one order, whatever was done first.
+            record["stages"] = {n: known[n] for n in STAGES if n in known} | known
             write_json(run.folder / RECORD, record)
+
+
+def pretrain_at_once(run: Run, stages: Collection[str], jobs: int, command: Sequence[str]) -> None:
+    """As `pretrain`, with up to `jobs` stages at a time that do not need each other.
+
+    Each runs in a process of its own and writes to STAGE.log in the work folder.
+
+    Args:
+        command: what runs a single stage when `--stages NAME` is added.
+
+    Raises: ValueError as `pretrain`; ChildProcessError if a stage fails, with its last words, once
+        the others were stopped.
+    """
+    about = begin(run)
+    # Each process would otherwise take three quarters of a GPU's memory.
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+    running: dict[str, subprocess.Popen] = {}
+    try:
+        while True:
+            ended = [name for name, process in running.items() if process.poll() is not None]
+            for name in ended:
+                if code := running.pop(name).returncode:
+                    said = (run.work / f"{name}.log").read_text(errors="replace").splitlines()
+                    words = "\n".join(said[-20:])
+                    raise ChildProcessError(f"stage {name} failed with exit code {code}:\n{words}")
+                print(f"{name}: done", file=sys.stderr)
+            done = read_record(run.folder, about)["stages"].keys() - running.keys()
+            left = [n for n in STAGES if n not in done | running.keys() and n in (stages or STAGES)]
+            if not left and not running:
+                return
+            ready = [name for name in left if all(n in done for n in NEEDS.get(name, ()))]
+            if not ready and not running:
+                check_needs(left[0], done)
+            for name in ready[: jobs - len(running)]:
+                log = run.work / f"{name}.log"
+                print(f"{name}: begun, see {log}", file=sys.stderr)
+                with open(log, "wb") as output:
+                    # Ctrl-C reaches this process only, which then stops all of them.
+                    running[name] = subprocess.Popen(
+                        [*command, "--stages", name],
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+            time.sleep(0.2)
+    finally:
+        stop(running.values())
+
+
+def stop(running: Collection[subprocess.Popen]) -> None:
+    """Ends processes that lead a group each, and all that is in the group."""
+    for process in running:
+        process.send_signal(signal.SIGINT)
+    until = time.monotonic() + STOP_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:  # it compiles, perhaps, and hears nothing
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def begin(run: Run) -> dict:
+    """Makes the work folder and returns what a record says of a run; ValueError if it is of another
+    one, whose drawings and states would pass for this one's."""
+    about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget)}
+    about = json.loads(json.dumps(about))
+    run.work.mkdir(parents=True, exist_ok=True)
+    read_record(run.work, about)
+    read_record(run.folder, about)
+    write_json(run.work / RECORD, {**about, "stages": {}})
+    return about
+
+
+def check_needs(name: str, done: Collection[str]) -> None:
+    if missing := [needed for needed in NEEDS.get(name, ()) if needed not in done]:
+        raise ValueError(f"stage {name} needs {' and '.join(missing)}, which is not done yet")
 
 
 def read_record(folder: Path, about: dict) -> dict:
@@ -1091,11 +1282,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="drawings and states (default: FOLDER-work)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=(), help="default: all")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run up to N stages at a time that do not need each other, each in a process of its "
+        "own (default: 1). Pays on a GPU whose host has several cores for each: one stage alone "
+        "leaves it idle most of the time. On a CPU one stage uses all cores",
+    )
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     work = args.work or args.folder.with_name(args.folder.name + "-work")
+    run = Run(args.folder, work, BUDGETS[args.budget], args.seed)
     try:
-        pretrain(Run(args.folder, work, BUDGETS[args.budget], args.seed), args.stages)
-    except ValueError as error:
+        if args.jobs == 1:
+            pretrain(run, args.stages)
+        else:
+            # Otherwise its stages would go on without it.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            command = [sys.executable, "-m", "idea_jax.mini.pretrain", str(args.folder)]
+            command += ["--work", str(work), "--budget", args.budget, "--seed", str(args.seed)]
+            pretrain_at_once(run, args.stages, args.jobs, command)
+    except (ValueError, ChildProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
