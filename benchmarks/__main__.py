@@ -22,8 +22,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent import futures
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -69,36 +69,46 @@ def main(argv: list[str] | None = None) -> int:
             result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device)
             measurements = report.Measurements()
-            plans = {"train": train_steps, "sampling": sampling}
-            plans = [plan(stacks, workload) for part, plan in plans.items() if part in parts]
             wanted = comparisons(stacks, workload)
-            files = first_calls(stacks, wanted, plans, measurements, failed)
-            result["compared"] = compare(files, folder, args.device, failed)
-            for name in failed:
-                stacks.pop(name).close()
-            for plan in plans:
+            patience = dict(zip(("train", "sampling"), args.patience, strict=True))
+            for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
+                if part not in parts:
+                    continue
+                plan, compared = plan_of(stacks, workload), wanted[part]
+                files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
+                result.setdefault("compared", {})
+                compare(files, folder, args.device, result["compared"], failed)
+                for name in set(failed) & set(stacks):
+                    stacks.pop(name).close()
                 take_turns(stacks, plan, repeats, measurements)
                 result["times"] = measurements.summary()
                 report.write(out, name_of_report, result)
-            result["memory"] = memory(stacks, workload)
+                if part == "train":
+                    result["memory"] = memory(stacks, workload)
+                if part == "train" and "kernels" in parts:
+                    result["kernels"] = looked_into(stacks["jax"], "kernels", workload)
+                report.write(out, name_of_report, result)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
-            result["flops"] = counted(stacks["jax"], workload)
-            report.write(out, name_of_report, result)
-            plans = {"people": people, "ablations": ablations}
-            plans = [plan(workload, args) for part, plan in plans.items() if part in parts]
-            first_calls(stacks, {}, plans, alone, failed)
-            for plan in plans:
+            for part, plan_of in {"people": people, "ablations": ablations}.items():
+                if part not in parts:
+                    continue
+                plan = plan_of(workload, args)
+                first_calls(stacks, {}, plan, alone, failed, None)
                 take_turns(stacks, plan, repeats, alone)
                 result["inside"] = alone.summary()
                 report.write(out, name_of_report, result)
-            for part in ("kernels", "convolutions"):
-                if part in parts:
-                    result[part] = looked_into(stacks["jax"], part, workload)
-                    report.write(out, name_of_report, result)
+            result["flops"] = counted(stacks["jax"], workload)
+            if "convolutions" in parts:
+                result["convolutions"] = looked_into(stacks["jax"], "convolutions", workload)
+                report.write(out, name_of_report, result)
         except StackError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            for stack in stacks.values():
+                stack.kill()
+            raise
         finally:
             for stack in stacks.values():
                 stack.close()
@@ -147,6 +157,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="measurements of each (default: by workload)")
     parser.add_argument(
         "--jobs", type=int, default=0, help="measure whole jobs, this many times each (0: not)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        nargs=2,
+        metavar=("TRAIN", "SAMPLING"),
+        default=(None, None),
+        help="seconds that PyTorch's stacks may take for the first calls of these parts; one that "
+        "takes longer than this and than this project is left out (default: no limit)",
     )
     parser.add_argument(
         "--inputs",
@@ -214,17 +233,18 @@ def ceilings(stacks: dict[str, Worker], device: str) -> dict[str, float]:
     return {name: stack("ceiling", size=size) for name, stack in stacks.items()}
 
 
-def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, list]:
-    """The calls of each stack whose results must agree."""
-    calls = {}
-    for name in stacks:
-        # Pictures before the training steps, which change the person whom PyTorch draws.
-        calls[name] = [] if name == "published" else [["sample_outputs", {}]]
-        sizes = {"batch": workload.batch, "room": workload.room} if name == "jax" else {}
-        calls[name] += [
-            ["train_outputs", {"profile": profile, **sizes}] for profile in profiles(stacks, name)
+def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, dict[str, list]]:
+    """The calls of each stack whose results must agree, by part."""
+    sizes = {"batch": workload.batch, "room": workload.room}
+    steps = {
+        name: [
+            ["train_outputs", {"profile": profile, **(sizes if name == "jax" else {})}]
+            for profile in profiles(stacks, name)
         ]
-    return calls
+        for name in stacks
+    }
+    pictures = {name: [["sample_outputs", {}]] for name in stacks if name != "published"}
+    return {"train": steps, "sampling": pictures}
 
 
 def profiles(stacks: dict[str, Worker], name: str) -> list[str]:
@@ -233,24 +253,45 @@ def profiles(stacks: dict[str, Worker], name: str) -> list[str]:
     return [one for one in all_of_them if one == "paper" or "published" in stacks]
 
 
-def first_calls(stacks: dict[str, Worker], comparisons, plans, measurements, failed: dict) -> dict:
-    """Makes the first calls of everything, which compile it.
+# What is measured in turns: {what: {variant: (stack, call, arguments)}}.
+Plan = dict[str, dict[str, tuple[str, str, dict]]]
 
-    What fails is left out of the plans, and told in `failed`: a stack as a whole, but single calls
+
+def milliseconds(seconds: float, call: str, arguments: dict) -> float:
+    """Of a call, or of one step of one person where the call takes training steps."""
+    steps = 1 if call == "sample_time" else arguments["steps"] * arguments.get("people", 1)
+    return 1e3 * seconds / steps
+
+
+def first_calls(
+    stacks: dict[str, Worker],
+    comparisons: dict[str, list],
+    plan: Plan,
+    measurements: report.Measurements,
+    failed: dict[str, str],
+    patience: float | None,
+) -> dict:
+    """Makes the first calls of a part, which compile it.
+
+    What fails is left out of the plan, and told in `failed`: a stack as a whole, but single calls
     of this project where they are made side by side.
+
+    Args:
+        patience: seconds until the other stacks are given up, at least as many as this project
+            takes; None for ever.
 
     Returns: the files with what is to be compared, by stack, call and profile.
     """
     at_once = stacks["jax"]("device")["platform"] != "cpu"
     timed: dict[str, list] = {name: [] for name in stacks}
-    for plan in plans:
-        for what, calls in plan.calls.items():
-            for variant, (stack, call, arguments) in calls.items():
-                timed[stack].append((plan, what, variant, [call, arguments]))
+    for what, calls in plan.items():
+        for variant, (stack, call, arguments) in calls.items():
+            timed[stack].append((what, variant, [call, arguments]))
     files = {}
 
     def of_stack(stack: str) -> None:
-        calls = [*comparisons.get(stack, []), *(call for *_, call in timed[stack])]
+        compared = comparisons.get(stack, [])
+        calls = [*compared, *(call for *_, call in timed[stack])]
         try:
             if at_once and stack == "jax":
                 results = stacks[stack]("at_once", calls=calls)
@@ -258,27 +299,38 @@ def first_calls(stacks: dict[str, Worker], comparisons, plans, measurements, fai
                 results = [stacks[stack](call, **arguments) for call, arguments in calls]
             stacks[stack]("release")
         except StackError as error:
-            failed[stack] = str(error)
+            failed.setdefault(stack, str(error))
             return
-        count = len(comparisons.get(stack, []))
-        for (call, arguments), file in zip(calls, results[:count], strict=False):
+        for (call, arguments), file in zip(compared, results[: len(compared)], strict=True):
             files[stack, call, arguments.get("profile")] = file
-        for (plan, what, variant, _), seconds in zip(timed[stack], results[count:], strict=True):
-            if isinstance(seconds, dict):
-                failed[f"{what}, {variant}"] = seconds["error"]
-                del plan.calls[what][variant]
+        for (what, variant, (call, arguments)), got in zip(
+            timed[stack], results[len(compared) :], strict=True
+        ):
+            if isinstance(got, dict):
+                failed[f"{what}, {variant}"] = got["error"]
+                del plan[what][variant]
                 continue
-            measurements.add(what, variant, plan.scales[what] * seconds, plan.unit, is_first=True)
+            value = milliseconds(got, call, arguments)
+            measurements.add(what, variant, value, "ms", is_first=True)
 
+    began = time.monotonic()
     with futures.ThreadPoolExecutor(len(stacks) if at_once else 1) as pool:
-        list(pool.map(of_stack, stacks))
+        running = {stack: pool.submit(of_stack, stack) for stack in stacks}
+        running.pop("jax").result()
+        for stack, future in running.items():
+            try:
+                spent = time.monotonic() - began
+                future.result(None if patience is None else max(1.0, patience - spent))
+            except futures.TimeoutError:
+                failed[stack] = f"had not finished its first calls after {patience:.0f} s"
+                stacks[stack].kill()
     if "jax" in failed:
         raise StackError(failed["jax"])
     return files
 
 
-def compare(files: dict, folder: Path, device: str, failed: dict) -> dict:
-    """The differences between every stack and this project.
+def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[str, str]) -> None:
+    """Adds the differences between every stack and this project to `found`.
 
     Args:
         files: from `first_calls`.
@@ -286,7 +338,6 @@ def compare(files: dict, folder: Path, device: str, failed: dict) -> dict:
     """
     limits = TOLERANCES["float32" if device == "cpu" else "bfloat16"]
     start_of = dict(np.load(folder / "inputs.npz"))
-    found: dict = {}
     for (name, call, profile), file in files.items():
         if name == "jax":
             continue
@@ -295,42 +346,34 @@ def compare(files: dict, folder: Path, device: str, failed: dict) -> dict:
         if call == "sample_outputs":
             apart = np.abs(ours["pictures"] - theirs["pictures"])
             differences["pictures"] = float(apart.mean())
-            continue
-        start = start_of[f"{profile}/trainable/pseudo_tokens"]
-        a, b = (np.ravel(x["tokens"] - start) for x in (ours, theirs))
-        differences["loss"] = float(np.max(np.abs(theirs["losses"] / ours["losses"] - 1)))
-        differences["tokens"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-    for name, one in found.items():
-        # Written so that a NaN is a mismatch.
-        fits = one["loss"] <= limits["loss"] and one["tokens"] >= limits["tokens"]
-        if not (fits and one.get("pictures", 0.0) <= limits["pictures"]):
+            # Written so that a NaN is a mismatch.
+            fits = differences["pictures"] <= limits["pictures"]
+        else:
+            start = start_of[f"{profile}/trainable/pseudo_tokens"]
+            a, b = (np.ravel(x["tokens"] - start) for x in (ours, theirs))
+            differences["loss"] = float(np.max(np.abs(theirs["losses"] / ours["losses"] - 1)))
+            differences["tokens"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+            fits = differences["loss"] <= limits["loss"]
+            fits &= differences["tokens"] >= limits["tokens"]
+        if not fits:
             failed[name] = (
-                f"differs from this project after {COMPARED_STEPS} steps: {one}, expected within "
-                f"{limits}"
+                f"differs from this project after {COMPARED_STEPS} training steps or in pictures: "
+                f"{differences}, expected within {limits}"
             )
-    return found
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured in turns: `calls[what][name]` is (stack, call, arguments); `scales[what]`
-    makes numbers of `unit` of seconds."""
-
-    calls: dict[str, dict[str, tuple[str, str, dict]]]
-    scales: dict[str, float]
-    unit: str
 
 
 def train_steps(stacks: dict[str, Worker], workload: Workload) -> Plan:
     """Blocks of training steps, milliseconds a step."""
     calls: dict = {}
     for name in stacks:
-        sizes = {"batch": workload.batch, "steps": workload.block}
+        # A step of the published code is many times longer than those of the others.
+        block = min(workload.block, 2) if name == "published" else workload.block
+        sizes = {"batch": workload.batch, "steps": block}
         sizes |= {"room": workload.room} if name == "jax" else {}
         for profile in profiles(stacks, name):
             what = f"train step, {profile}"
             calls.setdefault(what, {})[name] = (name, "train_time", {"profile": profile, **sizes})
-    return Plan(calls, dict.fromkeys(calls, 1e3 / workload.block), "ms")
+    return calls
 
 
 def sampling(stacks: dict[str, Worker], workload: Workload) -> Plan:
@@ -341,18 +384,17 @@ def sampling(stacks: dict[str, Worker], workload: Workload) -> Plan:
         calls[f"drawing {pictures} at once, {workload.steps} steps"] = {
             name: (name, "sample_time", sizes) for name in stacks if name != "published"
         }
-    return Plan(calls, dict.fromkeys(calls, 1e3), "ms")
+    return calls
 
 
 def people(workload: Workload, args: argparse.Namespace) -> Plan:
     """Blocks of steps of several people at once, milliseconds a step for each of them."""
     sizes = {"profile": "paper", "batch": workload.batch, "steps": workload.block}
-    calls, scales = {}, {}
+    calls = {}
     for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8, 16)):
         what, together = f"people in one step: {count}", {"room": workload.room, "people": count}
         calls[what] = {"jax": ("jax", "train_time", sizes | together)}
-        scales[what] = 1e3 / workload.block / count
-    return Plan(calls, scales, "ms")
+    return calls
 
 
 def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
@@ -373,19 +415,18 @@ def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
         del variants["calls"]
     chosen = {name: v for name, v in variants.items() if name in ("best", *args.ablations)}
     what = "a step without one of the measures"
-    calls = {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
-    return Plan(calls, {what: 1e3 / workload.block}, "ms")
+    return {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
 
 
 def take_turns(stacks: dict[str, Worker], plan: Plan, repeats: int, measurements) -> None:
     """Measures every call once per round."""
     for _ in range(repeats):
-        for what, calls in plan.calls.items():
+        for what, calls in plan.items():
             for variant, (stack, call, arguments) in calls.items():
                 if stack not in stacks:
                     continue  # it has failed
-                value = plan.scales[what] * stacks[stack](call, **arguments)
-                measurements.add(what, variant, value, plan.unit, is_first=False)
+                value = milliseconds(stacks[stack](call, **arguments), call, arguments)
+                measurements.add(what, variant, value, "ms", is_first=False)
                 stacks[stack]("release")
 
 

@@ -3,14 +3,17 @@
 python -m benchmarks.stack_jax FOLDER COMPUTE_DTYPE
 """
 
+import contextlib
 import dataclasses
 import functools
 import resource
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -48,16 +51,16 @@ class Stack:
         attention = flash.resolve("auto", jax.default_backend(), compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)
         jax.block_until_ready(self.frozen)
-        self.compiled = {}
+        self.compiled, self.locks = {}, {}
 
     # What is compared
 
     def train_outputs(self, profile: str, batch: int, room: int) -> str:
         """Losses and pseudo tokens of a few steps, as a file; the others are given their draws."""
-        training = self.training(profile, batch, room)
-        training.restart()
-        losses = [float(training.take(1).loss[0, 0]) for _ in range(settings.COMPARED_STEPS)]
-        tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
+        with self.training(profile, batch, room) as training:
+            training.restart()
+            losses = [float(training.take(1).loss[0, 0]) for _ in range(settings.COMPARED_STEPS)]
+            tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
         return self.save(f"jax-{profile}", losses=losses, tokens=tokens)
 
     def sample_outputs(self) -> str:
@@ -83,15 +86,16 @@ class Stack:
           people: trained at once.
           changes: of the model's settings, to take a measure back.
         """
-        training = self.training(profile, batch, room, people, tuple((changes or {}).items()))
-        # Float32 weights exist only while they are measured.
-        frozen = training.weights()
-        jax.block_until_ready((frozen, training.states))
-        started = time.perf_counter()
-        for _ in range(steps // room):
-            metrics = training.take(room, frozen)
-        jax.block_until_ready((training.states, metrics))
-        return time.perf_counter() - started
+        own = tuple((changes or {}).items())
+        with self.training(profile, batch, room, people, own) as training:
+            # Float32 weights exist only while they are measured.
+            frozen = training.weights()
+            jax.block_until_ready((frozen, training.states))
+            started = time.perf_counter()
+            for _ in range(steps // room):
+                metrics = training.take(room, frozen)
+            jax.block_until_ready((training.states, metrics))
+            return time.perf_counter() - started
 
     def sample_time(self, pictures: int, steps: int) -> float:
         """Seconds from the prompt's tokens to pictures."""
@@ -201,7 +205,8 @@ class Stack:
         """Bytes of training: on a device those that the program of a step is given and plans for
         itself, on a CPU the peak of this process so far."""
         if jax.default_backend() != "cpu":
-            return self.training("paper", batch, room).device_bytes()
+            with self.training("paper", batch, room) as training:
+                return training.device_bytes()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def release(self) -> None:
@@ -223,14 +228,16 @@ class Stack:
 
     # Parts
 
+    @contextlib.contextmanager
     def training(
         self, profile: str, batch: int, room: int, people: int = 1, changes: tuple = ()
-    ) -> "Training":
-        """The steps of a profile, compiled at the first call."""
+    ) -> Iterator["Training"]:
+        """The steps of a profile, compiled at the first call, for one thread at a time."""
         kind = ("training", profile, batch, room, people, changes)
-        if kind not in self.compiled:
-            self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
-        return self.compiled[kind]
+        with self.locks.setdefault(kind, threading.Lock()):
+            if kind not in self.compiled:
+                self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
+            yield self.compiled[kind]
 
     def person(self, profile: str):
         """The method, its optimiser and the person's state before the first step."""

@@ -164,7 +164,9 @@ class Stack:
         return self.save(f"{self.kind}-{profile}", losses=losses, tokens=self.pseudo_tokens())
 
     def sample_outputs(self) -> str:
-        """Pictures of a few steps, as a file."""
+        """Pictures of a few steps of the person before any training, as a file."""
+        for parameter, start in self.start:
+            parameter.data.copy_(start)
         pictures = self.draw(*COMPARED_SAMPLING)
         return self.save(f"{self.kind}-pictures", pictures=pictures.float().cpu().numpy())
 
@@ -350,6 +352,7 @@ class Careful(Stack):
         self.mean, self.std = posterior.mean.float() * scale, posterior.std.float() * scale
         trained = [self.tokens, *self.enhancer.parameters(), *self.adapter.parameters()]
         trained += [p for delta in self.deltas for p in (delta.down, delta.up)]
+        self.start = [(parameter, parameter.detach().clone()) for parameter in trained]
         self.optimizer = torch.optim.AdamW(
             trained, lr=RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
         )

@@ -7,6 +7,7 @@ process waits for the next, it uses no core.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -28,6 +29,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
+            start_new_session=True,
         )
 
     def __call__(self, call: str, **arguments) -> object:
@@ -46,9 +48,13 @@ class Worker:
         return answer["result"]
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process once it has answered what it was asked."""
         self._process.stdin.close()
         self._process.wait()
+
+    def kill(self) -> None:
+        """Ends the process at once, and all that it has started."""
+        os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def serve(calls: Mapping[str, Callable]) -> None:

@@ -6,6 +6,7 @@ Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `
 import hashlib
 import json
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -266,7 +267,9 @@ def init(model: StableDiffusion, key: jax.Array) -> Frozen:
         return jnp.array(values * np.float32(std))
 
     flat = flatten(shapes(model)._asdict())
-    return Frozen(**unflatten({path: draw(path, leaf.shape) for path, leaf in flat.items()}))
+    with ThreadPoolExecutor() as pool:  # numpy draws without holding the interpreter
+        leaves = pool.map(lambda item: draw(item[0], item[1].shape), flat.items())
+        return Frozen(**unflatten(dict(zip(flat, leaves, strict=True))))
 
 
 def encode_text(

@@ -345,12 +345,14 @@ def to_tensors(table: Table, params: dict, dtype: np.dtype = np.float32) -> dict
     flat = flatten(params)
     names = source_keys(table, list(flat))
     by_target = [(_pattern(rule.target), rule) for rule in table.rules if not rule.legacy]
-    tensors = {}
-    for path, leaf in flat.items():
+
+    def tensor_of(path):
         transform = next(rule.transform for pattern, rule in by_target if pattern.fullmatch(path))
-        tensor = TRANSFORMS[transform].layouts[0](np.asarray(jax.device_get(leaf)))
-        tensors[names[path]] = np.ascontiguousarray(tensor.astype(dtype))
-    return tensors
+        tensor = TRANSFORMS[transform].layouts[0](np.asarray(jax.device_get(flat[path])))
+        return np.ascontiguousarray(tensor.astype(dtype))
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip((names[path] for path in flat), pool.map(tensor_of, flat), strict=True))
 
 
 def _headers(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
