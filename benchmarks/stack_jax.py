@@ -20,13 +20,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
-from idea_jax import pytrees, sample
+from idea_jax import devices, pytrees, sample
 from idea_jax.data import images
 from idea_jax.models import flash, sd
+from idea_jax.train import place_frozen
 from idea_jax.train_step import (
     Metrics,
     Photos,
@@ -47,6 +48,7 @@ class Stack:
         self.about = settings.read(folder)
         self.inputs = dict(np.load(folder / "inputs.npz"))
         checkpoint = Path(self.about["checkpoint"])
+        devices.use_cores(checkpoint)
         model, self.frozen = sd.load(checkpoint, compute_dtype=compute_dtype)
         attention = flash.resolve("auto", jax.default_backend(), compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)
@@ -99,8 +101,19 @@ class Stack:
 
     def sample_time(self, pictures: int, steps: int) -> float:
         """Seconds from the prompt's tokens to pictures."""
+        settings_of = self.sampling(steps)
         started = time.perf_counter()
-        jax.block_until_ready(self.draw(pictures, steps))
+        (_,) = sample.draw_all(
+            self.model,
+            self.frozen,
+            lambda frozen, _: self.keys_values(frozen),
+            1,
+            seed=0,
+            count=pictures,
+            batch_size=pictures,
+            guidance_scale=settings.GUIDANCE,
+            **settings_of,
+        )
         return time.perf_counter() - started
 
     def at_once(self, calls: list) -> list:
@@ -267,31 +280,36 @@ class Stack:
         )
         return Photos(mean[None], logvar[None], jnp.int32(1), jnp.asarray(self.inputs["token_ids"]))
 
-    def draw(self, pictures: int, steps: int) -> jax.Array:
-        """Pictures float32[N, H, W, 3] of the prompt."""
+    def keys_values(self, frozen: sd.Frozen) -> dict:
+        """Keys and values of the prompt and of the negative one."""
         method, _, state = self.person("paper")
-        kv = sample.prompt_keys_values(
+        return sample.prompt_keys_values(
             method,
             self.model,
-            self.frozen,
+            frozen,
             state.trainable,
             state.given,
             self.inputs["prompt_ids"],
             self.inputs["negative_ids"],
             jnp.float32(1),
         )
+
+    def sampling(self, steps: int) -> dict:
+        """What is set of the sampler."""
+        size = (self.about["pixels"],) * 2
+        return {"size": size, "scheduler": "ddim", "steps": steps, "eta": 0.0}
+
+    def draw(self, pictures: int, steps: int) -> jax.Array:
+        """Pictures float32[N, H, W, 3] of the prompt, from one device."""
         return sample.draw(
             self.model,
             self.frozen,
-            kv,
+            self.keys_values(self.frozen),
             jnp.uint32(0),
             jnp.arange(pictures, dtype=jnp.int32),
             jnp.float32(settings.GUIDANCE),
-            size=(self.about["pixels"],) * 2,
-            scheduler="ddim",
-            steps=steps,
             is_guided=True,
-            eta=0.0,
+            **self.sampling(steps),
         )
 
     def encoding_step(self, method, optimizer, batch):
@@ -344,7 +362,7 @@ class Stack:
 
 
 class Training:
-    """The program that train_jax.py runs, `train_step.step_people`, on one device."""
+    """The program that train_jax.py runs, `train_step.step_people`, on the devices it would use."""
 
     def __init__(
         self, stack: Stack, profile: str, batch: int, room: int, people: int, changes: dict
@@ -353,7 +371,9 @@ class Training:
         self._frozen, self._is_cast = stack.frozen, model.dtype != stack.model.dtype
         self._dtype = model.dtype
         method, optimizer, state = stack.person(profile)
-        mesh = Mesh([[jax.devices()[0]]], ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+        layout = devices.layout(None, people if people > 1 else None, people, batch)
+        mesh = layout.mesh
+        self._frozen = place_frozen(self._frozen, mesh, is_sharded=False)
         self._spread = NamedSharding(mesh, P("identity"))
         self._start = jax.device_get(pytrees.stack([state] * people))
         photos = jax.device_put(pytrees.stack([stack.photos()] * people), self._spread)

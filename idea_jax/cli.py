@@ -60,6 +60,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         return 2
     try:
         compile_cache.use(settings.compile_cache)
+        devices.use_cores(hub.local_folder(settings.pretrained_model_name_or_path))
         for path in run(settings):
             # A name that is no UTF-8 cannot be printed as it is.
             print(str(path).encode("utf-8", "backslashreplace").decode())

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
@@ -54,9 +56,96 @@ def test_report_holds_every_stack_with_its_ratio(tmp_path):
     assert "busy" not in table
     result["machine"]["load_average"] = 4.0
     assert "The machine was busy" in report.markdown(result)
+    assert "The machine was busy" not in report.markdown({**result, "device": "gpu"})
     result["machine"]["load_average"] = 0
     assert json.loads((tmp_path / "mini-cpu.json").read_text()) == result
     assert (tmp_path / "mini-cpu.svg").read_text().count("<rect") == 4
+
+
+def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_floor(tmp_path):
+    result = {
+        "workload": "mini",
+        "device": "gpu",
+        "machine": {"cpu": "x", "cores": 2, "load_average": 0, "python": "3", "versions": {}},
+        "sizes": {},
+        "ceilings": {"jax": 1e12, "eager": 2e12},
+        "failed": {"compiled": "Traceback\n  ...\nOutOfMemoryError: too much\n"},
+        "times": {"train step, paper": measured(jax=[0, 10, 10])["a step"]},
+        "flops": {"train_step": 4e9},
+    }
+    told = report.markdown(result)
+    assert "**Left out, compiled: OutOfMemoryError: too much**" in told
+    assert "makes 2 ms the floor" in told and "of which the floor is 20%" in told
+
+
+def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
+    steps = {"steps": 10, "batch": 8, "profile": "paper"}
+    assert command.milliseconds(2.0, "train_time", steps) == 200
+    assert command.milliseconds(2.0, "train_time", steps | {"people": 4}) == 50
+    assert command.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
+
+
+class Instead:
+    """A stack that answers from a table, or as slowly as it is told."""
+
+    def __init__(self, answers, seconds=0.0):
+        self.answers, self.seconds, self.killed = answers, seconds, threading.Event()
+
+    def __call__(self, call, **arguments):
+        if call == "train_time" and self.killed.wait(self.seconds):
+            raise StackError("killed")
+        answer = self.answers[call]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self):
+        self.killed.set()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_stack_that_fails_or_takes_too_long_is_left_out_and_the_others_stay(platform):
+    one = {"device": {"platform": platform}, "release": None, "train_time": 1.0}
+    stacks = {
+        "jax": Instead(one | {"at_once": ["ours.npz", 1.0], "train_outputs": "ours.npz"}),
+        "eager": Instead(one | {"train_outputs": StackError("out of memory")}),
+        "compiled": Instead(one | {"train_outputs": "theirs.npz"}, seconds=60),
+    }
+    calls = {name: (name, "train_time", {"steps": 1}) for name in stacks}
+    compared = {name: [["train_outputs", {"profile": "paper"}]] for name in stacks}
+    failed, measurements = {}, report.Measurements()
+    files = command.first_calls(stacks, compared, {"a": calls}, measurements, failed, 0.0)
+    assert files == {("jax", "train_outputs", "paper"): "ours.npz"}
+    assert failed["eager"] == "out of memory" and "not finished" in failed["compiled"]
+    for name in failed:
+        stacks.pop(name)
+    command.take_turns(stacks, {"a": calls}, 3, measurements)
+    assert measurements.summary()["a"]["stacks"]["jax"]["count"] == 3
+
+
+def test_single_call_that_fails_beside_others_is_left_out():
+    got = [{"error": "Traceback\nOutOfMemory"}, 2.0]
+    stacks = {"jax": Instead({"device": {"platform": "gpu"}, "at_once": got, "release": None})}
+    plan = {"a": {str(n): ("jax", "train_time", {"steps": 1, "people": n}) for n in (16, 8)}}
+    failed = {}
+    command.first_calls(stacks, {}, plan, report.Measurements(), failed, None)
+    assert list(plan["a"]) == ["8"] and failed == {"a, 16": "Traceback\nOutOfMemory"}
+
+
+def test_stack_that_computes_something_else_is_told(tmp_path):
+    start, moved = np.zeros((2, 4)), np.ones((2, 4))
+    np.savez(tmp_path / "inputs.npz", **{"paper/trainable/pseudo_tokens": start})
+    for name, tokens in (("jax", moved), ("eager", moved), ("compiled", -moved), ("nan", moved)):
+        losses = [1.0, np.nan] if name == "nan" else [1.0, 0.9]
+        np.savez(tmp_path / f"{name}.npz", losses=losses, tokens=tokens)
+    files = {
+        (name, "train_outputs", "paper"): tmp_path / f"{name}.npz"
+        for name in ("jax", "eager", "compiled", "nan")
+    }
+    found, failed = {}, {}
+    command.compare(files, tmp_path, "cpu", found, failed)
+    assert set(failed) == {"compiled", "nan"} and "expected within" in failed["compiled"]
+    assert found["eager"] == {"loss": 0.0, "tokens": pytest.approx(1.0)}
 
 
 def test_every_workload_has_sizes_for_both_devices_and_for_jobs():
@@ -99,9 +188,10 @@ def test_command_compares_times_and_reports_all_stacks(tmp_path, capsys):
 def test_stack_that_computes_something_else_is_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(command.TOLERANCES, "float32", {"loss": 0, "tokens": 2, "pictures": 0})
     arguments = ["--workload", "tiny", "--stacks", "jax", "eager", "--out", str(tmp_path)]
-    assert command.main(arguments) == 1
-    assert "eager differs from this project" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert command.main([*arguments, "--repeats", "1", "--parts", "train", "sampling"]) == 1
+    assert "eager: differs from this project" in capsys.readouterr().err
+    result = json.loads((tmp_path / "tiny-cpu.json").read_text())
+    assert set(result["times"]["train step, paper"]["stacks"]) == {"jax"}
 
 
 def test_help_needs_neither_jax_nor_torch():

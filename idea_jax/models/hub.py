@@ -76,7 +76,7 @@ def resolve(
     name = str(name_or_path)
     if not name.strip():
         raise CheckpointNotFound("no checkpoint was named; give a local folder or a Hub id")
-    folder = MINI_FOLDER if name == MINI else Path(name).expanduser()
+    folder = local_folder(name)
     if folder.is_dir():
         if revision is not None:
             logger.warning("%s is a local folder: revision %s is not used", name, revision)
@@ -92,6 +92,11 @@ def resolve(
             "diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
         )
     return _from_hub(name, revision, variant)
+
+
+def local_folder(name: str) -> Path:
+    """The folder that a name means if it means one at all; it may not be there."""
+    return MINI_FOLDER if name == MINI else Path(name).expanduser()
 
 
 def _missing_configs(folder: Path) -> list[str]:
