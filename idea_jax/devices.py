@@ -57,7 +57,8 @@ def use_cores(checkpoint: Path) -> None:
     size = sum(file.stat().st_size for file in checkpoint.glob("*/*.safetensors"))
     if is_told or jax.config.jax_num_cpu_devices != -1 or not 0 < size <= SMALL:
         return
-    cores = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
     with suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", min(cores, CORES))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -306,6 +307,41 @@ def test_devices_are_laid_out(asked, together, people, batch, mesh, places):
 def test_devices_that_do_not_fit_are_named(asked, together, batch, says):
     with pytest.raises(devices.DevicesError, match=says):
         devices.layout(asked, together, 20, batch)
+
+
+CORES = """
+import os, sys
+from pathlib import Path
+os.sched_getaffinity = lambda process: set(range(int(sys.argv[2])))
+from idea_jax import devices
+devices.use_cores(Path(sys.argv[1]))
+import jax
+print(jax.device_count())
+devices.use_cores(Path(sys.argv[1]))  # too late, and no error
+"""
+
+
+@pytest.mark.parametrize(
+    "size, cores, variables, count",
+    [
+        (2**20, 3, {}, 3),
+        (2**20, 99, {}, devices.CORES),
+        (2**31, 3, {}, 1),  # of a model of this size one copy is enough
+        (0, 3, {}, 1),  # a name on the Hub
+        (2**20, 3, {"JAX_NUM_CPU_DEVICES": "2"}, 2),
+        (2**20, 3, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
+    ],
+)
+def test_each_core_is_a_device_for_a_small_model(tmp_path, size, cores, variables, count):
+    if size:
+        (tmp_path / "unet").mkdir()
+        with open(tmp_path / "unet" / "model.safetensors", "wb") as file:
+            file.truncate(size)  # without taking any room
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    command = [sys.executable, "-c", CORES, str(tmp_path), str(cores)]
+    environment = {**kept, **variables, "PYTHONPATH": str(chaos.ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(count)]
 
 
 def test_mesh_of_several_processes_is_cut_into_equal_parts(monkeypatch):
