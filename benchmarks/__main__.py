@@ -85,9 +85,11 @@ def main(argv: list[str] | None = None) -> int:
                 report.write(out, name_of_report, result)
                 if part == "train":
                     result["memory"] = memory(stacks, workload)
-                if part == "train" and "kernels" in parts:
-                    result["kernels"] = looked_into(stacks["jax"], "kernels", workload)
-                report.write(out, name_of_report, result)
+                    if "kernels" in parts:
+                        sizes = {"batch": workload.batch, "steps": workload.block}
+                        sizes |= {"profile": "paper", "room": workload.room}
+                        result["kernels"] = stacks["jax"]("kernels", **sizes)
+                    report.write(out, name_of_report, result)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
             for part, plan_of in {"people": people, "ablations": ablations}.items():
@@ -99,8 +101,9 @@ def main(argv: list[str] | None = None) -> int:
                 result["inside"] = alone.summary()
                 report.write(out, name_of_report, result)
             result["flops"] = counted(stacks["jax"], workload)
+            report.write(out, name_of_report, result)
             if "convolutions" in parts:
-                result["convolutions"] = looked_into(stacks["jax"], "convolutions", workload)
+                result["convolutions"] = stacks["jax"]("convolutions", batch=workload.batch)
                 report.write(out, name_of_report, result)
         except StackError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -398,21 +401,24 @@ def people(workload: Workload, args: argparse.Namespace) -> Plan:
 
 
 def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
-    """Blocks of steps with one of the measures taken back, milliseconds a step."""
+    """Blocks of steps with one of the measures taken back, milliseconds a step.
+
+    Without "moments" and "trainables" each step is also a call of its own, on one device: what they
+    save is the difference to "calls", of the other two that to "best".
+    """
     sizes = {"batch": workload.batch, "steps": workload.block}
     plain = sizes | {"profile": "paper", "room": workload.room}
     variants = {
         "best": ("train_time", plain),
-        "calls": ("train_time", plain | {"room": 1}),
-        "moments": ("ablated_time", sizes | {"without": "moments"}),
-        "trainables": ("ablated_time", sizes | {"without": "trainables"}),
+        **{
+            name: ("ablated_time", sizes | {"without": name})
+            for name in ("calls", "moments", "trainables")
+        },
     }
     if args.device == "gpu":
         exact = {"attention": "xla", "compute_dtype": "float32"}
         variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
         variants["bfloat16"] = ("train_time", plain | {"changes": exact})
-    if workload.room == 1:
-        del variants["calls"]
     chosen = {name: v for name, v in variants.items() if name in ("best", *args.ablations)}
     what = "a step without one of the measures"
     return {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
@@ -447,14 +453,6 @@ def counted(stack: Worker, workload: Workload) -> dict[str, float]:
     """FLOPs of what is timed."""
     sizes = {"batch": workload.batch, "pictures": workload.pictures, "steps": workload.steps}
     return stack("counted", **sizes)
-
-
-def looked_into(stack: Worker, part: str, workload: Workload) -> list:
-    """The operations of a step, or the convolutions of the UNet, that take most."""
-    if part == "convolutions":
-        return stack("convolutions", batch=workload.batch)
-    sizes = {"batch": workload.batch, "steps": workload.block, "room": workload.room}
-    return stack("kernels", profile="paper", **sizes)
 
 
 if __name__ == "__main__":

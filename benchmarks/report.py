@@ -79,8 +79,7 @@ def about(result: dict) -> list[str]:
         f"before the run{on}; Python {machine['python']}, {versions}.",
         f"Sizes: {json.dumps(result['sizes'])}.",
     ]
-    # A GPU is not kept busy by what the host has done before, such as writing the weights.
-    if result["device"] == "cpu" and machine["load_average"] > BUSY * machine["cores"]:
+    if machine["load_average"] > BUSY * machine["cores"]:
         lines.append("**The machine was busy with something else: no number here is a result.**")
     for name, found in result.get("compared", {}).items():
         parts = [f"losses differ by at most {found['loss']:.1e}"]

@@ -61,7 +61,8 @@ class Stack:
         """Losses and pseudo tokens of a few steps, as a file; the others are given their draws."""
         with self.training(profile, batch, room) as training:
             training.restart()
-            losses = [float(training.take(1).loss[0, 0]) for _ in range(settings.COMPARED_STEPS)]
+            frozen, times = training.weights(), range(settings.COMPARED_STEPS)
+            losses = [float(training.take(1, frozen).loss[0, 0]) for _ in times]
             tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
         return self.save(f"jax-{profile}", losses=losses, tokens=tokens)
 
@@ -136,13 +137,18 @@ class Stack:
         """Seconds of a block of steps, each a call, with one of the measures taken back.
 
         Args:
-          without: "moments" (the VAE encodes in every step) or "trainables" (the gradient of the
-            whole UNet is taken and clipped with the rest, as a masked optimiser does).
+          without: "moments" (the VAE encodes in every step), "trainables" (the gradient of the
+            whole UNet is taken and clipped with the rest, as a masked optimiser does) or "calls":
+            nothing but that each step is a call of its own, on one device.
         """
         kind = (without, batch)
         if kind not in self.compiled:
             method, optimizer, state = self.person("paper")
-            make = {"moments": self.encoding_step, "trainables": self.whole_gradient_step}[without]
+            make = {
+                "calls": self.plain_step,
+                "moments": self.encoding_step,
+                "trainables": self.whole_gradient_step,
+            }[without]
             run = jax.jit(make(method, optimizer, batch), donate_argnums=1)
             self.compiled[kind] = [run, state]
         return self.block(kind, steps, self.frozen, jax.random.key(0))
@@ -312,6 +318,17 @@ class Stack:
             **self.sampling(steps),
         )
 
+    def plain_step(self, method, optimizer, batch):
+        """A step that draws its batch on the device."""
+        photos = self.photos()
+
+        def step(frozen, state, key):
+            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            taken, metrics = train_step(self.model, method, optimizer, frozen, state, drawn)
+            return taken, metrics.loss
+
+        return step
+
     def encoding_step(self, method, optimizer, batch):
         """A step that encodes its pictures itself, as the published code does."""
         pixels, photos = self.pixels(), self.photos()
@@ -368,12 +385,10 @@ class Training:
         self, stack: Stack, profile: str, batch: int, room: int, people: int, changes: dict
     ):
         model = dataclasses.replace(stack.model, **changes)
-        self._frozen, self._is_cast = stack.frozen, model.dtype != stack.model.dtype
-        self._dtype = model.dtype
+        self._dtype = changes.get("compute_dtype")
         method, optimizer, state = stack.person(profile)
-        layout = devices.layout(None, people if people > 1 else None, people, batch)
-        mesh = layout.mesh
-        self._frozen = place_frozen(self._frozen, mesh, is_sharded=False)
+        mesh = devices.layout(None, people, people, batch).mesh
+        self._frozen = place_frozen(stack.frozen, mesh, is_sharded=False)
         self._spread = NamedSharding(mesh, P("identity"))
         self._start = jax.device_get(pytrees.stack([state] * people))
         photos = jax.device_put(pytrees.stack([stack.photos()] * people), self._spread)
@@ -386,15 +401,14 @@ class Training:
 
     def weights(self) -> sd.Frozen:
         """The frozen weights, in another type if that is what was changed."""
-        return pytrees.cast(self._frozen, self._dtype) if self._is_cast else self._frozen
+        return pytrees.cast(self._frozen, self._dtype) if self._dtype else self._frozen
 
     def restart(self) -> None:
         """Puts all people back to where they were before the first step."""
         self.states = jax.device_put(self._start, self._spread)
 
-    def take(self, count: int, frozen: sd.Frozen | None = None) -> Metrics:
+    def take(self, count: int, frozen: sd.Frozen) -> Metrics:
         """Takes a number of steps, at most as many as there is room for, in one call."""
-        frozen = self.weights() if frozen is None else frozen
         self.states, metrics = self._run(frozen, self.states, *self._given, jnp.int32(count))
         return metrics
 

@@ -1082,7 +1082,7 @@ def fit(
         with atomic_write(file) as path:
             save_file({**tensors, "losses": np.array(losses, np.float64)}, path)
 
-    def random_batch(index):
+    def rng_of(index):
         return np.random.default_rng([run.seed, index, *name.encode()])
 
     def read(value):
@@ -1096,7 +1096,7 @@ def fit(
             bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}")
 
     last, begun = time.monotonic(), None  # `begun`: the loss of a step whose end nobody awaited
-    rngs = (random_batch(index) for index in range(len(losses), steps))
+    rngs = (rng_of(index) for index in range(len(losses), steps))
     with (
         tqdm(total=steps, initial=len(losses), desc=name, disable=run.quiet) as bar,
         ThreadPoolExecutor(1) as own,
