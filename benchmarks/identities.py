@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace) -> None:
     )
 
     dtype = COMPUTE_DTYPES[args.mixed_precision]
-    attention = flash.resolve(args.attention, jax.default_backend(), dtype)
+    attention = flash.resolve(args.attention, jax.local_devices()[0], dtype)
     if args.model == "mini":
         model, frozen = sd.load(hub.resolve("mini").folder, compute_dtype=dtype)
     else:

@@ -50,7 +50,7 @@ class Stack:
         checkpoint = Path(self.about["checkpoint"])
         devices.use_cores(checkpoint)
         model, self.frozen = sd.load(checkpoint, compute_dtype=compute_dtype)
-        attention = flash.resolve("auto", jax.default_backend(), compute_dtype)
+        attention = flash.resolve("auto", jax.local_devices()[0], compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)
         jax.block_until_ready(self.frozen)
         self.compiled, self.locks = {}, {}

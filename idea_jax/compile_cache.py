@@ -30,10 +30,12 @@ def use(folder: str | None) -> None:
     if folder == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     if folder is None and jax.config.jax_compilation_cache_dir:
         return
-    path = Path(folder) if folder is not None else user_folder()
     try:
+        path = Path(folder) if folder is not None else user_folder()
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "cannot be written", str(path))
@@ -42,9 +44,11 @@ def use(folder: str | None) -> None:
             raise
         log.warning("compiled programs are not kept: %s (%s)", path, error.strerror)
         return
+    except RuntimeError as error:  # a user without a home, as in some containers
+        log.warning("compiled programs are not kept: %s; --compile_cache names a folder", error)
+        return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
 
 
 def user_folder() -> Path:

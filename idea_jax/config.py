@@ -565,7 +565,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
             raise ConfigError(f"unknown key {name!r} in {source}{hint}")
         check_type(known[name], value, source)
-    asked = given = {**file_values, **flags}
+    given = {**file_values, **flags}
     missing = [n for n, spec in known.items() if "required" in spec.metadata and n not in given]
     if missing:
         raise ConfigError(
@@ -578,11 +578,13 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
                 f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
             )
         given = {**PROFILE_DEFAULTS[profile], **given}
-    preset, presets = flags.get("preset", file_values.get("preset")), PRESETS[cls]
+    preset, presets = given.get("preset"), PRESETS[cls]
     if preset is not None:
         if preset not in presets:
             raise ConfigError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
-        given = {**given, **{n: v for n, v in presets[preset].items() if n not in asked}}
+        # It is as strong as the place where it stands: as a flag it wins over the file.
+        stronger = flags if "preset" in flags else {**file_values, **flags}
+        given = {**given, **{n: v for n, v in presets[preset].items() if n not in stronger}}
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
 
 

@@ -27,6 +27,8 @@ from idea_jax.models.unet import project_kv
 
 log = logging.getLogger(__name__)
 
+DECODED = 8  # pictures that the autoencoder decodes at once
+
 
 @functools.partial(jax.jit, static_argnames=("method", "model"))
 def prompt_keys_values(
@@ -116,9 +118,18 @@ def draw(
     latent_size = tuple(side // model.vae.downscale for side in size)
     x, keys = samplers.initial_noise(seed, indices, (*latent_size, model.unet.in_channels))
 
+    visited = samplers.visited_timesteps(scheduler, model.schedule, steps)
+    embedded = sd.embed_times(model, frozen, jnp.asarray(visited))
+
     def predict_from(first):
         rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
-        return lambda x, timestep: sd.predict(model, frozen, x, timestep, rows)
+
+        def predict(x, timestep):
+            step = jnp.argmax(visited == timestep)
+            times = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, step, 1), embedded)
+            return sd.denoise(model, frozen, x, times, rows)
+
+        return predict
 
     predict = predict_from(1)
     if is_guided:
@@ -129,7 +140,18 @@ def draw(
             predict = samplers.guided_between(both, predict, interval, model.schedule)
     fresh_noise = {"eta": eta, "keys": keys} if scheduler == "ddim" else {}
     x = samplers.SAMPLERS[scheduler](predict, x, model.schedule, steps, **fresh_noise)
-    return sd.decode(model, frozen, x)
+    return decode(model, frozen, x)
+
+
+def decode(model: sd.StableDiffusion, frozen: sd.Frozen, latents: jax.Array) -> jax.Array:
+    """`sd.decode` of latents [B, h, w, C], `DECODED` at a time.
+
+    The last maps of the decoder are 64 times as large as latents: with more pictures at once they
+    would need more memory than all that went before.
+    """
+    if len(latents) <= DECODED:
+        return sd.decode(model, frozen, latents)
+    return jax.lax.map(lambda x: sd.decode(model, frozen, x[None])[0], latents, batch_size=DECODED)
 
 
 def draw_prompt(
@@ -244,7 +266,16 @@ def draw_all(
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
     each = NamedSharding(mesh, P("pictures"))
     known: dict[int, dict] = {}  # keys and values of the prompts under way
+    calls: list[tuple] = []  # units and pictures of those that are not fetched yet
     drawn: list[np.ndarray] = []  # of the prompt that is not complete yet
+
+    def complete(units, pictures):
+        for (_, first), part in zip(units, np.asarray(pictures), strict=False):
+            drawn.append(images.to_uint8(part))
+            if first + batch_size >= count:
+                yield np.concatenate(drawn)[:count]
+                drawn.clear()
+
     for start in tqdm(range(0, len(units), len(devices)), unit="batch", disable=None, leave=False):
         now = units[start : start + len(devices)]
         known = {
@@ -264,11 +295,12 @@ def draw_all(
             is_guided=guidance_scale != 1,
             **settings,
         )
-        for (_, first), part in zip(now, np.asarray(pictures), strict=False):
-            drawn.append(images.to_uint8(part))
-            if first + batch_size >= count:
-                yield np.concatenate(drawn)[:count]
-                drawn = []
+        calls.append((now, pictures))
+        # While the devices draw the one just called, the pictures of the one before are fetched
+        # here, and written to the disk by whoever takes them.
+        if len(calls) > 1:
+            yield from complete(*calls.pop(0))
+    yield from complete(*calls.pop())
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:
@@ -467,7 +499,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_writable(cfg.save_dir)
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.default_backend(), compute_dtype)
+    attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
     model = sd.read_configs(found.folder, compute_dtype)
     size = picture_size(model, cfg.height, cfg.width)
     plain = text.load_tokenizer(

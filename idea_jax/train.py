@@ -218,7 +218,7 @@ def run_locked(
         checkpoint.refuse_checkpoints(Path(cfg.output_dir) / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.default_backend(), dtype)
+    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = sd.read_configs(found.folder, dtype)
     side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer = text.load_tokenizer(

@@ -8,7 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from idea_jax import compile_cache, config
+import sample_jax
+import train_jax
+from idea_jax import compile_cache, config, devices, sample, train
+from idea_jax.models import hub
 
 OPTIONS = (
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
@@ -83,6 +86,48 @@ def test_second_process_takes_the_program_of_the_first(tmp_path):
         for _ in range(2)
     ]
     assert hits[0] == 0 and hits[1] > 0
+
+
+def test_user_without_a_home_is_told_that_nothing_is_kept(monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Path, "home", no_home)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compile_cache.use(None)
+    assert kept_in() is None and "not kept: Could not determine home" in caplog.text
+
+
+@pytest.mark.parametrize("variable", [None, "3.5"])
+def test_short_programs_are_kept_unless_the_user_has_said_from_when(variable, monkeypatch):
+    name = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(name, variable)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 3.5)
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    compile_cache.use(None)
+    expected = 3.5 if variable else compile_cache.MIN_SECONDS
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == expected
+
+
+@pytest.mark.parametrize(
+    ("program", "module", "own"),
+    [
+        (train_jax, train, ["--train_data_dir", "x"]),
+        (sample_jax, sample, ["--identity", "x", "--prompt", "{}"]),
+    ],
+)
+def test_programs_keep_what_they_compile_and_use_the_cores(program, module, own, monkeypatch):
+    happened = []
+    monkeypatch.setattr(compile_cache, "use", lambda folder: happened.append(("keep", folder)))
+    monkeypatch.setattr(devices, "use_cores", lambda folder: happened.append(("cores", folder)))
+    monkeypatch.setattr(module, "run", lambda cfg: happened.append("run") or [])
+    common = ["--pretrained_model_name_or_path", "mini", "--compile_cache", "here"]
+    assert program.main([*common, *own]) == 0
+    assert happened == [("keep", "here"), ("cores", hub.local_folder("mini")), "run"]
 
 
 def test_both_programs_have_the_flag():

@@ -205,6 +205,20 @@ def test_preset_gives_defaults_that_flags_override():
         parse(TrainConfig, [*REQUIRED, "--evaluation_steps", "10"])
 
 
+def test_preset_is_as_strong_as_where_it_stands(tmp_path):
+    """As a flag it wins over a file, such as one that a run has written with all its settings."""
+    file = tmp_path / "config.yaml"
+    file.write_text("num_inference_steps: 50\nscheduler: ddim\n")
+    from_file = [*SAMPLE, "--config", str(file)]
+    cfg = parse(SampleConfig, [*from_file, "--preset", "fast"])
+    assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 20)
+    cfg = parse(SampleConfig, [*from_file, "--preset", "fast", "--num_inference_steps", "9"])
+    assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 9)
+    file.write_text("num_inference_steps: 30\npreset: fast\n")
+    cfg = parse(SampleConfig, from_file)
+    assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 30)
+
+
 def test_missing_settings_are_listed():
     with pytest.raises(ConfigError, match="missing: --pretrained_model_name_or_path"):
         build(TrainConfig, {}, {})

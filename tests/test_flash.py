@@ -1,6 +1,7 @@
 """Attention kernels: which one runs where, and that they compute what plain attention does."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,41 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import sample_jax
-from idea_jax import learned_embeds, random_sd
+import train_jax
+from idea_jax import learned_embeds, random_sd, sample, train
 from idea_jax.method import condition
 from idea_jax.models import flash, sd
 from idea_jax.models.layers import attention
 from idea_jax.train_step import Photos, init_state, make_optimizer, step_people
 
 
+def device(platform, client="", capability=None):
+    """What JAX says of a device that is not there."""
+    return SimpleNamespace(
+        platform=platform,
+        device_kind=platform,
+        client=SimpleNamespace(platform_version=client),
+        compute_capability=capability,
+    )
+
+
+CPU, TPU = device("cpu"), device("tpu")
+HOPPER, TURING = device("gpu", "cuda 13000", "9.0"), device("gpu", "cuda 13000", "7.5")
+BLACKWELL, AMD = device("gpu", "cuda 13000", "12.0"), device("gpu", "rocm 60300", "gfx942")
+
+
 def test_device_and_type_decide_the_kernel():
-    assert flash.resolve("auto", "gpu", "bfloat16") == "cudnn"
-    assert flash.resolve("auto", "gpu", "float32") == "xla"
-    assert flash.resolve("auto", "tpu", "float32") == "splash"
-    assert flash.resolve("auto", "cpu", "bfloat16") == "xla"
-    assert flash.resolve("xla", "tpu", "bfloat16") == "xla"
-    for kind, platform in (("cudnn", "cpu"), ("splash", "gpu")):
+    assert flash.resolve("auto", HOPPER, "bfloat16") == "cudnn"
+    assert flash.resolve("auto", BLACKWELL, "bfloat16") == "cudnn"
+    assert flash.resolve("auto", HOPPER, "float32") == "xla"
+    assert flash.resolve("auto", TPU, "float32") == "splash"
+    assert flash.resolve("auto", CPU, "bfloat16") == "xla"
+    assert flash.resolve("xla", TPU, "bfloat16") == "xla"
+    for other in (TURING, AMD):
+        assert flash.resolve("auto", other, "bfloat16") == "xla"
+    for kind, other in (("cudnn", CPU), ("cudnn", TURING), ("cudnn", AMD), ("splash", HOPPER)):
         with pytest.raises(flash.UnsupportedAttention, match=f"--attention {kind} needs"):
-            flash.resolve(kind, platform, "bfloat16")
+            flash.resolve(kind, other, "bfloat16")
 
 
 def test_short_sequences_and_unfit_heads_stay_with_xla():
@@ -35,9 +55,11 @@ def test_short_sequences_and_unfit_heads_stay_with_xla():
     assert flash.choose("splash", 1100, 64) == "xla"
 
 
-def test_splash_equals_plain_attention_and_its_gradient():
+@pytest.mark.parametrize("positions", [128, 384])  # one tile and three
+def test_splash_equals_plain_attention_and_its_gradient(positions):
     rng = np.random.default_rng(0)
-    q, k, v, weight = (jnp.asarray(rng.normal(size=(2, 128, 32)), jnp.float32) for _ in range(4))
+    shape = (2, positions, 32)
+    q, k, v, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(4))
 
     def both(function):
         out, pull = jax.vjp(function, q, k, v)
@@ -123,6 +145,34 @@ def test_step_of_people_takes_the_kernel_of_each_accelerator(kind, platform, dat
     assert {"cudnn": "__cudnn$fmha", "splash": "tpu_custom_call"}[kind] in text
     assert "1024x1024x" not in text
     assert text.count("stablehlo.all_reduce") == (data > 1)
+
+
+class Reached(Exception):
+    """Raised where the networks would begin to compute."""
+
+
+def test_kernel_that_was_chosen_reaches_the_networks(
+    smallest_checkpoint, photo_folder, tmp_path, monkeypatch
+):
+    person = tmp_path / "learned_embeds.safetensors"
+    learned_embeds.write(person, "<person>", np.zeros((2, 8), np.float32), {})
+    common = ["--pretrained_model_name_or_path", smallest_checkpoint, "--attention", "splash"]
+    learn = ["--train_data_dir", photo_folder, "--output_dir", tmp_path, "--profile", "cross_init"]
+    drawing = ["--learned_embedding_path", person, "--prompt", "{}", "--save_dir", tmp_path]
+    models = []
+
+    def reached(model):
+        models.append(model)
+        raise Reached
+
+    monkeypatch.setattr(flash, "resolve", lambda kind, device, dtype: f"{kind} as resolved")
+    monkeypatch.setattr(train, "train_one", lambda work, *_: reached(work.base.model))
+    monkeypatch.setattr(sample, "draw_all", lambda model, *_, **__: reached(model))
+    for program, own in ((train_jax, learn), (sample_jax, drawing)):
+        with pytest.raises(Reached):
+            program.main([str(argument) for argument in (*common, *own)])
+    assert [model.attention for model in models] == ["splash as resolved"] * 2
+    assert [model.unet_model.attention for model in models] == ["splash as resolved"] * 2
 
 
 def test_kernel_that_the_device_lacks_is_refused_before_anything_is_loaded(

@@ -1,6 +1,7 @@
 """Drawing: what a picture depends on, and what is written beside it."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -86,6 +87,45 @@ def test_picture_is_the_same_in_any_batch(loaded, identity):
     np.testing.assert_allclose(alone[0], together[2], atol=1e-4)
     np.testing.assert_allclose(shuffled[1], together[2], atol=1e-4)
     assert np.abs(together[0] - together[1]).mean() > 0.01
+
+
+def test_many_pictures_are_decoded_in_parts(loaded, monkeypatch):
+    model, frozen, _ = loaded
+    latents = jax.random.normal(jax.random.key(3), (5, 4, 4, 4))
+    monkeypatch.setattr(sample, "DECODED", 2)
+    whole, parts = (
+        jax.jit(functools.partial(function, model)).trace(frozen, latents)
+        for function in (sd.decode, sample.decode)
+    )
+    assert "f32[5,8,8," in str(whole.jaxpr) and "f32[5,8,8," not in str(parts.jaxpr)
+    expected, drawn = (traced.lower().compile()(frozen, latents) for traced in (whole, parts))
+    np.testing.assert_allclose(drawn, expected, atol=1e-5)
+
+
+def test_devices_draw_while_pictures_are_taken_away_and_prompts_are_read_once(loaded, monkeypatch):
+    """Two prompts, four pictures each, in calls of two on one device."""
+    happened = []
+
+    def pretend(mesh, model, frozen, kv, seed, indices, guidance_scale, **settings):
+        happened.append("call")
+        assert settings == {"size": (2, 2), "is_guided": True}
+        prompt = np.asarray(kv)[:, 0, 0, 0]
+        level = (10 * prompt[:, None] + np.asarray(indices)) / 127.5 - 1
+        return np.broadcast_to(level[..., None, None, None], (*indices.shape, 2, 2, 3))
+
+    def keys_values(frozen, number):
+        happened.append(f"text {number}")
+        return jnp.full((2, 1, 1), number, jnp.float32)
+
+    monkeypatch.setattr(sample, "draw_everywhere", pretend)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    settings = {"seed": 0, "count": 4, "batch_size": 2, "guidance_scale": 3.0, "size": (2, 2)}
+    drawn = []
+    for pictures in sample.draw_all(loaded[0], {}, keys_values, 2, **settings):
+        happened.append("taken")
+        drawn.append(pictures[:, 0, 0, 0].tolist())
+    assert drawn == [[0, 1, 2, 3], [10, 11, 12, 13]]
+    assert happened == ["text 0", "call", "call", "text 1", "call", "taken", "call", "taken"]
 
 
 def test_picture_is_the_same_on_any_number_of_devices(loaded, identity):

@@ -75,16 +75,66 @@ def test_full_size_unet_needs_exactly_the_known_flops(sd21):
         np.testing.assert_allclose(counted, expected, rtol=1e-3)
 
 
-def test_full_size_train_step_needs_exactly_the_known_flops(sd21):
-    """Eight samples: UNet forward and gradient, text encoder and adapter; no VAE.
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        *(("text condition's gradient", 1671.0), ("text encoder", 45.13)),
+        *(("VAE encode", 1116.7), ("VAE decode", 2514.5)),
+    ],
+)
+def test_full_size_parts_need_exactly_the_known_flops(sd21, part, expected):
+    """References: torch's FlopCounter on diffusers' and transformers' networks."""
+    model, shapes = sd21
+    latents, text = abstract(1, 64, 64, 4), abstract(1, 77, 1024)
 
-    With full deltas of keys and values 14,206: they are applied to the context beside the frozen
-    kernels, which stay one array for all people.
+    def loss(context, frozen, latents):
+        kv = project_kv(frozen.cross_kv, context, model.dtype)
+        return sd.predict(model, frozen, latents, jnp.zeros(1, jnp.int32), kv).sum()
+
+    function, arguments = {
+        "text condition's gradient": (jax.grad(loss), (text, shapes, latents)),
+        "text encoder": (
+            functools.partial(sd.encode_text, model),
+            (shapes, abstract(1, 77, dtype=jnp.int32)),
+        ),
+        "VAE encode": (
+            functools.partial(sd.encode_image, model), (shapes, abstract(1, 512, 512, 3)),
+        ),
+        "VAE decode": (functools.partial(sd.decode, model), (shapes, latents)),
+    }[part]  # fmt: skip
+    np.testing.assert_allclose(flops.needed(function, *arguments) / GIGA, expected, rtol=1e-3)
+
+
+def test_full_size_picture_of_fifty_guided_steps_needs_exactly_the_known_flops(sd21):
+    """A hundred passes through the UNet without the projection of text, and one decoding.
+
+    The row that each timestep adds is computed once for all pictures.
     """
     model, shapes = sd21
-    step, state, batch = person_of(model, shapes.cross_kv, "none")
+    kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
+
+    def draw(frozen, kv, indices):
+        options = {"size": (512, 512), "scheduler": "ddim", "steps": 50, "is_guided": True}
+        parts = (jnp.uint32(0), indices, jnp.float32(7.5))
+        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+
+    counted = flops.needed(draw, shapes, kv, abstract(1, dtype=jnp.int32)) / GIGA
+    np.testing.assert_allclose(counted, 82600, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kv", "expected"), [("none", 14110), ("low_rank", 14112.8), ("full", 14206.5)]
+)
+def test_full_size_train_step_needs_exactly_the_known_flops(sd21, kv, expected):
+    """Eight samples: UNet forward and gradient, text encoder and adapter; no VAE.
+
+    Full deltas of keys and values are applied to the context beside the frozen kernels, which stay
+    one array for all people.
+    """
+    model, shapes = sd21
+    step, state, batch = person_of(model, shapes.cross_kv, kv)
     counted = flops.needed(step, shapes, state, batch) / GIGA
-    np.testing.assert_allclose(counted, 14110, rtol=1e-3)
+    np.testing.assert_allclose(counted, expected, rtol=1e-3)
 
 
 def reads(function, *arguments):
@@ -127,6 +177,29 @@ def test_sampler_reads_neither_text_encoder_nor_cross_attention_kernels(tiny):
     assert {path.split("/")[0] for path, is_used in decoder.items() if is_used} == {
         *("decoder", "post_quant_conv")
     }
+
+
+def test_loop_of_the_sampler_embeds_no_timestep(tiny):
+    """The rows of all timesteps are computed before it: no product of a single row is within."""
+    model, shapes = tiny
+    kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
+
+    def draw(frozen, kv, indices):
+        options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
+        parts = (jnp.uint32(0), indices, jnp.float32(7.5))
+        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+
+    jaxpr = jax.make_jaxpr(draw)(shapes, kv, abstract(3, dtype=jnp.int32)).jaxpr
+    (call,) = [e for e in jaxpr.eqns if "jaxpr" in e.params]
+    program = call.params["jaxpr"].jaxpr
+    (loop,) = [e for e in program.eqns if e.primitive.name == "scan"]
+
+    def rows(jaxpr):
+        products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+        return [e.outvars[0].aval.shape[0] for e in products if e.outvars[0].aval.ndim == 2]
+
+    assert rows(loop.params["jaxpr"].jaxpr) == []
+    assert len(rows(program)) > 6 and set(rows(program)) == {4}
 
 
 def test_sampler_embeds_one_timestep_for_all_pictures(tiny):

@@ -98,6 +98,20 @@ def dpmpp_2m(predict: Predict, x: jax.Array, cfg: ScheduleConfig, steps: int) ->
 SAMPLERS = {"ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
+def visited_timesteps(sampler: str, cfg: ScheduleConfig, steps: int) -> np.ndarray:
+    """The timesteps at which one of `SAMPLERS` calls `predict`, in order: int32[steps].
+
+    They are different, so what depends on them alone can be computed once for all steps.
+
+    Raises:
+        ScheduleError: see `schedule.inference_timesteps`.
+    """
+    if sampler == "ddim":
+        return inference_timesteps(cfg, steps, cfg.timestep_spacing or "leading")
+    spacing = cfg.timestep_spacing or "linspace"
+    return inference_timesteps(cfg, steps, spacing, drop_lowest=True)
+
+
 def guided(predict: Predict, guidance_scale: float | jax.Array) -> Predict:
     """Returns a `predict` with classifier-free guidance, one call of twice the batch per step.
 
@@ -164,7 +178,7 @@ def _initial_noise(root, indices, shape):
 
 def _ddim_coefficients(cfg: ScheduleConfig, steps: int, eta: float, dtype: np.dtype) -> dict:
     """The scan inputs of `ddim`, each of length `steps`."""
-    timesteps = inference_timesteps(cfg, steps, cfg.timestep_spacing or "leading")
+    timesteps = visited_timesteps("ddim", cfg, steps)
     signal = alphas_cumprod(cfg)
     # diffusers steps back by this fixed stride, which for "linspace", and where the steps do not
     # divide the timesteps, is not quite the distance to the next timestep. Its images are the
@@ -186,8 +200,7 @@ def _ddim_coefficients(cfg: ScheduleConfig, steps: int, eta: float, dtype: np.dt
 
 def _dpmpp_2m_coefficients(cfg: ScheduleConfig, steps: int, dtype: np.dtype) -> dict:
     """The scan inputs of `dpmpp_2m`, each of length `steps`."""
-    spacing = cfg.timestep_spacing or "linspace"
-    timesteps = inference_timesteps(cfg, steps, spacing, drop_lowest=True)
+    timesteps = visited_timesteps("dpmpp_2m", cfg, steps)
     signal = alphas_cumprod(cfg)[timesteps]
     alpha, sigma = np.sqrt(signal), np.sqrt(1.0 - signal)
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)

@@ -47,11 +47,12 @@ class Person(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of one person: similarity to the references, share of what prompts asked for, seconds."""
+    """Of one person: similarity to the references, share of what prompts asked for, training."""
 
     similarity: float
     prompt: float
-    seconds: float
+    seconds: float = 0.0
+    steps: int = 0  # early stopping may end before those of the config
 
 
 def meet(
@@ -226,17 +227,17 @@ def experiment(
     for i, person in enumerate(met):
         for name, other in (("another person", met[i - 1]), ("true drawings", person)):
             result = judge_pictures(mini, scoring, person, other.true)
-            scores.setdefault(name, []).append(Score(*result, 0.0))
+            scores.setdefault(name, []).append(Score(*result))
     for name, cfg in configs.items():
         learner = Learner(mini, cfg)
         learner.learn(met[0].photo, 1)  # compiles
         for person in progress(met):
             started = time.perf_counter()
-            state, _ = learner.learn(person.photo)
+            state, losses = learner.learn(person.photo)
             seconds = time.perf_counter() - started
             drawn = [learner.draw(state, p.text, pictures, seed=seed) for p in captions.PROMPTS]
             result = judge_pictures(mini, scoring, person, np.stack(drawn))
-            scores.setdefault(name, []).append(Score(*result, seconds))
+            scores.setdefault(name, []).append(Score(*result, seconds, len(losses)))
     return scores
 
 
@@ -264,8 +265,8 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 def markdown(scores: dict[str, list[Score]]) -> str:
     """Returns a table of means with 95% intervals; `closed` is the way from floor to ceiling."""
     lines = [
-        "| | ID similarity | closed | prompt kept | seconds |",
-        "|---|---|---|---|---|",
+        "| | ID similarity | closed | prompt kept | seconds | steps |",
+        "|---|---|---|---|---|---|",
     ]
     floor, ceiling = (
         np.mean([s.similarity for s in scores[name]])
@@ -275,11 +276,11 @@ def markdown(scores: dict[str, list[Score]]) -> str:
         similarity, prompt = [s.similarity for s in each], [s.prompt for s in each]
         (low, high), (least, most) = interval(similarity), interval(prompt)
         closed = (np.mean(similarity) - floor) / (ceiling - floor)
-        seconds = np.median([s.seconds for s in each])
+        seconds, steps = np.median([s.seconds for s in each]), np.mean([s.steps for s in each])
         lines.append(
             f"| {name} | {np.mean(similarity):.3f} ({low:.3f} to {high:.3f}) | {closed:.0%} | "
             f"{np.mean(prompt):.1%} ({least:.1%} to {most:.1%}) | "
-            f"{f'{seconds:.1f}' if seconds else ''} |"
+            f"{f'{seconds:.1f}' if seconds else ''} | {f'{steps:.0f}' if steps else ''} |"
         )
     return "\n".join(lines)
 

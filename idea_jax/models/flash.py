@@ -16,28 +16,42 @@ class UnsupportedAttention(ValueError):
     """The kernel that was asked for does not run on this device or in this type."""
 
 
-def resolve(kind: str, platform: str, dtype: str) -> str:
+def resolve(kind: str, device: jax.Device, dtype: str) -> str:
     """Returns the kernel to use, "xla", "cudnn" or "splash".
 
     Args:
       kind: one of them, or "auto" for the one that the device has.
-      platform: what `jax.default_backend()` returns.
+      device: that runs it, such as `jax.local_devices()[0]`.
       dtype: compute dtype of the network.
 
     Raises: UnsupportedAttention, if a kernel was named that does not run there.
     """
     fits = {
-        "cudnn": platform in ("gpu", "cuda") and dtype == "bfloat16",
-        "splash": platform == "tpu",
+        "cudnn": has_cudnn(device) and dtype == "bfloat16",
+        "splash": device.platform == "tpu",
     }
     if kind == "auto":
         return next((name for name, does_fit in fits.items() if does_fit), "xla")
     if not fits.get(kind, True):
-        needs = {"cudnn": "an NVIDIA GPU and --mixed_precision bf16", "splash": "a TPU"}[kind]
+        needs = {
+            "cudnn": "an NVIDIA GPU of compute capability 8 or more and --mixed_precision bf16",
+            "splash": "a TPU",
+        }[kind]
         raise UnsupportedAttention(
-            f"--attention {kind} needs {needs}; this is {platform} in {dtype}: leave it at auto"
+            f"--attention {kind} needs {needs}; this is {device.device_kind} in {dtype}: leave it "
+            "at auto"
         )
     return kind
+
+
+def has_cudnn(device: jax.Device) -> bool:
+    """Whether a device is an NVIDIA GPU of Ampere or later; cuDNN's kernels are for no other.
+
+    JAX calls AMD's GPUs "gpu" as well, and lowers the kernel for any GPU without a word.
+    """
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return False
+    return float(device.compute_capability) >= 8.0
 
 
 def choose(kind: str, positions: int, head_dim: int) -> str:

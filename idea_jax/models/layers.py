@@ -212,7 +212,7 @@ def conv3x3(channels: int, dtype: jnp.dtype, stride: int = 1, padding=((1, 1), (
 
 
 class ResnetBlock2D(nn.Module):
-    """Two norm-SiLU-convolution stages with a shortcut; `time` adds a projected time embedding."""
+    """Two norm-SiLU-convolution stages with a shortcut; `time` adds a row for the timestep."""
 
     in_channels: int
     out_channels: int
@@ -231,11 +231,15 @@ class ResnetBlock2D(nn.Module):
         if self.in_channels != self.out_channels:
             self.conv_shortcut = nn.Dense(self.out_channels, dtype=self.dtype)
 
-    def __call__(self, x: jax.Array, activated_time: jax.Array | None = None) -> jax.Array:
-        """x [B, H, W, in_channels]; `activated_time` [B, E] is the time embedding after SiLU."""
+    def project_time(self, activated_time: jax.Array) -> jax.Array:
+        """The row for each timestep, [N, out_channels], of its embedding after SiLU [N, E]."""
+        return self.time_emb_proj(activated_time)
+
+    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+        """x [B, H, W, in_channels]; `time` [B or 1, out_channels], from `project_time`."""
         h = self.conv1(nn.silu(self.norm1(x)))
         if self.time:
-            h = h + self.time_emb_proj(activated_time)[:, None, None, :]
+            h = h + time[:, None, None, :]
         h = self.conv2(nn.silu(self.norm2(h)))
         if self.in_channels != self.out_channels:
             x = self.conv_shortcut(x)

@@ -317,6 +317,22 @@ def predict(
     return model.unet_model.apply({"params": frozen.unet}, latents, timesteps, kv)
 
 
+def embed_times(model: StableDiffusion, frozen: Frozen, timesteps: jax.Array) -> dict:
+    """What the UNet adds at timesteps [N], each leaf [N, width]: for `denoise`, row by row."""
+    return model.unet_model.apply(
+        {"params": frozen.unet}, timesteps, method=UNet2DConditionModel.embed_times
+    )
+
+
+def denoise(
+    model: StableDiffusion, frozen: Frozen, latents: jax.Array, times: dict, kv: dict
+) -> jax.Array:
+    """`predict`, of a timestep that is embedded already: leaves of `times` [B or 1, width]."""
+    return model.unet_model.apply(
+        {"params": frozen.unet}, latents, times, kv, method=UNet2DConditionModel.denoise
+    )
+
+
 def decode(model: StableDiffusion, frozen: Frozen, latents: jax.Array) -> jax.Array:
     """Images float32[B, H, W, 3], about [-1, 1], of scaled latents [B, h, w, C]."""
     latents = latents / model.vae.scaling_factor

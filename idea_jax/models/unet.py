@@ -258,11 +258,15 @@ class UNetBlock(nn.Module):
         if self.resample and self.role == "up":
             self.upsamplers = [Upsample2D(width, dtype)]
 
-    def down(self, x: jax.Array, time: jax.Array, kv: dict | None) -> tuple[jax.Array, list]:
+    def project_time(self, activated_time: jax.Array) -> list[jax.Array]:
+        """What each ResNet block adds at each timestep, [N, its width]."""
+        return [resnet.project_time(activated_time) for resnet in self.resnets]
+
+    def down(self, x: jax.Array, times: list, kv: dict | None) -> tuple[jax.Array, list]:
         """Returns the block's output and all maps that the way up will take in."""
         skips = []
         for j, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+            x = resnet(x, times[j])
             if self.cross:
                 x = self.attentions[j](x, kv[f"attentions_{j}"])
             skips.append(x)
@@ -271,14 +275,14 @@ class UNetBlock(nn.Module):
             skips.append(x)
         return x, skips
 
-    def middle(self, x: jax.Array, time: jax.Array, kv: dict) -> jax.Array:
-        x = self.resnets[0](x, time)
-        return self.resnets[1](self.attentions[0](x, kv["attentions_0"]), time)
+    def middle(self, x: jax.Array, times: list, kv: dict) -> jax.Array:
+        x = self.resnets[0](x, times[0])
+        return self.resnets[1](self.attentions[0](x, kv["attentions_0"]), times[1])
 
-    def up(self, x: jax.Array, time: jax.Array, kv: dict | None, skips: list) -> jax.Array:
+    def up(self, x: jax.Array, times: list, kv: dict | None, skips: list) -> jax.Array:
         """Takes its maps from the end of `skips`, which it shortens."""
         for j, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), times[j])
             if self.cross:
                 x = self.attentions[j](x, kv[f"attentions_{j}"])
         return self.upsamplers[0](x, size=skips[-1].shape[1:3]) if self.resample else x
@@ -351,29 +355,37 @@ class UNet2DConditionModel(nn.Module):
         Arguments: sample float[B, h, w, in_channels], any h and w; timesteps int32 or float32[B],
         or a scalar for all; kv as `project_kv` returns it, with the same B.
         """
-        # time; one timestep for all images stays one row
+        # One timestep for all images stays one row.
+        return self.denoise(sample, self.embed_times(jnp.atleast_1d(timesteps)), kv)
+
+    def embed_times(self, timesteps: jax.Array) -> dict:
+        """What the ResNet blocks of each level add at int32 or float32[N] timesteps: [N, width]."""
         cfg = self.cfg
         sinusoid = timestep_embedding(
-            jnp.atleast_1d(timesteps),
-            cfg.block_out_channels[0],
-            cfg.flip_sin_to_cos,
-            cfg.freq_shift,
+            timesteps, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift
         )
         time = self.time_embedding(sinusoid)
+        return {
+            "down": [block.project_time(time) for block in self.down_blocks],
+            "mid": self.mid_block.project_time(time),
+            "up": [block.project_time(time) for block in self.up_blocks],
+        }
 
+    def denoise(self, sample: jax.Array, times: dict, kv: dict) -> jax.Array:
+        """`__call__`, with a row per image, or one for all, of what `embed_times` returns."""
         # down
         x = self.conv_in(sample)
         skips = [x]
         for i, block in enumerate(self.down_blocks):
-            x, maps = block.down(x, time, kv.get(f"down_blocks_{i}"))
+            x, maps = block.down(x, times["down"][i], kv.get(f"down_blocks_{i}"))
             skips += maps
 
         # middle
-        x = self.mid_block.middle(x, time, kv["mid_block"])
+        x = self.mid_block.middle(x, times["mid"], kv["mid_block"])
 
         # up
         for i, block in enumerate(self.up_blocks):
-            x = block.up(x, time, kv.get(f"up_blocks_{i}"), skips)
+            x = block.up(x, times["up"][i], kv.get(f"up_blocks_{i}"), skips)
 
         x = self.conv_out(nn.silu(self.conv_norm_out(x)))
         return x.astype(jnp.float32)
