@@ -4,6 +4,7 @@ A change that makes one of these fail makes every step slower; nothing else woul
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +219,25 @@ def test_sampler_embeds_one_timestep_for_all_pictures(tiny):
 
     assert rows(abstract(dtype=jnp.int32)) == {1}
     assert rows(abstract(6, dtype=jnp.int32)) == {6}
+
+
+def test_feature_maps_are_channels_last_and_never_transposed(tiny):
+    """The heads of attention are the only axis that changes its place."""
+    model, shapes = tiny
+    kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
+    latents = abstract(2, 8, 8, 4)
+
+    def both(frozen, latents, kv):
+        prediction = sd.predict(model, frozen, latents, jnp.int32(0), kv)
+        return prediction, sd.decode(model, frozen, latents)
+
+    text = jax.jit(both).trace(shapes, latents, kv).lower().as_text()
+    layouts = re.findall(r"stablehlo.convolution.*= (\[.*?\])x\[.*?\]->(\[.*?\])", text)
+    assert set(layouts) == {("[b, 0, 1, f]",) * 2}
+    assert text.count("stablehlo.convolution") > 30
+    assert set(re.findall(r"stablehlo.transpose.*dims = (\[.*?\])", text)) == {"[0, 2, 1, 3]"}
+    attentions = len(re.findall(r"stablehlo.exponential", text))  # a softmax each
+    assert text.count("stablehlo.transpose") <= 4 * attentions
 
 
 def test_counted_flops_are_those_of_the_operations():
