@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -446,7 +446,11 @@ def seconds_of(function, *arguments) -> float:
 
 
 def top_ten(data: jax.profiler.ProfileData) -> list[list]:
-    """[name, share of the time of all] of the operations that take most, numbers cut off names."""
+    """[name, share of the time of all] of the operations that take most, numbers cut off names.
+
+    Counted is an operation's own time, without that of others inside it: a wait for another device
+    lies in an event for the meeting, which lies in the collective.
+    """
     spent = Counter()
     for plane in data.planes:
         for line in plane.lines:
@@ -456,12 +460,26 @@ def top_ten(data: jax.profiler.ProfileData) -> list[list]:
                 holds_operations = line.name == "XLA Ops"
             else:
                 holds_operations = "XLAEigen" in line.name or "XLATfrtCpuClient" in line.name
-            for event in line.events if holds_operations else ():
+            for name, own in own_times(line.events) if holds_operations else ():
                 # On a CPU the executor's own events, which hold all others, have C++ names.
-                if "GPU" in plane.name or "::" not in event.name:
-                    spent[event.name.split(".")[0]] += event.duration_ns
+                if "GPU" in plane.name or "::" not in name:
+                    spent[name.split(".")[0]] += own
     total = sum(spent.values()) or 1
     return [[name, time_ns / total] for name, time_ns in spent.most_common(10)]
+
+
+def own_times(events: Iterable) -> list[tuple[str, float]]:
+    """(name, ns without the events inside it) of each event of one line of a profile."""
+    found, open_ones = [], []  # the latter as (end, place in found), outermost first
+    for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
+        while open_ones and open_ones[-1][0] <= event.start_ns:
+            open_ones.pop()
+        if open_ones:
+            end, outer = open_ones[-1]
+            found[outer][1] -= min(event.duration_ns, end - event.start_ns)
+        open_ones.append((event.start_ns + event.duration_ns, len(found)))
+        found.append([event.name, event.duration_ns])
+    return [(name, own) for name, own in found]
 
 
 def main() -> None:

@@ -5,12 +5,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report
+from benchmarks import report, stack_jax
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 
@@ -82,6 +83,24 @@ def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
     assert command.milliseconds(2.0, "train_time", steps) == 200
     assert command.milliseconds(2.0, "train_time", steps | {"people": 4}) == 50
     assert command.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
+
+
+def test_profile_counts_the_own_time_of_each_operation_once():
+    """As of a CPU of two devices, where the three events of a wait lie in each other."""
+    of_two = [
+        ("ThunkExecutor::Execute", 0, 100), ("ynn_fusion.3", 0, 40), ("psum.7", 40, 60),
+        ("Rendezvous", 42, 58), ("Wait: pending_threads=1/2", 45, 55), ("copy.2", 100, 20),
+    ]  # fmt: skip
+    events = [SimpleNamespace(name=n, start_ns=s, duration_ns=d) for n, s, d in of_two]
+    lines = [
+        SimpleNamespace(name="tf_XLATfrtCpuClient/1", events=events[::-1]),
+        SimpleNamespace(name="python", events=events),
+    ]
+    profile = SimpleNamespace(planes=[SimpleNamespace(name="/host:CPU", lines=lines)])
+    assert stack_jax.top_ten(profile) == [
+        ["Wait: pending_threads=1/2", 55 / 120], ["ynn_fusion", 40 / 120], ["copy", 20 / 120],
+        ["Rendezvous", 3 / 120], ["psum", 2 / 120],
+    ]  # fmt: skip
 
 
 class Instead:
