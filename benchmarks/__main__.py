@@ -4,13 +4,12 @@
 
 One run on one machine: the same weights, inputs, shapes, types and numbers of steps for all. The
 stacks are those of `stack_jax` and `stack_torch`. First their results are compared; a stack that
-computes something else, or fails, is not timed: the report says so, and the exit code is 1. Then
-each is measured in turn, again and again (A B C A B C ...), so that whatever else the machine does
-meets all of them. Reported are minimum, median and spread, (max - min) / median; a ratio within the
-spread counts as "equal".
-The first call of each, which compiles, is timed apart: on a CPU one after the other, on a GPU side
-by side, since compiling takes longer there than all else. Whole jobs (process start to identity
-file to pictures) come last.
+computes something else is not timed, and what fails is left out: the report says so, and the exit
+code is 1. Then each is measured in turn, again and again (A B C A B C ...), so that whatever else
+the machine does meets all of them. Reported are minimum, median and spread, (max - min) / median; a
+ratio within the spread counts as "equal".
+The first call of each, which compiles, is timed apart, while no other stack computes. Whole jobs
+(process start to identity file to pictures) come last.
 
 Writes NAME.json, NAME.md and NAME.svg into --out; they are written anew after each part, so that a
 run that is cut off leaves what it has measured.
@@ -22,8 +21,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent import futures
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -80,16 +80,17 @@ def main(argv: list[str] | None = None) -> int:
                 compare(files, folder, args.device, result["compared"], failed)
                 for name in set(failed) & set(stacks):
                     stacks.pop(name).close()
-                take_turns(stacks, plan, repeats, measurements)
+                take_turns(stacks, plan, repeats, measurements, failed)
                 result["times"] = measurements.summary()
                 report.write(out, name_of_report, result)
                 if part == "train":
-                    result["memory"] = memory(stacks, workload)
-                    if "kernels" in parts:
-                        sizes = {"batch": workload.batch, "steps": workload.block}
-                        sizes |= {"profile": "paper", "room": workload.room}
-                        result["kernels"] = stacks["jax"]("kernels", **sizes)
+                    result["memory"] = memory(stacks, workload, failed)
                     report.write(out, name_of_report, result)
+            if "kernels" in parts:
+                sizes = {"batch": workload.batch, "steps": workload.block}
+                sizes |= {"profile": "paper", "room": workload.room}
+                result["kernels"] = stacks["jax"]("kernels", **sizes)
+                report.write(out, name_of_report, result)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
             for part, plan_of in {"people": people, "ablations": ablations}.items():
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 plan = plan_of(workload, args)
                 first_calls(stacks, {}, plan, alone, failed, None)
-                take_turns(stacks, plan, repeats, alone)
+                take_turns(stacks, plan, repeats, alone, failed)
                 result["inside"] = alone.summary()
                 report.write(out, name_of_report, result)
             result["flops"] = counted(stacks["jax"], workload)
@@ -105,9 +106,9 @@ def main(argv: list[str] | None = None) -> int:
             if "convolutions" in parts:
                 result["convolutions"] = stacks["jax"]("convolutions", batch=workload.batch)
                 report.write(out, name_of_report, result)
-        except StackError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        except StackError as error:  # of this project: there is nothing to compare the others with
+            failed["jax"] = str(error)
+            report.write(out, name_of_report, result)
         except KeyboardInterrupt:
             for stack in stacks.values():
                 stack.kill()
@@ -115,10 +116,12 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             for stack in stacks.values():
                 stack.close()
-        if args.jobs:
+        if args.jobs and "jax" not in failed:
             those = [name for name in args.stacks if name not in failed]
             variables = environment(args.device)
-            result["jobs"] = jobs.measure(folder, args.device, those, args.jobs, mode, variables)
+            result["jobs"] = jobs.measure(
+                folder, args.device, those, args.jobs, mode, variables, failed
+            )
             report.write(out, name_of_report, result)
     print((out / f"{name_of_report}.md").read_text())
     for name, reason in failed.items():
@@ -167,8 +170,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs=2,
         metavar=("TRAIN", "SAMPLING"),
         default=(None, None),
-        help="seconds that PyTorch's stacks may take for the first calls of these parts; one that "
-        "takes longer than this and than this project is left out (default: no limit)",
+        help="seconds that each of PyTorch's stacks may take for its first calls of these parts; "
+        "one that takes longer is left out (default: no limit)",
     )
     parser.add_argument(
         "--inputs",
@@ -274,62 +277,76 @@ def first_calls(
     failed: dict[str, str],
     patience: float | None,
 ) -> dict:
-    """Makes the first calls of a part, which compile it.
+    """Makes the first calls of a part, which compile it, one stack after the other.
 
-    What fails is left out of the plan, and told in `failed`: a stack as a whole, but single calls
-    of this project where they are made side by side.
+    Never side by side: on a GPU, libraries and compilers choose kernels by their speed, and the
+    choice stays. Timed from the request to the answer. Training is compiled for the results that
+    are compared, so those are its first call; drawing compares few steps, another program.
+
+    What fails is told in `failed`: a stack as a whole if it has no results to compare or takes too
+    long, else the single measurement.
 
     Args:
-        patience: seconds until the other stacks are given up, at least as many as this project
-            takes; None for ever.
+        patience: seconds until each other stack is given up; None for never.
 
     Returns: the files with what is to be compared, by stack, call and profile.
+
+    Raises: StackError if this project has no results.
     """
-    at_once = stacks["jax"]("device")["platform"] != "cpu"
-    timed: dict[str, list] = {name: [] for name in stacks}
-    for what, calls in plan.items():
-        for variant, (stack, call, arguments) in calls.items():
-            timed[stack].append((what, variant, [call, arguments]))
     files = {}
-
-    def of_stack(stack: str) -> None:
-        compared = comparisons.get(stack, [])
-        calls = [*compared, *(call for *_, call in timed[stack])]
+    for name, stack in stacks.items():
+        is_limited = patience is not None and name != "jax"
+        limit = patience if is_limited else threading.TIMEOUT_MAX
+        began, timer = time.monotonic(), threading.Timer(limit, stack.kill)
+        timer.start()
+        own, training = {}, {}
         try:
-            if at_once and stack == "jax":
-                results = stacks[stack]("at_once", calls=calls)
-            else:
-                results = [stacks[stack](call, **arguments) for call, arguments in calls]
-            stacks[stack]("release")
+            for call, arguments in comparisons.get(name, []):
+                file, spent = timed(stack, call, arguments)
+                own[name, call, arguments.get("profile")] = file
+                if call == "train_outputs":
+                    training[arguments["profile"]] = spent
+            for what, variant, call, arguments in calls_of(name, plan):
+                try:
+                    _, spent = timed(stack, call, arguments)
+                except StackError as error:
+                    if time.monotonic() - began >= limit:
+                        raise
+                    failed[f"{what}, {variant}"] = str(error)
+                    continue
+                spent = training.get(arguments.get("profile"), spent)
+                measurements.add(what, variant, 1e3 * spent, "ms", is_first=True)
         except StackError as error:
-            failed.setdefault(stack, str(error))
-            return
-        for (call, arguments), file in zip(compared, results[: len(compared)], strict=True):
-            files[stack, call, arguments.get("profile")] = file
-        for (what, variant, (call, arguments)), got in zip(
-            timed[stack], results[len(compared) :], strict=True
-        ):
-            if isinstance(got, dict):
-                failed[f"{what}, {variant}"] = got["error"]
-                del plan[what][variant]
-                continue
-            value = milliseconds(got, call, arguments)
-            measurements.add(what, variant, value, "ms", is_first=True)
-
-    began = time.monotonic()
-    with futures.ThreadPoolExecutor(len(stacks) if at_once else 1) as pool:
-        running = {stack: pool.submit(of_stack, stack) for stack in stacks}
-        running.pop("jax").result()
-        for stack, future in running.items():
-            try:
-                spent = time.monotonic() - began
-                future.result(None if patience is None else max(1.0, patience - spent))
-            except futures.TimeoutError:
-                failed[stack] = f"had not finished its first calls after {patience:.0f} s"
-                stacks[stack].kill()
-    if "jax" in failed:
-        raise StackError(failed["jax"])
+            if name == "jax":
+                raise
+            failed[name] = str(error)
+        finally:
+            timer.cancel()
+        if time.monotonic() - began >= limit:
+            failed[name] = f"had not finished its first calls after {limit:.0f} s"
+        if name not in failed:
+            files |= own
     return files
+
+
+def timed(stack: Worker, call: str, arguments: dict) -> tuple[object, float]:
+    """What a stack answers, and the seconds that this takes.
+
+    Raises: StackError as the stack.
+    """
+    started = time.monotonic()
+    try:
+        return stack(call, **arguments), time.monotonic() - started
+    finally:
+        stack("release")  # the device memory that it keeps, for the next stack
+
+
+def calls_of(stack: str, plan: Plan) -> Iterator[tuple[str, str, str, dict]]:
+    """(what, variant, call, arguments) of all that is measured of a stack."""
+    for what, calls in plan.items():
+        for variant, (own, call, arguments) in calls.items():
+            if own == stack:
+                yield what, variant, call, arguments
 
 
 def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[str, str]) -> None:
@@ -424,28 +441,42 @@ def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
     return {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
 
 
-def take_turns(stacks: dict[str, Worker], plan: Plan, repeats: int, measurements) -> None:
-    """Measures every call once per round."""
+def take_turns(
+    stacks: dict[str, Worker],
+    plan: Plan,
+    repeats: int,
+    measurements: report.Measurements,
+    failed: dict[str, str],
+) -> None:
+    """Measures every call once per round; one that fails is left out, and told in `failed`."""
     for _ in range(repeats):
         for what, calls in plan.items():
-            for variant, (stack, call, arguments) in calls.items():
-                if stack not in stacks:
-                    continue  # it has failed
-                value = milliseconds(stacks[stack](call, **arguments), call, arguments)
+            for variant, (name, call, arguments) in calls.items():
+                if name not in stacks or f"{what}, {variant}" in failed:
+                    continue
+                try:
+                    seconds, _ = timed(stacks[name], call, arguments)
+                except StackError as error:
+                    failed[f"{what}, {variant}"] = str(error)
+                    measurements.leave_out(variant, what)
+                    continue
+                value = milliseconds(seconds, call, arguments)
                 measurements.add(what, variant, value, "ms", is_first=False)
-                stacks[stack]("release")
 
 
-def memory(stacks: dict[str, Worker], workload: Workload) -> dict[str, int]:
+def memory(stacks: dict[str, Worker], workload: Workload, failed: dict[str, str]) -> dict[str, int]:
     """Bytes that training took of each stack; on a GPU nothing but training is in it."""
     sizes = {"batch": workload.batch}
     found = {}
     for name, stack in stacks.items():
-        if name == "jax":
-            found[name] = stack("memory", room=workload.room, **sizes)
-            continue
-        stack("train_time", profile=profiles(stacks, name)[0], steps=1, **sizes)
-        found[name] = stack("memory")
+        try:
+            if name == "jax":
+                found[name] = stack("memory", room=workload.room, **sizes)
+                continue
+            stack("train_time", profile=profiles(stacks, name)[0], steps=1, **sizes)
+            found[name] = stack("memory")
+        except StackError as error:
+            failed[f"memory of training, {name}"] = str(error)
     return found
 
 

@@ -6,8 +6,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks.settings import COMPARED_STEPS
+
 WIDTH, ROW, LEFT = 640, 22, 260  # of the plot, in pixels
 BUSY = 0.25  # load average for each core from which a run does not count
+FIRST = "First call: from request to answer, compiling included; of training, that of {} steps."
 COLOURS = {"jax": "#3366bb", "published": "#999999", "eager": "#cc7733", "compiled": "#bb3333"}
 
 
@@ -24,6 +27,10 @@ class Measurements:
             self._first[what, name] = value
         else:
             self._values[what, name].append(value)
+
+    def leave_out(self, name: str, what: str) -> None:
+        """Forgets what was measured of a stack that has failed since."""
+        self._values.pop((what, name), None)
 
     def summary(self) -> dict:
         """`{what: {stack: {"min": ..., "median": ..., "spread": ..., "first": ...}}}`."""
@@ -50,6 +57,8 @@ def ratio(mine: dict, theirs: dict) -> tuple[float, bool]:
 def markdown(result: dict) -> str:
     """All results as readable text."""
     lines = [f"# {result['workload']} on {result['device']}", "", *about(result), ""]
+    if "times" in result:
+        lines += [FIRST.format(COMPARED_STEPS), ""]
     lines += ["| what | stack | min | median | spread | first call | this project is |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for what, row in result.get("times", {}).items():
@@ -105,8 +114,9 @@ def further(result: dict) -> list[str]:
             f"here, which makes {1e3 * step / ceiling:.3g} ms the floor.",
             "",
         ]
-    if "flops" in result and "train step, paper" in result.get("times", {}):
-        best = result["times"]["train step, paper"]["stacks"]["jax"]["min"]
+    steps = result.get("times", {}).get("train step, paper", {"stacks": {}})["stacks"]
+    if "flops" in result and "jax" in steps:
+        best = steps["jax"]["min"]
         share = 1e3 * step / ceiling / best
         lines += [f"The step takes {best:.4g} ms, of which the floor is {share:.0%}.", ""]
     if "memory" in result:

@@ -3,18 +3,14 @@
 python -m benchmarks.stack_jax FOLDER COMPUTE_DTYPE
 """
 
-import contextlib
 import dataclasses
 import functools
 import resource
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent import futures
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -53,17 +49,17 @@ class Stack:
         attention = flash.resolve("auto", jax.default_backend(), compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)
         jax.block_until_ready(self.frozen)
-        self.compiled, self.locks = {}, {}
+        self.compiled = {}
 
     # What is compared
 
     def train_outputs(self, profile: str, batch: int, room: int) -> str:
         """Losses and pseudo tokens of a few steps, as a file; the others are given their draws."""
-        with self.training(profile, batch, room) as training:
-            training.restart()
-            frozen, times = training.weights(), range(settings.COMPARED_STEPS)
-            losses = [float(training.take(1, frozen).loss[0, 0]) for _ in times]
-            tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
+        training = self.training(profile, batch, room)
+        training.restart()
+        frozen, times = training.weights(), range(settings.COMPARED_STEPS)
+        losses = [float(training.take(1, frozen).loss[0, 0]) for _ in times]
+        tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
         return self.save(f"jax-{profile}", losses=losses, tokens=tokens)
 
     def sample_outputs(self) -> str:
@@ -89,16 +85,14 @@ class Stack:
           people: trained at once.
           changes: of the model's settings, to take a measure back.
         """
-        own = tuple((changes or {}).items())
-        with self.training(profile, batch, room, people, own) as training:
-            # Float32 weights exist only while they are measured.
-            frozen = training.weights()
-            jax.block_until_ready((frozen, training.states))
-            started = time.perf_counter()
-            for _ in range(steps // room):
-                metrics = training.take(room, frozen)
-            jax.block_until_ready((training.states, metrics))
-            return time.perf_counter() - started
+        training = self.training(profile, batch, room, people, tuple((changes or {}).items()))
+        frozen = training.weights()  # in float32 they exist only while they are measured
+        jax.block_until_ready((frozen, training.states))
+        started = time.perf_counter()
+        for _ in range(steps // room):
+            metrics = training.take(room, frozen)
+        jax.block_until_ready((training.states, metrics))
+        return time.perf_counter() - started
 
     def sample_time(self, pictures: int, steps: int) -> float:
         """Seconds from the prompt's tokens to pictures."""
@@ -116,22 +110,6 @@ class Stack:
             **settings_of,
         )
         return time.perf_counter() - started
-
-    def at_once(self, calls: list) -> list:
-        """What some calls [name, arguments] return, made by a thread each.
-
-        Their programs are compiled side by side, so their times mean little. For a call that fails
-        there is {"error": its traceback}.
-        """
-
-        def make(call):
-            try:
-                return getattr(self, call[0])(**call[1])
-            except Exception:
-                return {"error": traceback.format_exc()}
-
-        with futures.ThreadPoolExecutor(max(1, len(calls))) as pool:
-            return list(pool.map(make, calls))
 
     def ablated_time(self, without: str, batch: int, steps: int) -> float:
         """Seconds of a block of steps, each a call, with one of the measures taken back.
@@ -224,8 +202,7 @@ class Stack:
         """Bytes of training: on a device those that the program of a step is given and plans for
         itself, on a CPU the peak of this process so far."""
         if jax.default_backend() != "cpu":
-            with self.training("paper", batch, room) as training:
-                return training.device_bytes()
+            return self.training("paper", batch, room).device_bytes()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def release(self) -> None:
@@ -247,16 +224,14 @@ class Stack:
 
     # Parts
 
-    @contextlib.contextmanager
     def training(
         self, profile: str, batch: int, room: int, people: int = 1, changes: tuple = ()
-    ) -> Iterator["Training"]:
-        """The steps of a profile, compiled at the first call, for one thread at a time."""
+    ) -> "Training":
+        """The steps of a profile, compiled at the first call."""
         kind = ("training", profile, batch, room, people, changes)
-        with self.locks.setdefault(kind, threading.Lock()):
-            if kind not in self.compiled:
-                self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
-            yield self.compiled[kind]
+        if kind not in self.compiled:
+            self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
+        return self.compiled[kind]
 
     def person(self, profile: str):
         """The method, its optimiser and the person's state before the first step."""
@@ -487,16 +462,7 @@ def main() -> None:
     stack = Stack(Path(folder), compute_dtype)
     names = (
         *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
-        *(
-            "at_once",
-            "ceiling",
-            "device",
-            "convolutions",
-            "counted",
-            "memory",
-            "release",
-            "kernels",
-        ),
+        *("ceiling", "device", "convolutions", "counted", "memory", "release", "kernels"),
     )
     worker.serve({name: getattr(stack, name) for name in names})
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report, stack_jax
+from benchmarks import jobs, report, stack_jax
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 
@@ -76,6 +77,8 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     told = report.markdown(result)
     assert "**Left out, compiled: OutOfMemoryError: too much**" in told
     assert "makes 2 ms the floor" in told and "of which the floor is 20%" in told
+    result["times"] = {"train step, paper": measured(eager=[0, 10, 10])["a step"]}
+    assert "makes 2 ms the floor" in report.markdown(result)
 
 
 def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
@@ -104,7 +107,7 @@ def test_profile_counts_the_own_time_of_each_operation_once():
 
 
 class Instead:
-    """A stack that answers from a table, or as slowly as it is told."""
+    """A stack that answers from a table, an error by raising it, or as slowly as it is told."""
 
     def __init__(self, answers, seconds=0.0):
         self.answers, self.seconds, self.killed = answers, seconds, threading.Event()
@@ -112,7 +115,9 @@ class Instead:
     def __call__(self, call, **arguments):
         if call == "train_time" and self.killed.wait(self.seconds):
             raise StackError("killed")
-        answer = self.answers[call]
+        answer = self.answers.get(call)
+        if callable(answer):
+            answer = answer(**arguments)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -121,33 +126,107 @@ class Instead:
         self.killed.set()
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_stack_that_fails_or_takes_too_long_is_left_out_and_the_others_stay(platform):
-    one = {"device": {"platform": platform}, "release": None, "train_time": 1.0}
+def test_stack_that_fails_or_takes_too_long_is_left_out_and_the_others_stay():
+    one = {"train_time": 1.0}
     stacks = {
-        "jax": Instead(one | {"at_once": ["ours.npz", 1.0], "train_outputs": "ours.npz"}),
+        "jax": Instead(one | {"train_outputs": "ours.npz"}),
         "eager": Instead(one | {"train_outputs": StackError("out of memory")}),
         "compiled": Instead(one | {"train_outputs": "theirs.npz"}, seconds=60),
     }
     calls = {name: (name, "train_time", {"steps": 1}) for name in stacks}
     compared = {name: [["train_outputs", {"profile": "paper"}]] for name in stacks}
     failed, measurements = {}, report.Measurements()
-    files = command.first_calls(stacks, compared, {"a": calls}, measurements, failed, 0.0)
+    files = command.first_calls(stacks, compared, {"a": calls}, measurements, failed, 0.5)
     assert files == {("jax", "train_outputs", "paper"): "ours.npz"}
-    assert failed["eager"] == "out of memory" and "not finished" in failed["compiled"]
-    for name in failed:
+    assert failed.pop("eager") == "out of memory" and "not finished" in failed.pop("compiled")
+    assert not failed
+    for name in ("eager", "compiled"):
         stacks.pop(name)
-    command.take_turns(stacks, {"a": calls}, 3, measurements)
-    assert measurements.summary()["a"]["stacks"]["jax"]["count"] == 3
+    command.take_turns(stacks, {"a": calls}, 3, measurements, failed)
+    assert measurements.summary()["a"]["stacks"]["jax"]["count"] == 3 and not failed
+
+
+def test_nothing_is_compared_with_when_this_project_fails():
+    stacks = {"jax": Instead({"train_outputs": StackError("no"), "train_time": 1.0})}
+    compared = {"jax": [["train_outputs", {"profile": "paper"}]]}
+    with pytest.raises(StackError, match="no"):
+        command.first_calls(stacks, compared, {}, report.Measurements(), {}, 0.0)
+
+
+def test_first_calls_are_made_one_stack_after_the_other_and_hold_the_compiling():
+    order = []
+
+    def stack(name):
+        def outputs(profile):
+            order.append((name, "compares"))
+            time.sleep(0.3)  # compiles
+            return f"{name}.npz"
+
+        def seconds(steps):
+            order.append((name, "times"))
+            return 1e-3 * steps
+
+        return Instead({"train_outputs": outputs, "train_time": lambda profile, **s: seconds(**s)})
+
+    stacks = {name: stack(name) for name in ("jax", "eager")}
+    calls = {name: (name, "train_time", {"profile": "paper", "steps": 2}) for name in stacks}
+    compared = {name: [["train_outputs", {"profile": "paper"}]] for name in stacks}
+    measurements, plan = report.Measurements(), {"a step": calls}
+    command.first_calls(stacks, compared, plan, measurements, {}, None)
+    assert order == [(name, what) for name in stacks for what in ("compares", "times")]
+    command.take_turns(stacks, plan, 1, measurements, {})
+    for row in measurements.summary()["a step"]["stacks"].values():
+        assert row["first"] >= 300 and row["min"] == 1
 
 
 def test_single_call_that_fails_beside_others_is_left_out():
-    got = [{"error": "Traceback\nOutOfMemory"}, 2.0]
-    stacks = {"jax": Instead({"device": {"platform": "gpu"}, "at_once": got, "release": None})}
+    def train_time(people, **sizes):
+        return StackError("Traceback\nOutOfMemory") if people == 16 else 2.0
+
+    stacks = {"jax": Instead({"train_time": train_time})}
     plan = {"a": {str(n): ("jax", "train_time", {"steps": 1, "people": n}) for n in (16, 8)}}
+    failed, measurements = {}, report.Measurements()
+    command.first_calls(stacks, {}, plan, measurements, failed, None)
+    assert failed == {"a, 16": "Traceback\nOutOfMemory"}
+    command.take_turns(stacks, plan, 2, measurements, failed)
+    assert list(measurements.summary()["a"]["stacks"]) == ["8"]
+
+
+def test_measurement_that_fails_later_is_left_out_of_the_report_and_told():
+    times = iter([1.0, 1.0, StackError("Traceback\nOutOfMemory")])
+    stacks = {
+        "jax": Instead({"train_time": 1.0, "memory": 5}),
+        "eager": Instead({"train_time": lambda **sizes: next(times, StackError("again"))}),
+    }
+    plan = {"a": {name: (name, "train_time", {"steps": 1}) for name in stacks}}
+    failed, measurements = {}, report.Measurements()
+    command.first_calls(stacks, {}, plan, measurements, failed, None)
+    command.take_turns(stacks, plan, 4, measurements, failed)
+    assert failed == {"a, eager": "Traceback\nOutOfMemory"}
+    assert {k: v["count"] for k, v in measurements.summary()["a"]["stacks"].items()} == {"jax": 4}
+    assert command.memory(stacks, WORKLOADS["tiny", "cpu"], failed) == {"jax": 5}
+    assert failed["memory of training, eager"] == "again"
+
+
+def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypatch):
+    (tmp_path / "workload.json").write_text('{"name": "tiny"}')
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "old").touch()
+    programs = {"jax": ["pass"] * 3, "eager": ["pass", "raise OSError('disk full')", "pass"]}
+
+    def commands(name, folder, *others):
+        assert not (folder / "programs" / "old").exists(), "starts with programs of another run"
+        return [[sys.executable, "-c", line] for line in programs[name]]
+
+    monkeypatch.setattr(jobs, "commands", commands)
     failed = {}
-    command.first_calls(stacks, {}, plan, report.Measurements(), failed, None)
-    assert list(plan["a"]) == ["8"] and failed == {"a, 16": "Traceback\nOutOfMemory"}
+    found = jobs.measure(tmp_path, "cpu", ["jax", "published", "eager"], 1, "default", {}, failed)
+    assert {what: set(row["stacks"]) for what, row in found.items()} == {
+        "learning, 2 steps": {"jax"}, "drawing 2 pictures": {"jax"}, "both": {"jax"},
+        "a first picture": {"jax"},
+    }  # fmt: skip
+    assert list(failed) == ["whole jobs, eager"]
+    assert failed["whole jobs, eager"].strip().splitlines()[-1] == "OSError: disk full"
 
 
 def test_stack_that_computes_something_else_is_told(tmp_path):
@@ -187,6 +266,12 @@ def test_process_that_fails_names_the_stack_and_the_reason(tmp_path):
     stack.close()
     with pytest.raises((StackError, ValueError)):
         stack("divide", by=1)
+    gone = Worker("failing", ["failing"], {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    gone.kill()
+    for _ in range(2):
+        with pytest.raises(StackError, match="the process ended with -9"):
+            gone("divide", by=1)
+    gone.close()
 
 
 @pytest.mark.slow
