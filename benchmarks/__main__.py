@@ -234,9 +234,12 @@ def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, W
 
 
 def ceilings(stacks: dict[str, Worker], device: str) -> dict[str, float]:
-    """FLOP/s that a large product reaches."""
-    size = {"cpu": 1024, "gpu": 8192}[device]
-    return {name: stack("ceiling", size=size) for name, stack in stacks.items()}
+    """FLOP/s that large products reach, the best of several turns."""
+    size, found = {"cpu": 1024, "gpu": 8192}[device], dict.fromkeys(stacks, 0.0)
+    for _ in range(5):
+        for name, stack in stacks.items():
+            found[name] = max(found[name], timed(stack, "ceiling", {"size": size})[0])
+    return found
 
 
 def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, dict[str, list]]:
@@ -364,15 +367,15 @@ def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[st
         ours, theirs = np.load(files["jax", call, profile]), np.load(file)
         differences = found.setdefault(name, {})
         if call == "sample_outputs":
-            apart = np.abs(ours["pictures"] - theirs["pictures"])
-            differences["pictures"] = float(apart.mean())
-            # Written so that a NaN is a mismatch.
+            apart = np.abs(ours["pictures"].astype(float) - theirs["pictures"].astype(float))
+            differences["pictures"] = float(apart.mean()) / 127.5
             fits = differences["pictures"] <= limits["pictures"]
         else:
             start = start_of[f"{profile}/trainable/pseudo_tokens"]
             a, b = (np.ravel(x["tokens"] - start) for x in (ours, theirs))
             differences["loss"] = float(np.max(np.abs(theirs["losses"] / ours["losses"] - 1)))
             differences["tokens"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+            # Written so that a NaN is a mismatch.
             fits = differences["loss"] <= limits["loss"]
             fits &= differences["tokens"] >= limits["tokens"]
         if not fits:

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
@@ -35,6 +35,12 @@ from idea_jax.train_step import (
     training_loss,
 )
 
+# What a stack is asked for.
+CALLS = (
+    *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
+    *("ceiling", "device", "convolutions", "counted", "memory", "release", "kernels"),
+)
+
 
 class Stack:
     """The loaded model and the inputs; every public method answers one kind of request."""
@@ -48,8 +54,16 @@ class Stack:
         model, self.frozen = sd.load(checkpoint, compute_dtype=compute_dtype)
         attention = flash.resolve("auto", jax.default_backend(), compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)
-        jax.block_until_ready(self.frozen)
-        self.compiled = {}
+        mean, logvar = jax.jit(sd.encode_image, static_argnums=0)(
+            self.model, self.frozen, self.pixels()
+        )
+        token_ids = jnp.asarray(self.inputs["token_ids"])
+        self.photos = Photos(mean[None], logvar[None], jnp.int32(1), token_ids)
+        method, _, state = self.person("paper")
+        # On the host, as it comes from an identity file.
+        self.identity = method, jax.device_get(state.trainable), jax.device_get(state.given)
+        jax.block_until_ready((self.frozen, self.photos))
+        self.compiled, self.placed = {}, {}
 
     # What is compared
 
@@ -64,8 +78,7 @@ class Stack:
 
     def sample_outputs(self) -> str:
         """Pictures of a few steps, as a file."""
-        count, steps = settings.COMPARED_SAMPLING
-        return self.save("jax-pictures", pictures=np.asarray(self.draw(count, steps)))
+        return self.save("jax-pictures", pictures=self.draw(*settings.COMPARED_SAMPLING))
 
     # What is timed
 
@@ -95,20 +108,9 @@ class Stack:
         return time.perf_counter() - started
 
     def sample_time(self, pictures: int, steps: int) -> float:
-        """Seconds from the prompt's tokens to pictures."""
-        settings_of = self.sampling(steps)
+        """Seconds from the prompt's tokens to pictures on the host."""
         started = time.perf_counter()
-        (_,) = sample.draw_all(
-            self.model,
-            self.frozen,
-            lambda frozen, _: self.keys_values(frozen),
-            1,
-            seed=0,
-            count=pictures,
-            batch_size=pictures,
-            guidance_scale=settings.GUIDANCE,
-            **settings_of,
-        )
+        self.draw(pictures, steps)
         return time.perf_counter() - started
 
     def ablated_time(self, without: str, batch: int, steps: int) -> float:
@@ -149,10 +151,15 @@ class Stack:
         return {"platform": one.platform, "kind": one.device_kind}
 
     def ceiling(self, size: int) -> float:
-        """FLOP/s of one square product in the compute dtype, the best of ten."""
+        """FLOP/s of square products in the compute dtype, one on each device, the best of ten."""
+        mesh = Mesh(np.array(jax.devices()), ("products",), axis_types=(AxisType.Auto,))
+        each = P("products")
         # Random, since products of equal numbers can run faster than those of real ones.
-        a = jax.random.normal(jax.random.key(0), (size, size), self.model.dtype)
-        return 2 * size**3 / seconds_of(jax.jit(jnp.matmul), a, a)
+        draw = functools.partial(jax.random.normal, shape=(mesh.size * size, size))
+        draw = functools.partial(draw, dtype=self.model.dtype)
+        a = jax.jit(draw, out_shardings=NamedSharding(mesh, each))(jax.random.key(0))
+        product = jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=each, out_specs=each)
+        return mesh.size * 2 * size**3 / seconds_of(jax.jit(product), a)
 
     def convolutions(self, batch: int) -> list[dict]:
         """Each distinct convolution of the UNet alone, in both layouts, slowest first.
@@ -189,13 +196,19 @@ class Stack:
         """FLOPs that one training step and one call of the sampler need; nothing is run."""
         method, optimizer, state = self.person("paper")
         step = functools.partial(train_step, self.model, method, optimizer)
-        photos = jax.eval_shape(self.photos)
         draw = functools.partial(draw_batch, self.model, size=batch)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        drawn = jax.eval_shape(draw, photos, key, jax.ShapeDtypeStruct((), jnp.int32))
+        drawn = jax.eval_shape(draw, self.photos, key, jax.ShapeDtypeStruct((), jnp.int32))
+
+        def draw_pictures():
+            indices = jnp.arange(pictures, dtype=jnp.int32)
+            about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE)
+            kv, more = self.keys_values(self.frozen), self.sampling(steps)
+            return sample.draw(self.model, self.frozen, kv, *about, is_guided=True, **more)
+
         return {
             "train_step": flops.needed(step, self.frozen, state, drawn),
-            "sampling": flops.needed(lambda: self.draw(pictures, steps)),
+            "sampling": flops.needed(draw_pictures),
         }
 
     def memory(self, batch: int, room: int) -> int:
@@ -254,22 +267,15 @@ class Stack:
         pixels = images.to_pixels(image, self.about["pixels"], center_crop=False)
         return np.stack([pixels, pixels[:, ::-1]])
 
-    def photos(self) -> Photos:
-        """The cached moments of the photo."""
-        mean, logvar = jax.jit(sd.encode_image, static_argnums=0)(
-            self.model, self.frozen, self.pixels()
-        )
-        return Photos(mean[None], logvar[None], jnp.int32(1), jnp.asarray(self.inputs["token_ids"]))
-
     def keys_values(self, frozen: sd.Frozen) -> dict:
-        """Keys and values of the prompt and of the negative one."""
-        method, _, state = self.person("paper")
-        return sample.prompt_keys_values(
-            method,
+        """Keys and values of the prompt and of the negative one, as sample_jax.py computes them."""
+        method, trainable, given = self.identity
+        return sample.cast_keys_values(
+            (method,),
             self.model,
             frozen,
-            state.trainable,
-            state.given,
+            (trainable,),
+            (given,),
             self.inputs["prompt_ids"],
             self.inputs["negative_ids"],
             jnp.float32(1),
@@ -280,25 +286,35 @@ class Stack:
         size = (self.about["pixels"],) * 2
         return {"size": size, "scheduler": "ddim", "steps": steps, "eta": 0.0}
 
-    def draw(self, pictures: int, steps: int) -> jax.Array:
-        """Pictures float32[N, H, W, 3] of the prompt, from one device."""
-        return sample.draw(
+    def draw(self, pictures: int, steps: int) -> np.ndarray:
+        """Pictures uint8[N, H, W, 3] of the prompt, drawn as sample_jax.py does on all devices.
+
+        The first call of a number of pictures places the weights on the devices that draw them, and
+        the others find them there: they take as long as the second prompt of a run.
+        """
+
+        def keys_values(frozen, _):
+            self.placed[pictures] = frozen
+            return self.keys_values(frozen)
+
+        (drawn,) = sample.draw_all(
             self.model,
-            self.frozen,
-            self.keys_values(self.frozen),
-            jnp.uint32(0),
-            jnp.arange(pictures, dtype=jnp.int32),
-            jnp.float32(settings.GUIDANCE),
-            is_guided=True,
+            self.placed.get(pictures, self.frozen),
+            keys_values,
+            1,
+            seed=0,
+            count=pictures,
+            batch_size=pictures,
+            guidance_scale=settings.GUIDANCE,
             **self.sampling(steps),
         )
+        return drawn
 
     def plain_step(self, method, optimizer, batch):
         """A step that draws its batch on the device."""
-        photos = self.photos()
 
         def step(frozen, state, key):
-            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            drawn = draw_batch(self.model, self.photos, key, state.step, batch)
             taken, metrics = train_step(self.model, method, optimizer, frozen, state, drawn)
             return taken, metrics.loss
 
@@ -306,10 +322,10 @@ class Stack:
 
     def encoding_step(self, method, optimizer, batch):
         """A step that encodes its pictures itself, as the published code does."""
-        pixels, photos = self.pixels(), self.photos()
+        pixels = self.pixels()
 
         def step(frozen, state, key):
-            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            drawn = draw_batch(self.model, self.photos, key, state.step, batch)
             mean, logvar = sd.encode_image(
                 self.model, frozen, jnp.broadcast_to(pixels[:1], (batch, *pixels.shape[1:]))
             )
@@ -323,10 +339,9 @@ class Stack:
 
     def whole_gradient_step(self, method, optimizer, batch):
         """A step that differentiates the UNet too, and clips by the norm of all gradients."""
-        photos = self.photos()
 
         def step(frozen, state, key):
-            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            drawn = draw_batch(self.model, self.photos, key, state.step, batch)
 
             def loss(trainable, unet):
                 frozen_too = frozen._replace(unet=unet)
@@ -366,7 +381,7 @@ class Training:
         self._frozen = place_frozen(stack.frozen, mesh, is_sharded=False)
         self._spread = NamedSharding(mesh, P("identity"))
         self._start = jax.device_get(pytrees.stack([state] * people))
-        photos = jax.device_put(pytrees.stack([stack.photos()] * people), self._spread)
+        photos = jax.device_put(pytrees.stack([stack.photos] * people), self._spread)
         last = jax.device_put(np.full(people, 10**9, np.int32), self._spread)
         self._given = photos, jax.random.key(0), last
         self.restart()
@@ -460,11 +475,7 @@ def own_times(events: Iterable) -> list[tuple[str, float]]:
 def main() -> None:
     folder, compute_dtype = sys.argv[1:]
     stack = Stack(Path(folder), compute_dtype)
-    names = (
-        *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
-        *("ceiling", "device", "convolutions", "counted", "memory", "release", "kernels"),
-    )
-    worker.serve({name: getattr(stack, name) for name in names})
+    worker.serve({name: getattr(stack, name) for name in CALLS})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The benchmark: what it makes of measurements, and that all stacks compute the same."""
 
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -8,13 +10,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import jobs, report, stack_jax
+from benchmarks import jobs, report, settings, stack_jax, stack_torch, torch_job, workloads
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
+from idea_jax import config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -208,6 +212,21 @@ def test_measurement_that_fails_later_is_left_out_of_the_report_and_told():
     assert failed["memory of training, eager"] == "again"
 
 
+def test_ceilings_are_measured_in_turns_and_the_best_one_counts():
+    order, reached = [], {"jax": iter([3, 9, 5, 1, 1]), "eager": iter([2, 1, 1, 1, 8])}
+
+    def stack(name):
+        def ceiling(size):
+            order.append(name)
+            return next(reached[name])
+
+        return Instead({"ceiling": ceiling})
+
+    stacks = {name: stack(name) for name in reached}
+    assert command.ceilings(stacks, "cpu") == {"jax": 9, "eager": 8}
+    assert order == ["jax", "eager"] * 5
+
+
 def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypatch):
     (tmp_path / "workload.json").write_text('{"name": "tiny"}')
     (tmp_path / "programs").mkdir()
@@ -272,6 +291,76 @@ def test_process_that_fails_names_the_stack_and_the_reason(tmp_path):
         with pytest.raises(StackError, match="the process ended with -9"):
             gone("divide", by=1)
     gone.close()
+
+
+class Served:
+    """A stack of this process, which answers what its module serves."""
+
+    def __init__(self, module, stack):
+        self.module, self.stack = module, stack
+
+    def __call__(self, call, **arguments):
+        assert call in self.module.CALLS
+        return json.loads(json.dumps(getattr(self.stack, call)(**arguments)))
+
+    def kill(self):
+        raise AssertionError("nothing is given up here")
+
+
+def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkpoint, monkeypatch):
+    """What the slow tests below do with processes, once and as little of it as possible."""
+    workload = dataclasses.replace(WORKLOADS["tiny", "cpu"], single=False)
+    monkeypatch.setattr(workloads, "checkpoint_of", lambda *_: smallest_checkpoint)
+    workloads.write("tiny", tmp_path, batch=workload.batch, pictures=2, dtype="float32")
+    about, inputs = settings.read(tmp_path), dict(np.load(tmp_path / "inputs.npz"))
+    ours = stack_jax.Stack(tmp_path, "float32")
+    theirs = stack_torch.open_stack(about, lambda _: inputs, "cpu", "eager", "default")
+    stacks = {"jax": Served(stack_jax, ours), "eager": Served(stack_torch, theirs)}
+    wanted, measurements = command.comparisons(stacks, workload), report.Measurements()
+    differences, failed = {}, {}
+    for part, plan_of in {"train": command.train_steps, "sampling": command.sampling}.items():
+        plan = plan_of(stacks, workload)
+        files = command.first_calls(stacks, wanted[part], plan, measurements, failed, None)
+        command.compare(files, tmp_path, "cpu", differences, failed)
+        command.take_turns(stacks, plan, 1, measurements, failed)
+    assert not failed
+    assert differences["eager"]["loss"] < 1e-5 and differences["eager"]["tokens"] > 0.9999
+    assert differences["eager"]["pictures"] < 1e-4
+    for row in measurements.summary().values():
+        assert set(row["stacks"]) == {"jax", "eager"}
+        assert all(one["min"] > 0 for one in row["stacks"].values())
+    assert all(stack("ceiling", size=64) > 0 for stack in stacks.values())
+    placed = ours.placed[workload.pictures]
+    ours.sample_time(workload.pictures, workload.steps)
+    assert buffers(ours.placed[workload.pictures]) == buffers(placed)
+
+
+def buffers(tree):
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    return [shard.data.unsafe_buffer_pointer() for shard in shards]
+
+
+def test_command_lines_of_whole_jobs_are_understood(tmp_path):
+    photo, sizes = tmp_path / "a.png", JOBS["tiny"]
+    photo.touch()
+    about = {"photo": str(photo), "checkpoint": str(tmp_path / "checkpoint")}
+    for device, precision in (("cpu", "no"), ("gpu", "bf16")):
+        given = tmp_path, about, device, "default", tmp_path / "out", sizes
+        (_, script, *learn), (_, *draw), (_, *one) = jobs.commands("jax", *given)
+        cfg = config.parse(config.TrainConfig, learn)
+        assert script == "train_jax.py" and Path(cfg.train_data_dir, "a.png").is_file()
+        assert (cfg.max_train_steps, cfg.train_batch_size) == (sizes["steps"], sizes["batch"])
+        for (script, *flags), pictures in ((draw, sizes["pictures"]), (one, 1)):
+            drawn = config.parse(config.SampleConfig, flags)
+            assert script == "sample_jax.py" and drawn.num_images_per_prompt == pictures
+            assert drawn.num_inference_steps == sizes["sampling_steps"]
+            assert drawn.identity == [f"{cfg.output_dir}/identity.safetensors"]
+            for parsed in (cfg, drawn):
+                assert Path(parsed.compile_cache).is_relative_to(tmp_path / "programs")
+                assert parsed.mixed_precision == precision
+        for _, dash, module, kind, *others in jobs.commands("eager", *given):
+            assert [dash, module] == ["-m", "benchmarks.torch_job"]
+            inspect.signature(torch_job.COMMANDS[kind]).bind(*others)
 
 
 @pytest.mark.slow
