@@ -11,34 +11,34 @@ ratio within the spread counts as "equal".
 The first call of each, which compiles, is timed apart, while no other stack computes. Whole jobs
 (process start to identity file to pictures) come last.
 
-Writes NAME.json, NAME.md and NAME.svg into --out; they are written anew after each part, so that a
-run that is cut off leaves what it has measured.
+Writes WORKLOAD-DEVICE.json, .md and .svg into --out; they are written anew after each part, so that
+a run that is cut off leaves what it has measured.
 """
 
 import argparse
+import contextlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import jobs, report
-from benchmarks.settings import COMPARED_STEPS, WORKLOADS, Workload
+from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, read
 from benchmarks.worker import StackError, Worker
 
 STACKS = ("jax", "published", "eager", "compiled")
 PARTS = ("train", "sampling", "people", "ablations", "kernels", "convolutions")
 # Of torch.compile. On a CPU max-autotune tries its kernels for hours.
 MODES = {"cpu": "default", "gpu": "max-autotune"}
-# What is taken back, one at a time.
-ABLATIONS = ("calls", "moments", "trainables", "flash", "bfloat16")
 # The profile that each stack trains; the published step is compared with the same arithmetic here.
 PROFILES = {"jax": ("paper", "official"), "published": ("official",)}
 # Tokens after a few steps of Adam, whose first steps turn rounding of small gradients into steps:
@@ -49,30 +49,37 @@ TOLERANCES = {
 }
 
 
+class InputsError(ValueError):
+    """The folder of inputs holds those of another workload."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
     workload = WORKLOADS[args.workload, args.device]
     repeats = args.repeats or workload.repeats
-    parts = [part for part in args.parts if workload.ablations or part in ("train", "sampling")]
     name_of_report = f"{args.workload}-{args.device}"
     mode = args.torch_compile or MODES[args.device]
     result = {"workload": args.workload, "device": args.device, "machine": machine()}
     out = Path(args.out)
     with tempfile.TemporaryDirectory(prefix="idea-jax-bench-") as scratch:
-        folder = Path(args.inputs or scratch)
+        folder = Path(args.inputs or scratch).resolve()
+        try:
+            result["sizes"] = prepare(workload, args.device, folder) | {"torch.compile": mode}
+        except InputsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         stacks, alone = {}, report.Measurements()
         failed = result["failed"] = {}
         try:
-            result["sizes"] = prepare(workload, args.device, folder) | {"torch.compile": mode}
             stacks = start(args.stacks, args.device, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device)
             measurements = report.Measurements()
             wanted = comparisons(stacks, workload)
-            patience = dict(zip(("train", "sampling"), args.patience, strict=True))
+            patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
             for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
-                if part not in parts:
+                if part not in args.parts:
                     continue
                 plan, compared = plan_of(stacks, workload), wanted[part]
                 files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
@@ -86,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 if part == "train":
                     result["memory"] = memory(stacks, workload, failed)
                     report.write(out, name_of_report, result)
-            if "kernels" in parts:
+            if "kernels" in args.parts:
                 sizes = {"batch": workload.batch, "steps": workload.block}
                 sizes |= {"profile": "paper", "room": workload.room}
                 result["kernels"] = stacks["jax"]("kernels", **sizes)
@@ -94,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
             for part, plan_of in {"people": people, "ablations": ablations}.items():
-                if part not in parts:
+                if part not in args.parts:
                     continue
                 plan = plan_of(workload, args)
                 first_calls(stacks, {}, plan, alone, failed, None)
@@ -103,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                 report.write(out, name_of_report, result)
             result["flops"] = counted(stacks["jax"], workload)
             report.write(out, name_of_report, result)
-            if "convolutions" in parts:
+            if "convolutions" in args.parts:
                 result["convolutions"] = stacks["jax"]("convolutions", batch=workload.batch)
                 report.write(out, name_of_report, result)
         except StackError as error:  # of this project: there is nothing to compare the others with
@@ -138,20 +145,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: all)"
+        "--parts", nargs="+", choices=PARTS, help="what is measured (default: all that can be)"
     )
     parser.add_argument(
         "--people",
         nargs="+",
-        type=int,
-        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 16)",
+        type=positive,
+        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 8)",
     )
     parser.add_argument(
         "--ablations",
         nargs="+",
-        choices=ABLATIONS,
-        default=ABLATIONS,
-        help="measures that the part ablations takes back",
+        choices=tuple(ABLATIONS),
+        help="measures that the part ablations takes back (default: all that there are)",
     )
     parser.add_argument(
         "--torch_compile",
@@ -160,16 +166,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         + ", ".join(f"{mode} on {device}" for device, mode in MODES.items())
         + ")",
     )
-    parser.add_argument("--repeats", type=int, help="measurements of each (default: by workload)")
     parser.add_argument(
-        "--jobs", type=int, default=0, help="measure whole jobs, this many times each (0: not)"
+        "--repeats", type=positive, help="measurements of each (default: by workload)"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, help="measure whole jobs, this many times each (default: not)"
     )
     parser.add_argument(
         "--patience",
         type=float,
         nargs=2,
         metavar=("TRAIN", "SAMPLING"),
-        default=(None, None),
         help="seconds that each of PyTorch's stacks may take for its first calls of these parts; "
         "one that takes longer is left out (default: no limit)",
     )
@@ -178,11 +185,59 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of checkpoint and inputs, which are written there if they are not there yet "
         "(default: a temporary one)",
     )
-    parser.add_argument("--out", default="benchmarks/results", help="folder of the results")
+    parser.add_argument(
+        "--out",
+        default="outputs/benchmarks",
+        help="folder of the results (default: %(default)s; those of the documentation are in "
+        "benchmarks/results)",
+    )
     args = parser.parse_args(argv)
     if "jax" not in args.stacks:
         parser.error("--stacks must hold jax: the others are compared with it")
+    if len(args.stacks) > 1 and len(installed(("torch", "diffusers"))) < 2:
+        parser.error(
+            "PyTorch's stacks need torch and diffusers, which are not installed: python -m pip "
+            "install -e '.[test]', or take --stacks jax"
+        )
+    refuse_unread(parser, args)
     return args
+
+
+def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in the parts and ablations of a workload, and refuses flags that nothing would read.
+
+    Raises: SystemExit, from argparse.
+    """
+    on_gpu = args.device == "gpu"
+    measured = WORKLOADS[args.workload, args.device].ablations
+    possible = {
+        "parts": PARTS if measured else ("train", "sampling"),
+        "ablations": [x for x in ABLATIONS if on_gpu or x not in ("flash", "bfloat16")],
+    }
+    for flag, values in possible.items():
+        if unknown := [x for x in getattr(args, flag) or () if x not in values]:
+            parser.error(
+                f"--{flag} {' '.join(unknown)}: not measured with --workload {args.workload} "
+                f"--device {args.device}; take some of {' '.join(values)}"
+            )
+    args.parts = args.parts or possible["parts"]
+    readers = {
+        "people": ("--parts people", "people" in args.parts),
+        "ablations": ("--parts ablations", "ablations" in args.parts),
+        "torch_compile": ("--stacks compiled", "compiled" in args.stacks),
+        "patience": ("PyTorch's --stacks", len(args.stacks) > 1),
+    }
+    for flag, (reader, is_there) in readers.items():
+        if getattr(args, flag) is not None and not is_there:
+            parser.error(f"--{flag} is for {reader}, which this run does not measure; leave it out")
+    args.ablations = args.ablations or possible["ablations"]
+
+
+def positive(text: str) -> int:
+    """A number of times, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def machine() -> dict:
@@ -194,11 +249,46 @@ def machine() -> dict:
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
+        "cores": cores(),
+        "busy": busy_share(),
         "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": installed(packages),
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def busy_share(stat: Path = Path("/proc/stat")) -> float:
+    """Share of all cores' time that other programs take while this one waits for two seconds.
+
+    The load average would still hold what ran a minute ago, such as the benchmark before this one.
+    It is taken where the kernel does not tell the times (macOS).
+    """
+    if not stat.is_file():
+        return min(1.0, os.getloadavg()[0] / cores())
+
+    def read_times() -> tuple[int, int]:
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
+        times = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(times), times[3] + times[4]
+
+    total, idle = read_times()
+    time.sleep(2)
+    total_after, idle_after = read_times()
+    return 1 - (idle_after - idle) / max(1, total_after - total)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def environment(device: str) -> dict[str, str]:
@@ -209,19 +299,35 @@ def environment(device: str) -> dict[str, str]:
 
 
 def prepare(workload: Workload, device: str, folder: Path) -> dict:
-    """Writes checkpoint and inputs in a process of its own."""
+    """Writes checkpoint and inputs in a process of its own, unless they are there already.
+
+    Raises: InputsError if the folder holds those of another workload, of other sizes or another
+        folder.
+    """
     dtype = "float32" if device == "cpu" else "bfloat16"
-    sizes = (str(workload.batch), str(max(workload.pictures, 2)), dtype)
-    command = [sys.executable, "-m", "benchmarks.workloads", workload.name, str(folder), *sizes]
+    sizes = {"batch": workload.batch, "pictures": max(workload.pictures, 2), "dtype": dtype}
     if (folder / "workload.json").is_file():  # the last file that is written
+        expected = {"name": workload.name, "folder": str(folder), **sizes}
+        found = {key: read(folder).get(key) for key in expected}
+        if found != expected:
+            raise InputsError(
+                f"--inputs {folder} holds the inputs of {found}, expected {expected}; name another "
+                "folder, or delete this one to have them written"
+            )
         return vars(workload) | {"dtype": dtype}
+    command = [sys.executable, "-m", "benchmarks.workloads", workload.name, str(folder)]
+    command += [str(size) for size in sizes.values()]
     subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     return vars(workload) | {"dtype": dtype}
 
 
 def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, Worker]:
-    """Starts the stacks; the programs that they compile are cached for this run alone."""
-    variables = environment(device) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    """Starts the stacks, for which no program is compiled yet."""
+    shutil.rmtree(folder / "inductor", ignore_errors=True)
+    variables = environment(device) | {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     dtype = "float32" if device == "cpu" else "bfloat16"
     torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
     stacks = {}
@@ -414,7 +520,7 @@ def people(workload: Workload, args: argparse.Namespace) -> Plan:
     """Blocks of steps of several people at once, milliseconds a step for each of them."""
     sizes = {"profile": "paper", "batch": workload.batch, "steps": workload.block}
     calls = {}
-    for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8, 16)):
+    for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8)):
         what, together = f"people in one step: {count}", {"room": workload.room, "people": count}
         calls[what] = {"jax": ("jax", "train_time", sizes | together)}
     return calls
@@ -423,8 +529,7 @@ def people(workload: Workload, args: argparse.Namespace) -> Plan:
 def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
     """Blocks of steps with one of the measures taken back, milliseconds a step.
 
-    Without "moments" and "trainables" each step is also a call of its own, on one device: what they
-    save is the difference to "calls", of the other two that to "best".
+    Beside those that are asked for stands what each is compared with, see `settings.ABLATIONS`.
     """
     sizes = {"batch": workload.batch, "steps": workload.block}
     plain = sizes | {"profile": "paper", "room": workload.room}
@@ -435,13 +540,12 @@ def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
             for name in ("calls", "moments", "trainables")
         },
     }
-    if args.device == "gpu":
-        exact = {"attention": "xla", "compute_dtype": "float32"}
-        variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
-        variants["bfloat16"] = ("train_time", plain | {"changes": exact})
-    chosen = {name: v for name, v in variants.items() if name in ("best", *args.ablations)}
+    exact = {"attention": "xla", "compute_dtype": "float32"}
+    variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
+    variants["bfloat16"] = ("train_time", plain | {"changes": exact})
+    needed = {"best", *args.ablations, *(ABLATIONS[name] for name in args.ablations)}
     what = "a step without one of the measures"
-    return {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
+    return {what: {name: ("jax", *v) for name, v in variants.items() if name in needed}}
 
 
 def take_turns(

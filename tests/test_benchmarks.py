@@ -49,7 +49,7 @@ def test_report_holds_every_stack_with_its_ratio(tmp_path):
     result = {
         "workload": "mini",
         "device": "cpu",
-        "machine": {"cpu": "x", "cores": 2, "load_average": 0, "python": "3", "versions": {}},
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
         "sizes": {"batch": 8},
         "ceilings": {"jax": 1e11},
         "compared": {"eager": {"loss": 1e-7, "tokens": 1.0, "pictures": 1e-6}},
@@ -60,9 +60,9 @@ def test_report_holds_every_stack_with_its_ratio(tmp_path):
     assert "| a step | eager | 20 ms | 20.05 ms | 0% | 0 ms | 2.00 x |" in table
     assert "| a step | compiled | 10.1 ms | 10.15 ms | 1% | 0 ms | 1.01 x (equal" in table
     assert "busy" not in table
-    result["machine"]["load_average"] = 4.0
+    result["machine"]["busy"] = 0.25
     assert "The machine was busy" in report.markdown(result)
-    result["machine"]["load_average"] = 0
+    result["machine"]["busy"] = 0
     assert json.loads((tmp_path / "mini-cpu.json").read_text()) == result
     assert (tmp_path / "mini-cpu.svg").read_text().count("<rect") == 4
 
@@ -71,7 +71,7 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     result = {
         "workload": "mini",
         "device": "gpu",
-        "machine": {"cpu": "x", "cores": 2, "load_average": 0, "python": "3", "versions": {}},
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
         "sizes": {},
         "ceilings": {"jax": 1e12, "eager": 2e12},
         "failed": {"compiled": "Traceback\n  ...\nOutOfMemoryError: too much\n"},
@@ -83,6 +83,94 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     assert "makes 2 ms the floor" in told and "of which the floor is 20%" in told
     result["times"] = {"train step, paper": measured(eager=[0, 10, 10])["a step"]}
     assert "makes 2 ms the floor" in report.markdown(result)
+
+
+def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
+    args = command.parse(["--device", "gpu", "--ablations", "bfloat16", "moments"])
+    (row,) = command.ablations(WORKLOADS["mini", "gpu"], args).values()
+    assert list(row) == ["best", "calls", "moments", "flash", "bfloat16"]
+    result = {
+        "workload": "mini",
+        "device": "gpu",
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
+        "sizes": {},
+        "inside": measured(best=[0, 10], calls=[0, 11], flash=[0, 20], bfloat16=[0, 60]),
+    }
+    told = report.markdown(result)
+    assert "| best | 10 ms | 10 ms | 0% | 0 ms |  |" in told
+    assert "| calls | 11 ms | 11 ms | 0% | 0 ms | 1.10 x of best |" in told
+    assert "| bfloat16 | 60 ms | 60 ms | 0% | 0 ms | 3.00 x of flash |" in told
+
+
+def test_machine_is_busy_by_what_others_compute_now(tmp_path, monkeypatch):
+    stat, rest = tmp_path / "stat", "\ncpu0 1 2 3\n"
+    stat.write_text("cpu 100 0 50 800 40 5 5 0 70 0" + rest)
+
+    def others_compute(seconds):
+        assert seconds == 2
+        stat.write_text("cpu 130 10 50 1100 60 5 25 20 90 0" + rest)
+
+    monkeypatch.setattr(command.time, "sleep", others_compute)
+    assert command.busy_share(stat=stat) == pytest.approx(80 / 400)
+    monkeypatch.setattr(command.os, "getloadavg", lambda: (0.5, 9, 9))
+    monkeypatch.setattr(command, "cores", lambda: 2)
+    assert command.busy_share(stat=tmp_path / "none") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--ablations flash", "--ablations flash: not measured with --workload mini --device cpu"),
+        ("--workload sd21 --parts train people", "--parts people: not measured with"),
+        ("--workload sd21 --ablations calls", "--ablations is for --parts ablations"),
+        ("--parts train --people 2", "--people is for --parts people"),
+        ("--stacks jax eager --torch_compile default", "is for --stacks compiled"),
+        ("--stacks jax --patience 1 1", "--patience is for PyTorch's --stacks"),
+        ("--repeats 0", "expected a whole number from 1 on, got '0'"),
+        ("--stacks eager", "--stacks must hold jax"),
+    ],
+)
+def test_flag_that_nothing_would_read_is_refused(flags, told, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(flags.split())
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_parts_are_those_that_a_workload_can_measure_and_reports_stay_out_of_the_documentation():
+    args = command.parse([])
+    assert tuple(args.parts) == command.PARTS and args.out == "outputs/benchmarks"
+    assert args.ablations == ["calls", "moments", "trainables"]
+    assert command.parse(["--workload", "sd21"]).parts == ("train", "sampling")
+    assert command.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS)
+    assert command.parse(["--parts", "kernels"]).parts == ["kernels"]
+
+
+def test_without_torch_only_this_project_is_measured(monkeypatch, capsys):
+    def version(package):
+        raise command.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(command.metadata, "version", version)
+    assert command.parse(["--stacks", "jax"]).stacks == ["jax"]
+    assert command.installed(["torch"]) == {}
+    with pytest.raises(SystemExit):
+        command.parse([])
+    assert "need torch and diffusers, which are not installed" in capsys.readouterr().err
+
+
+def test_inputs_of_another_workload_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    workload = WORKLOADS["tiny", "cpu"]
+    about = {"name": "tiny", "folder": str(tmp_path), "batch": 2, "pictures": 2}
+    about |= {"dtype": "float32", "more": 1}
+    (tmp_path / "workload.json").write_text(json.dumps(about))
+    assert command.prepare(workload, "cpu", tmp_path)["dtype"] == "float32"
+    for key, value in {"name": "mid", "batch": 8, "pictures": 4, "dtype": "bfloat16"}.items():
+        (tmp_path / "workload.json").write_text(json.dumps(about | {key: value}))
+        with pytest.raises(command.InputsError, match=f"{key}': '?{value}.*expected .*delete"):
+            command.prepare(workload, "cpu", tmp_path)
+    flags = ["--workload", "tiny", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert command.main([*flags, "--stacks", "jax"]) == 1
+    assert "holds the inputs of" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
@@ -312,6 +400,7 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
     workload = dataclasses.replace(WORKLOADS["tiny", "cpu"], single=False)
     monkeypatch.setattr(workloads, "checkpoint_of", lambda *_: smallest_checkpoint)
     workloads.write("tiny", tmp_path, batch=workload.batch, pictures=2, dtype="float32")
+    command.prepare(workload, "cpu", tmp_path)  # finds what it would have written
     about, inputs = settings.read(tmp_path), dict(np.load(tmp_path / "inputs.npz"))
     ours = stack_jax.Stack(tmp_path, "float32")
     theirs = stack_torch.open_stack(about, lambda _: inputs, "cpu", "eager", "default")
