@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             stacks = start(args.stacks, args.device, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
-            result["ceilings"] = ceilings(stacks, args.device)
+            result["ceilings"] = ceilings(stacks, args.device, failed)
+            close_failed(stacks, failed)
             measurements = report.Measurements()
             wanted = comparisons(stacks, workload)
             patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
@@ -85,8 +86,7 @@ def main(argv: list[str] | None = None) -> int:
                 files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
                 result.setdefault("compared", {})
                 compare(files, folder, args.device, result["compared"], failed)
-                for name in set(failed) & set(stacks):
-                    stacks.pop(name).close()
+                close_failed(stacks, failed)
                 take_turns(stacks, plan, repeats, measurements, failed)
                 result["times"] = measurements.summary()
                 report.write(out, name_of_report, result)
@@ -339,13 +339,33 @@ def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, W
     return stacks
 
 
-def ceilings(stacks: dict[str, Worker], device: str) -> dict[str, float]:
-    """FLOP/s that large products reach, the best of several turns."""
-    size, found = {"cpu": 1024, "gpu": 8192}[device], dict.fromkeys(stacks, 0.0)
+def ceilings(stacks: dict[str, Worker], device: str, failed: dict[str, str]) -> dict[str, float]:
+    """FLOP/s that large products reach, the best of several turns.
+
+    The first request of all: a stack that cannot be loaded is told in `failed` here.
+
+    Raises: StackError if it is this project.
+    """
+    size, found = {"cpu": 1024, "gpu": 8192}[device], {}
     for _ in range(5):
         for name, stack in stacks.items():
-            found[name] = max(found[name], timed(stack, "ceiling", {"size": size})[0])
+            if name in failed:
+                continue
+            try:
+                reached, _ = timed(stack, "ceiling", {"size": size})
+            except StackError as error:
+                if name == "jax":
+                    raise
+                failed[name] = str(error)
+                continue
+            found[name] = max(reached, found.get(name, 0.0))
     return found
+
+
+def close_failed(stacks: dict[str, Worker], failed: dict[str, str]) -> None:
+    """Ends the stacks that have failed as a whole, and takes them out of `stacks`."""
+    for name in set(failed) & set(stacks):
+        stacks.pop(name).close()
 
 
 def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, dict[str, list]]:

@@ -217,6 +217,9 @@ class Instead:
     def kill(self):
         self.killed.set()
 
+    def close(self):
+        pass
+
 
 def test_stack_that_fails_or_takes_too_long_is_left_out_and_the_others_stay():
     one = {"train_time": 1.0}
@@ -311,8 +314,22 @@ def test_ceilings_are_measured_in_turns_and_the_best_one_counts():
         return Instead({"ceiling": ceiling})
 
     stacks = {name: stack(name) for name in reached}
-    assert command.ceilings(stacks, "cpu") == {"jax": 9, "eager": 8}
+    failed = {}
+    assert command.ceilings(stacks, "cpu", failed) == {"jax": 9, "eager": 8} and not failed
     assert order == ["jax", "eager"] * 5
+
+
+def test_stack_that_cannot_be_loaded_is_left_out_from_the_first_request_on():
+    stacks = {name: Instead({"ceiling": 3.0}) for name in ("jax", "eager", "compiled")}
+    stacks["eager"].answers["ceiling"] = StackError("ImportError")
+    failed = {}
+    assert command.ceilings(stacks, "cpu", failed) == {"jax": 3.0, "compiled": 3.0}
+    assert failed == {"eager": "ImportError"}
+    command.close_failed(stacks, failed)
+    assert list(stacks) == ["jax", "compiled"]
+    stacks["jax"].answers["ceiling"] = StackError("no device")
+    with pytest.raises(StackError, match="no device"):
+        command.ceilings(stacks, "cpu", {})
 
 
 def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypatch):
