@@ -26,8 +26,9 @@ slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks --workload mini --jobs 3
-	$(BIN)/python -m benchmarks --workload mid
+	failed=0; for run in "mini --jobs 3" mid; do \
+	  $(BIN)/python -m benchmarks --workload $$run --out benchmarks/results || failed=1; \
+	done; exit $$failed
 
 # The stamps make a second call install nothing, until the requirements change.
 $(VENV)/.installed: setup.cfg pyproject.toml

@@ -4,41 +4,41 @@
 
 One run on one machine: the same weights, inputs, shapes, types and numbers of steps for all. The
 stacks are those of `stack_jax` and `stack_torch`. First their results are compared; a stack that
-computes something else, or fails, is not timed: the report says so, and the exit code is 1. Then
-each is measured in turn, again and again (A B C A B C ...), so that whatever else the machine does
-meets all of them. Reported are minimum, median and spread, (max - min) / median; a ratio within the
-spread counts as "equal".
-The first call of each, which compiles, is timed apart: on a CPU one after the other, on a GPU side
-by side, since compiling takes longer there than all else. Whole jobs (process start to identity
-file to pictures) come last.
+computes something else is not timed, and what fails is left out: the report says so, and the exit
+code is 1. Then each is measured in turn, again and again (A B C A B C ...), so that whatever else
+the machine does meets all of them. Reported are minimum, median and spread, (max - min) / median; a
+ratio within the spread counts as "equal".
+The first call of each, which compiles, is timed apart, while no other stack computes. Whole jobs
+(process start to identity file to pictures) come last.
 
-Writes NAME.json, NAME.md and NAME.svg into --out; they are written anew after each part, so that a
-run that is cut off leaves what it has measured.
+Writes WORKLOAD-DEVICE.json, .md and .svg into --out; they are written anew after each part, so that
+a run that is cut off leaves what it has measured.
 """
 
 import argparse
+import contextlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from concurrent import futures
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import jobs, report
-from benchmarks.settings import COMPARED_STEPS, WORKLOADS, Workload
+from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, read
 from benchmarks.worker import StackError, Worker
 
 STACKS = ("jax", "published", "eager", "compiled")
 PARTS = ("train", "sampling", "people", "ablations", "kernels", "convolutions")
 # Of torch.compile. On a CPU max-autotune tries its kernels for hours.
 MODES = {"cpu": "default", "gpu": "max-autotune"}
-# What is taken back, one at a time.
-ABLATIONS = ("calls", "moments", "trainables", "flash", "bfloat16")
 # The profile that each stack trains; the published step is compared with the same arithmetic here.
 PROFILES = {"jax": ("paper", "official"), "published": ("official",)}
 # Tokens after a few steps of Adam, whose first steps turn rounding of small gradients into steps:
@@ -49,65 +49,73 @@ TOLERANCES = {
 }
 
 
+class InputsError(ValueError):
+    """The folder of inputs holds those of another workload."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
     workload = WORKLOADS[args.workload, args.device]
     repeats = args.repeats or workload.repeats
-    parts = [part for part in args.parts if workload.ablations or part in ("train", "sampling")]
     name_of_report = f"{args.workload}-{args.device}"
     mode = args.torch_compile or MODES[args.device]
     result = {"workload": args.workload, "device": args.device, "machine": machine()}
     out = Path(args.out)
     with tempfile.TemporaryDirectory(prefix="idea-jax-bench-") as scratch:
-        folder = Path(args.inputs or scratch)
+        folder = Path(args.inputs or scratch).resolve()
+        try:
+            result["sizes"] = prepare(workload, args.device, folder) | {"torch.compile": mode}
+        except InputsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         stacks, alone = {}, report.Measurements()
         failed = result["failed"] = {}
         try:
-            result["sizes"] = prepare(workload, args.device, folder) | {"torch.compile": mode}
             stacks = start(args.stacks, args.device, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
-            result["ceilings"] = ceilings(stacks, args.device)
+            result["ceilings"] = ceilings(stacks, args.device, failed)
+            close_failed(stacks, failed)
             measurements = report.Measurements()
             wanted = comparisons(stacks, workload)
-            patience = dict(zip(("train", "sampling"), args.patience, strict=True))
+            patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
             for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
-                if part not in parts:
+                if part not in args.parts:
                     continue
                 plan, compared = plan_of(stacks, workload), wanted[part]
                 files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
                 result.setdefault("compared", {})
                 compare(files, folder, args.device, result["compared"], failed)
-                for name in set(failed) & set(stacks):
-                    stacks.pop(name).close()
-                take_turns(stacks, plan, repeats, measurements)
+                close_failed(stacks, failed)
+                take_turns(stacks, plan, repeats, measurements, failed)
                 result["times"] = measurements.summary()
                 report.write(out, name_of_report, result)
                 if part == "train":
-                    result["memory"] = memory(stacks, workload)
-                    if "kernels" in parts:
-                        sizes = {"batch": workload.batch, "steps": workload.block}
-                        sizes |= {"profile": "paper", "room": workload.room}
-                        result["kernels"] = stacks["jax"]("kernels", **sizes)
+                    result["memory"] = memory(stacks, workload, failed)
                     report.write(out, name_of_report, result)
+            if "kernels" in args.parts:
+                sizes = {"batch": workload.batch, "steps": workload.block}
+                sizes |= {"profile": "paper", "room": workload.room}
+                result["kernels"] = stacks["jax"]("kernels", **sizes)
+                report.write(out, name_of_report, result)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
             for part, plan_of in {"people": people, "ablations": ablations}.items():
-                if part not in parts:
+                if part not in args.parts:
                     continue
                 plan = plan_of(workload, args)
                 first_calls(stacks, {}, plan, alone, failed, None)
-                take_turns(stacks, plan, repeats, alone)
+                take_turns(stacks, plan, repeats, alone, failed)
                 result["inside"] = alone.summary()
                 report.write(out, name_of_report, result)
             result["flops"] = counted(stacks["jax"], workload)
             report.write(out, name_of_report, result)
-            if "convolutions" in parts:
+            if "convolutions" in args.parts:
                 result["convolutions"] = stacks["jax"]("convolutions", batch=workload.batch)
                 report.write(out, name_of_report, result)
-        except StackError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        except StackError as error:  # of this project: there is nothing to compare the others with
+            failed["jax"] = str(error)
+            report.write(out, name_of_report, result)
         except KeyboardInterrupt:
             for stack in stacks.values():
                 stack.kill()
@@ -115,10 +123,12 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             for stack in stacks.values():
                 stack.close()
-        if args.jobs:
+        if args.jobs and "jax" not in failed:
             those = [name for name in args.stacks if name not in failed]
             variables = environment(args.device)
-            result["jobs"] = jobs.measure(folder, args.device, those, args.jobs, mode, variables)
+            result["jobs"] = jobs.measure(
+                folder, args.device, those, args.jobs, mode, variables, failed
+            )
             report.write(out, name_of_report, result)
     print((out / f"{name_of_report}.md").read_text())
     for name, reason in failed.items():
@@ -135,20 +145,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: all)"
+        "--parts", nargs="+", choices=PARTS, help="what is measured (default: all that can be)"
     )
     parser.add_argument(
         "--people",
         nargs="+",
-        type=int,
-        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 16)",
+        type=positive,
+        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 8)",
     )
     parser.add_argument(
         "--ablations",
         nargs="+",
-        choices=ABLATIONS,
-        default=ABLATIONS,
-        help="measures that the part ablations takes back",
+        choices=tuple(ABLATIONS),
+        help="measures that the part ablations takes back (default: all that there are)",
     )
     parser.add_argument(
         "--torch_compile",
@@ -157,29 +166,78 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         + ", ".join(f"{mode} on {device}" for device, mode in MODES.items())
         + ")",
     )
-    parser.add_argument("--repeats", type=int, help="measurements of each (default: by workload)")
     parser.add_argument(
-        "--jobs", type=int, default=0, help="measure whole jobs, this many times each (0: not)"
+        "--repeats", type=positive, help="measurements of each (default: by workload)"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, help="measure whole jobs, this many times each (default: not)"
     )
     parser.add_argument(
         "--patience",
         type=float,
         nargs=2,
         metavar=("TRAIN", "SAMPLING"),
-        default=(None, None),
-        help="seconds that PyTorch's stacks may take for the first calls of these parts; one that "
-        "takes longer than this and than this project is left out (default: no limit)",
+        help="seconds that each of PyTorch's stacks may take for its first calls of these parts; "
+        "one that takes longer is left out (default: no limit)",
     )
     parser.add_argument(
         "--inputs",
         help="folder of checkpoint and inputs, which are written there if they are not there yet "
         "(default: a temporary one)",
     )
-    parser.add_argument("--out", default="benchmarks/results", help="folder of the results")
+    parser.add_argument(
+        "--out",
+        default="outputs/benchmarks",
+        help="folder of the results (default: %(default)s; those of the documentation are in "
+        "benchmarks/results)",
+    )
     args = parser.parse_args(argv)
     if "jax" not in args.stacks:
         parser.error("--stacks must hold jax: the others are compared with it")
+    if len(args.stacks) > 1 and len(installed(("torch", "diffusers"))) < 2:
+        parser.error(
+            "PyTorch's stacks need torch and diffusers, which are not installed: python -m pip "
+            "install -e '.[test]', or take --stacks jax"
+        )
+    refuse_unread(parser, args)
     return args
+
+
+def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fills in the parts and ablations of a workload, and refuses flags that nothing would read.
+
+    Raises: SystemExit, from argparse.
+    """
+    on_gpu = args.device == "gpu"
+    measured = WORKLOADS[args.workload, args.device].ablations
+    possible = {
+        "parts": PARTS if measured else ("train", "sampling"),
+        "ablations": [x for x in ABLATIONS if on_gpu or x not in ("flash", "bfloat16")],
+    }
+    for flag, values in possible.items():
+        if unknown := [x for x in getattr(args, flag) or () if x not in values]:
+            parser.error(
+                f"--{flag} {' '.join(unknown)}: not measured with --workload {args.workload} "
+                f"--device {args.device}; take some of {' '.join(values)}"
+            )
+    args.parts = args.parts or possible["parts"]
+    readers = {
+        "people": ("--parts people", "people" in args.parts),
+        "ablations": ("--parts ablations", "ablations" in args.parts),
+        "torch_compile": ("--stacks compiled", "compiled" in args.stacks),
+        "patience": ("PyTorch's --stacks", len(args.stacks) > 1),
+    }
+    for flag, (reader, is_there) in readers.items():
+        if getattr(args, flag) is not None and not is_there:
+            parser.error(f"--{flag} is for {reader}, which this run does not measure; leave it out")
+    args.ablations = args.ablations or possible["ablations"]
+
+
+def positive(text: str) -> int:
+    """A number of times, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def machine() -> dict:
@@ -191,11 +249,46 @@ def machine() -> dict:
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
+        "cores": cores(),
+        "busy": busy_share(),
         "python": platform.python_version(),
-        "versions": {package: metadata.version(package) for package in packages},
+        "versions": installed(packages),
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def busy_share(stat: Path = Path("/proc/stat")) -> float:
+    """Share of all cores' time that other programs take while this one waits for two seconds.
+
+    The load average would still hold what ran a minute ago, such as the benchmark before this one.
+    It is taken where the kernel does not tell the times (macOS).
+    """
+    if not stat.is_file():
+        return min(1.0, os.getloadavg()[0] / cores())
+
+    def read_times() -> tuple[int, int]:
+        # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
+        times = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(times), times[3] + times[4]
+
+    total, idle = read_times()
+    time.sleep(2)
+    total_after, idle_after = read_times()
+    return 1 - (idle_after - idle) / max(1, total_after - total)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def environment(device: str) -> dict[str, str]:
@@ -206,19 +299,35 @@ def environment(device: str) -> dict[str, str]:
 
 
 def prepare(workload: Workload, device: str, folder: Path) -> dict:
-    """Writes checkpoint and inputs in a process of its own."""
+    """Writes checkpoint and inputs in a process of its own, unless they are there already.
+
+    Raises: InputsError if the folder holds those of another workload, of other sizes or another
+        folder.
+    """
     dtype = "float32" if device == "cpu" else "bfloat16"
-    sizes = (str(workload.batch), str(max(workload.pictures, 2)), dtype)
-    command = [sys.executable, "-m", "benchmarks.workloads", workload.name, str(folder), *sizes]
+    sizes = {"batch": workload.batch, "pictures": max(workload.pictures, 2), "dtype": dtype}
     if (folder / "workload.json").is_file():  # the last file that is written
+        expected = {"name": workload.name, "folder": str(folder), **sizes}
+        found = {key: read(folder).get(key) for key in expected}
+        if found != expected:
+            raise InputsError(
+                f"--inputs {folder} holds the inputs of {found}, expected {expected}; name another "
+                "folder, or delete this one to have them written"
+            )
         return vars(workload) | {"dtype": dtype}
+    command = [sys.executable, "-m", "benchmarks.workloads", workload.name, str(folder)]
+    command += [str(size) for size in sizes.values()]
     subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     return vars(workload) | {"dtype": dtype}
 
 
 def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, Worker]:
-    """Starts the stacks; the programs that they compile are cached for this run alone."""
-    variables = environment(device) | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    """Starts the stacks, for which no program is compiled yet."""
+    shutil.rmtree(folder / "inductor", ignore_errors=True)
+    variables = environment(device) | {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     dtype = "float32" if device == "cpu" else "bfloat16"
     torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
     stacks = {}
@@ -230,10 +339,33 @@ def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, W
     return stacks
 
 
-def ceilings(stacks: dict[str, Worker], device: str) -> dict[str, float]:
-    """FLOP/s that a large product reaches."""
-    size = {"cpu": 1024, "gpu": 8192}[device]
-    return {name: stack("ceiling", size=size) for name, stack in stacks.items()}
+def ceilings(stacks: dict[str, Worker], device: str, failed: dict[str, str]) -> dict[str, float]:
+    """FLOP/s that large products reach, the best of several turns.
+
+    The first request of all: a stack that cannot be loaded is told in `failed` here.
+
+    Raises: StackError if it is this project.
+    """
+    size, found = {"cpu": 1024, "gpu": 8192}[device], {}
+    for _ in range(5):
+        for name, stack in stacks.items():
+            if name in failed:
+                continue
+            try:
+                reached, _ = timed(stack, "ceiling", {"size": size})
+            except StackError as error:
+                if name == "jax":
+                    raise
+                failed[name] = str(error)
+                continue
+            found[name] = max(reached, found.get(name, 0.0))
+    return found
+
+
+def close_failed(stacks: dict[str, Worker], failed: dict[str, str]) -> None:
+    """Ends the stacks that have failed as a whole, and takes them out of `stacks`."""
+    for name in set(failed) & set(stacks):
+        stacks.pop(name).close()
 
 
 def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, dict[str, list]]:
@@ -274,62 +406,76 @@ def first_calls(
     failed: dict[str, str],
     patience: float | None,
 ) -> dict:
-    """Makes the first calls of a part, which compile it.
+    """Makes the first calls of a part, which compile it, one stack after the other.
 
-    What fails is left out of the plan, and told in `failed`: a stack as a whole, but single calls
-    of this project where they are made side by side.
+    Never side by side: on a GPU, libraries and compilers choose kernels by their speed, and the
+    choice stays. Timed from the request to the answer. Training is compiled for the results that
+    are compared, so those are its first call; drawing compares few steps, another program.
+
+    What fails is told in `failed`: a stack as a whole if it has no results to compare or takes too
+    long, else the single measurement.
 
     Args:
-        patience: seconds until the other stacks are given up, at least as many as this project
-            takes; None for ever.
+        patience: seconds until each other stack is given up; None for never.
 
     Returns: the files with what is to be compared, by stack, call and profile.
+
+    Raises: StackError if this project has no results.
     """
-    at_once = stacks["jax"]("device")["platform"] != "cpu"
-    timed: dict[str, list] = {name: [] for name in stacks}
-    for what, calls in plan.items():
-        for variant, (stack, call, arguments) in calls.items():
-            timed[stack].append((what, variant, [call, arguments]))
     files = {}
-
-    def of_stack(stack: str) -> None:
-        compared = comparisons.get(stack, [])
-        calls = [*compared, *(call for *_, call in timed[stack])]
+    for name, stack in stacks.items():
+        is_limited = patience is not None and name != "jax"
+        limit = patience if is_limited else threading.TIMEOUT_MAX
+        began, timer = time.monotonic(), threading.Timer(limit, stack.kill)
+        timer.start()
+        own, training = {}, {}
         try:
-            if at_once and stack == "jax":
-                results = stacks[stack]("at_once", calls=calls)
-            else:
-                results = [stacks[stack](call, **arguments) for call, arguments in calls]
-            stacks[stack]("release")
+            for call, arguments in comparisons.get(name, []):
+                file, spent = timed(stack, call, arguments)
+                own[name, call, arguments.get("profile")] = file
+                if call == "train_outputs":
+                    training[arguments["profile"]] = spent
+            for what, variant, call, arguments in calls_of(name, plan):
+                try:
+                    _, spent = timed(stack, call, arguments)
+                except StackError as error:
+                    if time.monotonic() - began >= limit:
+                        raise
+                    failed[f"{what}, {variant}"] = str(error)
+                    continue
+                spent = training.get(arguments.get("profile"), spent)
+                measurements.add(what, variant, 1e3 * spent, "ms", is_first=True)
         except StackError as error:
-            failed.setdefault(stack, str(error))
-            return
-        for (call, arguments), file in zip(compared, results[: len(compared)], strict=True):
-            files[stack, call, arguments.get("profile")] = file
-        for (what, variant, (call, arguments)), got in zip(
-            timed[stack], results[len(compared) :], strict=True
-        ):
-            if isinstance(got, dict):
-                failed[f"{what}, {variant}"] = got["error"]
-                del plan[what][variant]
-                continue
-            value = milliseconds(got, call, arguments)
-            measurements.add(what, variant, value, "ms", is_first=True)
-
-    began = time.monotonic()
-    with futures.ThreadPoolExecutor(len(stacks) if at_once else 1) as pool:
-        running = {stack: pool.submit(of_stack, stack) for stack in stacks}
-        running.pop("jax").result()
-        for stack, future in running.items():
-            try:
-                spent = time.monotonic() - began
-                future.result(None if patience is None else max(1.0, patience - spent))
-            except futures.TimeoutError:
-                failed[stack] = f"had not finished its first calls after {patience:.0f} s"
-                stacks[stack].kill()
-    if "jax" in failed:
-        raise StackError(failed["jax"])
+            if name == "jax":
+                raise
+            failed[name] = str(error)
+        finally:
+            timer.cancel()
+        if time.monotonic() - began >= limit:
+            failed[name] = f"had not finished its first calls after {limit:.0f} s"
+        if name not in failed:
+            files |= own
     return files
+
+
+def timed(stack: Worker, call: str, arguments: dict) -> tuple[object, float]:
+    """What a stack answers, and the seconds that this takes.
+
+    Raises: StackError as the stack.
+    """
+    started = time.monotonic()
+    try:
+        return stack(call, **arguments), time.monotonic() - started
+    finally:
+        stack("release")  # the device memory that it keeps, for the next stack
+
+
+def calls_of(stack: str, plan: Plan) -> Iterator[tuple[str, str, str, dict]]:
+    """(what, variant, call, arguments) of all that is measured of a stack."""
+    for what, calls in plan.items():
+        for variant, (own, call, arguments) in calls.items():
+            if own == stack:
+                yield what, variant, call, arguments
 
 
 def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[str, str]) -> None:
@@ -347,15 +493,15 @@ def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[st
         ours, theirs = np.load(files["jax", call, profile]), np.load(file)
         differences = found.setdefault(name, {})
         if call == "sample_outputs":
-            apart = np.abs(ours["pictures"] - theirs["pictures"])
-            differences["pictures"] = float(apart.mean())
-            # Written so that a NaN is a mismatch.
+            apart = np.abs(ours["pictures"].astype(float) - theirs["pictures"].astype(float))
+            differences["pictures"] = float(apart.mean()) / 127.5
             fits = differences["pictures"] <= limits["pictures"]
         else:
             start = start_of[f"{profile}/trainable/pseudo_tokens"]
             a, b = (np.ravel(x["tokens"] - start) for x in (ours, theirs))
             differences["loss"] = float(np.max(np.abs(theirs["losses"] / ours["losses"] - 1)))
             differences["tokens"] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+            # Written so that a NaN is a mismatch.
             fits = differences["loss"] <= limits["loss"]
             fits &= differences["tokens"] >= limits["tokens"]
         if not fits:
@@ -394,7 +540,7 @@ def people(workload: Workload, args: argparse.Namespace) -> Plan:
     """Blocks of steps of several people at once, milliseconds a step for each of them."""
     sizes = {"profile": "paper", "batch": workload.batch, "steps": workload.block}
     calls = {}
-    for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8, 16)):
+    for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8)):
         what, together = f"people in one step: {count}", {"room": workload.room, "people": count}
         calls[what] = {"jax": ("jax", "train_time", sizes | together)}
     return calls
@@ -403,8 +549,7 @@ def people(workload: Workload, args: argparse.Namespace) -> Plan:
 def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
     """Blocks of steps with one of the measures taken back, milliseconds a step.
 
-    Without "moments" and "trainables" each step is also a call of its own, on one device: what they
-    save is the difference to "calls", of the other two that to "best".
+    Beside those that are asked for stands what each is compared with, see `settings.ABLATIONS`.
     """
     sizes = {"batch": workload.batch, "steps": workload.block}
     plain = sizes | {"profile": "paper", "room": workload.room}
@@ -415,37 +560,50 @@ def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
             for name in ("calls", "moments", "trainables")
         },
     }
-    if args.device == "gpu":
-        exact = {"attention": "xla", "compute_dtype": "float32"}
-        variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
-        variants["bfloat16"] = ("train_time", plain | {"changes": exact})
-    chosen = {name: v for name, v in variants.items() if name in ("best", *args.ablations)}
+    exact = {"attention": "xla", "compute_dtype": "float32"}
+    variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
+    variants["bfloat16"] = ("train_time", plain | {"changes": exact})
+    needed = {"best", *args.ablations, *(ABLATIONS[name] for name in args.ablations)}
     what = "a step without one of the measures"
-    return {what: {name: ("jax", *variant) for name, variant in chosen.items()}}
+    return {what: {name: ("jax", *v) for name, v in variants.items() if name in needed}}
 
 
-def take_turns(stacks: dict[str, Worker], plan: Plan, repeats: int, measurements) -> None:
-    """Measures every call once per round."""
+def take_turns(
+    stacks: dict[str, Worker],
+    plan: Plan,
+    repeats: int,
+    measurements: report.Measurements,
+    failed: dict[str, str],
+) -> None:
+    """Measures every call once per round; one that fails is left out, and told in `failed`."""
     for _ in range(repeats):
         for what, calls in plan.items():
-            for variant, (stack, call, arguments) in calls.items():
-                if stack not in stacks:
-                    continue  # it has failed
-                value = milliseconds(stacks[stack](call, **arguments), call, arguments)
+            for variant, (name, call, arguments) in calls.items():
+                if name not in stacks or f"{what}, {variant}" in failed:
+                    continue
+                try:
+                    seconds, _ = timed(stacks[name], call, arguments)
+                except StackError as error:
+                    failed[f"{what}, {variant}"] = str(error)
+                    measurements.leave_out(variant, what)
+                    continue
+                value = milliseconds(seconds, call, arguments)
                 measurements.add(what, variant, value, "ms", is_first=False)
-                stacks[stack]("release")
 
 
-def memory(stacks: dict[str, Worker], workload: Workload) -> dict[str, int]:
+def memory(stacks: dict[str, Worker], workload: Workload, failed: dict[str, str]) -> dict[str, int]:
     """Bytes that training took of each stack; on a GPU nothing but training is in it."""
     sizes = {"batch": workload.batch}
     found = {}
     for name, stack in stacks.items():
-        if name == "jax":
-            found[name] = stack("memory", room=workload.room, **sizes)
-            continue
-        stack("train_time", profile=profiles(stacks, name)[0], steps=1, **sizes)
-        found[name] = stack("memory")
+        try:
+            if name == "jax":
+                found[name] = stack("memory", room=workload.room, **sizes)
+                continue
+            stack("train_time", profile=profiles(stacks, name)[0], steps=1, **sizes)
+            found[name] = stack("memory")
+        except StackError as error:
+            failed[f"memory of training, {name}"] = str(error)
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.report import Measurements
 from benchmarks.settings import JOBS, read
+from benchmarks.worker import StackError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +22,7 @@ def measure(
     repeats: int,
     mode: str,
     variables: Mapping[str, str],
+    failed: dict[str, str],
 ) -> dict:
     """Seconds of learning, of drawing 16 pictures, of both, and to a first picture.
 
@@ -30,29 +32,35 @@ def measure(
         folder: of the workload; checkpoint and photo are read from it.
         mode: of `torch.compile`.
         variables: environment of every process.
+        failed: is told of stacks whose jobs fail, which are left out.
     """
     about = read(folder)
     sizes, measurements = JOBS[about["name"]], Measurements()
-    caches = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax-cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor-jobs"),
-    }
-    environment = {**os.environ, **variables, **caches}
+    kinds = (
+        f"learning, {sizes['steps']} steps",
+        f"drawing {sizes['pictures']} pictures",
+        "both",
+        "a first picture",
+    )
+    programs = folder / "programs"
+    shutil.rmtree(programs, ignore_errors=True)
+    environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(programs / "inductor")}
     for round_number in range(repeats + 1):
         for name in stacks:
-            if name == "published":
+            if name == "published" or f"whole jobs, {name}" in failed:
                 continue
             out = folder / "jobs" / name
             shutil.rmtree(out, ignore_errors=True)
-            learn, draw, first = commands(name, folder, about, device, mode, out, sizes)
-            spent = [seconds_of(command, environment) for command in (learn, draw, first)]
-            values = {
-                f"learning, {sizes['steps']} steps": spent[0],
-                f"drawing {sizes['pictures']} pictures": spent[1],
-                "both": spent[0] + spent[1],
-                "a first picture": spent[2],
-            }
-            for what, value in values.items():
+            lines = commands(name, folder, about, device, mode, out, sizes)
+            try:
+                learn, draw, first = (seconds_of(line, environment) for line in lines)
+            except StackError as error:
+                failed[f"whole jobs, {name}"] = str(error)
+                for what in kinds:
+                    measurements.leave_out(name, what)
+                continue
+            values = (learn, draw, learn + draw, first)
+            for what, value in zip(kinds, values, strict=True):
                 measurements.add(what, name, value, "s", is_first=round_number == 0)
     return measurements.summary()
 
@@ -77,7 +85,8 @@ def commands(
         many = ["--num_images_per_prompt", pictures, "--save_dir", str(out / "pictures")]
         many += ["--batch_size", pictures]
         one = ["--num_images_per_prompt", "1", "--save_dir", str(out / "one")]
-        common = [*model, *precision]
+        # By the flag that a user has, which also says what is kept and how much.
+        common = [*model, *precision, "--compile_cache", str(folder / "programs" / "jax")]
         lines = [[*learn, *common], [*draw, *many, *common], [*draw, *one, *common]]
         return [[sys.executable, *line] for line in lines]
     torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
@@ -93,8 +102,12 @@ def commands(
 def seconds_of(command: Sequence[str], environment: Mapping[str, str]) -> float:
     """Wall-clock seconds of a process, its start included.
 
-    Raises: CalledProcessError if it fails.
+    Raises: StackError with what it wrote to standard error, if it fails.
     """
     started = time.perf_counter()
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if run.returncode:
+        sys.stderr.write(run.stderr)
+        ending = f"{' '.join(command[1:4])} ... ended with exit code {run.returncode}"
+        raise StackError(f"{ending}\n{run.stderr}")
     return time.perf_counter() - started

@@ -6,8 +6,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from benchmarks.settings import ABLATIONS, COMPARED_STEPS
+
 WIDTH, ROW, LEFT = 640, 22, 260  # of the plot, in pixels
-BUSY = 0.25  # load average for each core from which a run does not count
+BUSY = 0.1  # share of the cores' time that others take, from which a run does not count
+FIRST = "First call: from request to answer, compiling included; of training, that of {} steps."
 COLOURS = {"jax": "#3366bb", "published": "#999999", "eager": "#cc7733", "compiled": "#bb3333"}
 
 
@@ -24,6 +27,10 @@ class Measurements:
             self._first[what, name] = value
         else:
             self._values[what, name].append(value)
+
+    def leave_out(self, name: str, what: str) -> None:
+        """Forgets what was measured of a stack that has failed since."""
+        self._values.pop((what, name), None)
 
     def summary(self) -> dict:
         """`{what: {stack: {"min": ..., "median": ..., "spread": ..., "first": ...}}}`."""
@@ -50,6 +57,8 @@ def ratio(mine: dict, theirs: dict) -> tuple[float, bool]:
 def markdown(result: dict) -> str:
     """All results as readable text."""
     lines = [f"# {result['workload']} on {result['device']}", "", *about(result), ""]
+    if "times" in result:
+        lines += [FIRST.format(COMPARED_STEPS), ""]
     lines += ["| what | stack | min | median | spread | first call | this project is |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for what, row in result.get("times", {}).items():
@@ -75,11 +84,11 @@ def about(result: dict) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     on = f"; on one {machine['device']['kind']}" if "device" in machine else ""
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']:.1f} "
+        f"{machine['cpu']}, {machine['cores']} cores, others took {machine['busy']:.0%} of them "
         f"before the run{on}; Python {machine['python']}, {versions}.",
         f"Sizes: {json.dumps(result['sizes'])}.",
     ]
-    if machine["load_average"] > BUSY * machine["cores"]:
+    if machine["busy"] > BUSY:
         lines.append("**The machine was busy with something else: no number here is a result.**")
     for name, found in result.get("compared", {}).items():
         parts = [f"losses differ by at most {found['loss']:.1e}"]
@@ -105,19 +114,27 @@ def further(result: dict) -> list[str]:
             f"here, which makes {1e3 * step / ceiling:.3g} ms the floor.",
             "",
         ]
-    if "flops" in result and "train step, paper" in result.get("times", {}):
-        best = result["times"]["train step, paper"]["stacks"]["jax"]["min"]
+    steps = result.get("times", {}).get("train step, paper", {"stacks": {}})["stacks"]
+    if "flops" in result and "jax" in steps:
+        best = steps["jax"]["min"]
         share = 1e3 * step / ceiling / best
         lines += [f"The step takes {best:.4g} ms, of which the floor is {share:.0%}.", ""]
     if "memory" in result:
         peaks = (f"{name} {peak / 2**30:.2f} GiB" for name, peak in result["memory"].items())
         lines += ["## Memory of training", "", ", ".join(peaks) + ".", ""]
     if "inside" in result:
-        lines += ["## This project alone", "", "| what | variant | min | median | spread | first |"]
-        lines += ["|---|---|---|---|---|---|"]
+        lines += ["## This project alone", ""]
+        lines += ["| what | variant | min | median | spread | first | takes |"]
+        lines += ["|---|---|---|---|---|---|---|"]
         for what, row in result["inside"].items():
             for name, values in row["stacks"].items():
-                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
+                plain = row["stacks"].get(ABLATIONS.get(name))
+                verdict = ""
+                if plain:
+                    times, is_clear = ratio(plain, values)
+                    verdict = f"{times:.2f} x of {ABLATIONS[name]}"
+                    verdict += "" if is_clear else " (equal: within the spread)"
+                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {verdict} |")
         lines.append("")
     if "kernels" in result:
         lines += ["Operations that take most of a step:", ""]

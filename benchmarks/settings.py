@@ -9,6 +9,15 @@ COMPARED_SAMPLING = (2, 2)  # pictures and sampling steps, the same
 RATE, REG_WEIGHT, WEIGHT_DECAY, EPSILON, BETA = 1e-3, 8e-4, 1e-2, 1e-7, 0.4
 GUIDANCE = 7.5
 RANK = 4  # of the low-rank deltas of keys and values
+# Measures that are taken back one at a time, and what the time without each is compared with: each
+# step of "moments" and "trainables" is also a call of its own, and float32 has no flash attention.
+ABLATIONS = {
+    "calls": "best",
+    "moments": "calls",
+    "trainables": "calls",
+    "flash": "best",
+    "bfloat16": "flash",
+}
 
 
 @dataclass(frozen=True)

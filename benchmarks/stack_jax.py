@@ -3,24 +3,20 @@
 python -m benchmarks.stack_jax FOLDER COMPUTE_DTYPE
 """
 
-import contextlib
 import dataclasses
 import functools
 import resource
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator
-from concurrent import futures
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
@@ -39,6 +35,12 @@ from idea_jax.train_step import (
     training_loss,
 )
 
+# What a stack is asked for.
+CALLS = (
+    *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
+    *("ceiling", "device", "convolutions", "counted", "memory", "release", "kernels"),
+)
+
 
 class Stack:
     """The loaded model and the inputs; every public method answers one kind of request."""
@@ -52,24 +54,31 @@ class Stack:
         model, self.frozen = sd.load(checkpoint, compute_dtype=compute_dtype)
         attention = flash.resolve("auto", jax.local_devices()[0], compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)
-        jax.block_until_ready(self.frozen)
-        self.compiled, self.locks = {}, {}
+        mean, logvar = jax.jit(sd.encode_image, static_argnums=0)(
+            self.model, self.frozen, self.pixels()
+        )
+        token_ids = jnp.asarray(self.inputs["token_ids"])
+        self.photos = Photos(mean[None], logvar[None], jnp.int32(1), token_ids)
+        method, _, state = self.person("paper")
+        # On the host, as it comes from an identity file.
+        self.identity = method, jax.device_get(state.trainable), jax.device_get(state.given)
+        jax.block_until_ready((self.frozen, self.photos))
+        self.compiled, self.placed = {}, {}
 
     # What is compared
 
     def train_outputs(self, profile: str, batch: int, room: int) -> str:
         """Losses and pseudo tokens of a few steps, as a file; the others are given their draws."""
-        with self.training(profile, batch, room) as training:
-            training.restart()
-            frozen, times = training.weights(), range(settings.COMPARED_STEPS)
-            losses = [float(training.take(1, frozen).loss[0, 0]) for _ in times]
-            tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
+        training = self.training(profile, batch, room)
+        training.restart()
+        frozen, times = training.weights(), range(settings.COMPARED_STEPS)
+        losses = [float(training.take(1, frozen).loss[0, 0]) for _ in times]
+        tokens = np.asarray(training.states.trainable["pseudo_tokens"][0])
         return self.save(f"jax-{profile}", losses=losses, tokens=tokens)
 
     def sample_outputs(self) -> str:
         """Pictures of a few steps, as a file."""
-        count, steps = settings.COMPARED_SAMPLING
-        return self.save("jax-pictures", pictures=np.asarray(self.draw(count, steps)))
+        return self.save("jax-pictures", pictures=self.draw(*settings.COMPARED_SAMPLING))
 
     # What is timed
 
@@ -89,49 +98,20 @@ class Stack:
           people: trained at once.
           changes: of the model's settings, to take a measure back.
         """
-        own = tuple((changes or {}).items())
-        with self.training(profile, batch, room, people, own) as training:
-            # Float32 weights exist only while they are measured.
-            frozen = training.weights()
-            jax.block_until_ready((frozen, training.states))
-            started = time.perf_counter()
-            for _ in range(steps // room):
-                metrics = training.take(room, frozen)
-            jax.block_until_ready((training.states, metrics))
-            return time.perf_counter() - started
-
-    def sample_time(self, pictures: int, steps: int) -> float:
-        """Seconds from the prompt's tokens to pictures."""
-        settings_of = self.sampling(steps)
+        training = self.training(profile, batch, room, people, tuple((changes or {}).items()))
+        frozen = training.weights()  # in float32 they exist only while they are measured
+        jax.block_until_ready((frozen, training.states))
         started = time.perf_counter()
-        (_,) = sample.draw_all(
-            self.model,
-            self.frozen,
-            lambda frozen, _: self.keys_values(frozen),
-            1,
-            seed=0,
-            count=pictures,
-            batch_size=pictures,
-            guidance_scale=settings.GUIDANCE,
-            **settings_of,
-        )
+        for _ in range(steps // room):
+            metrics = training.take(room, frozen)
+        jax.block_until_ready((training.states, metrics))
         return time.perf_counter() - started
 
-    def at_once(self, calls: list) -> list:
-        """What some calls [name, arguments] return, made by a thread each.
-
-        Their programs are compiled side by side, so their times mean little. For a call that fails
-        there is {"error": its traceback}.
-        """
-
-        def make(call):
-            try:
-                return getattr(self, call[0])(**call[1])
-            except Exception:
-                return {"error": traceback.format_exc()}
-
-        with futures.ThreadPoolExecutor(max(1, len(calls))) as pool:
-            return list(pool.map(make, calls))
+    def sample_time(self, pictures: int, steps: int) -> float:
+        """Seconds from the prompt's tokens to pictures on the host."""
+        started = time.perf_counter()
+        self.draw(pictures, steps)
+        return time.perf_counter() - started
 
     def ablated_time(self, without: str, batch: int, steps: int) -> float:
         """Seconds of a block of steps, each a call, with one of the measures taken back.
@@ -171,10 +151,15 @@ class Stack:
         return {"platform": one.platform, "kind": one.device_kind}
 
     def ceiling(self, size: int) -> float:
-        """FLOP/s of one square product in the compute dtype, the best of ten."""
+        """FLOP/s of square products in the compute dtype, one on each device, the best of ten."""
+        mesh = Mesh(np.array(jax.devices()), ("products",), axis_types=(AxisType.Auto,))
+        each = P("products")
         # Random, since products of equal numbers can run faster than those of real ones.
-        a = jax.random.normal(jax.random.key(0), (size, size), self.model.dtype)
-        return 2 * size**3 / seconds_of(jax.jit(jnp.matmul), a, a)
+        draw = functools.partial(jax.random.normal, shape=(mesh.size * size, size))
+        draw = functools.partial(draw, dtype=self.model.dtype)
+        a = jax.jit(draw, out_shardings=NamedSharding(mesh, each))(jax.random.key(0))
+        product = jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=each, out_specs=each)
+        return mesh.size * 2 * size**3 / seconds_of(jax.jit(product), a)
 
     def convolutions(self, batch: int) -> list[dict]:
         """Each distinct convolution of the UNet alone, in both layouts, slowest first.
@@ -211,21 +196,26 @@ class Stack:
         """FLOPs that one training step and one call of the sampler need; nothing is run."""
         method, optimizer, state = self.person("paper")
         step = functools.partial(train_step, self.model, method, optimizer)
-        photos = jax.eval_shape(self.photos)
         draw = functools.partial(draw_batch, self.model, size=batch)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        drawn = jax.eval_shape(draw, photos, key, jax.ShapeDtypeStruct((), jnp.int32))
+        drawn = jax.eval_shape(draw, self.photos, key, jax.ShapeDtypeStruct((), jnp.int32))
+
+        def draw_pictures():
+            indices = jnp.arange(pictures, dtype=jnp.int32)
+            about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE)
+            kv, more = self.keys_values(self.frozen), self.sampling(steps)
+            return sample.draw(self.model, self.frozen, kv, *about, is_guided=True, **more)
+
         return {
             "train_step": flops.needed(step, self.frozen, state, drawn),
-            "sampling": flops.needed(lambda: self.draw(pictures, steps)),
+            "sampling": flops.needed(draw_pictures),
         }
 
     def memory(self, batch: int, room: int) -> int:
         """Bytes of training: on a device those that the program of a step is given and plans for
         itself, on a CPU the peak of this process so far."""
         if jax.default_backend() != "cpu":
-            with self.training("paper", batch, room) as training:
-                return training.device_bytes()
+            return self.training("paper", batch, room).device_bytes()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def release(self) -> None:
@@ -247,16 +237,14 @@ class Stack:
 
     # Parts
 
-    @contextlib.contextmanager
     def training(
         self, profile: str, batch: int, room: int, people: int = 1, changes: tuple = ()
-    ) -> Iterator["Training"]:
-        """The steps of a profile, compiled at the first call, for one thread at a time."""
+    ) -> "Training":
+        """The steps of a profile, compiled at the first call."""
         kind = ("training", profile, batch, room, people, changes)
-        with self.locks.setdefault(kind, threading.Lock()):
-            if kind not in self.compiled:
-                self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
-            yield self.compiled[kind]
+        if kind not in self.compiled:
+            self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
+        return self.compiled[kind]
 
     def person(self, profile: str):
         """The method, its optimiser and the person's state before the first step."""
@@ -279,22 +267,15 @@ class Stack:
         pixels = images.to_pixels(image, self.about["pixels"], center_crop=False)
         return np.stack([pixels, pixels[:, ::-1]])
 
-    def photos(self) -> Photos:
-        """The cached moments of the photo."""
-        mean, logvar = jax.jit(sd.encode_image, static_argnums=0)(
-            self.model, self.frozen, self.pixels()
-        )
-        return Photos(mean[None], logvar[None], jnp.int32(1), jnp.asarray(self.inputs["token_ids"]))
-
     def keys_values(self, frozen: sd.Frozen) -> dict:
-        """Keys and values of the prompt and of the negative one."""
-        method, _, state = self.person("paper")
-        return sample.prompt_keys_values(
-            method,
+        """Keys and values of the prompt and of the negative one, as sample_jax.py computes them."""
+        method, trainable, given = self.identity
+        return sample.cast_keys_values(
+            (method,),
             self.model,
             frozen,
-            state.trainable,
-            state.given,
+            (trainable,),
+            (given,),
             self.inputs["prompt_ids"],
             self.inputs["negative_ids"],
             jnp.float32(1),
@@ -305,25 +286,35 @@ class Stack:
         size = (self.about["pixels"],) * 2
         return {"size": size, "scheduler": "ddim", "steps": steps, "eta": 0.0}
 
-    def draw(self, pictures: int, steps: int) -> jax.Array:
-        """Pictures float32[N, H, W, 3] of the prompt, from one device."""
-        return sample.draw(
+    def draw(self, pictures: int, steps: int) -> np.ndarray:
+        """Pictures uint8[N, H, W, 3] of the prompt, drawn as sample_jax.py does on all devices.
+
+        The first call of a number of pictures places the weights on the devices that draw them, and
+        the others find them there: they take as long as the second prompt of a run.
+        """
+
+        def keys_values(frozen, _):
+            self.placed[pictures] = frozen
+            return self.keys_values(frozen)
+
+        (drawn,) = sample.draw_all(
             self.model,
-            self.frozen,
-            self.keys_values(self.frozen),
-            jnp.uint32(0),
-            jnp.arange(pictures, dtype=jnp.int32),
-            jnp.float32(settings.GUIDANCE),
-            is_guided=True,
+            self.placed.get(pictures, self.frozen),
+            keys_values,
+            1,
+            seed=0,
+            count=pictures,
+            batch_size=pictures,
+            guidance_scale=settings.GUIDANCE,
             **self.sampling(steps),
         )
+        return drawn
 
     def plain_step(self, method, optimizer, batch):
         """A step that draws its batch on the device."""
-        photos = self.photos()
 
         def step(frozen, state, key):
-            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            drawn = draw_batch(self.model, self.photos, key, state.step, batch)
             taken, metrics = train_step(self.model, method, optimizer, frozen, state, drawn)
             return taken, metrics.loss
 
@@ -331,10 +322,10 @@ class Stack:
 
     def encoding_step(self, method, optimizer, batch):
         """A step that encodes its pictures itself, as the published code does."""
-        pixels, photos = self.pixels(), self.photos()
+        pixels = self.pixels()
 
         def step(frozen, state, key):
-            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            drawn = draw_batch(self.model, self.photos, key, state.step, batch)
             mean, logvar = sd.encode_image(
                 self.model, frozen, jnp.broadcast_to(pixels[:1], (batch, *pixels.shape[1:]))
             )
@@ -348,10 +339,9 @@ class Stack:
 
     def whole_gradient_step(self, method, optimizer, batch):
         """A step that differentiates the UNet too, and clips by the norm of all gradients."""
-        photos = self.photos()
 
         def step(frozen, state, key):
-            drawn = draw_batch(self.model, photos, key, state.step, batch)
+            drawn = draw_batch(self.model, self.photos, key, state.step, batch)
 
             def loss(trainable, unet):
                 frozen_too = frozen._replace(unet=unet)
@@ -391,7 +381,7 @@ class Training:
         self._frozen = place_frozen(stack.frozen, mesh, is_sharded=False)
         self._spread = NamedSharding(mesh, P("identity"))
         self._start = jax.device_get(pytrees.stack([state] * people))
-        photos = jax.device_put(pytrees.stack([stack.photos()] * people), self._spread)
+        photos = jax.device_put(pytrees.stack([stack.photos] * people), self._spread)
         last = jax.device_put(np.full(people, 10**9, np.int32), self._spread)
         self._given = photos, jax.random.key(0), last
         self.restart()
@@ -446,7 +436,11 @@ def seconds_of(function, *arguments) -> float:
 
 
 def top_ten(data: jax.profiler.ProfileData) -> list[list]:
-    """[name, share of the time of all] of the operations that take most, numbers cut off names."""
+    """[name, share of the time of all] of the operations that take most, numbers cut off names.
+
+    Counted is an operation's own time, without that of others inside it: a wait for another device
+    lies in an event for the meeting, which lies in the collective.
+    """
     spent = Counter()
     for plane in data.planes:
         for line in plane.lines:
@@ -456,31 +450,32 @@ def top_ten(data: jax.profiler.ProfileData) -> list[list]:
                 holds_operations = line.name == "XLA Ops"
             else:
                 holds_operations = "XLAEigen" in line.name or "XLATfrtCpuClient" in line.name
-            for event in line.events if holds_operations else ():
+            for name, own in own_times(line.events) if holds_operations else ():
                 # On a CPU the executor's own events, which hold all others, have C++ names.
-                if "GPU" in plane.name or "::" not in event.name:
-                    spent[event.name.split(".")[0]] += event.duration_ns
+                if "GPU" in plane.name or "::" not in name:
+                    spent[name.split(".")[0]] += own
     total = sum(spent.values()) or 1
     return [[name, time_ns / total] for name, time_ns in spent.most_common(10)]
+
+
+def own_times(events: Iterable) -> list[tuple[str, float]]:
+    """(name, ns without the events inside it) of each event of one line of a profile."""
+    found, open_ones = [], []  # the latter as (end, place in found), outermost first
+    for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
+        while open_ones and open_ones[-1][0] <= event.start_ns:
+            open_ones.pop()
+        if open_ones:
+            end, outer = open_ones[-1]
+            found[outer][1] -= min(event.duration_ns, end - event.start_ns)
+        open_ones.append((event.start_ns + event.duration_ns, len(found)))
+        found.append([event.name, event.duration_ns])
+    return [(name, own) for name, own in found]
 
 
 def main() -> None:
     folder, compute_dtype = sys.argv[1:]
     stack = Stack(Path(folder), compute_dtype)
-    names = (
-        *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
-        *(
-            "at_once",
-            "ceiling",
-            "device",
-            "convolutions",
-            "counted",
-            "memory",
-            "release",
-            "kernels",
-        ),
-    )
-    worker.serve({name: getattr(stack, name) for name in names})
+    worker.serve({name: getattr(stack, name) for name in CALLS})
 
 
 if __name__ == "__main__":

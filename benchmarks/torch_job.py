@@ -117,13 +117,12 @@ def draw(
     with torch.no_grad():
         for name, parameter in trained(stack).items():
             parameter.copy_(tensors[name])
-    drawn = stack.draw(int(pictures), int(steps)).float().cpu().numpy()
-    for index, pixels in enumerate(images.to_uint8(drawn)):
+    for index, pixels in enumerate(stack.pictures(int(pictures), int(steps))):
         Image.fromarray(pixels).save(out / f"{index:05d}.png")
 
 
+COMMANDS = {"learn": learn, "draw": draw}
+
 if __name__ == "__main__":
     command, about, device, kind, mode, out, *sizes = sys.argv[1:]
-    {"learn": learn, "draw": draw}[command](
-        json.loads(Path(about).read_text()), device, kind, mode, Path(out), *sizes
-    )
+    COMMANDS[command](json.loads(Path(about).read_text()), device, kind, mode, Path(out), *sizes)

@@ -5,6 +5,7 @@ request is one line of JSON on standard input, its answer one line on standard o
 process waits for the next, it uses no core.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -49,7 +50,8 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process once it has answered what it was asked."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
         self._process.wait()
 
     def kill(self) -> None:

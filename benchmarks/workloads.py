@@ -107,6 +107,9 @@ def write(name: str, folder: Path, *, batch: int, pictures: int, dtype: str) -> 
         Image.fromarray(data.astronaut()).resize((2 * pixels,) * 2).save(photo)
     about = {
         "name": name,
+        "batch": batch,
+        "pictures": pictures,
+        "dtype": dtype,
         "folder": str(folder),
         "checkpoint": str(checkpoint),
         "photo": str(photo),

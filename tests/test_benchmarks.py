@@ -1,18 +1,24 @@
 """The benchmark: what it makes of measurements, and that all stacks compute the same."""
 
+import dataclasses
+import inspect
 import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report
+from benchmarks import jobs, report, settings, stack_jax, stack_torch, torch_job, workloads
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
+from idea_jax import config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,7 +49,7 @@ def test_report_holds_every_stack_with_its_ratio(tmp_path):
     result = {
         "workload": "mini",
         "device": "cpu",
-        "machine": {"cpu": "x", "cores": 2, "load_average": 0, "python": "3", "versions": {}},
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
         "sizes": {"batch": 8},
         "ceilings": {"jax": 1e11},
         "compared": {"eager": {"loss": 1e-7, "tokens": 1.0, "pictures": 1e-6}},
@@ -54,9 +60,9 @@ def test_report_holds_every_stack_with_its_ratio(tmp_path):
     assert "| a step | eager | 20 ms | 20.05 ms | 0% | 0 ms | 2.00 x |" in table
     assert "| a step | compiled | 10.1 ms | 10.15 ms | 1% | 0 ms | 1.01 x (equal" in table
     assert "busy" not in table
-    result["machine"]["load_average"] = 4.0
+    result["machine"]["busy"] = 0.25
     assert "The machine was busy" in report.markdown(result)
-    result["machine"]["load_average"] = 0
+    result["machine"]["busy"] = 0
     assert json.loads((tmp_path / "mini-cpu.json").read_text()) == result
     assert (tmp_path / "mini-cpu.svg").read_text().count("<rect") == 4
 
@@ -65,7 +71,7 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     result = {
         "workload": "mini",
         "device": "gpu",
-        "machine": {"cpu": "x", "cores": 2, "load_average": 0, "python": "3", "versions": {}},
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
         "sizes": {},
         "ceilings": {"jax": 1e12, "eager": 2e12},
         "failed": {"compiled": "Traceback\n  ...\nOutOfMemoryError: too much\n"},
@@ -75,6 +81,96 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     told = report.markdown(result)
     assert "**Left out, compiled: OutOfMemoryError: too much**" in told
     assert "makes 2 ms the floor" in told and "of which the floor is 20%" in told
+    result["times"] = {"train step, paper": measured(eager=[0, 10, 10])["a step"]}
+    assert "makes 2 ms the floor" in report.markdown(result)
+
+
+def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
+    args = command.parse(["--device", "gpu", "--ablations", "bfloat16", "moments"])
+    (row,) = command.ablations(WORKLOADS["mini", "gpu"], args).values()
+    assert list(row) == ["best", "calls", "moments", "flash", "bfloat16"]
+    result = {
+        "workload": "mini",
+        "device": "gpu",
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
+        "sizes": {},
+        "inside": measured(best=[0, 10], calls=[0, 11], flash=[0, 20], bfloat16=[0, 60]),
+    }
+    told = report.markdown(result)
+    assert "| best | 10 ms | 10 ms | 0% | 0 ms |  |" in told
+    assert "| calls | 11 ms | 11 ms | 0% | 0 ms | 1.10 x of best |" in told
+    assert "| bfloat16 | 60 ms | 60 ms | 0% | 0 ms | 3.00 x of flash |" in told
+
+
+def test_machine_is_busy_by_what_others_compute_now(tmp_path, monkeypatch):
+    stat, rest = tmp_path / "stat", "\ncpu0 1 2 3\n"
+    stat.write_text("cpu 100 0 50 800 40 5 5 0 70 0" + rest)
+
+    def others_compute(seconds):
+        assert seconds == 2
+        stat.write_text("cpu 130 10 50 1100 60 5 25 20 90 0" + rest)
+
+    monkeypatch.setattr(command.time, "sleep", others_compute)
+    assert command.busy_share(stat=stat) == pytest.approx(80 / 400)
+    monkeypatch.setattr(command.os, "getloadavg", lambda: (0.5, 9, 9))
+    monkeypatch.setattr(command, "cores", lambda: 2)
+    assert command.busy_share(stat=tmp_path / "none") == 0.25
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--ablations flash", "--ablations flash: not measured with --workload mini --device cpu"),
+        ("--workload sd21 --parts train people", "--parts people: not measured with"),
+        ("--workload sd21 --ablations calls", "--ablations is for --parts ablations"),
+        ("--parts train --people 2", "--people is for --parts people"),
+        ("--stacks jax eager --torch_compile default", "is for --stacks compiled"),
+        ("--stacks jax --patience 1 1", "--patience is for PyTorch's --stacks"),
+        ("--repeats 0", "expected a whole number from 1 on, got '0'"),
+        ("--stacks eager", "--stacks must hold jax"),
+    ],
+)
+def test_flag_that_nothing_would_read_is_refused(flags, told, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(flags.split())
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_parts_are_those_that_a_workload_can_measure_and_reports_stay_out_of_the_documentation():
+    args = command.parse([])
+    assert tuple(args.parts) == command.PARTS and args.out == "outputs/benchmarks"
+    assert args.ablations == ["calls", "moments", "trainables"]
+    assert command.parse(["--workload", "sd21"]).parts == ("train", "sampling")
+    assert command.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS)
+    assert command.parse(["--parts", "kernels"]).parts == ["kernels"]
+
+
+def test_without_torch_only_this_project_is_measured(monkeypatch, capsys):
+    def version(package):
+        raise command.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(command.metadata, "version", version)
+    assert command.parse(["--stacks", "jax"]).stacks == ["jax"]
+    assert command.installed(["torch"]) == {}
+    with pytest.raises(SystemExit):
+        command.parse([])
+    assert "need torch and diffusers, which are not installed" in capsys.readouterr().err
+
+
+def test_inputs_of_another_workload_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    workload = WORKLOADS["tiny", "cpu"]
+    about = {"name": "tiny", "folder": str(tmp_path), "batch": 2, "pictures": 2}
+    about |= {"dtype": "float32", "more": 1}
+    (tmp_path / "workload.json").write_text(json.dumps(about))
+    assert command.prepare(workload, "cpu", tmp_path)["dtype"] == "float32"
+    for key, value in {"name": "mid", "batch": 8, "pictures": 4, "dtype": "bfloat16"}.items():
+        (tmp_path / "workload.json").write_text(json.dumps(about | {key: value}))
+        with pytest.raises(command.InputsError, match=f"{key}': '?{value}.*expected .*delete"):
+            command.prepare(workload, "cpu", tmp_path)
+    flags = ["--workload", "tiny", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert command.main([*flags, "--stacks", "jax"]) == 1
+    assert "holds the inputs of" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
@@ -84,8 +180,26 @@ def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
     assert command.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
 
 
+def test_profile_counts_the_own_time_of_each_operation_once():
+    """As of a CPU of two devices, where the three events of a wait lie in each other."""
+    of_two = [
+        ("ThunkExecutor::Execute", 0, 100), ("ynn_fusion.3", 0, 40), ("psum.7", 40, 60),
+        ("Rendezvous", 42, 58), ("Wait: pending_threads=1/2", 45, 55), ("copy.2", 100, 20),
+    ]  # fmt: skip
+    events = [SimpleNamespace(name=n, start_ns=s, duration_ns=d) for n, s, d in of_two]
+    lines = [
+        SimpleNamespace(name="tf_XLATfrtCpuClient/1", events=events[::-1]),
+        SimpleNamespace(name="python", events=events),
+    ]
+    profile = SimpleNamespace(planes=[SimpleNamespace(name="/host:CPU", lines=lines)])
+    assert stack_jax.top_ten(profile) == [
+        ["Wait: pending_threads=1/2", 55 / 120], ["ynn_fusion", 40 / 120], ["copy", 20 / 120],
+        ["Rendezvous", 3 / 120], ["psum", 2 / 120],
+    ]  # fmt: skip
+
+
 class Instead:
-    """A stack that answers from a table, or as slowly as it is told."""
+    """A stack that answers from a table, an error by raising it, or as slowly as it is told."""
 
     def __init__(self, answers, seconds=0.0):
         self.answers, self.seconds, self.killed = answers, seconds, threading.Event()
@@ -93,7 +207,9 @@ class Instead:
     def __call__(self, call, **arguments):
         if call == "train_time" and self.killed.wait(self.seconds):
             raise StackError("killed")
-        answer = self.answers[call]
+        answer = self.answers.get(call)
+        if callable(answer):
+            answer = answer(**arguments)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -101,34 +217,140 @@ class Instead:
     def kill(self):
         self.killed.set()
 
+    def close(self):
+        pass
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_stack_that_fails_or_takes_too_long_is_left_out_and_the_others_stay(platform):
-    one = {"device": {"platform": platform}, "release": None, "train_time": 1.0}
+
+def test_stack_that_fails_or_takes_too_long_is_left_out_and_the_others_stay():
+    one = {"train_time": 1.0}
     stacks = {
-        "jax": Instead(one | {"at_once": ["ours.npz", 1.0], "train_outputs": "ours.npz"}),
+        "jax": Instead(one | {"train_outputs": "ours.npz"}),
         "eager": Instead(one | {"train_outputs": StackError("out of memory")}),
         "compiled": Instead(one | {"train_outputs": "theirs.npz"}, seconds=60),
     }
     calls = {name: (name, "train_time", {"steps": 1}) for name in stacks}
     compared = {name: [["train_outputs", {"profile": "paper"}]] for name in stacks}
     failed, measurements = {}, report.Measurements()
-    files = command.first_calls(stacks, compared, {"a": calls}, measurements, failed, 0.0)
+    files = command.first_calls(stacks, compared, {"a": calls}, measurements, failed, 0.5)
     assert files == {("jax", "train_outputs", "paper"): "ours.npz"}
-    assert failed["eager"] == "out of memory" and "not finished" in failed["compiled"]
-    for name in failed:
+    assert failed.pop("eager") == "out of memory" and "not finished" in failed.pop("compiled")
+    assert not failed
+    for name in ("eager", "compiled"):
         stacks.pop(name)
-    command.take_turns(stacks, {"a": calls}, 3, measurements)
-    assert measurements.summary()["a"]["stacks"]["jax"]["count"] == 3
+    command.take_turns(stacks, {"a": calls}, 3, measurements, failed)
+    assert measurements.summary()["a"]["stacks"]["jax"]["count"] == 3 and not failed
+
+
+def test_nothing_is_compared_with_when_this_project_fails():
+    stacks = {"jax": Instead({"train_outputs": StackError("no"), "train_time": 1.0})}
+    compared = {"jax": [["train_outputs", {"profile": "paper"}]]}
+    with pytest.raises(StackError, match="no"):
+        command.first_calls(stacks, compared, {}, report.Measurements(), {}, 0.0)
+
+
+def test_first_calls_are_made_one_stack_after_the_other_and_hold_the_compiling():
+    order = []
+
+    def stack(name):
+        def outputs(profile):
+            order.append((name, "compares"))
+            time.sleep(0.3)  # compiles
+            return f"{name}.npz"
+
+        def seconds(steps):
+            order.append((name, "times"))
+            return 1e-3 * steps
+
+        return Instead({"train_outputs": outputs, "train_time": lambda profile, **s: seconds(**s)})
+
+    stacks = {name: stack(name) for name in ("jax", "eager")}
+    calls = {name: (name, "train_time", {"profile": "paper", "steps": 2}) for name in stacks}
+    compared = {name: [["train_outputs", {"profile": "paper"}]] for name in stacks}
+    measurements, plan = report.Measurements(), {"a step": calls}
+    command.first_calls(stacks, compared, plan, measurements, {}, None)
+    assert order == [(name, what) for name in stacks for what in ("compares", "times")]
+    command.take_turns(stacks, plan, 1, measurements, {})
+    for row in measurements.summary()["a step"]["stacks"].values():
+        assert row["first"] >= 300 and row["min"] == 1
 
 
 def test_single_call_that_fails_beside_others_is_left_out():
-    got = [{"error": "Traceback\nOutOfMemory"}, 2.0]
-    stacks = {"jax": Instead({"device": {"platform": "gpu"}, "at_once": got, "release": None})}
+    def train_time(people, **sizes):
+        return StackError("Traceback\nOutOfMemory") if people == 16 else 2.0
+
+    stacks = {"jax": Instead({"train_time": train_time})}
     plan = {"a": {str(n): ("jax", "train_time", {"steps": 1, "people": n}) for n in (16, 8)}}
+    failed, measurements = {}, report.Measurements()
+    command.first_calls(stacks, {}, plan, measurements, failed, None)
+    assert failed == {"a, 16": "Traceback\nOutOfMemory"}
+    command.take_turns(stacks, plan, 2, measurements, failed)
+    assert list(measurements.summary()["a"]["stacks"]) == ["8"]
+
+
+def test_measurement_that_fails_later_is_left_out_of_the_report_and_told():
+    times = iter([1.0, 1.0, StackError("Traceback\nOutOfMemory")])
+    stacks = {
+        "jax": Instead({"train_time": 1.0, "memory": 5}),
+        "eager": Instead({"train_time": lambda **sizes: next(times, StackError("again"))}),
+    }
+    plan = {"a": {name: (name, "train_time", {"steps": 1}) for name in stacks}}
+    failed, measurements = {}, report.Measurements()
+    command.first_calls(stacks, {}, plan, measurements, failed, None)
+    command.take_turns(stacks, plan, 4, measurements, failed)
+    assert failed == {"a, eager": "Traceback\nOutOfMemory"}
+    assert {k: v["count"] for k, v in measurements.summary()["a"]["stacks"].items()} == {"jax": 4}
+    assert command.memory(stacks, WORKLOADS["tiny", "cpu"], failed) == {"jax": 5}
+    assert failed["memory of training, eager"] == "again"
+
+
+def test_ceilings_are_measured_in_turns_and_the_best_one_counts():
+    order, reached = [], {"jax": iter([3, 9, 5, 1, 1]), "eager": iter([2, 1, 1, 1, 8])}
+
+    def stack(name):
+        def ceiling(size):
+            order.append(name)
+            return next(reached[name])
+
+        return Instead({"ceiling": ceiling})
+
+    stacks = {name: stack(name) for name in reached}
     failed = {}
-    command.first_calls(stacks, {}, plan, report.Measurements(), failed, None)
-    assert list(plan["a"]) == ["8"] and failed == {"a, 16": "Traceback\nOutOfMemory"}
+    assert command.ceilings(stacks, "cpu", failed) == {"jax": 9, "eager": 8} and not failed
+    assert order == ["jax", "eager"] * 5
+
+
+def test_stack_that_cannot_be_loaded_is_left_out_from_the_first_request_on():
+    stacks = {name: Instead({"ceiling": 3.0}) for name in ("jax", "eager", "compiled")}
+    stacks["eager"].answers["ceiling"] = StackError("ImportError")
+    failed = {}
+    assert command.ceilings(stacks, "cpu", failed) == {"jax": 3.0, "compiled": 3.0}
+    assert failed == {"eager": "ImportError"}
+    command.close_failed(stacks, failed)
+    assert list(stacks) == ["jax", "compiled"]
+    stacks["jax"].answers["ceiling"] = StackError("no device")
+    with pytest.raises(StackError, match="no device"):
+        command.ceilings(stacks, "cpu", {})
+
+
+def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypatch):
+    (tmp_path / "workload.json").write_text('{"name": "tiny"}')
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "old").touch()
+    programs = {"jax": ["pass"] * 3, "eager": ["pass", "raise OSError('disk full')", "pass"]}
+
+    def commands(name, folder, *others):
+        assert not (folder / "programs" / "old").exists(), "starts with programs of another run"
+        return [[sys.executable, "-c", line] for line in programs[name]]
+
+    monkeypatch.setattr(jobs, "commands", commands)
+    failed = {}
+    found = jobs.measure(tmp_path, "cpu", ["jax", "published", "eager"], 1, "default", {}, failed)
+    assert {what: set(row["stacks"]) for what, row in found.items()} == {
+        "learning, 2 steps": {"jax"}, "drawing 2 pictures": {"jax"}, "both": {"jax"},
+        "a first picture": {"jax"},
+    }  # fmt: skip
+    assert list(failed) == ["whole jobs, eager"]
+    assert failed["whole jobs, eager"].strip().splitlines()[-1] == "OSError: disk full"
 
 
 def test_stack_that_computes_something_else_is_told(tmp_path):
@@ -168,6 +390,83 @@ def test_process_that_fails_names_the_stack_and_the_reason(tmp_path):
     stack.close()
     with pytest.raises((StackError, ValueError)):
         stack("divide", by=1)
+    gone = Worker("failing", ["failing"], {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
+    gone.kill()
+    for _ in range(2):
+        with pytest.raises(StackError, match="the process ended with -9"):
+            gone("divide", by=1)
+    gone.close()
+
+
+class Served:
+    """A stack of this process, which answers what its module serves."""
+
+    def __init__(self, module, stack):
+        self.module, self.stack = module, stack
+
+    def __call__(self, call, **arguments):
+        assert call in self.module.CALLS
+        return json.loads(json.dumps(getattr(self.stack, call)(**arguments)))
+
+    def kill(self):
+        raise AssertionError("nothing is given up here")
+
+
+def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkpoint, monkeypatch):
+    """What the slow tests below do with processes, once and as little of it as possible."""
+    workload = dataclasses.replace(WORKLOADS["tiny", "cpu"], single=False)
+    monkeypatch.setattr(workloads, "checkpoint_of", lambda *_: smallest_checkpoint)
+    workloads.write("tiny", tmp_path, batch=workload.batch, pictures=2, dtype="float32")
+    command.prepare(workload, "cpu", tmp_path)  # finds what it would have written
+    about, inputs = settings.read(tmp_path), dict(np.load(tmp_path / "inputs.npz"))
+    ours = stack_jax.Stack(tmp_path, "float32")
+    theirs = stack_torch.open_stack(about, lambda _: inputs, "cpu", "eager", "default")
+    stacks = {"jax": Served(stack_jax, ours), "eager": Served(stack_torch, theirs)}
+    wanted, measurements = command.comparisons(stacks, workload), report.Measurements()
+    differences, failed = {}, {}
+    for part, plan_of in {"train": command.train_steps, "sampling": command.sampling}.items():
+        plan = plan_of(stacks, workload)
+        files = command.first_calls(stacks, wanted[part], plan, measurements, failed, None)
+        command.compare(files, tmp_path, "cpu", differences, failed)
+        command.take_turns(stacks, plan, 1, measurements, failed)
+    assert not failed
+    assert differences["eager"]["loss"] < 1e-5 and differences["eager"]["tokens"] > 0.9999
+    assert differences["eager"]["pictures"] < 1e-4
+    for row in measurements.summary().values():
+        assert set(row["stacks"]) == {"jax", "eager"}
+        assert all(one["min"] > 0 for one in row["stacks"].values())
+    assert all(stack("ceiling", size=64) > 0 for stack in stacks.values())
+    placed = ours.placed[workload.pictures]
+    ours.sample_time(workload.pictures, workload.steps)
+    assert buffers(ours.placed[workload.pictures]) == buffers(placed)
+
+
+def buffers(tree):
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    return [shard.data.unsafe_buffer_pointer() for shard in shards]
+
+
+def test_command_lines_of_whole_jobs_are_understood(tmp_path):
+    photo, sizes = tmp_path / "a.png", JOBS["tiny"]
+    photo.touch()
+    about = {"photo": str(photo), "checkpoint": str(tmp_path / "checkpoint")}
+    for device, precision in (("cpu", "no"), ("gpu", "bf16")):
+        given = tmp_path, about, device, "default", tmp_path / "out", sizes
+        (_, script, *learn), (_, *draw), (_, *one) = jobs.commands("jax", *given)
+        cfg = config.parse(config.TrainConfig, learn)
+        assert script == "train_jax.py" and Path(cfg.train_data_dir, "a.png").is_file()
+        assert (cfg.max_train_steps, cfg.train_batch_size) == (sizes["steps"], sizes["batch"])
+        for (script, *flags), pictures in ((draw, sizes["pictures"]), (one, 1)):
+            drawn = config.parse(config.SampleConfig, flags)
+            assert script == "sample_jax.py" and drawn.num_images_per_prompt == pictures
+            assert drawn.num_inference_steps == sizes["sampling_steps"]
+            assert drawn.identity == [f"{cfg.output_dir}/identity.safetensors"]
+            for parsed in (cfg, drawn):
+                assert Path(parsed.compile_cache).is_relative_to(tmp_path / "programs")
+                assert parsed.mixed_precision == precision
+        for _, dash, module, kind, *others in jobs.commands("eager", *given):
+            assert [dash, module] == ["-m", "benchmarks.torch_job"]
+            inspect.signature(torch_job.COMMANDS[kind]).bind(*others)
 
 
 @pytest.mark.slow
