@@ -21,7 +21,9 @@ def use(folder: str | None) -> None:
 
     Args:
       folder: where; "off" for nowhere; None for the user's cache folder, unless JAX has been given
-        a folder already (`JAX_COMPILATION_CACHE_DIR`).
+        a folder already (`JAX_COMPILATION_CACHE_DIR`), whose size is left to whoever gave it. From
+        which compile time on a program is kept is `MIN_SECONDS`, unless JAX has been told
+        (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`).
 
     Raises:
       OSError: the folder that was named cannot be written. Without the one that was not named the

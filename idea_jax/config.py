@@ -38,10 +38,15 @@ def setting(
 
 # Of both programs
 ATTENTIONS = ("auto", "xla", "cudnn", "splash")
-ATTENTION = "kernel of long self-attentions: cudnn on NVIDIA in bf16, splash on TPU, else plain xla"
+ATTENTION = (
+    "kernel of long self-attentions: cudnn on NVIDIA (Ampere or later) in bf16, splash on TPU, "
+    "else xla"
+)
 COMPILE_CACHE = (
     "folder of compiled programs, or off (default: idea_jax/compiled in the user's cache)"
 )
+
+PRESET = "; as a flag it wins over what --config says"
 
 COMPUTE_DTYPES = {"no": "float32", "bf16": "bfloat16"}  # of the frozen networks, by precision
 
@@ -116,7 +121,9 @@ class TrainConfig:
         None, "folder with one or more photos of one person, or with one such folder per person"
     )
     output_dir: str = setting("idea-output", "folder that receives all results")
-    preset: str | None = setting(None, "fewer steps for whom fewer are enough", choices=("fast",))
+    preset: str | None = setting(
+        None, f"fewer steps for whom fewer are enough{PRESET}", choices=("fast",)
+    )
     profile: str = setting(
         "paper",
         "which method is trained: the paper's, the published code's, or a baseline",
@@ -395,7 +402,9 @@ class SampleConfig:
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
-    preset: str | None = setting(None, "a better sampler with fewer steps", choices=("fast",))
+    preset: str | None = setting(
+        None, f"a better sampler with fewer steps{PRESET}", choices=("fast",)
+    )
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
@@ -543,8 +552,8 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
 
 
-# Settings that trade a little quality for time, where nothing more specific is given. What each
-# costs and gains: docs/performance.md.
+# Settings that trade a little quality for time. Flags win over them, and so does a file that names
+# the preset itself. What each costs and gains: docs/performance.md.
 PRESETS: dict[type, dict[str, dict]] = {
     TrainConfig: {"fast": {"early_stopping": 2}},
     SampleConfig: {"fast": {"scheduler": "dpmpp_2m", "num_inference_steps": 20}},

@@ -146,8 +146,8 @@ def draw(
 def decode(model: sd.StableDiffusion, frozen: sd.Frozen, latents: jax.Array) -> jax.Array:
     """`sd.decode` of latents [B, h, w, C], `DECODED` at a time.
 
-    The last maps of the decoder are 64 times as large as latents: with more pictures at once they
-    would need more memory than all that went before.
+    The decoder's last maps have 64 times the pixels of latents and 32 times their channels: with
+    more pictures at once they would need more memory than all that went before.
     """
     if len(latents) <= DECODED:
         return sd.decode(model, frozen, latents)
@@ -272,11 +272,13 @@ def draw_all(
     def complete(units, pictures):
         for (_, first), part in zip(units, np.asarray(pictures), strict=False):
             drawn.append(images.to_uint8(part))
+            progress.update()
             if first + batch_size >= count:
                 yield np.concatenate(drawn)[:count]
                 drawn.clear()
 
-    for start in tqdm(range(0, len(units), len(devices)), unit="batch", disable=None, leave=False):
+    progress = tqdm(total=len(units), unit="batch", disable=None, leave=False)
+    for start in range(0, len(units), len(devices)):
         now = units[start : start + len(devices)]
         known = {
             n: known[n] if n in known else jax.device_get(keys_values(frozen, n)) for n, _ in now
@@ -301,6 +303,7 @@ def draw_all(
         if len(calls) > 1:
             yield from complete(*calls.pop(0))
     yield from complete(*calls.pop())
+    progress.close()
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:

@@ -71,7 +71,9 @@ def test_splash_equals_plain_attention_and_its_gradient(positions):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(
+    not flash.has_cudnn(jax.local_devices()[0]), reason="needs an NVIDIA GPU of Ampere or later"
+)
 @pytest.mark.parametrize("positions", [1024, 4096])
 @pytest.mark.parametrize("is_mapped", [False, True])
 def test_cudnn_is_as_near_to_exact_attention_as_plain_attention_in_its_type(positions, is_mapped):

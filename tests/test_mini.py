@@ -560,6 +560,22 @@ def test_psnr_of_a_known_error():
     np.testing.assert_allclose(quality.psnr(images, others), expected, rtol=1e-12)
 
 
+def test_table_of_the_lab_says_what_was_closed_and_how_many_steps_it_took():
+    scores = {
+        "another person": [lab.Score(0.1, 1.0), lab.Score(0.3, 1.0)],
+        "true drawings": [lab.Score(0.9, 1.0), lab.Score(1.1, 1.0)],
+        "paper": [lab.Score(0.7, 0.5, 4.0, 60), lab.Score(0.9, 1.0, 6.0, 100)],
+    }
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in lab.markdown(scores).split("\n")
+    ]
+    assert {len(row) for row in rows} == {6}
+    assert [row[2] for row in rows[2:]] == ["0%", "100%", "75%"]
+    assert rows[2][4:] == ["", ""] and rows[4][4:] == ["5.0", "80"]
+    assert rows[4][1].startswith("0.800 (") and rows[4][3].startswith("75.0% (")
+
+
 def test_bootstrap_interval_is_about_two_standard_errors_wide():
     values = np.random.default_rng(0).normal(5, 2, 200)
     low, high = lab.interval(values)

@@ -17,6 +17,7 @@ from PIL import Image
 import sample_jax
 from idea_jax import checkpoint, config, files, learned_embeds, sample
 from idea_jax.data import images, text
+from idea_jax.diffusion import samplers
 from idea_jax.method import condition
 from idea_jax.models import sd
 
@@ -87,6 +88,30 @@ def test_picture_is_the_same_in_any_batch(loaded, identity):
     np.testing.assert_allclose(alone[0], together[2], atol=1e-4)
     np.testing.assert_allclose(shuffled[1], together[2], atol=1e-4)
     assert np.abs(together[0] - together[1]).mean() > 0.01
+
+
+@pytest.mark.parametrize(("scheduler", "interval"), [("ddim", None), ("dpmpp_2m", (0.3, 0.8))])
+def test_each_step_has_the_row_of_its_own_timestep(loaded, identity, scheduler, interval):
+    """Against the same loop with the whole UNet in it, which embeds the timestep it is given."""
+    model, frozen, _ = loaded
+    kv = keys_values(loaded, identity)
+    drawn = draw(loaded, kv, [0, 3], scheduler=scheduler, interval=interval)
+    latent_size = [side // model.vae.downscale for side in (32, 32)]
+    x, _ = samplers.initial_noise(7, jnp.asarray([0, 3]), (*latent_size, 4))
+
+    @jax.jit
+    def plain(x, off):
+        def predict(first):
+            rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], 2, axis=0), kv)
+            return lambda x, timestep: sd.predict(model, frozen, x, timestep + off, rows)
+
+        chosen = samplers.guided(predict(0), 5.0)
+        if interval is not None:
+            chosen = samplers.guided_between(chosen, predict(1), interval, model.schedule)
+        return sd.decode(model, frozen, samplers.SAMPLERS[scheduler](chosen, x, model.schedule, 4))
+
+    np.testing.assert_allclose(drawn, plain(x, 0), atol=1e-4)
+    assert np.abs(drawn - plain(x, 100)).max() > 0.01  # those of another step are seen
 
 
 def test_many_pictures_are_decoded_in_parts(loaded, monkeypatch):

@@ -180,7 +180,8 @@ def test_sampler_reads_neither_text_encoder_nor_cross_attention_kernels(tiny):
     }
 
 
-def test_loop_of_the_sampler_embeds_no_timestep(tiny):
+@pytest.mark.parametrize("interval", [None, (0.2, 0.8)])
+def test_loop_of_the_sampler_embeds_no_timestep(tiny, interval):
     """The rows of all timesteps are computed before it: no product of a single row is within."""
     model, shapes = tiny
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
@@ -188,7 +189,7 @@ def test_loop_of_the_sampler_embeds_no_timestep(tiny):
     def draw(frozen, kv, indices):
         options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0, interval=interval)
 
     jaxpr = jax.make_jaxpr(draw)(shapes, kv, abstract(3, dtype=jnp.int32)).jaxpr
     (call,) = [e for e in jaxpr.eqns if "jaxpr" in e.params]
@@ -196,8 +197,13 @@ def test_loop_of_the_sampler_embeds_no_timestep(tiny):
     (loop,) = [e for e in program.eqns if e.primitive.name == "scan"]
 
     def rows(jaxpr):
-        products = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
-        return [e.outvars[0].aval.shape[0] for e in products if e.outvars[0].aval.ndim == 2]
+        found = []
+        for e in jaxpr.eqns:
+            if e.primitive.name == "dot_general" and e.outvars[0].aval.ndim == 2:
+                found.append(e.outvars[0].aval.shape[0])
+            for branch in e.params.get("branches", ()):
+                found += rows(branch.jaxpr)
+        return found
 
     assert rows(loop.params["jaxpr"].jaxpr) == []
     assert len(rows(program)) > 6 and set(rows(program)) == {4}
