@@ -465,9 +465,14 @@ def timed(stack: Worker, call: str, arguments: dict) -> tuple[object, float]:
     """
     started = time.monotonic()
     try:
-        return stack(call, **arguments), time.monotonic() - started
-    finally:
-        stack("release")  # the device memory that it keeps, for the next stack
+        answer = stack(call, **arguments)
+    except StackError:
+        with contextlib.suppress(StackError):  # of a process that is gone; the first one tells why
+            stack("release")
+        raise
+    spent = time.monotonic() - started
+    stack("release")  # the device memory that it keeps, for the next stack
+    return answer, spent
 
 
 def calls_of(stack: str, plan: Plan) -> Iterator[tuple[str, str, str, dict]]:

@@ -248,6 +248,35 @@ def test_nothing_is_compared_with_when_this_project_fails():
         command.first_calls(stacks, compared, {}, report.Measurements(), {}, 0.0)
 
 
+def test_ctrl_c_asks_a_stack_for_nothing_more():
+    asked = []
+
+    def answer(call):
+        def interrupted(**arguments):
+            asked.append(call)
+            raise KeyboardInterrupt
+
+        return interrupted
+
+    stack = Instead({call: answer(call) for call in ("train_time", "release")})
+    with pytest.raises(KeyboardInterrupt):
+        command.timed(stack, "train_time", {"steps": 1})
+    assert asked == ["train_time"]
+
+
+def test_memory_is_given_back_after_a_failure_too_whose_reason_stays():
+    asked = []
+
+    def release():
+        asked.append("release")
+        return StackError("gone")
+
+    stack = Instead({"train_time": StackError("out of memory"), "release": release})
+    with pytest.raises(StackError, match="out of memory"):
+        command.timed(stack, "train_time", {"steps": 1})
+    assert asked == ["release"]
+
+
 def test_first_calls_are_made_one_stack_after_the_other_and_hold_the_compiling():
     order = []
 
@@ -395,6 +424,7 @@ def test_process_that_fails_names_the_stack_and_the_reason(tmp_path):
     for _ in range(2):
         with pytest.raises(StackError, match="the process ended with -9"):
             gone("divide", by=1)
+    gone.kill()  # as the timer of its first calls may
     gone.close()
 
 
