@@ -2,12 +2,13 @@
 # make test   lint and test; adds the test requirements to the same .venv
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
-# make bench  times this project and PyTorch side by side, about an hour on two cores; see
-#             docs/performance.md for the parts and for other workloads
+# make bench  times this project and PyTorch side by side, an hour or so on two cores (an estimate);
+#             see docs/performance.md for the parts, for other workloads and for BENCH_OUT
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_OUT ?= outputs/benchmarks
 
 .PHONY: demo test chaos slow bench clean
 
@@ -27,7 +28,7 @@ slow: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	failed=0; for run in "mini --jobs 3" mid; do \
-	  $(BIN)/python -m benchmarks --workload $$run --out benchmarks/results || failed=1; \
+	  $(BIN)/python -m benchmarks --workload $$run --out $(BENCH_OUT) || failed=1; \
 	done; exit $$failed
 
 # The stamps make a second call install nothing, until the requirements change.

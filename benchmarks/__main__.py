@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import jobs, report
-from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, read
+from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, drawing, read
 from benchmarks.worker import StackError, Worker
 
 STACKS = ("jax", "published", "eager", "compiled")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             if "kernels" in args.parts:
                 sizes = {"batch": workload.batch, "steps": workload.block}
                 sizes |= {"profile": "paper", "room": workload.room}
-                result["kernels"] = stacks["jax"]("kernels", **sizes)
+                beside(stacks["jax"], "kernels", sizes, result, failed)
                 report.write(out, name_of_report, result)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
@@ -108,10 +108,13 @@ def main(argv: list[str] | None = None) -> int:
                 take_turns(stacks, plan, repeats, alone, failed)
                 result["inside"] = alone.summary()
                 report.write(out, name_of_report, result)
-            result["flops"] = counted(stacks["jax"], workload)
+            sizes = {"batch": workload.batch, "pictures": workload.pictures}
+            sizes |= {"steps": workload.steps}
+            beside(stacks["jax"], "flops", sizes, result, failed)
             report.write(out, name_of_report, result)
             if "convolutions" in args.parts:
-                result["convolutions"] = stacks["jax"]("convolutions", batch=workload.batch)
+                sizes = {"batch": workload.batch}
+                beside(stacks["jax"], "convolutions", sizes, result, failed)
                 report.write(out, name_of_report, result)
         except StackError as error:  # of this project: there is nothing to compare the others with
             failed["jax"] = str(error)
@@ -143,7 +146,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = dict.fromkeys(name for name, _ in WORKLOADS)
     parser.add_argument("--workload", choices=names, default="mini")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
+    parser.add_argument(
+        "--stacks", nargs="+", choices=STACKS, help="(default: all that the parts and jobs measure)"
+    )
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, help="what is measured (default: all that can be)"
     )
@@ -174,7 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--patience",
-        type=float,
+        type=positive_seconds,
         nargs=2,
         metavar=("TRAIN", "SAMPLING"),
         help="seconds that each of PyTorch's stacks may take for its first calls of these parts; "
@@ -192,6 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "benchmarks/results)",
     )
     args = parser.parse_args(argv)
+    refuse_unread(parser, args)
     if "jax" not in args.stacks:
         parser.error("--stacks must hold jax: the others are compared with it")
     if len(args.stacks) > 1 and len(installed(("torch", "diffusers"))) < 2:
@@ -199,12 +205,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             "PyTorch's stacks need torch and diffusers, which are not installed: python -m pip "
             "install -e '.[test]', or take --stacks jax"
         )
-    refuse_unread(parser, args)
     return args
 
 
 def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fills in the parts and ablations of a workload, and refuses flags that nothing would read.
+    """Fills in parts, stacks and ablations, and refuses flags that nothing would read.
 
     Raises: SystemExit, from argparse.
     """
@@ -221,11 +226,24 @@ def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
                 f"--device {args.device}; take some of {' '.join(values)}"
             )
     args.parts = args.parts or possible["parts"]
+    compares = not {"train", "sampling"}.isdisjoint(args.parts)
+    takes_turns = compares or not {"people", "ablations"}.isdisjoint(args.parts)
+    # The published code draws no pictures and has no whole jobs.
+    is_measured = {"jax": True, "published": "train" in args.parts}
+    is_measured |= dict.fromkeys(("eager", "compiled"), compares or args.jobs is not None)
+    if unread := [name for name in args.stacks or () if not is_measured[name]]:
+        parser.error(
+            f"--stacks {' '.join(unread)}: not measured with --parts {' '.join(args.parts)}; leave "
+            "it out, or add --parts train"
+        )
+    args.stacks = args.stacks or [name for name in STACKS if is_measured[name]]
+    is_patient = compares and len(args.stacks) > 1
     readers = {
         "people": ("--parts people", "people" in args.parts),
         "ablations": ("--parts ablations", "ablations" in args.parts),
+        "repeats": ("--parts train, sampling, people and ablations", takes_turns),
         "torch_compile": ("--stacks compiled", "compiled" in args.stacks),
-        "patience": ("PyTorch's --stacks", len(args.stacks) > 1),
+        "patience": ("PyTorch's --stacks in --parts train and sampling", is_patient),
     }
     for flag, (reader, is_there) in readers.items():
         if getattr(args, flag) is not None and not is_there:
@@ -240,6 +258,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_seconds(text: str) -> float:
+    """A time to wait, for argparse; no longer than Python's timers can."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return value
+
+
 def machine() -> dict:
     """What the numbers were measured with."""
     packages = ("jax", "flax", "optax", "torch", "diffusers", "transformers", "numpy")
@@ -249,32 +278,34 @@ def machine() -> dict:
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
     return {
         "cpu": cpu,
-        "cores": cores(),
+        "cores": len(cores()),
         "busy": busy_share(),
         "python": platform.python_version(),
         "versions": installed(packages),
     }
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def cores() -> set[int]:
+    """Numbers of the cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return os.sched_getaffinity(0) if has_affinity else set(range(os.cpu_count() or 1))
 
 
 def busy_share(stat: Path = Path("/proc/stat")) -> float:
-    """Share of all cores' time that other programs take while this one waits for two seconds.
+    """Share of its cores' time that other programs take while this one waits for two seconds.
 
     The load average would still hold what ran a minute ago, such as the benchmark before this one.
     It is taken where the kernel does not tell the times (macOS).
     """
     if not stat.is_file():
-        return min(1.0, os.getloadavg()[0] / cores())
+        return min(1.0, os.getloadavg()[0] / len(cores()))
+    own = {f"cpu{number}" for number in cores()}
 
     def read_times() -> tuple[int, int]:
         # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
-        times = [int(x) for x in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return sum(times), times[3] + times[4]
+        lines = (line.split() for line in stat.read_text().splitlines())
+        times = [[int(x) for x in line[1:9]] for line in lines if line and line[0] in own]
+        return sum(map(sum, times)), sum(idle + waiting for _, _, _, idle, waiting, *_ in times)
 
     total, idle = read_times()
     time.sleep(2)
@@ -293,9 +324,13 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 def environment(device: str) -> dict[str, str]:
     """Variables that every process of a run gets."""
-    backend = {"cpu": "cpu", "gpu": "cuda"}[device]
+    if device == "cpu":
+        return {"JAX_PLATFORMS": "cpu"}
+    # PyTorch's stacks use one device, so this project has no more than that one.
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # Several stacks hold the device at once, each only what it needs.
-    return {"JAX_PLATFORMS": backend, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    preallocate = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": one} | preallocate
 
 
 def prepare(workload: Workload, device: str, folder: Path) -> dict:
@@ -308,7 +343,8 @@ def prepare(workload: Workload, device: str, folder: Path) -> dict:
     sizes = {"batch": workload.batch, "pictures": max(workload.pictures, 2), "dtype": dtype}
     if (folder / "workload.json").is_file():  # the last file that is written
         expected = {"name": workload.name, "folder": str(folder), **sizes}
-        found = {key: read(folder).get(key) for key in expected}
+        about = read(folder)
+        found = {key: about.get(key) for key in expected}
         if found != expected:
             raise InputsError(
                 f"--inputs {folder} holds the inputs of {found}, expected {expected}; name another "
@@ -342,7 +378,7 @@ def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, W
 def ceilings(stacks: dict[str, Worker], device: str, failed: dict[str, str]) -> dict[str, float]:
     """FLOP/s that large products reach, the best of several turns.
 
-    The first request of all: a stack that cannot be loaded is told in `failed` here.
+    The first request to PyTorch's stacks: one that cannot be loaded is told in `failed` here.
 
     Raises: StackError if it is this project.
     """
@@ -410,7 +446,8 @@ def first_calls(
 
     Never side by side: on a GPU, libraries and compilers choose kernels by their speed, and the
     choice stays. Timed from the request to the answer. Training is compiled for the results that
-    are compared, so those are its first call; drawing compares few steps, another program.
+    are compared, so those are its first call; drawing compares few steps, another program, but the
+    text encoder's may be the same one, which is compiled by then.
 
     What fails is told in `failed`: a stack as a whole if it has no results to compare or takes too
     long, else the single measurement.
@@ -465,9 +502,14 @@ def timed(stack: Worker, call: str, arguments: dict) -> tuple[object, float]:
     """
     started = time.monotonic()
     try:
-        return stack(call, **arguments), time.monotonic() - started
-    finally:
-        stack("release")  # the device memory that it keeps, for the next stack
+        answer = stack(call, **arguments)
+    except StackError:
+        with contextlib.suppress(StackError):  # of a process that is gone; the first one tells why
+            stack("release")
+        raise
+    spent = time.monotonic() - started
+    stack("release")  # the device memory that it keeps, for the next stack
+    return answer, spent
 
 
 def calls_of(stack: str, plan: Plan) -> Iterator[tuple[str, str, str, dict]]:
@@ -530,7 +572,7 @@ def sampling(stacks: dict[str, Worker], workload: Workload) -> Plan:
     calls: dict = {}
     for pictures in dict.fromkeys([workload.pictures, *([1] if workload.single else [])]):
         sizes = {"pictures": pictures, "steps": workload.steps}
-        calls[f"drawing {pictures} at once, {workload.steps} steps"] = {
+        calls[drawing(pictures, workload.steps)] = {
             name: (name, "sample_time", sizes) for name in stacks if name != "published"
         }
     return calls
@@ -607,10 +649,12 @@ def memory(stacks: dict[str, Worker], workload: Workload, failed: dict[str, str]
     return found
 
 
-def counted(stack: Worker, workload: Workload) -> dict[str, float]:
-    """FLOPs of what is timed."""
-    sizes = {"batch": workload.batch, "pictures": workload.pictures, "steps": workload.steps}
-    return stack("counted", **sizes)
+def beside(stack: Worker, call: str, arguments: dict, result: dict, failed: dict[str, str]) -> None:
+    """Adds what is asked of this project alone to `result`; a failure, told, ends nothing else."""
+    try:
+        result[call] = stack(call, **arguments)
+    except StackError as error:
+        failed[call] = str(error)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def measure(
     programs = folder / "programs"
     shutil.rmtree(programs, ignore_errors=True)
     environment = {**os.environ, **variables, "TORCHINDUCTOR_CACHE_DIR": str(programs / "inductor")}
+    # Jobs keep their programs, whatever the shell says.
+    environment.pop("JAX_ENABLE_COMPILATION_CACHE", None)
     for round_number in range(repeats + 1):
         for name in stacks:
             if name == "published" or f"whole jobs, {name}" in failed:

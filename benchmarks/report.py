@@ -6,11 +6,14 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.settings import ABLATIONS, COMPARED_STEPS
+from benchmarks.settings import ABLATIONS, COMPARED_STEPS, drawing
 
 WIDTH, ROW, LEFT = 640, 22, 260  # of the plot, in pixels
 BUSY = 0.1  # share of the cores' time that others take, from which a run does not count
-FIRST = "First call: from request to answer, compiling included; of training, that of {} steps."
+FIRST = (
+    "First call: from request to answer, compiling included; of training, that of {} steps; of "
+    "drawing without what the comparison has compiled, such as the text encoder."
+)
 COLOURS = {"jax": "#3366bb", "published": "#999999", "eager": "#cc7733", "compiled": "#bb3333"}
 
 
@@ -73,9 +76,10 @@ def markdown(result: dict) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def cells(values: dict, unit: str) -> str:
-    shown = (f"{values[key]:.4g} {unit}" for key in ("min", "median"))
-    return " | ".join([*shown, f"{values['spread']:.0%}", f"{values['first']:.4g} {unit}"])
+def cells(values: dict, unit: str, *, has_first: bool = True) -> str:
+    shown = {key: f"{values[key]:.4g} {unit}" for key in ("min", "median", "first")}
+    first = [shown["first"]] if has_first else []
+    return " | ".join([shown["min"], shown["median"], f"{values['spread']:.0%}", *first])
 
 
 def about(result: dict) -> list[str]:
@@ -105,27 +109,14 @@ def further(result: dict) -> list[str]:
     """Floors, memory, ablations, kernels and whole jobs, as far as they were measured."""
     lines = []
     if "flops" in result:
-        step = result["flops"]["train_step"]
-        ceiling = max(result["ceilings"].values())  # of the libraries that were tried
-        lines += [
-            "## Against the floor",
-            "",
-            f"A step needs {step / 1e9:.1f} GF; a large product reaches {ceiling / 1e9:.0f} GF/s "
-            f"here, which makes {1e3 * step / ceiling:.3g} ms the floor.",
-            "",
-        ]
-    steps = result.get("times", {}).get("train step, paper", {"stacks": {}})["stacks"]
-    if "flops" in result and "jax" in steps:
-        best = steps["jax"]["min"]
-        share = 1e3 * step / ceiling / best
-        lines += [f"The step takes {best:.4g} ms, of which the floor is {share:.0%}.", ""]
+        lines += ["## Against the floor", "", *floors(result)]
     if "memory" in result:
         peaks = (f"{name} {peak / 2**30:.2f} GiB" for name, peak in result["memory"].items())
         lines += ["## Memory of training", "", ", ".join(peaks) + ".", ""]
     if "inside" in result:
         lines += ["## This project alone", ""]
-        lines += ["| what | variant | min | median | spread | first | takes |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += ["| what | variant | min | median | spread | takes |"]
+        lines += ["|---|---|---|---|---|---|"]
         for what, row in result["inside"].items():
             for name, values in row["stacks"].items():
                 plain = row["stacks"].get(ABLATIONS.get(name))
@@ -134,7 +125,9 @@ def further(result: dict) -> list[str]:
                     times, is_clear = ratio(plain, values)
                     verdict = f"{times:.2f} x of {ABLATIONS[name]}"
                     verdict += "" if is_clear else " (equal: within the spread)"
-                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {verdict} |")
+                # The first is a block's of compiled steps in one row, of compiling in another.
+                shown = cells(values, row["unit"], has_first=False)
+                lines.append(f"| {what} | {name} | {shown} | {verdict} |")
         lines.append("")
     if "kernels" in result:
         lines += ["Operations that take most of a step:", ""]
@@ -153,6 +146,30 @@ def further(result: dict) -> list[str]:
         for what, row in result["jobs"].items():
             for name, values in row["stacks"].items():
                 lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
+    return lines
+
+
+def floors(result: dict) -> list[str]:
+    """What a step and a drawing would take if all of their products ran like a large one."""
+    ceiling = max(result["ceilings"].values())  # of the libraries that were tried
+    pictures, steps = (result["sizes"].get(key, 0) for key in ("pictures", "steps"))
+    kinds = {
+        "train_step": ("step", "train step, paper"),
+        "sampling": (f"drawing of {pictures}", drawing(pictures, steps)),
+    }
+    lines = []
+    for call, needs in result["flops"].items():
+        name, what = kinds[call]
+        lines += [
+            f"A {name} needs {needs / 1e9:.1f} GF; a large product reaches {ceiling / 1e9:.0f} "
+            f"GF/s here, which makes {1e3 * needs / ceiling:.3g} ms the floor.",
+            "",
+        ]
+        stacks = result.get("times", {}).get(what, {"stacks": {}})["stacks"]
+        if "jax" in stacks:
+            best = stacks["jax"]["min"]
+            share = 1e3 * needs / ceiling / best
+            lines += [f"The {name} takes {best:.4g} ms, of which the floor is {share:.0%}.", ""]
     return lines
 
 

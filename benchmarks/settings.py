@@ -8,6 +8,7 @@ COMPARED_STEPS = 3  # training steps whose results are compared before anything 
 COMPARED_SAMPLING = (2, 2)  # pictures and sampling steps, the same
 RATE, REG_WEIGHT, WEIGHT_DECAY, EPSILON, BETA = 1e-3, 8e-4, 1e-2, 1e-7, 0.4
 GUIDANCE = 7.5
+DECODED = 8  # pictures that are decoded at once, what `sample.DECODED` is
 RANK = 4  # of the low-rank deltas of keys and values
 # Measures that are taken back one at a time, and what the time without each is compared with: each
 # step of "moments" and "trainables" is also a call of its own, and float32 has no flash attention.
@@ -31,8 +32,9 @@ class Workload:
         pictures: pictures in one measurement of the sampler; 1 is measured too where `single`.
         steps: sampling steps, each with guidance.
         repeats: measurements of each kind.
-        ablations: whether measures are taken back one by one; the gradient of a full-size UNet does
-            not fit the memory of a small machine.
+        ablations: whether more than training and drawing is measured: several people in a step,
+            measures that are taken back one by one, kernels and convolutions. The gradient of a
+            full-size UNet does not fit the memory of a small machine.
     """
 
     name: str
@@ -64,6 +66,11 @@ JOBS = {
     "mid": {"steps": 10, "batch": 4, "pictures": 4, "sampling_steps": 10},
     "sd21": {"steps": 320, "batch": 8, "pictures": 16, "sampling_steps": 50},
 }
+
+
+def drawing(pictures: int, steps: int) -> str:
+    """What a measurement of the sampler is called."""
+    return f"drawing {pictures} at once, {steps} steps"
 
 
 def read(folder: Path) -> dict:

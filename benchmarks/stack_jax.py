@@ -38,7 +38,7 @@ from idea_jax.train_step import (
 # What a stack is asked for.
 CALLS = (
     *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
-    *("ceiling", "device", "convolutions", "counted", "memory", "release", "kernels"),
+    *("ceiling", "device", "convolutions", "flops", "memory", "release", "kernels"),
 )
 
 
@@ -94,10 +94,12 @@ class Stack:
         """Seconds of a block of training steps; what they draw is drawn on the device.
 
         Args:
+          steps: a multiple of `room`.
           room: steps of one call.
           people: trained at once.
           changes: of the model's settings, to take a measure back.
         """
+        assert steps % room == 0, f"expected a multiple of {room} steps, got {steps}"
         training = self.training(profile, batch, room, people, tuple((changes or {}).items()))
         frozen = training.weights()  # in float32 they exist only while they are measured
         jax.block_until_ready((frozen, training.states))
@@ -152,14 +154,18 @@ class Stack:
 
     def ceiling(self, size: int) -> float:
         """FLOP/s of square products in the compute dtype, one on each device, the best of ten."""
-        mesh = Mesh(np.array(jax.devices()), ("products",), axis_types=(AxisType.Auto,))
-        each = P("products")
-        # Random, since products of equal numbers can run faster than those of real ones.
-        draw = functools.partial(jax.random.normal, shape=(mesh.size * size, size))
-        draw = functools.partial(draw, dtype=self.model.dtype)
-        a = jax.jit(draw, out_shardings=NamedSharding(mesh, each))(jax.random.key(0))
-        product = jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=each, out_specs=each)
-        return mesh.size * 2 * size**3 / seconds_of(jax.jit(product), a)
+        count, kind = len(jax.devices()), ("ceiling", size)
+        if kind not in self.compiled:
+            mesh = Mesh(np.array(jax.devices()), ("products",), axis_types=(AxisType.Auto,))
+            each = P("products")
+            # Random, since products of equal numbers can run faster than those of real ones.
+            draw = functools.partial(jax.random.normal, shape=(count * size, size))
+            draw = functools.partial(draw, dtype=self.model.dtype)
+            product = jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=each, out_specs=each)
+            spread = NamedSharding(mesh, each)
+            self.compiled[kind] = jax.jit(draw, out_shardings=spread), jax.jit(product)
+        draw, product = self.compiled[kind]
+        return count * 2 * size**3 / seconds_of(product, draw(jax.random.key(0)))
 
     def convolutions(self, batch: int) -> list[dict]:
         """Each distinct convolution of the UNet alone, in both layouts, slowest first.
@@ -192,7 +198,7 @@ class Stack:
 
     # What is counted
 
-    def counted(self, batch: int, pictures: int, steps: int) -> dict[str, float]:
+    def flops(self, batch: int, pictures: int, steps: int) -> dict[str, float]:
         """FLOPs that one training step and one call of the sampler need; nothing is run."""
         method, optimizer, state = self.person("paper")
         step = functools.partial(train_step, self.model, method, optimizer)
@@ -292,6 +298,7 @@ class Stack:
         The first call of a number of pictures places the weights on the devices that draw them, and
         the others find them there: they take as long as the second prompt of a run.
         """
+        assert sample.DECODED == settings.DECODED, "PyTorch's stacks decode another number at once"
 
         def keys_values(frozen, _):
             self.placed[pictures] = frozen

@@ -56,7 +56,8 @@ class Worker:
 
     def kill(self) -> None:
         """Ends the process at once, and all that it has started."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def serve(calls: Mapping[str, Callable]) -> None:

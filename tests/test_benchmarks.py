@@ -83,6 +83,30 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     assert "makes 2 ms the floor" in told and "of which the floor is 20%" in told
     result["times"] = {"train step, paper": measured(eager=[0, 10, 10])["a step"]}
     assert "makes 2 ms the floor" in report.markdown(result)
+    result["sizes"] = {"pictures": 16, "steps": 50}
+    result["flops"]["sampling"] = 2e12
+    drawings = command.sampling(["jax"], WORKLOADS["mini", "cpu"])
+    result["times"] |= {what: measured(jax=[0, 4000])["a step"] for what in drawings}
+    told = report.markdown(result)
+    assert "A drawing of 16 needs 2000.0 GF" in told and "makes 1e+03 ms the floor" in told
+    assert "The drawing of 16 takes 4000 ms, of which the floor is 25%" in told
+
+
+def test_whole_jobs_are_reported_with_their_first_and_what_is_inside_without(tmp_path):
+    result = {
+        "workload": "mini",
+        "device": "cpu",
+        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
+        "sizes": {},
+        "inside": {"people in one step: 1": measured(jax=[900, 10])["a step"]},
+        "jobs": {"both": measured(jax=[700, 20])["a step"]},
+    }
+    told = report.markdown(result)
+    assert "| both | jax | 20 ms | 20 ms | 0% | 700 ms |" in told
+    assert "| people in one step: 1 | jax | 10 ms | 10 ms | 0% |  |" in told
+    rows = [line for line in told.splitlines() if line.startswith("|")]
+    for header, rule, *row in (rows[:2], rows[2:5], rows[5:]):
+        assert {line.count("|") for line in (header, rule, *row)} == {header.count("|")}
 
 
 def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
@@ -97,23 +121,27 @@ def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
         "inside": measured(best=[0, 10], calls=[0, 11], flash=[0, 20], bfloat16=[0, 60]),
     }
     told = report.markdown(result)
-    assert "| best | 10 ms | 10 ms | 0% | 0 ms |  |" in told
-    assert "| calls | 11 ms | 11 ms | 0% | 0 ms | 1.10 x of best |" in told
-    assert "| bfloat16 | 60 ms | 60 ms | 0% | 0 ms | 3.00 x of flash |" in told
+    assert "| best | 10 ms | 10 ms | 0% |  |" in told
+    assert "| calls | 11 ms | 11 ms | 0% | 1.10 x of best |" in told
+    assert "| bfloat16 | 60 ms | 60 ms | 0% | 3.00 x of flash |" in told
 
 
-def test_machine_is_busy_by_what_others_compute_now(tmp_path, monkeypatch):
-    stat, rest = tmp_path / "stat", "\ncpu0 1 2 3\n"
-    stat.write_text("cpu 100 0 50 800 40 5 5 0 70 0" + rest)
+def test_machine_is_busy_by_what_others_compute_now_on_the_cores_of_this_process(
+    tmp_path, monkeypatch
+):
+    stat, one = tmp_path / "stat", "cpu2 0 0 0 500 0 0 0 0 0 0\nintr 7\n"
+    stat.write_text(f"cpu 9 9 9 9 9 9 9 9 9 9\ncpu0 100 0 50 800 40 5 5 0 70 0\ncpu1 1\n{one}")
+    after, other = "cpu0 130 10 50 1100 60 5 25 20 90 0", "cpu2 10 0 0 890 0 0 0 0 0 0\nintr 7\n"
 
     def others_compute(seconds):
         assert seconds == 2
-        stat.write_text("cpu 130 10 50 1100 60 5 25 20 90 0" + rest)
+        # Of cpu1, which this process may not use, and of all cores nothing is read.
+        stat.write_text(f"cpu 99 9 9 9 9 9 9 9 9 9\n{after}\ncpu1 9\n{other}")
 
     monkeypatch.setattr(command.time, "sleep", others_compute)
-    assert command.busy_share(stat=stat) == pytest.approx(80 / 400)
+    monkeypatch.setattr(command, "cores", lambda: {0, 2})
+    assert command.busy_share(stat=stat) == pytest.approx((80 + 10) / (400 + 400))
     monkeypatch.setattr(command.os, "getloadavg", lambda: (0.5, 9, 9))
-    monkeypatch.setattr(command, "cores", lambda: 2)
     assert command.busy_share(stat=tmp_path / "none") == 0.25
 
 
@@ -126,6 +154,15 @@ def test_machine_is_busy_by_what_others_compute_now(tmp_path, monkeypatch):
         ("--parts train --people 2", "--people is for --parts people"),
         ("--stacks jax eager --torch_compile default", "is for --stacks compiled"),
         ("--stacks jax --patience 1 1", "--patience is for PyTorch's --stacks"),
+        ("--parts kernels --patience 1 1", "--patience is for PyTorch's --stacks in --parts train"),
+        ("--parts people --jobs 1 --patience 1 1", "--patience is for PyTorch's --stacks"),
+        ("--patience nan -1", "expected a number of seconds above 0, got 'nan'"),
+        ("--patience 1 -1", "expected a number of seconds above 0, got '-1'"),
+        ("--patience inf 1", "expected a number of seconds above 0, got 'inf'"),
+        ("--parts people --torch_compile default", "--torch_compile is for --stacks compiled"),
+        ("--stacks jax published --parts sampling", "--stacks published: not measured with"),
+        ("--stacks jax eager --parts kernels", "--stacks eager: not measured with --parts kernels"),
+        ("--parts kernels --repeats 3", "--repeats is for --parts train, sampling, people and"),
         ("--repeats 0", "expected a whole number from 1 on, got '0'"),
         ("--stacks eager", "--stacks must hold jax"),
     ],
@@ -143,6 +180,37 @@ def test_parts_are_those_that_a_workload_can_measure_and_reports_stay_out_of_the
     assert command.parse(["--workload", "sd21"]).parts == ("train", "sampling")
     assert command.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS)
     assert command.parse(["--parts", "kernels"]).parts == ["kernels"]
+    lines = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, check=True)
+    assert "--out outputs/benchmarks " in lines.stdout.decode()
+
+
+def test_stacks_are_those_that_the_parts_measure():
+    for flags, stacks in {
+        "": ["jax", "published", "eager", "compiled"],
+        "--parts sampling": ["jax", "eager", "compiled"],
+        "--parts kernels": ["jax"],
+        "--parts kernels --jobs 1 --torch_compile default": ["jax", "eager", "compiled"],
+        "--parts people --repeats 3": ["jax"],
+        "--parts train --patience 1 0.5 --stacks jax eager": ["jax", "eager"],
+    }.items():
+        assert command.parse(flags.split()).stacks == stacks
+
+
+def test_all_stacks_use_one_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert command.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert command.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_jobs_keep_their_programs_whatever_the_shell_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    (tmp_path / "workload.json").write_text('{"name": "tiny"}')
+    look = "import os; assert 'JAX_ENABLE_COMPILATION_CACHE' not in os.environ"
+    monkeypatch.setattr(jobs, "commands", lambda *_: [[sys.executable, "-c", look]] * 3)
+    failed = {}
+    jobs.measure(tmp_path, "cpu", ["jax"], 1, "default", {}, failed)
+    assert not failed
 
 
 def test_without_torch_only_this_project_is_measured(monkeypatch, capsys):
@@ -198,6 +266,29 @@ def test_profile_counts_the_own_time_of_each_operation_once():
     ]  # fmt: skip
 
 
+def test_block_that_is_no_whole_number_of_calls_is_refused():
+    with pytest.raises(AssertionError, match="a multiple of 8 steps, got 12"):
+        stack_jax.Stack.train_time(None, "paper", 8, steps=12, room=8)
+    assert all(one.block % one.room == 0 for one in WORKLOADS.values())
+
+
+def test_on_a_gpu_torch_has_its_memory_back_before_the_clock_runs(monkeypatch):
+    told = []
+    stack = object.__new__(stack_torch.Careful)
+    stack.device = SimpleNamespace(type="cuda")
+    for name in ("step", "drawn", "pictures"):
+        monkeypatch.setattr(stack, name, lambda *x, n=name: told.append((n, *x)), raising=False)
+    monkeypatch.setattr(stack_torch.torch.cuda, "synchronize", lambda: told.append("waits"))
+    monkeypatch.setattr(stack_torch.torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(stack_torch.time, "perf_counter", lambda: told.append("clock") or 0.0)
+    stack.train_time("paper", batch=8, steps=2)
+    step = [("drawn", 8), ("step", None)]
+    assert told == [*step, "waits", "clock", *step, *step, "waits", "clock"]
+    told.clear()
+    stack.sample_time(pictures=32, steps=50)
+    assert told == [("pictures", 32, 2), "clock", ("pictures", 32, 50), "clock"]
+
+
 class Instead:
     """A stack that answers from a table, an error by raising it, or as slowly as it is told."""
 
@@ -246,6 +337,35 @@ def test_nothing_is_compared_with_when_this_project_fails():
     compared = {"jax": [["train_outputs", {"profile": "paper"}]]}
     with pytest.raises(StackError, match="no"):
         command.first_calls(stacks, compared, {}, report.Measurements(), {}, 0.0)
+
+
+def test_ctrl_c_asks_a_stack_for_nothing_more():
+    asked = []
+
+    def answer(call):
+        def interrupted(**arguments):
+            asked.append(call)
+            raise KeyboardInterrupt
+
+        return interrupted
+
+    stack = Instead({call: answer(call) for call in ("train_time", "release")})
+    with pytest.raises(KeyboardInterrupt):
+        command.timed(stack, "train_time", {"steps": 1})
+    assert asked == ["train_time"]
+
+
+def test_memory_is_given_back_after_a_failure_too_whose_reason_stays():
+    asked = []
+
+    def release():
+        asked.append("release")
+        return StackError("gone")
+
+    stack = Instead({"train_time": StackError("out of memory"), "release": release})
+    with pytest.raises(StackError, match="out of memory"):
+        command.timed(stack, "train_time", {"steps": 1})
+    assert asked == ["release"]
 
 
 def test_first_calls_are_made_one_stack_after_the_other_and_hold_the_compiling():
@@ -369,6 +489,46 @@ def test_stack_that_computes_something_else_is_told(tmp_path):
     assert found["eager"] == {"loss": 0.0, "tokens": pytest.approx(1.0)}
 
 
+def test_mismatch_of_pictures_is_told_in_halves_of_their_range(tmp_path):
+    np.savez(tmp_path / "inputs.npz")
+    drawn = np.full((2, 4, 4, 3), 100, np.uint8)
+    for name, pictures in {"jax": drawn, "eager": drawn, "compiled": drawn - 1}.items():
+        np.savez(tmp_path / f"{name}.npz", pictures=pictures)
+    stacks = ("jax", "eager", "compiled")
+    files = {(name, "sample_outputs", None): tmp_path / f"{name}.npz" for name in stacks}
+    for device, left_out in {"cpu": {"compiled"}, "gpu": set()}.items():
+        found, failed = {}, {}
+        command.compare(files, tmp_path, device, found, failed)
+        assert found["eager"] == {"pictures": 0.0}
+        assert found["compiled"] == {"pictures": pytest.approx(1 / 127.5)}
+        assert set(failed) == left_out
+
+
+def test_side_measurement_that_fails_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stack = Instead(
+        {
+            "device": {"kind": "cpu"},
+            "ceiling": 1e11,
+            "train_time": 1.0,
+            "kernels": StackError("Traceback\nno profile"),
+            "flops": StackError("Traceback\nno count"),
+            "convolutions": StackError("Traceback\nno memory"),
+        }
+    )
+    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(command, "prepare", lambda *_: {})
+    monkeypatch.setattr(command, "start", lambda *_: {"jax": stack})
+    monkeypatch.setattr(command.jobs, "measure", lambda *_: {})
+    parts = ["kernels", "people", "convolutions"]
+    assert command.main(["--parts", *parts, "--jobs", "1", "--out", str(out)]) == 1
+    result = json.loads((out / "mini-cpu.json").read_text())
+    assert set(result["failed"]) == {"kernels", "flops", "convolutions"}
+    assert "people in one step: 4" in result["inside"] and "jobs" in result
+    told = (out / "mini-cpu.md").read_text()
+    assert "**Left out, kernels: no profile**" in told
+
+
 def test_every_workload_has_sizes_for_both_devices_and_for_jobs():
     names = {name for name, _ in WORKLOADS}
     assert {(name, device) for name in names for device in ("cpu", "gpu")} == set(WORKLOADS)
@@ -395,6 +555,7 @@ def test_process_that_fails_names_the_stack_and_the_reason(tmp_path):
     for _ in range(2):
         with pytest.raises(StackError, match="the process ended with -9"):
             gone("divide", by=1)
+    gone.kill()  # as the timer of its first calls may
     gone.close()
 
 
@@ -421,6 +582,13 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
     about, inputs = settings.read(tmp_path), dict(np.load(tmp_path / "inputs.npz"))
     ours = stack_jax.Stack(tmp_path, "float32")
     theirs = stack_torch.open_stack(about, lambda _: inputs, "cpu", "eager", "default")
+    types, step = [], theirs.step
+
+    def step_told(draws):
+        types.append({name: draw.dtype for name, draw in draws.items()})
+        return step(draws)
+
+    monkeypatch.setattr(theirs, "step", step_told)
     stacks = {"jax": Served(stack_jax, ours), "eager": Served(stack_torch, theirs)}
     wanted, measurements = command.comparisons(stacks, workload), report.Measurements()
     differences, failed = {}, {}
@@ -435,7 +603,10 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
     for row in measurements.summary().values():
         assert set(row["stacks"]) == {"jax", "eager"}
         assert all(one["min"] > 0 for one in row["stacks"].values())
+    assert all(one == types[0] for one in types), "a compiled step is compiled more than once"
     assert all(stack("ceiling", size=64) > 0 for stack in stacks.values())
+    product = ours.compiled["ceiling", 64]
+    assert ours.ceiling(size=64) > 0 and ours.compiled["ceiling", 64] is product
     placed = ours.placed[workload.pictures]
     ours.sample_time(workload.pictures, workload.steps)
     assert buffers(ours.placed[workload.pictures]) == buffers(placed)
@@ -484,7 +655,7 @@ def test_command_compares_times_and_reports_all_stacks(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_stack_that_computes_something_else_is_not_timed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(command.TOLERANCES, "float32", {"loss": 0, "tokens": 2, "pictures": 0})
+    monkeypatch.setitem(command.TOLERANCES, "float32", {"loss": 0, "tokens": 2, "pictures": -1})
     arguments = ["--workload", "tiny", "--stacks", "jax", "eager", "--out", str(tmp_path)]
     assert command.main([*arguments, "--repeats", "1", "--parts", "train", "sampling"]) == 1
     assert "eager: differs from this project" in capsys.readouterr().err
