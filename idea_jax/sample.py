@@ -125,7 +125,7 @@ def draw(
         rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
 
         def predict(x, timestep):
-            step = jnp.argmax(visited == timestep)
+            step = jnp.argmax(visited == timestep)  # samplers tell the time, not the step
             times = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, step, 1), embedded)
             return sd.denoise(model, frozen, x, times, rows)
 
@@ -266,7 +266,7 @@ def draw_all(
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
     each = NamedSharding(mesh, P("pictures"))
     known: dict[int, dict] = {}  # keys and values of the prompts under way
-    calls: list[tuple] = []  # units and pictures of those that are not fetched yet
+    called = None  # units and pictures of the call that is not fetched yet
     drawn: list[np.ndarray] = []  # of the prompt that is not complete yet
 
     def complete(units, pictures):
@@ -297,12 +297,12 @@ def draw_all(
             is_guided=guidance_scale != 1,
             **settings,
         )
-        calls.append((now, pictures))
         # While the devices draw the one just called, the pictures of the one before are fetched
         # here, and written to the disk by whoever takes them.
-        if len(calls) > 1:
-            yield from complete(*calls.pop(0))
-    yield from complete(*calls.pop())
+        if called:
+            yield from complete(*called)
+        called = now, pictures
+    yield from complete(*called)
     progress.close()
 
 

@@ -31,6 +31,12 @@ def measured(**stacks):
     return measurements.summary()
 
 
+def result_of(device="cpu", **parts):
+    """A result of the mini on a quiet machine, with the parts that a test is about."""
+    machine = {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}}
+    return {"workload": "mini", "device": device, "machine": machine, "sizes": {}} | parts
+
+
 def test_first_call_is_kept_apart_and_spread_is_relative_to_the_median():
     (row,) = measured(jax=[900, 10, 14, 12]).values()
     assert row["stacks"]["jax"] == {
@@ -46,15 +52,12 @@ def test_ratio_within_the_spread_is_called_equal():
 
 
 def test_report_holds_every_stack_with_its_ratio(tmp_path):
-    result = {
-        "workload": "mini",
-        "device": "cpu",
-        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
-        "sizes": {"batch": 8},
-        "ceilings": {"jax": 1e11},
-        "compared": {"eager": {"loss": 1e-7, "tokens": 1.0, "pictures": 1e-6}},
-        "times": measured(jax=[0, 10, 10.2], eager=[0, 20, 20.1], compiled=[0, 10.2, 10.1]),
-    }
+    result = result_of(
+        sizes={"batch": 8},
+        ceilings={"jax": 1e11},
+        compared={"eager": {"loss": 1e-7, "tokens": 1.0, "pictures": 1e-6}},
+        times=measured(jax=[0, 10, 10.2], eager=[0, 20, 20.1], compiled=[0, 10.2, 10.1]),
+    )
     report.write(tmp_path, "mini-cpu", result)
     table = (tmp_path / "mini-cpu.md").read_text()
     assert "| a step | eager | 20 ms | 20.05 ms | 0% | 0 ms | 2.00 x |" in table
@@ -68,16 +71,13 @@ def test_report_holds_every_stack_with_its_ratio(tmp_path):
 
 
 def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_floor(tmp_path):
-    result = {
-        "workload": "mini",
-        "device": "gpu",
-        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
-        "sizes": {},
-        "ceilings": {"jax": 1e12, "eager": 2e12},
-        "failed": {"compiled": "Traceback\n  ...\nOutOfMemoryError: too much\n"},
-        "times": {"train step, paper": measured(jax=[0, 10, 10])["a step"]},
-        "flops": {"train_step": 4e9},
-    }
+    result = result_of(
+        device="gpu",
+        ceilings={"jax": 1e12, "eager": 2e12},
+        failed={"compiled": "Traceback\n  ...\nOutOfMemoryError: too much\n"},
+        times={"train step, paper": measured(jax=[0, 10, 10])["a step"]},
+        flops={"train_step": 4e9},
+    )
     told = report.markdown(result)
     assert "**Left out, compiled: OutOfMemoryError: too much**" in told
     assert "makes 2 ms the floor" in told and "of which the floor is 20%" in told
@@ -93,14 +93,10 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
 
 
 def test_whole_jobs_are_reported_with_their_first_and_what_is_inside_without(tmp_path):
-    result = {
-        "workload": "mini",
-        "device": "cpu",
-        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
-        "sizes": {},
-        "inside": {"people in one step: 1": measured(jax=[900, 10])["a step"]},
-        "jobs": {"both": measured(jax=[700, 20])["a step"]},
-    }
+    result = result_of(
+        inside={"people in one step: 1": measured(jax=[900, 10])["a step"]},
+        jobs={"both": measured(jax=[700, 20])["a step"]},
+    )
     told = report.markdown(result)
     assert "| both | jax | 20 ms | 20 ms | 0% | 700 ms |" in told
     assert "| people in one step: 1 | jax | 10 ms | 10 ms | 0% |  |" in told
@@ -113,13 +109,10 @@ def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
     args = command.parse(["--device", "gpu", "--ablations", "bfloat16", "moments"])
     (row,) = command.ablations(WORKLOADS["mini", "gpu"], args).values()
     assert list(row) == ["best", "calls", "moments", "flash", "bfloat16"]
-    result = {
-        "workload": "mini",
-        "device": "gpu",
-        "machine": {"cpu": "x", "cores": 2, "busy": 0, "python": "3", "versions": {}},
-        "sizes": {},
-        "inside": measured(best=[0, 10], calls=[0, 11], flash=[0, 20], bfloat16=[0, 60]),
-    }
+    result = result_of(
+        device="gpu",
+        inside=measured(best=[0, 10], calls=[0, 11], flash=[0, 20], bfloat16=[0, 60]),
+    )
     told = report.markdown(result)
     assert "| best | 10 ms | 10 ms | 0% |  |" in told
     assert "| calls | 11 ms | 11 ms | 0% | 1.10 x of best |" in told
