@@ -95,8 +95,10 @@ def about(result: dict) -> list[str]:
     if machine["busy"] > BUSY:
         lines.append("**The machine was busy with something else: no number here is a result.**")
     for name, found in result.get("compared", {}).items():
-        parts = [f"losses differ by at most {found['loss']:.1e}"]
-        parts += [f"cosine of the token updates {found['tokens']:.5f}"]
+        parts = []
+        if "loss" in found:
+            parts += [f"losses differ by at most {found['loss']:.1e}"]
+            parts += [f"cosine of the token updates {found['tokens']:.5f}"]
         if "pictures" in found:
             parts += [f"pictures differ by {found['pictures']:.1e} on average"]
         lines.append(f"Compared before timing, {name}: {', '.join(parts)}.")

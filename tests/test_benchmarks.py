@@ -44,6 +44,17 @@ def test_first_call_is_kept_apart_and_spread_is_relative_to_the_median():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"loss": 1e-7, "tokens": 0.5}, "losses differ by at most 1.0e-07, cosine of the token"),
+        ({"pictures": 1e-6}, "Compared before timing, eager: pictures differ by 1.0e-06"),
+    ],
+)
+def test_report_of_one_part_tells_what_was_compared_in_it(found, told):
+    assert told in report.markdown(result_of(compared={"eager": found}))
+
+
 def test_ratio_within_the_spread_is_called_equal():
     steady = measured(jax=[0, 10, 10.1], eager=[0, 20, 20.1])["a step"]["stacks"]
     assert report.ratio(steady["jax"], steady["eager"]) == (2.0, True)
