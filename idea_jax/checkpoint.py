@@ -170,6 +170,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Fro
     """Raises IdentityError, listing all differences, unless the identity fits the model.
 
     Every array is compared with what a new identity of the same method would have on this model.
+    Of the weights only the shapes are read.
     """
     tokens = identity.trainable["pseudo_tokens"]
     width = tokens.shape[-1]

@@ -1,8 +1,11 @@
-"""Compiled programs that outlive the process: the second run of a command starts at once."""
+"""Compiled programs: kept for the next run, or made while this one still reads its weights."""
 
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -51,6 +54,43 @@ def use(folder: str | None) -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+@contextmanager
+def ahead(lower: Callable[[], jax.stages.Lowered]) -> Iterator[None]:
+    """Compiles a program in a thread of its own while the block runs, whose end waits for it.
+
+    JAX keeps the program for calls with arguments of the same shapes, types and shardings, as long
+    as no context manager of JAX is active around them, which are a thread's own. The block should
+    compute nothing on the devices: some compilers choose kernels by how fast they run.
+
+    What goes wrong here only makes the call compile, which meets it again or does not. An error in
+    the block is raised at once; what the thread is doing then, tracing or compiling, delays no more
+    than the end of the process.
+
+    Args:
+      lower: traces and lowers the program.
+    """
+    is_unwanted, is_done = threading.Event(), threading.Event()
+
+    def compile_it():
+        try:
+            lowered = lower()
+            if not is_unwanted.is_set():
+                lowered.compile()
+        except Exception:
+            log.debug("not compiled ahead", exc_info=True)
+        finally:
+            is_done.set()
+
+    threading.Thread(target=compile_it).start()
+    try:
+        yield
+        # Not Thread.join: a signal in it makes Python forget the thread, and crash at its end.
+        is_done.wait()
+    except BaseException:
+        is_unwanted.set()
+        raise
 
 
 def user_folder() -> Path:

@@ -55,6 +55,23 @@ def cast(tree: object, dtype: object) -> object:
     return jax.tree.map(cast_leaf, tree)
 
 
+def abstract(tree: object, shardings: object, dtype: object = None) -> object:
+    """What lowering a program needs of arrays: shapes, types and where they will be.
+
+    Args:
+      tree: of arrays or shapes.
+      shardings: one for all leaves, or a tree of them.
+      dtype: of all leaves; None for their own.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where),
+        tree,
+        shardings,
+    )
+
+
 def count(tree: object) -> int:
     """Number of values in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

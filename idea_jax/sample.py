@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from idea_jax import checkpoint, learned_embeds
+from idea_jax import checkpoint, compile_cache, learned_embeds
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
@@ -24,6 +24,7 @@ from idea_jax.files import atomic_write, check_writable, file_digest, slug, writ
 from idea_jax.method import condition
 from idea_jax.models import flash, hub, sd
 from idea_jax.models.unet import project_kv
+from idea_jax.pytrees import abstract
 
 log = logging.getLogger(__name__)
 
@@ -235,6 +236,53 @@ def draw_everywhere(
     return spread(frozen, kv, seed, indices, guidance_scale)
 
 
+def arrange(prompts: int, count: int, batch_size: int) -> tuple[Mesh, list[tuple[int, int]], int]:
+    """How the pictures of some prompts are spread over the devices of the process.
+
+    Returns:
+      The devices that draw; the units of work, each a batch of one prompt, as prompt's number and
+      first picture; and the pictures of a unit. The last unit of a prompt is filled up with further
+      pictures.
+    """
+    devices = jax.local_devices()
+    batch_size = min(batch_size, count, math.ceil(prompts * count / len(devices)))
+    units = [(n, first) for n in range(prompts) for first in range(0, count, batch_size)]
+    devices = np.array(devices[: len(units)])
+    return Mesh(devices, ("pictures",), axis_types=(AxisType.Auto,)), units, batch_size
+
+
+def lower_drawing(
+    model: sd.StableDiffusion,
+    prompts: int,
+    *,
+    seed: int,
+    count: int,
+    batch_size: int,
+    guidance_scale: float,
+    **settings,
+) -> jax.stages.Lowered:
+    """The program of `draw_all` with these arguments, from shapes alone: weights may be missing."""
+    mesh, _, batch_size = arrange(prompts, count, batch_size)
+    each, shapes = NamedSharding(mesh, P("pictures")), sd.shapes(model)
+    T = model.text.max_position_embeddings
+    kv = jax.tree.map(
+        lambda kernel: jax.ShapeDtypeStruct((mesh.size, 2, T, kernel.shape[1]), model.dtype),
+        shapes.cross_kv,
+    )
+    numbers = jax.ShapeDtypeStruct((mesh.size, batch_size), jnp.int32)
+    return draw_everywhere.lower(
+        mesh,
+        model,
+        abstract(shapes, NamedSharding(mesh, P()), model.dtype),
+        abstract(kv, each),
+        jax.ShapeDtypeStruct((), jnp.uint32),  # of the seed
+        abstract(numbers, each),
+        jax.ShapeDtypeStruct((), jnp.float32),  # of the guidance
+        is_guided=guidance_scale != 1,
+        **settings,
+    )
+
+
 def draw_all(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
@@ -257,12 +305,7 @@ def draw_all(
       batch_size: pictures of one prompt that a device draws at once, at most.
       settings: as of `draw`.
     """
-    devices = jax.local_devices()
-    batch_size = min(batch_size, count, math.ceil(prompts * count / len(devices)))
-    # A unit is a batch of one prompt; its last one is filled up with further pictures.
-    units = [(n, first) for n in range(prompts) for first in range(0, count, batch_size)]
-    devices = np.array(devices[: len(units)])
-    mesh = Mesh(devices, ("pictures",), axis_types=(AxisType.Auto,))
+    mesh, units, batch_size = arrange(prompts, count, batch_size)
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
     each = NamedSharding(mesh, P("pictures"))
     known: dict[int, dict] = {}  # keys and values of the prompts under way
@@ -278,12 +321,12 @@ def draw_all(
                 drawn.clear()
 
     progress = tqdm(total=len(units), unit="batch", disable=None, leave=False)
-    for start in range(0, len(units), len(devices)):
-        now = units[start : start + len(devices)]
+    for start in range(0, len(units), mesh.size):
+        now = units[start : start + mesh.size]
         known = {
             n: known[n] if n in known else jax.device_get(keys_values(frozen, n)) for n, _ in now
         }
-        filled = [*now, *[now[-1]] * (len(devices) - len(now))]
+        filled = [*now, *[now[-1]] * (mesh.size - len(now))]
         kv = jax.tree.map(lambda *leaves: np.stack(leaves), *(known[n] for n, _ in filled))
         numbers = np.array([range(first, first + batch_size) for _, first in filled], np.int32)
         pictures = draw_everywhere(
@@ -503,17 +546,29 @@ def run(cfg: SampleConfig) -> list[Path]:
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
-    model = sd.read_configs(found.folder, compute_dtype)
+    model = replace(sd.read_configs(found.folder, compute_dtype), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
     plain = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
     drawings, negative_ids = plan(cfg, prompts, sitters, plain)
-    model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
-    model = replace(model, attention=attention)
+    settings = {
+        "seed": cfg.seed,
+        "count": cfg.num_images_per_prompt * cfg.n_iter,
+        "batch_size": cfg.batch_size,
+        "guidance_scale": cfg.guidance_scale,
+        "size": size,
+        "scheduler": cfg.scheduler,
+        "steps": cfg.num_inference_steps,
+        "eta": cfg.eta,
+        "interval": tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
+    }
+    shapes = sd.shapes(model)  # once, before two threads ask for them
     for sitter in sitters:
-        checkpoint.check_identity(sitter.identity, model, frozen, sitter.source)
+        checkpoint.check_identity(sitter.identity, model, shapes, sitter.source)
         warn_of(cfg, sitter.identity, found)
+    with compile_cache.ahead(lambda: lower_drawing(model, len(drawings), **settings)):
+        _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
 
     def keys_values(frozen, number):
         cast = [sitters[k].identity for k in drawings[number].cast]
@@ -528,26 +583,12 @@ def run(cfg: SampleConfig) -> list[Path]:
             jnp.float32(cfg.id_strength),
         )
 
-    pictures = draw_all(
-        model,
-        frozen,
-        keys_values,
-        len(drawings),
-        seed=cfg.seed,
-        count=cfg.num_images_per_prompt * cfg.n_iter,
-        batch_size=cfg.batch_size,
-        guidance_scale=cfg.guidance_scale,
-        size=size,
-        scheduler=cfg.scheduler,
-        steps=cfg.num_inference_steps,
-        eta=cfg.eta,
-        interval=tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
-    )
+    pictures = draw_all(model, frozen, keys_values, len(drawings), **settings)
     folders = []
     for drawing, drawn in zip(drawings, pictures, strict=True):
-        settings = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
+        about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
         folder = Path(cfg.save_dir) / drawing.folder
-        folders.append(save_pictures(folder, drawing.prompt, drawn, settings))
+        folders.append(save_pictures(folder, drawing.prompt, drawn, about))
         log.info("%d pictures in %s", len(drawn), folders[-1])
     return folders
 

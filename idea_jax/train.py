@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from idea_jax import (
     checkpoint,
+    compile_cache,
     devices,
     face_models,
     face_table,
@@ -34,7 +35,7 @@ from idea_jax.files import WriteError, check_writable, file_digest, write_togeth
 from idea_jax.group import Learner, has_plateau, train_together
 from idea_jax.method import anchor, condition
 from idea_jax.models import flash, hub, sd
-from idea_jax.pytrees import count
+from idea_jax.pytrees import abstract, count
 from idea_jax.results import Base, Results, TrainingError
 from idea_jax.signals import Interrupted
 from idea_jax.train_step import (
@@ -219,7 +220,7 @@ def run_locked(
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = sd.read_configs(found.folder, dtype)
+    model = replace(sd.read_configs(found.folder, dtype), attention=attention)
     side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
@@ -230,28 +231,35 @@ def run_locked(
     if is_single:
         seen = portraits_of(cfg, method, eyes, alone)
 
+    optimizer, room = optimizer_of(cfg, method), cfg.steps_per_call or devices.steps_per_call()
+    # Of all people, also of those who are done or in another process: one program for all.
+    counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in everybody.values()]
+    pictures = max(counts)
+
     # The frozen model
     # Where they are sharded, the whole of them may be too much for one device.
     host = devices.host() if cfg.shard_frozen else None
-    with jax.default_device(host):
-        model, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
-    model = replace(model, attention=attention)
-    frozen = place_frozen(frozen, layout.mesh, cfg.shard_frozen)
+    sd.shapes(model)  # once, before two threads ask for them
+    lower = functools.partial(
+        *(lower_step, cfg, method, model, optimizer, layout, pictures, side, room)
+    )
+    with compile_cache.ahead(lower) if own else nullcontext():
+        with jax.default_device(host):
+            _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+        frozen = place_frozen(frozen, layout.mesh, cfg.shard_frozen)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
-    # Of all people, also of those who are done or in another process: one program for all.
-    counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in everybody.values()]
     work = Work(
         cfg=cfg,
         method=method,
         base=base,
-        optimizer=optimizer_of(cfg, method),
+        optimizer=optimizer,
         start=starting_tokens(cfg, method, base, start_ids),
         side=side,
         eyes=eyes,
         validation=validation,
         layout=layout,
-        pictures=max(counts),
-        room=cfg.steps_per_call or devices.steps_per_call(),
+        pictures=pictures,
+        room=room,
         about=fingerprint_of(cfg, method, base, eyes),
     )
     if is_single:
@@ -261,12 +269,68 @@ def run_locked(
 
 def place_frozen(frozen: sd.Frozen, mesh: Mesh, is_sharded: bool) -> sd.Frozen:
     """The frozen weights on every device of a mesh: whole, or split over its axis `data`."""
+    return jax.device_put(frozen, frozen_shardings(frozen, mesh, is_sharded))
+
+
+def frozen_shardings(frozen: sd.Frozen, mesh: Mesh, is_sharded: bool) -> sd.Frozen:
+    """Where `place_frozen` puts each weight; of weights or their shapes."""
     if is_sharded:
         specs = shard_specs(frozen, mesh.shape["data"])
     else:
         specs = jax.tree.map(lambda _: P(), frozen)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.device_put(frozen, shardings)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+
+def lower_step(
+    cfg: TrainConfig,
+    method: condition.Method,
+    model: sd.StableDiffusion,
+    optimizer: optax.GradientTransformation,
+    layout: devices.Layout,
+    pictures: int,
+    side: int,
+    room: int,
+) -> jax.stages.Lowered:
+    """The program of `Work.step`, from shapes alone: before there are weights.
+
+    The states are those that `begin` makes, the photos those of `encode_pixels` and `group.fill`.
+
+    Args:
+      method, ..., room: as in `Work`.
+    """
+    shapes, mesh = sd.shapes(model), layout.mesh
+
+    def one() -> tuple[IdentityState, Photos]:
+        key, start = jax.random.key(0), np.zeros((method.num_tokens, model.text.hidden_size))
+        given = condition.init_given(method, model, key, start, np.zeros(faces.WIDTH))
+        trainable = condition.init_trainable(method, model, shapes.cross_kv, key, start)
+        latents = np.zeros(
+            (pictures, 2, *(side // model.vae.downscale,) * 2, model.vae.latent_channels),
+            np.float32,
+        )
+        ids = np.zeros((len(text.TEMPLATES), model.text.max_position_embeddings), np.int32)
+        return init_state(optimizer, trainable, given), Photos(latents, latents, np.int32(0), ids)
+
+    of_one = (*jax.eval_shape(one), jax.ShapeDtypeStruct((), np.int32))
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((layout.places, *x.shape), x.dtype), of_one
+    )
+    states, photos, last = abstract(stacked, NamedSharding(mesh, P("identity")))
+    return step_people.lower(
+        model,
+        method,
+        optimizer,
+        cfg.train_batch_size,
+        mesh,
+        cfg.shard_frozen,
+        room,
+        abstract(shapes, frozen_shardings(shapes, mesh, cfg.shard_frozen), model.dtype),
+        states,
+        photos,
+        jax.random.key(cfg.seed),
+        last,
+        np.int32(1),
+    )
 
 
 def train_one(work: Work, person: people.Person, seen: Portraits, started: float) -> Path:

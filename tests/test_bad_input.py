@@ -1,7 +1,6 @@
 """Bad input through the two commands: one clear message, an exit code, and no earlier file lost."""
 
 import errno
-import functools
 import json
 import os
 import pickle
@@ -24,7 +23,6 @@ from idea_jax import checkpoint, files, learned_embeds, random_face, tensorboard
 from idea_jax.data import images
 from idea_jax.files import slug
 from idea_jax.method import condition
-from idea_jax.models import sd
 from idea_jax.results import TrainingError
 
 # So high that the first step is finite and the second is not. All runs here share it, since each
@@ -32,14 +30,6 @@ from idea_jax.results import TrainingError
 RATE = 1e30
 ONE = "--num_inference_steps 1 --num_images_per_prompt 1 --guidance_scale 1".split()
 EARLIER = ("identity.safetensors", "learned_embeds.safetensors", "config.yaml", "run.json")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shapes_computed_once():
-    """Keeps the model's shapes: the same checkpoint is loaded again and again."""
-    shapes, sd.shapes = sd.shapes, functools.cache(sd.shapes)
-    yield
-    sd.shapes = shapes
 
 
 @pytest.fixture(scope="module")

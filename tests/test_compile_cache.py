@@ -1,17 +1,29 @@
-"""Where compiled programs are kept, and that a second process takes them from there."""
+"""Compiled programs: where they are kept for a second process, and what is compiled ahead."""
 
+import functools
+import logging
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
+from PIL import Image
+from skimage import data
 
 import sample_jax
 import train_jax
-from idea_jax import compile_cache, config, devices, sample, train
-from idea_jax.models import hub
+from idea_jax import checkpoint, compile_cache, config, devices, random_face, sample, train
+from idea_jax.method import condition
+from idea_jax.models import hub, sd
 
 OPTIONS = (
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
@@ -128,6 +140,208 @@ def test_programs_keep_what_they_compile_and_use_the_cores(program, module, own,
     common = ["--pretrained_model_name_or_path", "mini", "--compile_cache", "here"]
     assert program.main([*common, *own]) == 0
     assert happened == [("keep", "here"), ("cores", hub.local_folder("mini")), "run"]
+
+
+def learning(checkpoint, photos, out, settings):
+    arguments = ["--pretrained_model_name_or_path", checkpoint, "--train_data_dir", photos]
+    arguments += ["--output_dir", out, "--max_train_steps", "2", "--train_batch_size", "2"]
+    return [str(argument) for argument in (*arguments, *settings.split())]
+
+
+def drawing(checkpoint, person, out, settings):
+    arguments = ["--pretrained_model_name_or_path", checkpoint, "--identity", person]
+    arguments += ["--save_dir", out, "--prompt", "{}", "{} smiling", "--num_inference_steps", "2"]
+    return [str(argument) for argument in (*arguments, *settings.split())]
+
+
+def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
+    smallest_checkpoint, photo_folder, tmp_path, caplog, monkeypatch
+):
+    caplog.set_level(logging.DEBUG, "jax._src.dispatch")
+    load, shapes_of, compiled, traced = sd.load, sd._shapes.__wrapped__, [], []
+    sd._shapes.cache_clear()
+    jax.clear_caches()  # what other tests of this process have compiled
+    monkeypatch.setattr(
+        sd, "_shapes", functools.lru_cache(lambda model: traced.append(1) or shapes_of(model))
+    )
+
+    def names():
+        line = re.compile(r"Finished XLA compilation of jit\((\w+)\)")
+        found = (line.match(message) for message in caplog.messages)
+        return [name[1] for name in found if name]
+
+    def load_last(*args, **options):
+        until = time.monotonic() + 300
+        while threading.active_count() > threads and time.monotonic() < until:
+            time.sleep(0.01)
+        compiled.append(names())
+        return load(*args, **options)
+
+    monkeypatch.setattr(sd, "load", load_last)
+    settings = "--profile textual_inversion --mixed_precision bf16 --steps_per_call 2"
+    person = tmp_path / "identity.safetensors"
+    learn = learning(smallest_checkpoint, photo_folder, tmp_path, settings)
+    draw = drawing(smallest_checkpoint, person, tmp_path / "drawn", "")
+    for program, arguments, name in (
+        (train_jax, learn, "step_people"),
+        (sample_jax, draw, "draw_everywhere"),
+    ):
+        threads = threading.active_count()
+        caplog.clear()
+        assert program.main(arguments) == 0
+        assert name in compiled.pop(), "was not compiled ahead"
+        assert names().count(name) == 1
+    assert len(traced) == 1, "shapes are computed more than once"
+
+
+class Called(Exception):
+    """Raised where the first call would begin."""
+
+
+class Program:
+    """Stands for a compiled program, and notes with what it was lowered and called."""
+
+    def __init__(self, name):
+        self.name, self.lowered = name, None
+
+    def lower(self, *args, **settings):
+        self.lowered = (args, settings)
+        return SimpleNamespace(compile=lambda: None)
+
+    def __call__(self, *args, **settings):
+        self.called = (args, settings)
+        raise Called
+
+
+@pytest.fixture
+def two_people(tmp_path):
+    """A folder with two photos of one person and one of another."""
+    for name, image in (("ann/1", data.astronaut()), ("ann/2", data.cat()), ("bob/1", data.cat())):
+        path = tmp_path / "people" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).resize((64, 64)).save(path)
+    return tmp_path / "people"
+
+
+@pytest.mark.parametrize(
+    ("settings", "are_two"),
+    [
+        ("--profile paper", False),
+        ("--profile paper --kv full --steps_per_call 2 --n_pseudo_tokens 1", False),
+        ("--profile official --mixed_precision bf16", True),
+        ("--profile cross_init --mesh identity=2,data=2 --shard_frozen", True),
+        ("--profile textual_inversion --identities_per_step 3 --early_stopping 1", True),
+    ],
+)
+def test_step_is_lowered_for_what_it_is_called_with(
+    settings, are_two, smallest_checkpoint, photo_folder, two_people, tmp_path, monkeypatch
+):
+    """Were a shape, a type or a place another, the call would compile a second program."""
+    step = Program("step")
+    monkeypatch.setattr(train, "step_people", step)
+    photos = two_people if are_two else photo_folder
+    if "paper" in settings or "official" in settings:
+        random_face.write_random_recogniser(tmp_path / "arcface.onnx")
+        settings += f" --face_model {tmp_path / 'arcface.onnx'}"
+    arguments = learning(smallest_checkpoint, photos, tmp_path / "out", settings)
+    with pytest.raises(Called):
+        train_jax.main(arguments)
+    check_is_alike(step)
+
+
+@pytest.mark.parametrize("settings", ["", "--mixed_precision bf16 --guidance_scale 1"])
+def test_sampler_is_lowered_for_what_it_is_called_with(
+    settings, smallest_checkpoint, tmp_path, monkeypatch
+):
+    sampler = Program("sampler")
+    monkeypatch.setattr(sample, "draw_everywhere", sampler)
+    person = tmp_path / "identity.safetensors"
+    rows = np.zeros((2, 8), np.float32)
+    identity = checkpoint.Identity(
+        method=condition.make_method("cross_init"),
+        trainable={"pseudo_tokens": rows},
+        given={"anchor": rows},
+        placeholder="<person>",
+        base_model="unknown",
+        revision=None,
+        seed=0,
+        steps=0,
+    )
+    checkpoint.write_identity(person, identity)
+    with pytest.raises(Called):
+        sample_jax.main(drawing(smallest_checkpoint, person, tmp_path / "drawn", settings))
+    check_is_alike(sampler)
+
+
+def check_is_alike(program):
+    """That a program was lowered with the shapes, types and places of its first call."""
+
+    def about(tree):
+        leaves, structure = jax.tree.flatten(tree)
+        return structure, [of_array(x) if hasattr(x, "dtype") else x for x in leaves]
+
+    def of_array(x):
+        if isinstance(x, sd.StableDiffusion):  # has a type, too
+            return x
+        return x.shape, x.dtype, getattr(x, "weak_type", False), place_of(x)
+
+    def place_of(x):
+        place = getattr(x, "sharding", None)
+        return None if isinstance(place, SingleDeviceSharding) else place
+
+    lowered, called = map(about, (program.lowered, program.called))
+    assert lowered[0] == called[0]
+    assert lowered[1] == called[1]
+
+
+def test_what_goes_wrong_ahead_is_left_to_the_call():
+    def fail():
+        raise RuntimeError("out of memory")
+
+    with compile_cache.ahead(fail):
+        pass
+
+
+def test_nothing_is_compiled_after_an_error_of_the_block():
+    happened, goes_on = [], threading.Event()
+
+    def lower():
+        goes_on.wait()
+        return SimpleNamespace(compile=lambda: happened.append("compiled"))
+
+    with pytest.raises(OSError, match="no file"), compile_cache.ahead(lower):
+        threading.Timer(0.1, goes_on.set).start()
+        raise OSError("no file")
+    with compile_cache.ahead(lower):
+        happened.append("loaded")
+    assert happened == ["loaded", "compiled"]
+
+
+def test_stop_while_a_program_is_compiled_ahead_ends_in_order(tmp_path):
+    """A thread that is waited for by Thread.join would be forgotten by it, and end in a crash."""
+    code = """
+import signal, sys, time
+from types import SimpleNamespace
+from idea_jax import compile_cache
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for programs with &
+def slow():
+    print("compiles", flush=True)
+    time.sleep(2)
+try:
+    with compile_cache.ahead(lambda: SimpleNamespace(compile=slow)):
+        pass
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+    sys.exit(130)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(compile_cache.__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "compiles\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "stopped\n"
+    assert process.wait(30) == 130
 
 
 def test_both_programs_have_the_flag():

@@ -3,6 +3,7 @@
 Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `vae.py`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Collection, Iterator
@@ -137,7 +138,15 @@ def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusio
 
 
 def shapes(model: StableDiffusion) -> Frozen:
-    """The trees of `Frozen` with a float32 shape in place of each array; allocates nothing."""
+    """The trees of `Frozen` with a float32 shape in place of each array; allocates nothing.
+
+    Every caller gets the same trees, which are not to be changed.
+    """
+    return _shapes(StableDiffusion(model.text, model.unet, model.vae, model.schedule))
+
+
+@functools.lru_cache(maxsize=4)  # it traces all networks, and a run asks twice
+def _shapes(model: StableDiffusion) -> Frozen:
     cfg = model.unet
     cross_kv = cross_kv_shapes(cfg)
 

@@ -320,7 +320,7 @@ def to_params(
     """Returns the parameter trees of `targets`, filled from `tensors` and cast to `dtype`.
 
     `targets` is `{"unet": tree of shapes, ...}`. Tensors are read, cast and sent to the device by a
-    few threads, so that no more than one for each exists twice. Raises: WeightsError listing every
+    few threads, so that few of them exist twice at a time. Raises: WeightsError listing every
     key that does not fit, and naming `where`.
     """
     headers = tensors.headers if isinstance(tensors, TensorFiles) else _headers(tensors)
@@ -330,10 +330,11 @@ def to_params(
 
     def read(item):
         key, (target, transform) = item
-        leaf = TRANSFORMS[transform].load(tensors[key])
-        # A copy: an array that shares its memory with a file's buffer is not aligned for XLA.
+        # A copy that nobody else has: JAX may keep its memory. (jnp.array would compile a program
+        # for each shape to copy it once more, which took most of the time of loading the mini.)
+        leaf = np.array(TRANSFORMS[transform].load(tensors[key]), dtype, order="C")
         with jax.default_device(device):
-            return target, jnp.array(leaf.astype(dtype, order="C", copy=False))
+            return target, jax.device_put(leaf)
 
     # Reading, transposing and casting all leave Python's lock to others.
     with ThreadPoolExecutor(READERS) as readers:
