@@ -53,7 +53,7 @@ WORKLOADS = {
     ("tiny", "gpu"): Workload("tiny", 2, 8, 8, 2, 2, 2),
     ("mini", "cpu"): Workload("mini", 8, 10, 1, 16, 50, 7),
     ("mini", "gpu"): Workload("mini", 8, 48, 8, 16, 50, 7),
-    ("mid", "cpu"): Workload("mid", 4, 1, 1, 4, 5, 5, single=False),
+    ("mid", "cpu"): Workload("mid", 4, 4, 1, 4, 5, 5, single=False),
     ("mid", "gpu"): Workload("mid", 8, 24, 8, 16, 50, 7),
     ("sd21", "cpu"): Workload("sd21", 1, 1, 1, 1, 2, 1, single=False, ablations=False),
     ("sd21", "gpu"): Workload("sd21", 8, 8, 8, 32, 50, 5),
