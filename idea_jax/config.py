@@ -520,7 +520,9 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
       ConfigError: an unknown or repeated key, a value of the wrong type, settings that do not fit.
       SystemExit: an unknown flag, or `--help`, from argparse.
     """
-    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
+    # Argparse's own usage names every flag, and would bury the one line that says what is wrong.
+    usage = "%(prog)s [--FLAG VALUE ...]    (--help tells all flags)"
+    parser = argparse.ArgumentParser(**about, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
     for spec in dataclasses.fields(cls):
         add_flag(parser, spec)

@@ -229,4 +229,6 @@ def test_missing_settings_are_listed():
 def test_abbreviated_flags_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(TrainConfig, [*REQUIRED, "--max_train", "3"])
-    assert stop.value.code == 2 and "--max_train" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and "--max_train" in told
+    assert "--help" in told and len(told.splitlines()) == 2, "the reason is buried in the usage"
