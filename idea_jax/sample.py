@@ -255,13 +255,15 @@ def lower_drawing(
     model: sd.StableDiffusion,
     prompts: int,
     *,
-    seed: int,
     count: int,
     batch_size: int,
     guidance_scale: float,
     **settings,
 ) -> jax.stages.Lowered:
-    """The program of `draw_all` with these arguments, from shapes alone: weights may be missing."""
+    """The program of `draw_all` with these arguments, from shapes alone: weights may be missing.
+
+    One program draws all seeds.
+    """
     mesh, _, batch_size = arrange(prompts, count, batch_size)
     each, shapes = NamedSharding(mesh, P("pictures")), sd.shapes(model)
     T = model.text.max_position_embeddings
@@ -553,7 +555,6 @@ def run(cfg: SampleConfig) -> list[Path]:
     )
     drawings, negative_ids = plan(cfg, prompts, sitters, plain)
     settings = {
-        "seed": cfg.seed,
         "count": cfg.num_images_per_prompt * cfg.n_iter,
         "batch_size": cfg.batch_size,
         "guidance_scale": cfg.guidance_scale,
@@ -583,7 +584,7 @@ def run(cfg: SampleConfig) -> list[Path]:
             jnp.float32(cfg.id_strength),
         )
 
-    pictures = draw_all(model, frozen, keys_values, len(drawings), **settings)
+    pictures = draw_all(model, frozen, keys_values, len(drawings), seed=cfg.seed, **settings)
     folders = []
     for drawing, drawn in zip(drawings, pictures, strict=True):
         about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])

@@ -21,8 +21,7 @@ from skimage import data
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint, compile_cache, config, devices, random_face, sample, train
-from idea_jax.method import condition
+from idea_jax import compile_cache, config, devices, learned_embeds, random_face, sample, train
 from idea_jax.models import hub, sd
 
 OPTIONS = (
@@ -149,7 +148,7 @@ def learning(checkpoint, photos, out, settings):
 
 
 def drawing(checkpoint, person, out, settings):
-    arguments = ["--pretrained_model_name_or_path", checkpoint, "--identity", person]
+    arguments = ["--pretrained_model_name_or_path", checkpoint, "--learned_embedding_path", person]
     arguments += ["--save_dir", out, "--prompt", "{}", "{} smiling", "--num_inference_steps", "2"]
     return [str(argument) for argument in (*arguments, *settings.split())]
 
@@ -175,11 +174,13 @@ def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
         while threading.active_count() > threads and time.monotonic() < until:
             time.sleep(0.01)
         compiled.append(names())
-        return load(*args, **options)
+        loaded = load(*args, **options)
+        assert names() == compiled[-1], "reading weights compiles programs"
+        return loaded
 
     monkeypatch.setattr(sd, "load", load_last)
     settings = "--profile textual_inversion --mixed_precision bf16 --steps_per_call 2"
-    person = tmp_path / "identity.safetensors"
+    person = tmp_path / learned_embeds.FILE_NAME
     learn = learning(smallest_checkpoint, photo_folder, tmp_path, settings)
     draw = drawing(smallest_checkpoint, person, tmp_path / "drawn", "")
     for program, arguments, name in (
@@ -200,9 +201,6 @@ class Called(Exception):
 
 class Program:
     """Stands for a compiled program, and notes with what it was lowered and called."""
-
-    def __init__(self, name):
-        self.name, self.lowered = name, None
 
     def lower(self, *args, **settings):
         self.lowered = (args, settings)
@@ -237,7 +235,7 @@ def test_step_is_lowered_for_what_it_is_called_with(
     settings, are_two, smallest_checkpoint, photo_folder, two_people, tmp_path, monkeypatch
 ):
     """Were a shape, a type or a place another, the call would compile a second program."""
-    step = Program("step")
+    step = Program()
     monkeypatch.setattr(train, "step_people", step)
     photos = two_people if are_two else photo_folder
     if "paper" in settings or "official" in settings:
@@ -253,21 +251,10 @@ def test_step_is_lowered_for_what_it_is_called_with(
 def test_sampler_is_lowered_for_what_it_is_called_with(
     settings, smallest_checkpoint, tmp_path, monkeypatch
 ):
-    sampler = Program("sampler")
+    sampler = Program()
     monkeypatch.setattr(sample, "draw_everywhere", sampler)
-    person = tmp_path / "identity.safetensors"
-    rows = np.zeros((2, 8), np.float32)
-    identity = checkpoint.Identity(
-        method=condition.make_method("cross_init"),
-        trainable={"pseudo_tokens": rows},
-        given={"anchor": rows},
-        placeholder="<person>",
-        base_model="unknown",
-        revision=None,
-        seed=0,
-        steps=0,
-    )
-    checkpoint.write_identity(person, identity)
+    person = tmp_path / "learned_embeds.safetensors"
+    learned_embeds.write(person, "<person>", np.zeros((2, 8), np.float32), {})
     with pytest.raises(Called):
         sample_jax.main(drawing(smallest_checkpoint, person, tmp_path / "drawn", settings))
     check_is_alike(sampler)
@@ -294,12 +281,15 @@ def check_is_alike(program):
     assert lowered[1] == called[1]
 
 
-def test_what_goes_wrong_ahead_is_left_to_the_call():
+def test_what_goes_wrong_ahead_is_left_to_the_call(caplog):
+    caplog.set_level(logging.DEBUG, compile_cache.__name__)
+
     def fail():
         raise RuntimeError("out of memory")
 
     with compile_cache.ahead(fail):
-        pass
+        went_on = True
+    assert went_on and "not compiled ahead" in caplog.text and "out of memory" in caplog.text
 
 
 def test_nothing_is_compiled_after_an_error_of_the_block():
