@@ -308,15 +308,17 @@ def test_nothing_is_compiled_after_an_error_of_the_block():
 
 
 def test_stop_while_a_program_is_compiled_ahead_ends_in_order(tmp_path):
-    """A thread that is waited for by Thread.join would be forgotten by it, and end in a crash."""
+    """After Thread.join that is interrupted, Python ends without the thread, which may crash it."""
     code = """
 import signal, sys, time
 from types import SimpleNamespace
 from idea_jax import compile_cache
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for programs with &
 def slow():
+    time.sleep(0.5)  # by then the block's end waits
     print("compiles", flush=True)
     time.sleep(2)
+    print("compiled", flush=True)
 try:
     with compile_cache.ahead(lambda: SimpleNamespace(compile=slow)):
         pass
@@ -331,6 +333,7 @@ except KeyboardInterrupt:
     assert process.stdout.readline() == "compiles\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "stopped\n"
+    assert process.stdout.read() == "compiled\n", "ended without the thread"
     assert process.wait(30) == 130
 
 
