@@ -30,6 +30,13 @@ jax.config.update("jax_compilation_cache_dir", os.environ["IDEA_JAX_TEST_CACHE"]
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go():
+    """Their code takes memory maps, of which Linux allows a process 65,530 and then ends it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
     """A tiny Stable Diffusion checkpoint with random weights and a face model."""
