@@ -51,7 +51,11 @@ ROWS = (
     # level 4: one step, one person on disk, one prompt drawn
     ("train_step", "method.* models.sd diffusion.schedule pytrees"),
     ("checkpoint", "train_step method.* models.sd pytrees files"),
-    ("sample", "checkpoint learned_embeds config files data.* diffusion.* method.* models.*"),
+    (
+        "sample",
+        "checkpoint learned_embeds compile_cache config pytrees files data.* diffusion.* method.* "
+        "models.*",
+    ),
     # level 5: a run
     (
         "results",
@@ -63,7 +67,7 @@ ROWS = (
         "train",
         "group results sample checkpoint train_step learned_embeds jobs devices signals faces "
         "face_models "
-        "face_table config pytrees files data.* diffusion.* method.* models.*",
+        "face_table compile_cache config pytrees files data.* diffusion.* method.* models.*",
     ),
     # the drawn world: knows neither networks nor runs
     ("mini.traits", ""),
