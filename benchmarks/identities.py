@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace) -> None:
     start = rng.normal(size=(2, width)).astype(np.float32)
     face = rng.normal(size=512)
     given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    trainable = condition.init_trainable(method, model, key, start)
     side, channels = model.unet.sample_size, model.unet.in_channels
     moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
     ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)

@@ -162,7 +162,7 @@ def person(model: sd.StableDiffusion, profile: str, rng: np.random.Generator) ->
     start = 0.1 * rng.standard_normal((2, width), np.float32)
     face = rng.standard_normal(512)
     given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, sd.shapes(model).cross_kv, key, start)
+    trainable = condition.init_trainable(method, model, key, start)
     trainable["adapter"]["gamma"] = jnp.float32(0.5)
     if "kv" in trainable:
         trainable["kv"] = jax.tree.map(

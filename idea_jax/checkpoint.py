@@ -166,11 +166,10 @@ def wrong_types(instance: object) -> list[str]:
     return problems
 
 
-def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Frozen, where) -> None:
+def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None:
     """Raises IdentityError, listing all differences, unless the identity fits the model.
 
     Every array is compared with what a new identity of the same method would have on this model.
-    Of the weights only the shapes are read.
     """
     tokens = identity.trainable["pseudo_tokens"]
     width = tokens.shape[-1]
@@ -183,7 +182,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, frozen: sd.Fro
 
     def fresh(key):
         start = np.zeros(tokens.shape, np.float32)
-        return condition.init_trainable(identity.method, model, frozen.cross_kv, key, start)
+        return condition.init_trainable(identity.method, model, key, start)
 
     expected = {"trainable": jax.eval_shape(fresh, jax.random.key(0))}
     if identity.method.uses_face and not identity.embeds_only:

@@ -564,10 +564,10 @@ def run(cfg: SampleConfig) -> list[Path]:
         "eta": cfg.eta,
         "interval": tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
     }
-    shapes = sd.shapes(model)  # once, before two threads ask for them
     for sitter in sitters:
-        checkpoint.check_identity(sitter.identity, model, shapes, sitter.source)
+        checkpoint.check_identity(sitter.identity, model, sitter.source)
         warn_of(cfg, sitter.identity, found)
+    sd.shapes(model)  # once, before two threads ask for them
     with compile_cache.ahead(lambda: lower_drawing(model, len(drawings), **settings)):
         _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
 

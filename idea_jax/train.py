@@ -303,7 +303,7 @@ def lower_step(
     def one() -> tuple[IdentityState, Photos]:
         key, start = jax.random.key(0), np.zeros((method.num_tokens, model.text.hidden_size))
         given = condition.init_given(method, model, key, start, np.zeros(faces.WIDTH))
-        trainable = condition.init_trainable(method, model, shapes.cross_kv, key, start)
+        trainable = condition.init_trainable(method, model, key, start)
         latents = np.zeros(
             (pictures, 2, *(side // model.vae.downscale,) * 2, model.vae.latent_channels),
             np.float32,
@@ -773,7 +773,7 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
     cfg, method, base = work.cfg, work.method, work.base
     key = jax.random.key(cfg.seed)
     given = condition.init_given(method, base.model, key, work.start, seen.id_embed)
-    trainable = condition.init_trainable(method, base.model, base.frozen.cross_kv, key, work.start)
+    trainable = condition.init_trainable(method, base.model, key, work.start)
     photos = encode_pixels(base, training_pixels(cfg, seen, work.side))
     log.info(
         "%sprofile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: %s",

@@ -94,6 +94,7 @@ def make_optimizer(
     return optax.multi_transform(adamw, labels)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_state(
     optimizer: optax.GradientTransformation,
     trainable: condition.Trainable,

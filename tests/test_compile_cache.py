@@ -170,8 +170,8 @@ def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
         return [name[1] for name in found if name]
 
     def load_last(*args, **options):
-        until = time.monotonic() + 300
-        while threading.active_count() > threads and time.monotonic() < until:
+        until = time.monotonic() + 120
+        while expected not in names() and time.monotonic() < until:
             time.sleep(0.01)
         compiled.append(names())
         loaded = load(*args, **options)
@@ -179,19 +179,22 @@ def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
         return loaded
 
     monkeypatch.setattr(sd, "load", load_last)
-    settings = "--profile textual_inversion --mixed_precision bf16 --steps_per_call 2"
+    random_face.write_random_recogniser(tmp_path / "arcface.onnx")
+    settings = "--profile paper --mixed_precision bf16 --steps_per_call 2"
+    settings += f" --face_model {tmp_path / 'arcface.onnx'}"
     person = tmp_path / learned_embeds.FILE_NAME
     learn = learning(smallest_checkpoint, photo_folder, tmp_path, settings)
     draw = drawing(smallest_checkpoint, person, tmp_path / "drawn", "")
-    for program, arguments, name in (
+    for program, arguments, expected in (
         (train_jax, learn, "step_people"),
         (sample_jax, draw, "draw_everywhere"),
     ):
-        threads = threading.active_count()
         caplog.clear()
         assert program.main(arguments) == 0
-        assert name in compiled.pop(), "was not compiled ahead"
-        assert names().count(name) == 1
+        assert expected in compiled.pop(), "was not compiled ahead"
+        assert names().count(expected) == 1
+        # Operations that are compiled one by one cost a start seconds, and no cache keeps them.
+        assert len(names()) <= 20, names()
     assert len(traced) == 1, "shapes are computed more than once"
 
 

@@ -30,7 +30,7 @@ def face():
 def person(method, model, frozen, face, seed=0):
     start = jax.random.normal(jax.random.key(seed + 100), (method.num_tokens, D))
     key = jax.random.key(seed)
-    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    trainable = condition.init_trainable(method, model, key, start)
     return trainable, condition.init_given(method, model, key, start, face)
 
 

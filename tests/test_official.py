@@ -139,7 +139,7 @@ def test_official_profile_reproduces_the_published_steps(tmp_path, spread):
     face = rng.normal(size=512)
     given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
     assert (float(given["metric"]["ridge"]) == 0) == (spread == 1.0)
-    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    trainable = condition.init_trainable(method, model, key, start)
     pictures = rng.uniform(-1, 1, size=(2, 32, 32, 3)).astype(np.float32)
     pairs = np.stack([pictures, pictures[:, :, ::-1]], axis=1).reshape(4, 32, 32, 3)
     mean, logvar = sd.encode_image(model, frozen, pairs)

@@ -37,7 +37,7 @@ def identity(loaded):
     rng = np.random.default_rng(0)
     start = rng.normal(size=(2, 32)).astype(np.float32)
     key = jax.random.key(0)
-    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    trainable = condition.init_trainable(method, model, key, start)
     trainable = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), trainable)
     face = rng.normal(size=512)
     given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))

@@ -42,7 +42,7 @@ def person_of(model, cross_kv, kv):
 
     def state():
         key = jax.random.key(0)
-        trainable = condition.init_trainable(method, model, cross_kv, key, start)
+        trainable = condition.init_trainable(method, model, key, start)
         given = condition.init_given(method, model, key, start, face)
         return init_state(optimizer, trainable, given)
 

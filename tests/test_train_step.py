@@ -63,7 +63,7 @@ def person(loaded, method, seed, pictures=2):
     face = rng.normal(size=512)
     start = jnp.asarray(rng.normal(size=(2, D)), jnp.float32)
     given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, frozen.cross_kv, key, start)
+    trainable = condition.init_trainable(method, model, key, start)
     # An open gate, so that the gradients of everything behind it are alive from the first step.
     trainable["adapter"]["gamma"] = jnp.float32(0.5)
     vocab = model.text.vocab_size

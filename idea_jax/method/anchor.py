@@ -1,10 +1,13 @@
 """Cross Initialization: where the pseudo tokens start, and what the regulariser pulls them to.
 
-Run once per job. An encoder *output* becomes an encoder *input*: that is the "cross" of the name.
+Run once per job, as one program. An encoder *output* becomes an encoder *input*: that is the
+"cross" of the name.
 
 Source: arXiv 2312.15905; `lyuPang/CrossInitialization` utils.py; arXiv 2507.11990, section on the
 textual ID anchor.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ import numpy as np
 from idea_jax.models import sd
 
 
+@functools.partial(jax.jit, static_argnames=("model", "bos", "eos", "pad"))
 def from_names(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
@@ -32,10 +36,10 @@ def from_names(
     """
     n = name_ids.shape[1]
     present = name_ids >= 0
-    counts = np.maximum(present.sum(axis=0), 1)
-    embeds = sd.embed_tokens(model, frozen, np.where(present, name_ids, 0))
-    embeds = jnp.where(jnp.asarray(present)[..., None], embeds.astype(jnp.float32), 0.0)
-    means = embeds.sum(axis=0) / jnp.asarray(counts, jnp.float32)[:, None]
+    counts = jnp.maximum(present.sum(axis=0), 1)
+    embeds = sd.embed_tokens(model, frozen, jnp.where(present, name_ids, 0))
+    embeds = jnp.where(present[..., None], embeds.astype(jnp.float32), 0.0)
+    means = embeds.sum(axis=0) / counts.astype(jnp.float32)[:, None]
     start, end, fill = sd.embed_tokens(model, frozen, np.array([bos, eos, pad])).astype(jnp.float32)
     fills = jnp.broadcast_to(
         fill[None], (model.text.max_position_embeddings - n - 2, fill.shape[0])
@@ -44,6 +48,7 @@ def from_names(
     return sd.encode_token_embeds(model, frozen, window[None])[0, 1 : n + 1]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "bos", "eos"))
 def from_words(
     model: sd.StableDiffusion, frozen: sd.Frozen, word_ids: np.ndarray, *, bos: int, eos: int
 ) -> jax.Array:
@@ -52,7 +57,7 @@ def from_words(
     Args:
       word_ids: int32[n]; unlike the names, the words are encoded without padding.
     """
-    ids = np.array([bos, *word_ids, eos])
+    ids = jnp.concatenate([jnp.array([bos]), word_ids, jnp.array([eos])])
     embeds = sd.embed_tokens(model, frozen, ids).astype(jnp.float32)
     return sd.encode_token_embeds(model, frozen, embeds[None])[0, 1 : len(word_ids) + 1]
 

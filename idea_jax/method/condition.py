@@ -5,6 +5,7 @@ draws. Three trees are kept apart: `Frozen` (one for everybody), the trainables 
 only tree that is differentiated) and what is given (one per person, not trained).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from idea_jax.method import loss
 from idea_jax.method.modules import IDAdapter, IDEnhancer
 from idea_jax.models import sd
-from idea_jax.models.unet import project_kv
+from idea_jax.models.unet import cross_kv_shapes, project_kv
 from idea_jax.pytrees import stream
 
 # One person's trainables: a dict with "pseudo_tokens" float32[N, D] and, where the profile has
@@ -98,13 +99,14 @@ def make_method(profile: str, **settings) -> Method:
     return Method(profile=profile, **PROFILES[profile], **settings)
 
 
+# One program each, which is kept for the next run: operation by operation a start takes seconds.
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init_trainable(
-    method: Method, model: sd.StableDiffusion, cross_kv: dict, key: jax.Array, start: jax.Array
+    method: Method, model: sd.StableDiffusion, key: jax.Array, start: jax.Array
 ) -> Trainable:
     """Returns one person's trainables at step 0; the drawing is then that of plain tokens.
 
     Args:
-      cross_kv: `Frozen.cross_kv`; only its shapes are read.
       key: the person's key.
       start: float32[N, D], the pseudo tokens' first value.
     """
@@ -118,10 +120,11 @@ def init_trainable(
         if method.train_enhancer:
             trainable["enhancer"] = init_enhancer(method, model, key)
     if method.kv != "none":
-        trainable["kv"] = init_kv(method, cross_kv, stream(key, "kv"))
+        trainable["kv"] = init_kv(method, cross_kv_shapes(model.unet), stream(key, "kv"))
     return trainable
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init_enhancer(method: Method, model: sd.StableDiffusion, key: jax.Array) -> dict:
     """Random ID-Enhancer parameters of the person with this key."""
     anchor = jnp.zeros((method.num_tokens, model.text.hidden_size))
@@ -130,7 +133,7 @@ def init_enhancer(method: Method, model: sd.StableDiffusion, key: jax.Array) -> 
 
 
 def init_kv(method: Method, cross_kv: dict, key: jax.Array) -> dict:
-    """K/V deltas that start at zero effect, in the structure of `cross_kv`.
+    """K/V deltas that start at zero effect, in the structure of `Frozen.cross_kv` (or its shapes).
 
     A full delta is a zero kernel. A low-rank one is {"down": [D, r], "up": [r, inner]} with a
     random down and a zero up, so that the gradient of `up` is alive at the first step (LoRA,

@@ -132,11 +132,9 @@ class Learner:
         pixels = train.training_pixels(self.cfg, seen, drawings.SIZE)
         photos = train.encode_pixels(self.base, pixels)
         face = sight.embed if self.method.uses_face else None
-        model, frozen = self.mini.model, self.mini.frozen
+        model = self.mini.model
         given = train.condition.init_given(self.method, model, key, self.start, face)
-        trainable = train.condition.init_trainable(
-            self.method, model, frozen.cross_kv, key, self.start
-        )
+        trainable = train.condition.init_trainable(self.method, model, key, self.start)
         return init_state(self.optimizer, trainable, given), photos
 
     def learn(
