@@ -4,6 +4,7 @@ tensorboardX's own `SummaryWriter` leaves the writing to another thread. On a fu
 dies, and a run that still has something to log waits for it for ever.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class Log:
     """
 
     def __init__(self, folder: Path):
-        from tensorboardX.event_file_writer import EventsWriter
+        with without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
 
         self.folder = folder
         with self.writing():
@@ -68,3 +70,20 @@ class Log:
             yield
         except OSError as error:
             raise cannot_write(self.folder, error) from error
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Hides PyTorch from what is imported within, unless it has been imported already.
+
+    tensorboardX imports it where it is installed, for the type of an annotation: a second or more
+    of every start.
+    """
+    is_hidden = "torch" not in sys.modules
+    if is_hidden:
+        sys.modules["torch"] = None
+    try:
+        yield
+    finally:
+        if is_hidden:
+            del sys.modules["torch"]

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint, face_models
+from idea_jax import checkpoint, face_models, tensorboard
 from idea_jax.data import images
 from idea_jax.diffusion.samplers import initial_noise
 from idea_jax.results import Results
@@ -84,6 +88,24 @@ def test_tensorboard_log_holds_every_step(straight):
     for name in ("train/loss", "train/denoising", "train/regulariser", "train/grad_norm"):
         assert raw.count(name.encode()) == 6
     assert raw.count(b"validation/") == 1
+
+
+def test_a_log_does_without_pytorch_and_leaves_it_to_others(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from idea_jax import tensorboard
+log = tensorboard.Log(Path(sys.argv[1]))
+log.scalars({"loss": 1.5}, 1)
+log.close()
+assert "torch" not in sys.modules, "PyTorch was imported"
+import torch
+assert torch.zeros(1).item() == 0
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(tensorboard.__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=True)
+    (file,) = tmp_path.iterdir()
+    assert b"loss" in file.read_bytes()
 
 
 def test_resumed_run_equals_the_straight_run_bit_for_bit(

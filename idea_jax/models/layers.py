@@ -3,7 +3,7 @@
 Images and feature maps are [B, H, W, C]. Modules and parameters keep the names of diffusers, with
 `resnets.0` written `resnets_0`. Every module takes a compute `dtype` for its matrix products and
 convolutions; statistics of norms, softmax and the timestep sinusoid are float32 whatever it is.
-A convolution of size 1x1 is written as `nn.Dense`, which is the same product.
+A convolution of size 1x1 is written as `dense`, which is the same product.
 """
 
 import math
@@ -206,9 +206,21 @@ def layer_norm(eps: float, dtype: jnp.dtype) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, dtype=dtype)
 
 
+# UNet and VAE take their weights from a checkpoint or from `sd.init`. Flax traces the initialisers
+# again in every program, to compare shapes, and drawing random numbers takes long to trace.
+ZEROS = nn.initializers.zeros
+
+
+def dense(features: int, dtype: jnp.dtype, use_bias: bool = True) -> nn.Dense:
+    """A linear layer over channels; Flax's own initial values are zeros."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=ZEROS)
+
+
 def conv3x3(channels: int, dtype: jnp.dtype, stride: int = 1, padding=((1, 1), (1, 1))) -> nn.Conv:
-    """A 3x3 convolution with its padding written out."""
-    return nn.Conv(channels, (3, 3), strides=stride, padding=padding, dtype=dtype)
+    """A 3x3 convolution with its padding written out; Flax's own initial values are zeros."""
+    return nn.Conv(
+        channels, (3, 3), strides=stride, padding=padding, dtype=dtype, kernel_init=ZEROS
+    )
 
 
 class ResnetBlock2D(nn.Module):
@@ -225,11 +237,11 @@ class ResnetBlock2D(nn.Module):
         self.norm1 = GroupNorm(self.num_groups, self.in_channels, self.eps, self.dtype)
         self.conv1 = conv3x3(self.out_channels, self.dtype)
         if self.time:
-            self.time_emb_proj = nn.Dense(self.out_channels, dtype=self.dtype)
+            self.time_emb_proj = dense(self.out_channels, self.dtype)
         self.norm2 = GroupNorm(self.num_groups, self.out_channels, self.eps, self.dtype)
         self.conv2 = conv3x3(self.out_channels, self.dtype)
         if self.in_channels != self.out_channels:
-            self.conv_shortcut = nn.Dense(self.out_channels, dtype=self.dtype)
+            self.conv_shortcut = dense(self.out_channels, self.dtype)
 
     def project_time(self, activated_time: jax.Array) -> jax.Array:
         """The row for each timestep, [N, out_channels], of its embedding after SiLU [N, E]."""
@@ -293,7 +305,7 @@ class GEGLU(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.proj = nn.Dense(2 * self.width, dtype=self.dtype)
+        self.proj = dense(2 * self.width, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -308,7 +320,7 @@ class FeedForward(nn.Module):
 
     def setup(self):
         self.net_0 = GEGLU(4 * self.width, self.dtype)
-        self.net_2 = nn.Dense(self.width, dtype=self.dtype)
+        self.net_2 = dense(self.width, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.net_2(self.net_0(x))
@@ -323,10 +335,10 @@ class SelfAttention(nn.Module):
     attention: str = "xla"
 
     def setup(self):
-        self.to_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.to_k = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.to_v = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.to_out_0 = nn.Dense(self.width, dtype=self.dtype)
+        self.to_q = dense(self.width, self.dtype, use_bias=False)
+        self.to_k = dense(self.width, self.dtype, use_bias=False)
+        self.to_v = dense(self.width, self.dtype, use_bias=False)
+        self.to_out_0 = dense(self.width, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         chosen = flash.choose(self.attention, x.shape[1], self.width // self.num_heads)
@@ -342,8 +354,8 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.to_q = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
-        self.to_out_0 = nn.Dense(self.width, dtype=self.dtype)
+        self.to_q = dense(self.width, self.dtype, use_bias=False)
+        self.to_out_0 = dense(self.width, self.dtype)
 
     def __call__(self, x: jax.Array, kv: dict) -> jax.Array:
         """`kv` holds `to_k` and `to_v`, each [B, text positions, C]."""
@@ -385,12 +397,12 @@ class Transformer2DModel(nn.Module):
 
     def setup(self):
         self.norm = GroupNorm(self.num_groups, self.width, TRANSFORMER_NORM_EPS, self.dtype)
-        self.proj_in = nn.Dense(self.width, dtype=self.dtype)
+        self.proj_in = dense(self.width, self.dtype)
         self.transformer_blocks = [
             BasicTransformerBlock(self.width, self.num_heads, self.dtype, self.attention)
             for _ in range(self.depth)
         ]
-        self.proj_out = nn.Dense(self.width, dtype=self.dtype)
+        self.proj_out = dense(self.width, self.dtype)
 
     def __call__(self, x: jax.Array, kv: dict) -> jax.Array:
         B, H, W, C = x.shape

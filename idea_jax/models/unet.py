@@ -22,6 +22,7 @@ from idea_jax.models.layers import (
     Transformer2DModel,
     Upsample2D,
     conv3x3,
+    dense,
     timestep_embedding,
 )
 
@@ -295,8 +296,8 @@ class TimestepEmbedding(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.linear_1 = nn.Dense(self.width, dtype=self.dtype)
-        self.linear_2 = nn.Dense(self.width, dtype=self.dtype)
+        self.linear_1 = dense(self.width, self.dtype)
+        self.linear_2 = dense(self.width, self.dtype)
 
     def __call__(self, sinusoid: jax.Array) -> jax.Array:
         # Every ResNet block applies this SiLU to its input; it is the same for all of them.

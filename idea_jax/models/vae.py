@@ -14,6 +14,7 @@ from idea_jax.models.layers import (
     Upsample2D,
     attention,
     conv3x3,
+    dense,
 )
 
 NORM_EPS = 1e-6  # diffusers' Encoder and Decoder
@@ -105,10 +106,10 @@ class VAEAttention(nn.Module):
 
     def setup(self):
         self.group_norm = GroupNorm(self.num_groups, self.channels, NORM_EPS, self.dtype)
-        self.to_q = nn.Dense(self.channels, dtype=self.dtype)
-        self.to_k = nn.Dense(self.channels, dtype=self.dtype)
-        self.to_v = nn.Dense(self.channels, dtype=self.dtype)
-        self.to_out_0 = nn.Dense(self.channels, dtype=self.dtype)
+        self.to_q = dense(self.channels, self.dtype)
+        self.to_k = dense(self.channels, self.dtype)
+        self.to_v = dense(self.channels, self.dtype)
+        self.to_out_0 = dense(self.channels, self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
@@ -223,8 +224,8 @@ class AutoencoderKL(nn.Module):
     def setup(self):
         cfg, dtype = self.cfg, self.dtype
         self.encoder = Encoder(cfg, dtype)
-        self.quant_conv = nn.Dense(2 * cfg.latent_channels, dtype=dtype)
-        self.post_quant_conv = nn.Dense(cfg.latent_channels, dtype=dtype)
+        self.quant_conv = dense(2 * cfg.latent_channels, dtype)
+        self.post_quant_conv = dense(cfg.latent_channels, dtype)
         self.decoder = Decoder(cfg, dtype)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
