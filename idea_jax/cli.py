@@ -3,7 +3,8 @@
 import gc
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from idea_jax import (
     checkpoint,
@@ -46,12 +47,23 @@ INPUT_ERRORS = (
 COLLECT_AFTER = (50_000, 20, 100)
 
 
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Has Python look for unreachable objects rarely: see `COLLECT_AFTER`."""
+    before = gc.get_threshold()
+    gc.set_threshold(*COLLECT_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@rare_collections()
 def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> int:
     """Parses the arguments, runs, prints the paths that `run` returns, and returns the exit code.
 
     0: done; 1: the input or the disk; 2: the arguments; 130 or 143: stopped by SIGINT or SIGTERM.
     """
-    gc.set_threshold(*COLLECT_AFTER)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     # Libraries speak up only when something is wrong; the run's own messages are the program's.
     for name in ("jax", "httpx", "huggingface_hub", "transformers"):

@@ -74,12 +74,12 @@ class Log:
 
 @contextmanager
 def without_torch() -> Iterator[None]:
-    """Hides PyTorch from what is imported within, unless it has been imported already.
+    """Hides PyTorch from the first import of tensorboardX, unless it has been imported already.
 
     tensorboardX imports it where it is installed, for the type of an annotation: a second or more
     of every start.
     """
-    is_hidden = "torch" not in sys.modules
+    is_hidden = sys.modules.keys().isdisjoint(("torch", "tensorboardX"))
     if is_hidden:
         sys.modules["torch"] = None
     try:

@@ -1,6 +1,7 @@
 """Learning people: photos in, identity files out."""
 
 import functools
+import gc
 import hashlib
 import logging
 import shutil
@@ -405,10 +406,13 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     with tqdm(total=len(own), initial=done, desc="people", unit="person", disable=None) as bar:
         waiting = deque(todo)
         while waiting:
-            train_group(work, board, everybody, waiting, work.layout.places, bar)
+            failed = train_group(work, board, everybody, waiting, work.layout.places, bar)
+            if failed:  # the tracebacks of their errors hold the frames, and these all arrays
+                gc.collect()
         for name in [name for name in own if board.records[name].status == "failed"]:
             log.warning("once more, alone: %s", name)
             train_group(work, board, everybody, deque([name]), 1, bar)
+            gc.collect()
     devices.await_others(meanwhile=board.publish)
     board.publish()
     mine = [board.records[name] for name in (*own, *gone)]
@@ -429,14 +433,17 @@ def train_group(
     waiting: deque[str],
     size: int,
     bar: tqdm,
-) -> None:
+) -> bool:
     """Takes up to `size` people whose photos can be used from `waiting` and trains them together.
+
+    Returns:
+      Whether any of them failed.
 
     Raises:
       Interrupted, WriteError: as `train_many`.
     """
     cfg, out, started = work.cfg, Path(work.cfg.output_dir), time.monotonic()
-    before, learners = {}, []
+    before, learners, failed = {}, [], []
 
     # People of a group are done at the same moment, however long their results take to write.
     end = functools.cache(time.time)
@@ -445,8 +452,9 @@ def train_group(
         return round(before[name] + time.monotonic() - started, 1)
 
     def fail(name, error):
-        log.warning("%s is taken out: %s", name, error)
+        failed.append(name)
         why, now = str(error), time.time()
+        log.warning("%s is taken out: %s", name, why)
         board.note([name], status="failed", why=why, seconds=seconds_of(name), ended=now)
 
     def finish(learner):
@@ -486,7 +494,7 @@ def train_group(
             learners.append(learner)
     board.publish()
     if not learners:
-        return
+        return bool(failed)
     places, pictures = work.layout.places, work.pictures
     calls = work.room, work.step, work.evaluate
     signum = train_together(cfg, work.layout.mesh, places, pictures, *calls, learners, finish)
@@ -500,6 +508,7 @@ def train_group(
     left = [name for name in board.own if board.records[name].status != "done"]
     if signum is not None and left:
         raise Interrupted(signum, f"stopped with {len(left)} people left; the same command goes on")
+    return bool(failed)
 
 
 @contextmanager

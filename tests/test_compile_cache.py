@@ -22,6 +22,7 @@ from skimage import data
 import sample_jax
 import train_jax
 from idea_jax import compile_cache, config, devices, learned_embeds, random_face, sample, train
+from idea_jax.method import anchor, condition
 from idea_jax.models import hub, sd
 
 OPTIONS = (
@@ -141,6 +142,13 @@ def test_programs_keep_what_they_compile_and_use_the_cores(program, module, own,
     assert happened == [("keep", "here"), ("cores", hub.local_folder("mini")), "run"]
 
 
+def compiled_names(caplog):
+    """What JAX has compiled since the log was cleared, in order."""
+    line = re.compile(r"Finished XLA compilation of jit\((.+?)\) in")
+    found = (line.match(message) for message in caplog.messages)
+    return [name[1] for name in found if name]
+
+
 def learning(checkpoint, photos, out, settings):
     arguments = ["--pretrained_model_name_or_path", checkpoint, "--train_data_dir", photos]
     arguments += ["--output_dir", out, "--max_train_steps", "2", "--train_batch_size", "2"]
@@ -165,9 +173,7 @@ def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
     )
 
     def names():
-        line = re.compile(r"Finished XLA compilation of jit\((\w+)\)")
-        found = (line.match(message) for message in caplog.messages)
-        return [name[1] for name in found if name]
+        return compiled_names(caplog)
 
     def load_last(*args, **options):
         until = time.monotonic() + 120
@@ -196,6 +202,20 @@ def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
         # Operations that are compiled one by one cost a start seconds, and no cache keeps them.
         assert len(names()) <= 20, names()
     assert len(traced) == 1, "shapes are computed more than once"
+
+
+def test_what_precedes_the_first_step_is_one_program_each(smallest_checkpoint, caplog):
+    model, frozen = sd.load(smallest_checkpoint)
+    key, ids = jax.random.key(0), np.array([5, 6])
+    # Of the words and the enhancer that is not trained, which the paper's profile does without.
+    method = condition.make_method("official")
+    jax.clear_caches()
+    caplog.set_level(logging.DEBUG, "jax._src.dispatch")
+    start = anchor.from_words(model, frozen, ids, bos=1, eos=2)
+    condition.init_given(method, model, key, start, np.ones(512, np.float32))
+    names = compiled_names(caplog)
+    assert names.count("from_words") == names.count("init_enhancer") == 1
+    assert len(names) <= 8, names
 
 
 class Called(Exception):

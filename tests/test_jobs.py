@@ -1,5 +1,6 @@
 """A run for many people: records, what is left to do, and people who fail beside others."""
 
+import gc
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import chaos
 import pytest
@@ -49,19 +51,25 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
 
     for path, whole in zip(photos_of_one, good, strict=True):
         path.write_bytes(whole[:60])
-    begin, broken = train.begin, []
+    begin, broken, followed = train.begin, [], []
 
     def begin_with_a_fault(work, person, *rest):
         learner = begin(work, person, *rest)
         if person.name == "person-02" and not broken:
             broken.append(person.name)
+            followed.append(weakref.ref(learner))
             photos = learner.photos
             learner.photos = photos._replace(mean=photos.mean * float("nan"))
         return learner
 
     monkeypatch.setattr(train, "begin", begin_with_a_fault)
     capsys.readouterr()
-    assert run(root, out) == 1
+    gc.disable()
+    try:
+        assert run(root, out) == 1
+        assert followed[0]() is None, "who failed is kept, with the arrays of their group"
+    finally:
+        gc.enable()
     message = capsys.readouterr().err
     assert message.count("error: ") == 1 and "1 of 4 people failed" in message
     assert "person-01: " in message and "0.png" in message

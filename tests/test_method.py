@@ -27,7 +27,7 @@ def face():
     return vector / np.linalg.norm(vector)
 
 
-def person(method, model, frozen, face, seed=0):
+def person(method, model, face, seed=0):
     start = jax.random.normal(jax.random.key(seed + 100), (method.num_tokens, D))
     key = jax.random.key(seed)
     trainable = condition.init_trainable(method, model, key, start)
@@ -124,7 +124,7 @@ def test_euclidean_is_torch_pairwise_distance():
 def test_fresh_identity_draws_as_plain_tokens(loaded, face, kv):
     _, model, frozen = loaded
     method = condition.make_method("paper", kv=kv)
-    trainable, given = person(method, model, frozen, face)
+    trainable, given = person(method, model, face)
     ids = prompt_ids(model)
     plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
     context = condition.context(method, model, frozen, trainable, given, ids)
@@ -138,7 +138,7 @@ def test_low_rank_delta_equals_the_full_delta_of_its_product(loaded, face):
     _, model, frozen = loaded
     low = condition.make_method("paper", kv="low_rank")
     full = condition.make_method("paper", kv="full")
-    trainable, given = person(low, model, frozen, face)
+    trainable, given = person(low, model, face)
     trainable = perturb(trainable)
     context = condition.context(low, model, frozen, trainable, given, prompt_ids(model))
     product = jax.tree.map(
@@ -157,7 +157,7 @@ def test_low_rank_delta_equals_the_full_delta_of_its_product(loaded, face):
 def test_strength_zero_leaves_the_tokens_alone(loaded, face):
     _, model, frozen = loaded
     method = condition.make_method("paper", kv="low_rank")
-    trainable, given = person(method, model, frozen, face)
+    trainable, given = person(method, model, face)
     trainable = perturb(trainable)
     ids = prompt_ids(model)
     plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
@@ -176,7 +176,7 @@ def test_strength_zero_leaves_the_tokens_alone(loaded, face):
 def test_official_identity_draws_with_the_tokens_alone(loaded, face):
     _, model, frozen = loaded
     method = condition.make_method("official")
-    trainable, given = person(method, model, frozen, face)
+    trainable, given = person(method, model, face)
     trainable = perturb(trainable)
     ids = prompt_ids(model)
     plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
@@ -198,7 +198,7 @@ def together(people, model, frozen, ids, strength=1.0):
 def test_several_people_reduce_to_one(loaded, face, kv):
     _, model, frozen = loaded
     method = condition.make_method("paper", kv=kv)
-    trainable, given = person(method, model, frozen, face)
+    trainable, given = person(method, model, face)
     one = method, perturb(trainable), given
     V = model.text.vocab_size
     ids = prompt_ids(model)
@@ -227,7 +227,7 @@ def test_each_person_acts_at_their_own_tokens_and_all_at_the_others(loaded, face
     np.testing.assert_array_equal(shares.sum(axis=0), 1)
     people = []
     for seed in (0, 1):
-        trainable, given = person(method, model, frozen, face, seed)
+        trainable, given = person(method, model, face, seed)
         people.append((method, perturb(trainable, seed), given))
     kv = together(people, model, frozen, ids)
     # The second person's K/V delta changes nothing where the first one's tokens stand.
@@ -250,8 +250,8 @@ def test_people_whose_tokens_draw_alone_stand_beside_others(loaded, face):
     V = model.text.vocab_size
     ids = prompt_ids(model)[:1]
     ids[:, 10:13] = [V + 2, V + 3, V + 4]
-    one, given = person(paper, model, frozen, face)
-    other, constants = person(plain, model, frozen, face, 1)
+    one, given = person(paper, model, face)
+    other, constants = person(plain, model, face, 1)
     people = [(paper, perturb(one), given), (plain, other, constants)]
     silent = together(people, model, frozen, ids, strength=0.0)
     tokens = jnp.concatenate([people[0][1]["pseudo_tokens"], other["pseudo_tokens"]])
@@ -269,7 +269,7 @@ def test_people_whose_tokens_draw_alone_stand_beside_others(loaded, face):
 def test_face_reaches_the_condition(loaded, face):
     _, model, frozen = loaded
     method = condition.make_method("paper", kv="none")
-    trainable, given = person(method, model, frozen, face)
+    trainable, given = person(method, model, face)
     trainable = perturb(trainable)
     other = given | {"id_embed": -given["id_embed"]}
     ids = prompt_ids(model)
@@ -289,7 +289,7 @@ def test_profiles_train_what_the_table_says(loaded, face):
     for profile, parts in expected.items():
         kv = "low_rank" if profile == "paper" else "none"
         method = condition.make_method(profile, kv=kv)
-        trainable, _ = person(method, model, frozen, face)
+        trainable, _ = person(method, model, face)
         assert set(trainable) == set(method.parts()) == parts
 
 

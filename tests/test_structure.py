@@ -32,7 +32,7 @@ def sd21():
     return model, sd.shapes(model)
 
 
-def person_of(model, cross_kv, kv):
+def person_of(model, kv):
     """A train step and the shapes of its arguments but for the frozen weights."""
     method = condition.make_method("paper", kv=kv, reg_weight=8e-4)
     rates = dict.fromkeys(method.parts(), 1e-3)
@@ -133,7 +133,7 @@ def test_full_size_train_step_needs_exactly_the_known_flops(sd21, kv, expected):
     one array for all people.
     """
     model, shapes = sd21
-    step, state, batch = person_of(model, shapes.cross_kv, kv)
+    step, state, batch = person_of(model, kv)
     counted = flops.needed(step, shapes, state, batch) / GIGA
     np.testing.assert_allclose(counted, expected, rtol=1e-3)
 
@@ -154,7 +154,7 @@ def tiny():
 
 def test_train_step_reads_every_network_but_the_autoencoder(tiny):
     model, shapes = tiny
-    step, state, batch = person_of(model, shapes.cross_kv, "low_rank")
+    step, state, batch = person_of(model, "low_rank")
     used = reads(step, shapes, state, batch)
     for tree, expected in (("text", True), ("unet", True), ("cross_kv", True), ("vae", False)):
         assert set(jax.tree.leaves(getattr(used, tree))) == {expected}, tree
