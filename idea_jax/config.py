@@ -403,7 +403,7 @@ class SampleConfig:
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
     preset: str | None = setting(
-        None, f"a better sampler with fewer steps{PRESET}", choices=("fast",)
+        None, f"a better sampler with fewer steps, some unguided{PRESET}", choices=("fast",)
     )
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
@@ -558,7 +558,13 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
 # the preset itself. What each costs and gains: docs/performance.md.
 PRESETS: dict[type, dict[str, dict]] = {
     TrainConfig: {"fast": {"early_stopping": 2}},
-    SampleConfig: {"fast": {"scheduler": "dpmpp_2m", "num_inference_steps": 20}},
+    SampleConfig: {
+        "fast": {
+            "scheduler": "dpmpp_2m",
+            "num_inference_steps": 20,
+            "guidance_interval": (0.2, 0.9),
+        }
+    },
 }
 
 
@@ -595,7 +601,10 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
             raise ConfigError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
         # It is as strong as the place where it stands: as a flag it wins over the file.
         stronger = flags if "preset" in flags else {**file_values, **flags}
-        given = {**given, **{n: v for n, v in presets[preset].items() if n not in stronger}}
+        chosen = {n: v for n, v in presets[preset].items() if n not in stronger}
+        if given.get("guidance_scale") == 1:  # then there is no guidance to confine
+            chosen.pop("guidance_interval", None)
+        given = {**given, **chosen}
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
 
 

@@ -194,6 +194,10 @@ def test_preset_gives_defaults_that_flags_override():
     fast = [*SAMPLE, "--preset", "fast"]
     cfg = parse(SampleConfig, fast)
     assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 20)
+    assert cfg.guidance_interval == [0.2, 0.9]
+    assert parse(SampleConfig, [*fast, "--guidance_scale", "1"]).guidance_interval is None
+    everywhere = parse(SampleConfig, [*fast, "--guidance_interval", "0", "1"])
+    assert everywhere.guidance_interval == [0.0, 1.0]
     own = parse(SampleConfig, [*fast, "--num_inference_steps", "8"])
     assert (own.scheduler, own.num_inference_steps) == ("dpmpp_2m", 8)
     assert parse(SampleConfig, SAMPLE).num_inference_steps == 50
