@@ -403,16 +403,19 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
         *(cfg.max_train_steps, cfg.train_batch_size, work.method.profile),
     )
     done = len(own) - len(todo)
+
+    def train(names, places):
+        # The traceback of a failure holds the group's frames, and these all of its arrays.
+        if train_group(work, board, everybody, names, places, bar):
+            gc.collect()
+
     with tqdm(total=len(own), initial=done, desc="people", unit="person", disable=None) as bar:
         waiting = deque(todo)
         while waiting:
-            failed = train_group(work, board, everybody, waiting, work.layout.places, bar)
-            if failed:  # the tracebacks of their errors hold the frames, and these all arrays
-                gc.collect()
+            train(waiting, work.layout.places)
         for name in [name for name in own if board.records[name].status == "failed"]:
             log.warning("once more, alone: %s", name)
-            train_group(work, board, everybody, deque([name]), 1, bar)
-            gc.collect()
+            train(deque([name]), 1)
     devices.await_others(meanwhile=board.publish)
     board.publish()
     mine = [board.records[name] for name in (*own, *gone)]

@@ -120,7 +120,7 @@ def init_trainable(
         if method.train_enhancer:
             trainable["enhancer"] = init_enhancer(method, model, key)
     if method.kv != "none":
-        trainable["kv"] = init_kv(method, cross_kv_shapes(model.unet), stream(key, "kv"))
+        trainable["kv"] = init_kv(method, model, stream(key, "kv"))
     return trainable
 
 
@@ -132,14 +132,14 @@ def init_enhancer(method: Method, model: sd.StableDiffusion, key: jax.Array) -> 
     return enhancer.init(stream(key, "enhancer"), jnp.zeros(512), anchor)["params"]
 
 
-def init_kv(method: Method, cross_kv: dict, key: jax.Array) -> dict:
-    """K/V deltas that start at zero effect, in the structure of `Frozen.cross_kv` (or its shapes).
+def init_kv(method: Method, model: sd.StableDiffusion, key: jax.Array) -> dict:
+    """K/V deltas that start at zero effect, in the structure of `Frozen.cross_kv`.
 
     A full delta is a zero kernel. A low-rank one is {"down": [D, r], "up": [r, inner]} with a
     random down and a zero up, so that the gradient of `up` is alive at the first step (LoRA,
     arXiv 2106.09685, section 4.1).
     """
-    paths, structure = jax.tree.flatten(cross_kv)
+    kernels, structure = jax.tree.flatten(cross_kv_shapes(model.unet))
 
     def delta(index, kernel):
         D, inner = kernel.shape
@@ -148,7 +148,7 @@ def init_kv(method: Method, cross_kv: dict, key: jax.Array) -> dict:
         down = jax.random.normal(jax.random.fold_in(key, index), (D, method.kv_rank))
         return {"down": down / math.sqrt(D), "up": jnp.zeros((method.kv_rank, inner))}
 
-    return jax.tree.unflatten(structure, [delta(i, kernel) for i, kernel in enumerate(paths)])
+    return jax.tree.unflatten(structure, [delta(i, kernel) for i, kernel in enumerate(kernels)])
 
 
 def init_given(
