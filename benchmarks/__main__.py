@@ -11,15 +11,18 @@ ratio within the spread counts as "equal".
 The first call of each, which compiles, is timed apart, while no other stack computes. Whole jobs
 (process start to identity file to pictures) come last.
 
-Writes WORKLOAD-DEVICE.json, .md and .svg into --out; they are written anew after each part, so that
-a run that is cut off leaves what it has measured.
+Writes WORKLOAD-DEVICE.json, .md and .svg (or --name) into --out; they are written anew after each
+part, so that a run that is cut off leaves what it has measured. A run in which this project could
+not be measured at all writes nothing.
 """
 
 import argparse
 import contextlib
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,7 @@ import numpy as np
 from benchmarks import jobs, report
 from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, drawing, read
 from benchmarks.worker import StackError, Worker
+from idea_jax.files import WriteError, check_writable
 
 STACKS = ("jax", "published", "eager", "compiled")
 PARTS = ("train", "sampling", "people", "ablations", "kernels", "convolutions")
@@ -53,15 +57,25 @@ class InputsError(ValueError):
     """The folder of inputs holds those of another workload."""
 
 
+class DeviceError(ValueError):
+    """The device that is asked for is not there."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
     workload = WORKLOADS[args.workload, args.device]
     repeats = args.repeats or workload.repeats
-    name_of_report = f"{args.workload}-{args.device}"
+    name_of_report = args.name or f"{args.workload}-{args.device}"
     mode = args.torch_compile or MODES[args.device]
-    result = {"workload": args.workload, "device": args.device, "machine": machine()}
     out = Path(args.out)
+    try:
+        check_writable(out)
+        check_device(args.device)
+    except (WriteError, DeviceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    result = {"workload": args.workload, "device": args.device, "machine": machine()}
     with tempfile.TemporaryDirectory(prefix="idea-jax-bench-") as scratch:
         folder = Path(args.inputs or scratch).resolve()
         try:
@@ -118,8 +132,9 @@ def main(argv: list[str] | None = None) -> int:
                 report.write(out, name_of_report, result)
         except StackError as error:  # of this project: there is nothing to compare the others with
             failed["jax"] = str(error)
-            report.write(out, name_of_report, result)
-        except KeyboardInterrupt:
+            if "times" in result:
+                report.write(out, name_of_report, result)
+        except (KeyboardInterrupt, SystemExit):
             for stack in stacks.values():
                 stack.kill()
             raise
@@ -133,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
                 folder, args.device, those, args.jobs, mode, variables, failed
             )
             report.write(out, name_of_report, result)
-    print((out / f"{name_of_report}.md").read_text())
+    if {"times", "inside", "flops"} & result.keys():
+        print((out / f"{name_of_report}.md").read_text())
     for name, reason in failed.items():
         print(f"error: {name}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
     return int(bool(failed))
@@ -161,7 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ablations",
         nargs="+",
-        choices=tuple(ABLATIONS),
+        choices=tuple({name: None for own in ABLATIONS.values() for name in own}),
         help="measures that the part ablations takes back (default: all that there are)",
     )
     parser.add_argument(
@@ -196,7 +212,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the results (default: %(default)s; those of the documentation are in "
         "benchmarks/results)",
     )
+    parser.add_argument(
+        "--name",
+        help="name of the report's files, for one that should not replace that of another run "
+        "(default: WORKLOAD-DEVICE)",
+    )
     args = parser.parse_args(argv)
+    if args.name is not None and not re.fullmatch(r"\w[\w.-]*", args.name):
+        parser.error(f"--name must be letters, digits, dots and dashes, got {args.name!r}")
     refuse_unread(parser, args)
     if "jax" not in args.stacks:
         parser.error("--stacks must hold jax: the others are compared with it")
@@ -213,11 +236,10 @@ def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
     Raises: SystemExit, from argparse.
     """
-    on_gpu = args.device == "gpu"
     measured = WORKLOADS[args.workload, args.device].ablations
     possible = {
         "parts": PARTS if measured else ("train", "sampling"),
-        "ablations": [x for x in ABLATIONS if on_gpu or x not in ("flash", "bfloat16")],
+        "ablations": list(ABLATIONS[args.device]),
     }
     for flag, values in possible.items():
         if unknown := [x for x in getattr(args, flag) or () if x not in values]:
@@ -267,6 +289,18 @@ def positive_seconds(text: str) -> float:
     if not 0 < value <= threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return value
+
+
+def check_device(device: str) -> None:
+    """Raises DeviceError if JAX has no such device, before anything is written for it."""
+    if device == "cpu":
+        return
+    look = "import jax; jax.devices()"
+    variables = {**os.environ, **environment(device)}
+    seen = subprocess.run([sys.executable, "-c", look], env=variables, capture_output=True)
+    if seen.returncode:
+        (*_, last) = seen.stderr.decode(errors="replace").strip().splitlines() or ["no reason told"]
+        raise DeviceError(f"--device {device}: JAX finds no NVIDIA GPU here: {last}")
 
 
 def machine() -> dict:
@@ -599,13 +633,14 @@ def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
         "best": ("train_time", plain),
         **{
             name: ("ablated_time", sizes | {"without": name})
-            for name in ("calls", "moments", "trainables")
+            for name in ("calls", "cores", "moments", "trainables")
         },
     }
     exact = {"attention": "xla", "compute_dtype": "float32"}
     variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
     variants["bfloat16"] = ("train_time", plain | {"changes": exact})
-    needed = {"best", *args.ablations, *(ABLATIONS[name] for name in args.ablations)}
+    compared_with = ABLATIONS[args.device]
+    needed = {"best", *args.ablations, *(compared_with[name] for name in args.ablations)}
     what = "a step without one of the measures"
     return {what: {name: ("jax", *v) for name, v in variants.items() if name in needed}}
 
@@ -658,4 +693,6 @@ def beside(stack: Worker, call: str, arguments: dict, result: dict, failed: dict
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does it: the stacks end, and the folder of inputs goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

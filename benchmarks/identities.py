@@ -23,6 +23,8 @@ import subprocess
 import sys
 import time
 
+from benchmarks.__main__ import positive
+
 STEPS = 320  # of a person, from which people/hour is computed; nothing else of a run is in it
 
 
@@ -127,14 +129,19 @@ def measure(args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="mini", choices=("mini", "tiny", "demo", "sd21"))
-    parser.add_argument("--people", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--data", type=int, default=1)
+    parser.add_argument("--people", type=positive, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--devices", type=positive, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--data", type=positive, default=1)
     parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--attention", default="auto", choices=("auto", "xla", "cudnn", "splash"))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=positive, default=8)
+    parser.add_argument("--repeats", type=positive, default=5)
     args = parser.parse_args()
+    if not any(count % args.data == 0 for count in args.devices):
+        parser.error(
+            f"--data {args.data} divides none of --devices {' '.join(map(str, args.devices))}"
+        )
+    args.devices = [count for count in args.devices if count % args.data == 0]
     if len(args.devices) == 1:
         # Read by the CPU backend alone, and only if it is set before JAX starts.
         flag = f"--xla_force_host_platform_device_count={args.devices[0]}"
@@ -142,8 +149,6 @@ def main() -> int:
         measure(args)
         return 0
     for count in args.devices:
-        if count % args.data:
-            continue
         # The last one counts.
         flags = [*sys.argv[1:], "--devices", str(count)]
         done = subprocess.run([sys.executable, "-m", "benchmarks.identities", *flags])

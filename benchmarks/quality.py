@@ -1,20 +1,25 @@
 """What faster settings of the sampler cost in quality, on the mini's drawn world.
 
-    python -m benchmarks.quality [--people N] [--each N]
+    python -m benchmarks.quality [--people N] [--each N] [--json FILE]
 
 Named people of the mini are drawn in the prompts of `captions.PROMPTS` with each setting, from the
 same noise. Likeness is the cosine with true drawings of the person, by the recogniser that nothing
-was trained with; what the prompt asked for is read by the judge. Prints a Markdown table; times are
-of this machine, the ratios are what counts.
+was trained with; what the prompt asked for is read by the judge. Errors are standard errors over
+people, whose pictures are alike. Prints a Markdown table; times are of this machine, the ratios are
+what counts.
 """
 
 import argparse
+import json
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from idea_jax import sample
+from benchmarks.__main__ import positive
+from idea_jax import checkpoint, sample
+from idea_jax.files import atomic_write
 from idea_jax.mini import captions, drawings, people, quality
 from idea_jax.pytrees import stream
 
@@ -34,11 +39,8 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
-    parser.add_argument("--people", type=int, default=24)
-    parser.add_argument("--each", type=int, default=8, help="pictures of each person")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     mini = quality.load()
     scoring = mini.scoring()
     chosen = np.arange(args.people) * (people.NAMES // args.people)
@@ -48,20 +50,44 @@ def main() -> None:
     likeness_to /= np.linalg.norm(likeness_to, axis=1, keepdims=True)
     print("| setting | seconds a picture | against the first | likeness | prompt kept |")
     print("|---|---|---|---|---|")
-    first = None
+    about = {"people": args.people, "each": args.each, "guidance_scale": quality.GUIDANCE}
+    result = {**about, "versions": checkpoint.versions(), "settings": {}}
     for name, settings in SETTINGS.items():
-        likeness, kept, seconds = measure(mini, scoring, chosen, likeness_to, args.each, settings)
-        first = first or seconds
-        error = np.std(likeness) / np.sqrt(len(likeness))
+        found = measure(mini, scoring, chosen, likeness_to, args.each, settings)
+        result["settings"][name] = found
+        (first, *_) = result["settings"].values()
         print(
-            f"| {name} | {seconds:.3f} | {first / seconds:.2f} x | {np.mean(likeness):.3f} "
-            f"± {error:.3f} | {np.mean(kept):.1%} of {len(kept)} |",
+            f"| {name} | {found['seconds']:.3f} | {first['seconds'] / found['seconds']:.2f} x | "
+            f"{found['likeness']:.3f} ± {found['likeness_error']:.3f} | "
+            f"{found['kept']:.1%} ± {found['kept_error']:.1%} |",
             flush=True,
         )
+    if args.json:
+        with atomic_write(args.json) as path:
+            path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--people", type=positive, default=24, help=f"2 to {people.NAMES} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--each", type=positive, default=8, help="pictures of each (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    args = parser.parse_args(argv)
+    if not 2 <= args.people <= people.NAMES:
+        # The first drawing of a setting compiles, and does not count.
+        parser.error(f"--people must lie between 2 and {people.NAMES}, got {args.people}")
+    return args
 
 
 def measure(mini, scoring, chosen, likeness_to, each, settings):
-    """Likeness of every picture, whether each thing asked for is there, seconds a picture."""
+    """Means over people of likeness and of the share of what prompts ask for that is there, with
+    their standard errors, and seconds a picture."""
     likeness, kept, times = [], [], []
     for number, person in enumerate(chosen):
         prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
@@ -80,11 +106,14 @@ def measure(mini, scoring, chosen, likeness_to, each, settings):
             **settings,
         )
         times.append(time.perf_counter() - started)
-        likeness.extend(quality.embed(scoring, pictures) @ likeness_to[number])
+        likeness.append(np.mean(quality.embed(scoring, pictures) @ likeness_to[number]))
         seen = quality.read_scenes(mini.folder, pictures)
-        for hits in quality.kept(prompt.asks, seen).values():
-            kept.extend(hits)
-    return likeness, kept, min(times[1:]) / each
+        kept.append(np.mean(list(quality.kept(prompt.asks, seen).values())))
+    found = {"seconds": min(times[1:]) / each}
+    for name, values in (("likeness", likeness), ("kept", kept)):
+        found[name] = float(np.mean(values))
+        found[f"{name}_error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    return found
 
 
 if __name__ == "__main__":

@@ -51,6 +51,14 @@ class Measurements:
         return found
 
 
+def verdict(mine: dict, theirs: dict) -> str:
+    """`ratio` as text; a single measurement has no spread that could tell what is equal."""
+    times, is_clear = ratio(mine, theirs)
+    if min(mine["count"], theirs["count"]) < 2:
+        return f"{times:.2f} x (of one measurement)"
+    return f"{times:.2f} x" + ("" if is_clear else " (equal: within the spread)")
+
+
 def ratio(mine: dict, theirs: dict) -> tuple[float, bool]:
     """How many times faster, by the minima, and whether that is more than the spread."""
     times = theirs["min"] / mine["min"]
@@ -62,16 +70,15 @@ def markdown(result: dict) -> str:
     lines = [f"# {result['workload']} on {result['device']}", "", *about(result), ""]
     if "times" in result:
         lines += [FIRST.format(COMPARED_STEPS), ""]
-    lines += ["| what | stack | min | median | spread | first call | this project is |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    if "times" in result:
+        lines += ["| what | stack | min | median | spread | first call | this project is |"]
+        lines += ["|---|---|---|---|---|---|---|"]
     for what, row in result.get("times", {}).items():
         stacks = row["stacks"]
         for name, values in stacks.items():
-            verdict = ""
-            if name != "jax" and "jax" in stacks:
-                times, is_clear = ratio(stacks["jax"], values)
-                verdict = f"{times:.2f} x" + ("" if is_clear else " (equal: within the spread)")
-            lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {verdict} |")
+            compared = name != "jax" and "jax" in stacks
+            told = verdict(stacks["jax"], values) if compared else ""
+            lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {told} |")
     lines += ["", *further(result)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -121,21 +128,18 @@ def further(result: dict) -> list[str]:
         lines += ["|---|---|---|---|---|---|"]
         for what, row in result["inside"].items():
             for name, values in row["stacks"].items():
-                plain = row["stacks"].get(ABLATIONS.get(name))
-                verdict = ""
-                if plain:
-                    times, is_clear = ratio(plain, values)
-                    verdict = f"{times:.2f} x of {ABLATIONS[name]}"
-                    verdict += "" if is_clear else " (equal: within the spread)"
+                base = ABLATIONS[result["device"]].get(name)
+                plain = row["stacks"].get(base)
+                told = f"against {base}: {verdict(plain, values)}" if plain else ""
                 # The first is a block's of compiled steps in one row, of compiling in another.
                 shown = cells(values, row["unit"], has_first=False)
-                lines.append(f"| {what} | {name} | {shown} | {verdict} |")
+                lines.append(f"| {what} | {name} | {shown} | {told} |")
         lines.append("")
     if "kernels" in result:
-        lines += ["Operations that take most of a step:", ""]
+        lines += ["## Operations that take most of a step", ""]
         lines += [f"* `{name}` {share:.1%}" for name, share in result["kernels"]] + [""]
     if "convolutions" in result:
-        lines += ["Convolutions of the UNet alone, those that take most first:", ""]
+        lines += ["## Convolutions of the UNet alone, those that take most first", ""]
         lines += ["| image | kernel | times | NHWC | NCHW |", "|---|---|---|---|---|"]
         for one in result["convolutions"][:10]:
             shapes = " | ".join("x".join(map(str, one[key])) for key in ("image", "kernel"))

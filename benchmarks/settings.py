@@ -10,14 +10,18 @@ RATE, REG_WEIGHT, WEIGHT_DECAY, EPSILON, BETA = 1e-3, 8e-4, 1e-2, 1e-7, 0.4
 GUIDANCE = 7.5
 DECODED = 8  # pictures that are decoded at once, what `sample.DECODED` is
 RANK = 4  # of the low-rank deltas of keys and values
-# Measures that are taken back one at a time, and what the time without each is compared with: each
-# step of "moments" and "trainables" is also a call of its own, and float32 has no flash attention.
+# Measures that are taken back one at a time, by device, and what the time without each is compared
+# with: each step of "moments" and "trainables" is also a call of its own, on one device, and there
+# is no flash attention in float32. On a CPU a step is one call anyway, and cores are devices.
 ABLATIONS = {
-    "calls": "best",
-    "moments": "calls",
-    "trainables": "calls",
-    "flash": "best",
-    "bfloat16": "flash",
+    "cpu": {"cores": "best", "moments": "cores", "trainables": "cores"},
+    "gpu": {
+        "calls": "best",
+        "moments": "calls",
+        "trainables": "calls",
+        "flash": "best",
+        "bfloat16": "flash",
+    },
 }
 
 

@@ -120,14 +120,15 @@ class Stack:
 
         Args:
           without: "moments" (the VAE encodes in every step), "trainables" (the gradient of the
-            whole UNet is taken and clipped with the rest, as a masked optimiser does) or "calls":
-            nothing but that each step is a call of its own, on one device.
+            whole UNet is taken and clipped with the rest, as a masked optimiser does), "calls" or
+            "cores": nothing but that each step is a call of its own, on one device.
         """
         kind = (without, batch)
         if kind not in self.compiled:
             method, optimizer, state = self.person("paper")
             make = {
                 "calls": self.plain_step,
+                "cores": self.plain_step,
                 "moments": self.encoding_step,
                 "trainables": self.whole_gradient_step,
             }[without]

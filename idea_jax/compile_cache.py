@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 * 2**30  # the programs used longest ago are removed beyond this
+LOCK_SECONDS = 5  # to wait for who writes to the folder
 MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
 
 
@@ -40,7 +42,7 @@ def use(folder: str | None) -> None:
     if folder is None and jax.config.jax_compilation_cache_dir:
         return
     try:
-        path = Path(folder) if folder is not None else user_folder()
+        path = Path(folder).expanduser() if folder is not None else user_folder()
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "cannot be written", str(path))
@@ -52,8 +54,30 @@ def use(folder: str | None) -> None:
     except RuntimeError as error:  # a user without a home, as in some containers
         log.warning("compiled programs are not kept: %s; --compile_cache names a folder", error)
         return
+    remove_unfinished(path)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Deletes the programs that a process had not finished writing when it was killed or the disk
+    was full, and those of no bytes.
+
+    JAX never does: it would find each of them broken in every run, compile it, and not write it
+    again, as there is a file of that name. One without its time of use, which JAX writes last,
+    would even keep it from writing any other.
+    """
+    suffix, time_of_use = "-cache", "-atime"
+    try:
+        # JAX's own lock: whoever is writing now has not written the time of use either.
+        with FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
+            for path in folder.glob(f"*{suffix}"):
+                used = path.with_name(path.name.removesuffix(suffix) + time_of_use)
+                if not used.is_file() or not path.stat().st_size:
+                    path.unlink()
+                    used.unlink(missing_ok=True)
+    except (OSError, Timeout) as error:
+        log.debug("not looked for unfinished programs: %s", error)
 
 
 @contextmanager

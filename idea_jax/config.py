@@ -280,6 +280,7 @@ class TrainConfig:
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
         not_negative(self, "kv_learning_rate", "beta", "early_stopping")
         check_seed(self.seed)
+        check_compile_cache(self.compile_cache)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -435,6 +436,7 @@ class SampleConfig:
         positive(self, "height", "width")
         not_negative(self, "guidance_scale", "id_strength", "eta")
         check_seed(self.seed)
+        check_compile_cache(self.compile_cache)
         if (self.identity is None) == (self.learned_embedding_path is None):
             raise ConfigError("give exactly one of --identity and --learned_embedding_path")
         if (self.prompt is None) == (self.prompt_file is None):
@@ -506,6 +508,12 @@ def check_seed(seed: int) -> None:
     """Raises unless a seed fits the 32 bits that random keys are made from."""
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed must lie between 0 and {2**32 - 1}, got {seed}")
+
+
+def check_compile_cache(folder: str | None) -> None:
+    """Raises if a folder of compiled programs has no name, or one that was hardly meant as such."""
+    if folder is not None and (not folder.strip() or (folder.lower() == "off" and folder != "off")):
+        raise ConfigError(f"compile_cache must be a folder, or off, got {folder!r}")
 
 
 def parse(cls: type, argv: Sequence[str], **about: str) -> object:

@@ -20,6 +20,7 @@ from idea_jax import checkpoint, compile_cache, learned_embeds
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
+from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.files import atomic_write, check_writable, file_digest, slug, write_together
 from idea_jax.method import condition
 from idea_jax.models import flash, hub, sd
@@ -533,6 +534,20 @@ def picture_size(
     return size
 
 
+def check_guidance(cfg: SampleConfig, schedule: ScheduleConfig) -> None:
+    """Raises ConfigError if guidance is asked for, in an interval that no step lies in."""
+    if cfg.guidance_interval is None or cfg.guidance_scale == 1:
+        return
+    visited = samplers.visited_timesteps(cfg.scheduler, schedule, cfg.num_inference_steps)
+    if not np.any(samplers.lies_between(visited, cfg.guidance_interval, schedule)):
+        low, high = cfg.guidance_interval
+        raise ConfigError(
+            f"no step of --num_inference_steps {cfg.num_inference_steps} lies within "
+            f"--guidance_interval {low} {high}, so that nothing would be guided: widen it (0 1 is "
+            "everywhere), or take --guidance_scale 1"
+        )
+
+
 def run(cfg: SampleConfig) -> list[Path]:
     """Draws every prompt of a run; returns the folders written, one per prompt and person."""
     prompts = read_prompts(cfg)
@@ -550,6 +565,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
     model = replace(sd.read_configs(found.folder, compute_dtype), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
+    check_guidance(cfg, model.schedule)
     plain = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )

@@ -1,8 +1,11 @@
 """The benchmark: what it makes of measurements, and that all stacks compute the same."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +18,17 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import jobs, report, settings, stack_jax, stack_torch, torch_job, workloads
+from benchmarks import (
+    identities,
+    jobs,
+    quality,
+    report,
+    settings,
+    stack_jax,
+    stack_torch,
+    torch_job,
+    workloads,
+)
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 from idea_jax import config
@@ -60,6 +73,11 @@ def test_ratio_within_the_spread_is_called_equal():
     assert report.ratio(steady["jax"], steady["eager"]) == (2.0, True)
     noisy = measured(jax=[0, 10, 14], eager=[0, 11, 15])["a step"]["stacks"]
     assert report.ratio(noisy["jax"], noisy["eager"]) == (1.1, False)
+
+
+def test_ratio_of_single_measurements_is_told_as_such():
+    told = report.markdown(result_of(times=measured(jax=[0, 10], eager=[0, 20])))
+    assert "| 2.00 x (of one measurement) |" in told
 
 
 def test_report_holds_every_stack_with_its_ratio(tmp_path):
@@ -112,7 +130,7 @@ def test_whole_jobs_are_reported_with_their_first_and_what_is_inside_without(tmp
     assert "| both | jax | 20 ms | 20 ms | 0% | 700 ms |" in told
     assert "| people in one step: 1 | jax | 10 ms | 10 ms | 0% |  |" in told
     rows = [line for line in told.splitlines() if line.startswith("|")]
-    for header, rule, *row in (rows[:2], rows[2:5], rows[5:]):
+    for header, rule, *row in (rows[:3], rows[3:]):
         assert {line.count("|") for line in (header, rule, *row)} == {header.count("|")}
 
 
@@ -122,12 +140,14 @@ def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
     assert list(row) == ["best", "calls", "moments", "flash", "bfloat16"]
     result = result_of(
         device="gpu",
-        inside=measured(best=[0, 10], calls=[0, 11], flash=[0, 20], bfloat16=[0, 60]),
+        inside=measured(
+            best=[0, 10, 10], calls=[0, 11, 11], flash=[0, 20, 20], bfloat16=[0, 60, 60]
+        ),
     )
     told = report.markdown(result)
     assert "| best | 10 ms | 10 ms | 0% |  |" in told
-    assert "| calls | 11 ms | 11 ms | 0% | 1.10 x of best |" in told
-    assert "| bfloat16 | 60 ms | 60 ms | 0% | 3.00 x of flash |" in told
+    assert "| calls | 11 ms | 11 ms | 0% | against best: 1.10 x |" in told
+    assert "| bfloat16 | 60 ms | 60 ms | 0% | against flash: 3.00 x |" in told
 
 
 def test_machine_is_busy_by_what_others_compute_now_on_the_cores_of_this_process(
@@ -154,7 +174,7 @@ def test_machine_is_busy_by_what_others_compute_now_on_the_cores_of_this_process
     [
         ("--ablations flash", "--ablations flash: not measured with --workload mini --device cpu"),
         ("--workload sd21 --parts train people", "--parts people: not measured with"),
-        ("--workload sd21 --ablations calls", "--ablations is for --parts ablations"),
+        ("--workload sd21 --ablations cores", "--ablations is for --parts ablations"),
         ("--parts train --people 2", "--people is for --parts people"),
         ("--stacks jax eager --torch_compile default", "is for --stacks compiled"),
         ("--stacks jax --patience 1 1", "--patience is for PyTorch's --stacks"),
@@ -168,6 +188,7 @@ def test_machine_is_busy_by_what_others_compute_now_on_the_cores_of_this_process
         ("--stacks jax eager --parts kernels", "--stacks eager: not measured with --parts kernels"),
         ("--parts kernels --repeats 3", "--repeats is for --parts train, sampling, people and"),
         ("--repeats 0", "expected a whole number from 1 on, got '0'"),
+        ("--name ../mini-cpu", "--name must be letters, digits, dots and dashes"),
         ("--stacks eager", "--stacks must hold jax"),
     ],
 )
@@ -180,9 +201,9 @@ def test_flag_that_nothing_would_read_is_refused(flags, told, capsys):
 def test_parts_are_those_that_a_workload_can_measure_and_reports_stay_out_of_the_documentation():
     args = command.parse([])
     assert tuple(args.parts) == command.PARTS and args.out == "outputs/benchmarks"
-    assert args.ablations == ["calls", "moments", "trainables"]
+    assert args.ablations == ["cores", "moments", "trainables"]
     assert command.parse(["--workload", "sd21"]).parts == ("train", "sampling")
-    assert command.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS)
+    assert command.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS["gpu"])
     assert command.parse(["--parts", "kernels"]).parts == ["kernels"]
     lines = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, check=True)
     assert "--out outputs/benchmarks " in lines.stdout.decode()
@@ -242,7 +263,70 @@ def test_inputs_of_another_workload_are_refused(tmp_path, monkeypatch, capsys):
             command.prepare(workload, "cpu", tmp_path)
     flags = ["--workload", "tiny", "--inputs", str(tmp_path), "--out", str(tmp_path / "out")]
     assert command.main([*flags, "--stacks", "jax"]) == 1
-    assert "holds the inputs of" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "holds the inputs of" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_run_without_a_result_of_this_project_leaves_the_report_of_another(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(command, "prepare", lambda *_: {})
+    broken = Instead({"device": {"kind": "cpu"}, "ceiling": StackError("jax: it is gone")})
+    monkeypatch.setattr(command, "start", lambda *_: {"jax": broken})
+    (tmp_path / "tiny-cpu.md").write_text("earlier")
+    flags = ["--workload", "tiny", "--stacks", "jax", "--out", str(tmp_path)]
+    assert command.main(flags) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-cpu.md"]
+    assert (tmp_path / "tiny-cpu.md").read_text() == "earlier"
+    assert "error: jax: jax: it is gone" in capsys.readouterr().err
+
+
+def test_device_and_folder_are_looked_at_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "environment", lambda device: {"JAX_PLATFORMS": "nothing"})
+    assert command.main(["--device", "gpu", "--out", str(tmp_path)]) == 1
+    assert "--device gpu: JAX finds no NVIDIA GPU here" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command.main(["--out", str(tmp_path / "file")]) == 1
+    assert f"cannot write {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_stopped_by_a_signal_it_leaves_no_process_and_no_inputs(tmp_path):
+    flags = ["--workload", "tiny", "--stacks", "jax", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *flags], cwd=ROOT, env=environment
+    ) as run:
+        while not list(tmp_path.glob("idea-jax-bench-*/workload.json")):
+            assert run.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)
+        (folder,) = tmp_path.glob("idea-jax-bench-*")
+        run.terminate()
+        assert run.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("idea-jax-bench-*"))
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            assert str(folder) not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("quality --people 1", "--people must lie between 2 and 1000, got 1"),
+        ("quality --people 1001", "--people must lie between 2 and 1000, got 1001"),
+        ("quality --each 0", "expected a whole number from 1 on, got '0'"),
+        ("identities --people -3", "expected a whole number from 1 on, got '-3'"),
+        ("identities --devices 2 --data 3", "--data 3 divides none of --devices 2"),
+    ],
+)
+def test_sizes_that_measure_nothing_are_refused(flags, told, monkeypatch, capsys):
+    name, *rest = flags.split()
+    module = {"quality": quality, "identities": identities}[name]
+    monkeypatch.setattr(sys, "argv", ["-m", *rest])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert told in capsys.readouterr().err
 
 
 def test_time_is_that_of_a_step_of_one_person_or_of_a_call():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from jax.sharding import SingleDeviceSharding
 from PIL import Image
 from skimage import data
@@ -60,6 +61,12 @@ def test_named_folder_is_made_and_used(tmp_path):
     assert jax.config.jax_compilation_cache_max_size == compile_cache.MAX_BYTES
 
 
+def test_home_in_a_config_file_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    compile_cache.use("~/programs")
+    assert kept_in() == str(tmp_path / "programs")
+
+
 def test_without_a_name_the_folder_given_to_jax_stays_else_it_is_the_users(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
@@ -98,6 +105,38 @@ def test_second_process_takes_the_program_of_the_first(tmp_path):
         for _ in range(2)
     ]
     assert hits[0] == 0 and hits[1] > 0
+
+
+def test_program_that_was_not_written_to_its_end_is_made_again_and_kept(tmp_path):
+    """As after a kill or on a full disk: JAX alone would compile it in every run, and keep none."""
+
+    def found():
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "persistent compilation cache" not in done.stderr
+        return int(done.stdout)
+
+    assert found() == 0
+    whole, kept = found(), next(tmp_path.glob("jit__lambda*-cache"))
+    used = kept.with_name(kept.name.removesuffix("-cache") + "-atime")
+    half = kept.read_bytes()[: kept.stat().st_size // 2]
+    for left, has_time in ((half, False), (b"", True)):
+        kept.write_bytes(left)
+        if not has_time:
+            used.unlink()
+        assert found() == whole - 1  # compiled once more
+        assert used.is_file() and found() == whole
+
+
+def test_programs_in_a_folder_that_somebody_else_writes_to_are_left(tmp_path, monkeypatch):
+    (tmp_path / "one-cache").write_bytes(b"half of a progr")
+    monkeypatch.setattr(compile_cache, "LOCK_SECONDS", 0)
+    with FileLock(tmp_path / ".lockfile"):
+        compile_cache.use(str(tmp_path))
+        assert (tmp_path / "one-cache").is_file() and kept_in() == str(tmp_path)
+    compile_cache.use(str(tmp_path))
+    assert not (tmp_path / "one-cache").exists()
 
 
 def test_user_without_a_home_is_told_that_nothing_is_kept(monkeypatch, caplog):

@@ -168,6 +168,8 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
         (["--negative_prompt", "{} ugly"], "{} can stand in --prompt only"),
         (["--guidance_interval", "0.9", "0.2"], "two numbers from 0 to 1"),
         (["--guidance_interval", "0.5"], "two numbers from 0 to 1"),
+        (["--compile_cache", ""], "must be a folder, or off"),
+        (["--compile_cache", "OFF"], "must be a folder, or off"),
         (["--guidance_interval", "0", "1", "--guidance_scale", "1"], "interval has no effect"),
     ],
 )

@@ -281,6 +281,19 @@ def test_legacy_embeddings_draw_as_the_same_tokens(random_checkpoint, identity, 
         assert difference.max() <= 1
 
 
+@pytest.mark.parametrize("flags", [["--preset", "fast"], ["--guidance_interval", "0.51", "0.52"]])
+def test_guidance_where_no_step_lies_is_refused(
+    random_checkpoint, identity, tmp_path, capsys, flags
+):
+    """It would be none at all, and the negative prompt would not be heard."""
+    file = tmp_path / "identity.safetensors"
+    checkpoint.write_identity(file, identity)
+    one = ["--prompt", "{}", "--negative_prompt", "blurry", "--num_inference_steps", "1", *flags]
+    assert run(random_checkpoint, file, tmp_path / "out", *one) == 1
+    assert "no step of --num_inference_steps 1 lies within" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
+
+
 def test_negative_prompt_that_names_the_person_is_refused(
     random_checkpoint, identity, tmp_path, capsys
 ):

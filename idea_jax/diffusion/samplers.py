@@ -143,14 +143,20 @@ def guided_between(
 
     Source: arXiv 2404.07724, which gives the interval in noise levels.
     """
-    low = math.ceil(interval[0] * cfg.num_train_timesteps)
-    high = math.floor(interval[1] * cfg.num_train_timesteps)
 
     def predict(x, timestep):
-        is_inside = (low <= timestep) & (timestep <= high)
-        return jax.lax.cond(is_inside, guided, plain, x, timestep)
+        return jax.lax.cond(lies_between(timestep, interval, cfg), guided, plain, x, timestep)
 
     return predict
+
+
+def lies_between(
+    timesteps: np.ndarray | jax.Array, interval: tuple[float, float], cfg: ScheduleConfig
+) -> np.ndarray | jax.Array:
+    """Returns which timesteps, int[...], `guided_between` guides: bool[...]."""
+    low = math.ceil(interval[0] * cfg.num_train_timesteps)
+    high = math.floor(interval[1] * cfg.num_train_timesteps)
+    return (low <= timesteps) & (timesteps <= high)
 
 
 def initial_noise(
