@@ -27,7 +27,7 @@ slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
 
 bench: $(VENV)/.installed-test
-	failed=0; for run in "mini --jobs 3" mid; do \
+	failed=0; for run in "mini" "mini --parts kernels --jobs 5 --name mini-cpu-jobs" "mid"; do \
 	  $(BIN)/python -m benchmarks --workload $$run --out $(BENCH_OUT) || failed=1; \
 	done; exit $$failed
 

@@ -172,7 +172,11 @@ def test_people_need_no_collective_and_samples_one_all_reduce(loaded, everybody,
     spread = Program(loaded, everybody, 2, 2, is_sharded=is_sharded)
     text = spread.text()
     # Devices 0, 1 hold the samples of some people, 2, 3 those of the others.
-    (reduce,) = re.findall(r"all-reduce(?:-start)?\(.*", text)
+    ((shapes, reduce),) = re.findall(r"= (.*?) all-reduce(?:-start)?\((.*)", text)
+    # It moves the gradients of what is trained, of half of the people, and three metrics of each.
+    (size,) = re.findall(r"f32\[([\d,]+)\]", shapes)
+    own = pytrees.count(everybody[0][0].trainable)
+    assert math.prod(map(int, size.split(","))) == PLACES // 2 * (own + 3)
     groups = r"replica_groups=(\{\{0,1\},\{2,3\}\}|\[2,2\]<=\[4\])"
     assert re.search(groups, reduce)
     others = re.findall(r"(all-gather|reduce-scatter|all-to-all|collective-permute)\S*\(.*", text)
