@@ -75,7 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     except (WriteError, DeviceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result = {"workload": args.workload, "device": args.device, "machine": machine()}
+    result = {
+        "name": name_of_report,
+        "workload": args.workload,
+        "device": args.device,
+        "machine": machine(),
+    }
     with tempfile.TemporaryDirectory(prefix="idea-jax-bench-") as scratch:
         folder = Path(args.inputs or scratch).resolve()
         try:
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         stacks, alone = {}, report.Measurements()
         failed = result["failed"] = {}
         try:
-            stacks = start(args.stacks, args.device, mode, folder)
+            start(stacks, args.stacks, args.device, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device, failed)
             close_failed(stacks, failed)
@@ -132,8 +137,7 @@ def main(argv: list[str] | None = None) -> int:
                 report.write(out, name_of_report, result)
         except StackError as error:  # of this project: there is nothing to compare the others with
             failed["jax"] = str(error)
-            if "times" in result:
-                report.write(out, name_of_report, result)
+            report.write(out, name_of_report, result)
         except (KeyboardInterrupt, SystemExit):
             for stack in stacks.values():
                 stack.kill()
@@ -148,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 folder, args.device, those, args.jobs, mode, variables, failed
             )
             report.write(out, name_of_report, result)
-    if {"times", "inside", "flops"} & result.keys():
+    if report.holds_something(result):
         print((out / f"{name_of_report}.md").read_text())
     for name, reason in failed.items():
         print(f"error: {name}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
@@ -219,7 +223,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.name is not None and not re.fullmatch(r"\w[\w.-]*", args.name):
-        parser.error(f"--name must be letters, digits, dots and dashes, got {args.name!r}")
+        parser.error(
+            f"--name must be letters, digits, underscores, dots and dashes, got {args.name!r}"
+        )
     refuse_unread(parser, args)
     if "jax" not in args.stacks:
         parser.error("--stacks must hold jax: the others are compared with it")
@@ -391,8 +397,10 @@ def prepare(workload: Workload, device: str, folder: Path) -> dict:
     return vars(workload) | {"dtype": dtype}
 
 
-def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, Worker]:
-    """Starts the stacks, for which no program is compiled yet."""
+def start(
+    stacks: dict[str, Worker], names: list[str], device: str, mode: str, folder: Path
+) -> None:
+    """Starts the stacks, for which no program is compiled yet, and adds each to `stacks`."""
     shutil.rmtree(folder / "inductor", ignore_errors=True)
     variables = environment(device) | {
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
@@ -400,13 +408,11 @@ def start(names: list[str], device: str, mode: str, folder: Path) -> dict[str, W
     }
     dtype = "float32" if device == "cpu" else "bfloat16"
     torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
-    stacks = {}
     for name in names:
         command = ["benchmarks.stack_torch", str(folder), torch_device, name, mode]
         if name == "jax":
             command = ["benchmarks.stack_jax", str(folder), dtype]
         stacks[name] = Worker(name, command, variables)
-    return stacks
 
 
 def ceilings(stacks: dict[str, Worker], device: str, failed: dict[str, str]) -> dict[str, float]:
@@ -692,7 +698,14 @@ def beside(stack: Worker, call: str, arguments: dict, result: dict, failed: dict
         failed[call] = str(error)
 
 
+def end(number: int, _) -> None:
+    """Ends the program as Ctrl-C does: the stacks end, and the folder of inputs goes."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    # As Ctrl-C does it: the stacks end, and the folder of inputs goes.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
     sys.exit(main())

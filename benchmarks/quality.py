@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.__main__ import positive
 from idea_jax import checkpoint, sample
-from idea_jax.files import atomic_write
+from idea_jax.files import atomic_write, check_writable
 from idea_jax.mini import captions, drawings, people, quality
 from idea_jax.pytrees import stream
 
@@ -41,6 +41,8 @@ SETTINGS = {
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.json:
+        check_writable(args.json.parent)
     mini = quality.load()
     scoring = mini.scoring()
     chosen = np.arange(args.people) * (people.NAMES // args.people)

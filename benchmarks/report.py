@@ -51,6 +51,12 @@ class Measurements:
         return found
 
 
+def compared(stacks: dict, name: str) -> str:
+    """`verdict` of this project against another stack, if both are there."""
+    is_other = name != "jax" and "jax" in stacks
+    return verdict(stacks["jax"], stacks[name]) if is_other else ""
+
+
 def verdict(mine: dict, theirs: dict) -> str:
     """`ratio` as text; a single measurement has no spread that could tell what is equal."""
     times, is_clear = ratio(mine, theirs)
@@ -67,19 +73,22 @@ def ratio(mine: dict, theirs: dict) -> tuple[float, bool]:
 
 def markdown(result: dict) -> str:
     """All results as readable text."""
-    lines = [f"# {result['workload']} on {result['device']}", "", *about(result), ""]
+    title = f"# {result['workload']} on {result['device']}"
+    if result.get("name", "") not in ("", f"{result['workload']}-{result['device']}"):
+        title += f": {result['name']}"
+    lines = [title, "", *about(result), ""]
     if "times" in result:
         lines += [FIRST.format(COMPARED_STEPS), ""]
-    if "times" in result:
         lines += ["| what | stack | min | median | spread | first call | this project is |"]
         lines += ["|---|---|---|---|---|---|---|"]
     for what, row in result.get("times", {}).items():
         stacks = row["stacks"]
         for name, values in stacks.items():
-            compared = name != "jax" and "jax" in stacks
-            told = verdict(stacks["jax"], values) if compared else ""
+            told = compared(stacks, name)
             lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {told} |")
-    lines += ["", *further(result)]
+    if "times" in result:
+        lines.append("")
+    lines += further(result)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -147,11 +156,12 @@ def further(result: dict) -> list[str]:
             lines.append(f"| {shapes} | {one['times']} | {spent} |")
         lines.append("")
     if "jobs" in result:
-        lines += ["## Whole jobs", "", "| job | stack | min | median | spread | first |"]
-        lines += ["|---|---|---|---|---|---|"]
+        header = "| job | stack | min | median | spread | first | this project is |"
+        lines += ["## Whole jobs", "", header, "|---|---|---|---|---|---|---|"]
         for what, row in result["jobs"].items():
             for name, values in row["stacks"].items():
-                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} |")
+                told = compared(row["stacks"], name)
+                lines.append(f"| {what} | {name} | {cells(values, row['unit'])} | {told} |")
     return lines
 
 
@@ -207,8 +217,17 @@ def plot(result: dict) -> str:
     )
 
 
+def holds_something(result: dict) -> bool:
+    """Whether anything was measured."""
+    kinds = ("times", "inside", "kernels", "flops", "convolutions", "jobs")
+    return any(result.get(kind) for kind in kinds)
+
+
 def write(folder: Path, name: str, result: dict) -> None:
-    """Writes NAME.json, NAME.md and NAME.svg."""
+    """Writes NAME.json, NAME.md and NAME.svg; nothing if nothing was measured, so that the report
+    of an earlier run stays."""
+    if not holds_something(result):
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     (folder / f"{name}.md").write_text(markdown(result))

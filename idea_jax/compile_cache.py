@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 4 * 2**30  # the programs used longest ago are removed beyond this
 LOCK_SECONDS = 5  # to wait for who writes to the folder
+PROGRAM = re.compile(r"(.+-[0-9a-f]{64})-cache")  # file of a program: a name and JAX's key
 MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
 
 
@@ -52,6 +54,8 @@ def use(folder: str | None) -> None:
         log.warning("compiled programs are not kept: %s (%s)", path, error.strerror)
         return
     except RuntimeError as error:  # a user without a home, as in some containers
+        if folder is not None:
+            raise FileNotFoundError(2, "no such home folder", folder) from error
         log.warning("compiled programs are not kept: %s; --compile_cache names a folder", error)
         return
     remove_unfinished(path)
@@ -61,23 +65,31 @@ def use(folder: str | None) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Deletes the programs that a process had not finished writing when it was killed or the disk
-    was full, and those of no bytes.
+    was full: those without a time of use, which JAX writes last, and those of no bytes.
 
     JAX never does: it would find each of them broken in every run, compile it, and not write it
-    again, as there is a file of that name. One without its time of use, which JAX writes last,
-    would even keep it from writing any other.
+    again, as there is a file of that name; one without a time of use would even keep it from
+    writing any other. A program that breaks after it was written is not looked for. Nothing is
+    deleted where JAX's lock is not: it has kept programs there without a limit of size, or none.
     """
-    suffix, time_of_use = "-cache", "-atime"
+    removed, lock = 0, folder / ".lockfile"
+    if not lock.exists():
+        return
     try:
         # JAX's own lock: whoever is writing now has not written the time of use either.
-        with FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
-            for path in folder.glob(f"*{suffix}"):
-                used = path.with_name(path.name.removesuffix(suffix) + time_of_use)
-                if not used.is_file() or not path.stat().st_size:
-                    path.unlink()
-                    used.unlink(missing_ok=True)
-    except (OSError, Timeout) as error:
-        log.debug("not looked for unfinished programs: %s", error)
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            for path in folder.iterdir():
+                found = PROGRAM.fullmatch(path.name)
+                if found and not path.is_symlink() and path.is_file():
+                    used = path.with_name(f"{found[1]}-atime")
+                    if not used.is_file() or not path.stat().st_size:
+                        path.unlink()
+                        used.unlink(missing_ok=True)
+                        removed += 1
+    except (OSError, Timeout, NotImplementedError) as error:
+        log.debug("not all unfinished programs were looked for: %s", error)
+    if removed:
+        log.info("%d compiled programs had not been written to their end; removed", removed)
 
 
 @contextmanager

@@ -543,8 +543,8 @@ def check_guidance(cfg: SampleConfig, schedule: ScheduleConfig) -> None:
         low, high = cfg.guidance_interval
         raise ConfigError(
             f"no step of --num_inference_steps {cfg.num_inference_steps} lies within "
-            f"--guidance_interval {low} {high}, so that nothing would be guided: widen it (0 1 is "
-            "everywhere), or take --guidance_scale 1"
+            f"--guidance_interval {low} {high} (which --preset fast sets, too), so that nothing "
+            "would be guided: take more steps, or --guidance_interval 0 1, which is everywhere"
         )
 
 

@@ -65,6 +65,8 @@ def test_home_in_a_config_file_is_the_users(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     compile_cache.use("~/programs")
     assert kept_in() == str(tmp_path / "programs")
+    with pytest.raises(OSError, match="no such home folder"):
+        compile_cache.use("~nobody-of-this-name/programs")
 
 
 def test_without_a_name_the_folder_given_to_jax_stays_else_it_is_the_users(tmp_path, monkeypatch):
@@ -127,16 +129,32 @@ def test_program_that_was_not_written_to_its_end_is_made_again_and_kept(tmp_path
             used.unlink()
         assert found() == whole - 1  # compiled once more
         assert used.is_file() and found() == whole
+    # The very first one, without which JAX would keep none.
+    for path in tmp_path.glob("*-*"):
+        path.unlink()
+    kept.write_bytes(half)
+    assert found() == 0 and found() == whole
 
 
-def test_programs_in_a_folder_that_somebody_else_writes_to_are_left(tmp_path, monkeypatch):
-    (tmp_path / "one-cache").write_bytes(b"half of a progr")
+def test_only_unfinished_programs_are_removed_while_nobody_writes(tmp_path, monkeypatch):
+    program = tmp_path / f"jit_one-{'0a' * 32}-cache"
+    program.write_bytes(b"half of a progr")
+    # What is no program stays, whatever it is called.
+    others = [tmp_path / name for name in ("recipes-cache", f"jit_two-{'1b' * 32}-cache.txt")]
+    for path in others:
+        path.touch()
+    (tmp_path / f"jit_three-{'2c' * 32}-cache").mkdir()
+    (tmp_path / f"jit_four-{'3d' * 32}-cache").symlink_to(others[0])
     monkeypatch.setattr(compile_cache, "LOCK_SECONDS", 0)
+    # Without JAX's lock the folder is that of a JAX that keeps everything.
+    compile_cache.use(str(tmp_path))
+    assert program.is_file()
     with FileLock(tmp_path / ".lockfile"):
         compile_cache.use(str(tmp_path))
-        assert (tmp_path / "one-cache").is_file() and kept_in() == str(tmp_path)
+        assert program.is_file() and kept_in() == str(tmp_path)
+    before = set(tmp_path.iterdir())
     compile_cache.use(str(tmp_path))
-    assert not (tmp_path / "one-cache").exists()
+    assert before - set(tmp_path.iterdir()) == {program}
 
 
 def test_user_without_a_home_is_told_that_nothing_is_kept(monkeypatch, caplog):

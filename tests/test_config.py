@@ -4,6 +4,7 @@ import pytest
 
 from idea_jax.config import (
     PROFILE_DEFAULTS,
+    SCALED,
     ConfigError,
     SampleConfig,
     TrainConfig,
@@ -169,6 +170,7 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
         (["--guidance_interval", "0.9", "0.2"], "two numbers from 0 to 1"),
         (["--guidance_interval", "0.5"], "two numbers from 0 to 1"),
         (["--compile_cache", ""], "must be a folder, or off"),
+        (["--compile_cache", "off "], "must be a folder, or off"),
         (["--compile_cache", "OFF"], "must be a folder, or off"),
         (["--guidance_interval", "0", "1", "--guidance_scale", "1"], "interval has no effect"),
     ],
@@ -207,6 +209,19 @@ def test_preset_gives_defaults_that_flags_override():
     assert parse(TrainConfig, REQUIRED).early_stopping == 0
     assert parse(TrainConfig, fast).early_stopping == 2
     assert parse(TrainConfig, [*fast, "--early_stopping", "5"]).early_stopping == 5
+    slow, quick = (parse(TrainConfig, flags) for flags in (REQUIRED, fast))
+    assert (slow.max_train_steps, quick.max_train_steps) == (320, 160)
+    rates = [name for name in SCALED["fast"] if name != "max_train_steps"]
+    assert len(rates) == 4 and slow.kv_learning_rate == 1e-4
+    for name in rates:
+        assert getattr(quick, name) == 2 * getattr(slow, name)
+    own = parse(TrainConfig, [*fast, "--learning_rate", "0.5"])
+    assert (own.max_train_steps, own.learning_rate, own.kv_learning_rate) == (160, 0.5, 2e-4)
+    # Whoever names the steps has chosen the rates for them.
+    own = parse(TrainConfig, [*fast, "--max_train_steps", "100"])
+    assert (own.max_train_steps, own.kv_learning_rate) == (100, 1e-4)
+    # A profile without an adapter has no rate for one.
+    assert parse(TrainConfig, [*fast, "--profile", "cross_init"]).adapter_learning_rate is None
     with pytest.raises(ConfigError, match="no effect without --early_stopping"):
         parse(TrainConfig, [*REQUIRED, "--evaluation_steps", "10"])
 
@@ -223,6 +238,21 @@ def test_preset_is_as_strong_as_where_it_stands(tmp_path):
     file.write_text("num_inference_steps: 30\npreset: fast\n")
     cfg = parse(SampleConfig, from_file)
     assert (cfg.scheduler, cfg.num_inference_steps) == ("dpmpp_2m", 30)
+
+
+def test_preset_scales_what_a_file_says_once(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("max_train_steps: 81\nlearning_rate: 0.25\n")
+    again = [*REQUIRED, "--config", str(file), "--preset", "fast"]
+    cfg = parse(TrainConfig, again)
+    assert (cfg.max_train_steps, cfg.learning_rate, cfg.early_stopping) == (40, 0.5, 2)
+    # As a run with the preset has written it: its numbers are the result already.
+    file.write_text("preset: fast\nmax_train_steps: 40\nlearning_rate: 0.5\n")
+    for flags in (again, again[:-2]):
+        cfg = parse(TrainConfig, flags)
+        assert (cfg.max_train_steps, cfg.learning_rate, cfg.early_stopping) == (40, 0.5, 2)
+    file.write_text("max_train_steps: 1\n")
+    assert parse(TrainConfig, again).max_train_steps == 1
 
 
 def test_missing_settings_are_listed():

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from idea_jax import faces
+from idea_jax.config import ConfigError
 from idea_jax.data import text
 from idea_jax.mini import captions, drawings, lab, networks, people, pretrain, quality, traits
 from idea_jax.models import hub
@@ -590,6 +591,18 @@ def test_verification_pairs_are_of_one_person_or_of_two():
     same, different = quality.verification(np.eye(5)[who], who, 40, np.random.default_rng(0))
     assert len(same) == len(different) == 20
     assert (same == 1).all() and (different == 0).all()
+
+
+def test_settings_of_the_lab_win_over_its_files_as_flags_do():
+    def read(**overrides):
+        cfg = lab.read_config("paper", overrides)
+        return cfg.max_train_steps, cfg.kv_learning_rate
+
+    assert read() == (320, 2e-5)
+    assert read(preset="fast") == (160, 4e-5)
+    assert read(preset="fast", max_train_steps=100) == (100, 2e-5)
+    with pytest.raises(ConfigError, match="unknown key 'step' in .*mini_paper.yaml or --set"):
+        read(step=1)
 
 
 def test_photo_without_a_face_stops_the_lab_before_the_first_training(monkeypatch, capsys):

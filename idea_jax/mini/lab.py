@@ -285,11 +285,11 @@ def markdown(scores: dict[str, list[Score]]) -> str:
 
 def read_config(profile: str, overrides: dict) -> config.TrainConfig:
     """Reads configs/mini_PROFILE.yaml with some settings replaced."""
-    path = CONFIGS / f"mini_{profile}.yaml"
-    values = config.read_yaml(str(path)) | overrides
-    return config.build(
-        config.TrainConfig, values, {"train_data_dir": "."}, source=f"{path} or --set"
-    )
+    path, photos = CONFIGS / f"mini_{profile}.yaml", {"train_data_dir": "."}
+    values = config.read_yaml(str(path))
+    # Names and types are looked at in what a file says, so once as if the file said them.
+    config.build(config.TrainConfig, values | overrides, photos, source=f"{path} or --set")
+    return config.build(config.TrainConfig, values, photos | overrides)
 
 
 def main(argv: list[str] | None = None) -> int:
