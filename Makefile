@@ -2,7 +2,7 @@
 # make test   lint and test; adds the test requirements to the same .venv
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
-# make bench  times this project and PyTorch side by side, some 40 minutes on two cores;
+# make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate);
 #             see docs/performance.md for the parts, for other workloads and for BENCH_OUT
 
 PYTHON ?= python3
