@@ -4,6 +4,7 @@ The model is the mini (`idea_jax/mini`), a Stable Diffusion of a drawn world; th
 somebody of that world whom none of its networks has seen. Everything is real but the world.
 """
 
+import argparse
 import base64
 import html
 import io
@@ -16,12 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
+from idea_jax.files import check_writable
+
 PERSON = 26  # of the people for testing; not one of those that the lab reports on
 PHOTO = Path(__file__).resolve().parent / "mini" / "photo.png"
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "mini_paper.yaml"
 MARGIN = 1.3  # around the face: what the mini learned from shows that much of a person
 PROMPTS = (3, 4, 6, 9)  # of captions.PROMPTS
 PICTURES = 4
+PAGES = ("index.html", "overview.png")
+MARK = ".idea_jax-demo"  # in a folder whose contents the next demo may replace
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -37,8 +42,45 @@ code { background: #f3f3f3; padding: .1rem .3rem; border-radius: 3px }
 """
 
 
-def main(folder: Path = Path("demo")) -> int:
-    """Writes everything below `folder`, replacing an earlier demo; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.demo", description="Learns one person from a picture, draws them."
+    )
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path("demo"), help="to write to (default: demo)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        clear(args.folder)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return demonstrate(args.folder)
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier demo wrote to `folder`, and nothing else.
+
+    Raises: OSError if something of those names is there that no demo wrote, or one cannot write.
+    """
+    written = [folder / name for name in ("photo", "identity", "pictures")]
+    mark = folder / MARK
+    if not mark.is_file() and (foreign := [str(path) for path in written if path.exists()]):
+        raise FileExistsError(
+            f"{' and '.join(foreign)} would be replaced and was not made by this demo: remove it, "
+            "or name another folder"
+        )
+    check_writable(folder)
+    mark.touch()
+    for path in written:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in PAGES:  # if this demo fails, none that looks like its result
+        (folder / name).unlink(missing_ok=True)
+
+
+def demonstrate(folder: Path) -> int:
+    """Writes everything below `folder`, which is cleared; returns the exit code."""
     import sample_jax
     import train_jax
     from idea_jax.data.images import save_png
@@ -46,8 +88,6 @@ def main(folder: Path = Path("demo")) -> int:
 
     started = time.monotonic()
     photos, out, drawn = (folder / name for name in ("photo", "identity", "pictures"))
-    for path in (photos, out, drawn):
-        shutil.rmtree(path, ignore_errors=True)
     photos.mkdir(parents=True)
     shutil.copy(PHOTO, photos / "photo.png")
     prompts = [captions.PROMPTS[number] for number in PROMPTS]
@@ -81,8 +121,8 @@ def main(folder: Path = Path("demo")) -> int:
         "all": time.monotonic() - started,
     }
     run = json.loads((out / "run.json").read_text())
-    page = write_page(folder / "index.html", pictures, texts, scores, run, seconds)
-    save_png(folder / "overview.png", overview(pictures, texts), {"prompts": " | ".join(texts)})
+    page = write_page(folder / PAGES[0], pictures, texts, scores, run, seconds)
+    save_png(folder / PAGES[1], overview(pictures, texts), {"prompts": " | ".join(texts)})
     name, score = "learned from the picture", scores["learned from the picture"]
     print(
         f"\nDone in {seconds['all']:.0f} s: open {page}\n"

@@ -80,16 +80,22 @@ ROWS = (
     ("mini.networks", "files pytrees"),
     ("mini.composites", ""),
     ("mini.detector", "mini.composites mini.networks"),
-    ("mini.pretrain", "mini.* models.* diffusion.schedule data.text files pytrees random_sd"),
-    ("mini.quality", "mini.* sample faces models.* data.* pytrees"),
-    ("mini.lab", "mini.* train group results train_step sample faces config models.hub pytrees"),
+    (
+        "mini.pretrain",
+        "mini.* models.* diffusion.schedule data.text config files pytrees random_sd",
+    ),
+    ("mini.quality", "mini.* sample faces models.* data.* config files pytrees"),
+    (
+        "mini.lab",
+        "mini.* train group results train_step sample faces config files models.hub pytrees",
+    ),
     # level 6: the command line
     (
         "cli",
         "train results jobs devices signals sample checkpoint learned_embeds face_models "
         "compile_cache config data.* diffusion.* models.*",
     ),
-    ("demo", "cli mini.* faces data.images models.hub pytrees"),
+    ("demo", "cli mini.* faces data.images files models.hub pytrees"),
 )
 
 FLAX = {

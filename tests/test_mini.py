@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from idea_jax import faces
 from idea_jax.config import ConfigError
@@ -356,6 +357,54 @@ def test_a_loss_that_is_no_number_stops_a_training_and_is_not_saved(run, monkeyp
         assert len(load_file(file)["losses"]) == 2
 
 
+def test_weights_that_are_no_numbers_are_not_saved(run):
+    """The last step is not followed by a loss that would tell."""
+    params = {"a": {"bias": jnp.zeros(1)}}
+
+    def loss(params, batch, key):
+        return jnp.sqrt(jnp.sum(jnp.square(params["a"]["bias"])))  # 0, and its gradient 0 / 0
+
+    with pytest.raises(FloatingPointError, match="weights of test are not finite at step 1"):
+        pretrain.fit(run, "test", params, loss, lambda rng: 0, 1, pretrain.muon(params, 1))
+    assert not (run.work / "test.state.safetensors").exists()
+
+
+def test_seconds_of_a_stage_are_those_of_all_its_processes(run, monkeypatch):
+    """Of the part that was done before it was interrupted, too."""
+    params = {"a": {"bias": jnp.zeros(1)}}
+
+    def loss(params, batch, key):
+        return jnp.sum(jnp.square(params["a"]["bias"] - batch))
+
+    def batch(rng):
+        calls.append(rng)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return 1.0
+
+    def stage(run):
+        for name in ("one", "two"):
+            pretrain.fit(run, name, params, loss, batch, 2, pretrain.muon(params, 2))
+        return {}
+
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(pretrain, "STAGES", {"stage": stage})
+    monkeypatch.setattr(pretrain, "NEEDS", {})
+    run.folder.mkdir()
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(run)
+    for name in ("one", "two"):
+        file = run.work / f"{name}.state.safetensors"
+        saved = load_file(file)
+        assert 0 < saved["seconds"] < 60
+        save_file({**saved, "seconds": np.array(saved["seconds"] + 1000)}, file)
+    pretrain.pretrain(run)
+    assert len(calls) == 5
+    record = json.loads((run.folder / pretrain.RECORD).read_text())
+    assert 2000 <= record["stages"]["stage"]["seconds"] < 2100
+
+
 def test_an_average_is_returned_where_one_is_asked_for(run):
     """Of two steps the first weighs (1 + 1) / (10 + 1): the decay grows from small values."""
     params = {"a": {"bias": jnp.zeros(1)}}
@@ -393,6 +442,86 @@ def test_a_work_folder_of_another_run_is_not_taken(run, monkeypatch):
     with pytest.raises(ValueError, match="another seed or budget"):
         pretrain.pretrain(other)
     pretrain.pretrain(dataclasses.replace(other, seed=run.seed))
+
+
+def test_a_folder_of_something_else_is_not_written_to(run):
+    other = run.folder / "unet" / "diffusion_pytorch_model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_text("weights of somebody")
+    with pytest.raises(pretrain.PretrainError, match="not empty and has no pretraining.json"):
+        pretrain.pretrain(run)
+    assert [path for path in run.folder.rglob("*") if path.is_file()] == [other]
+
+
+def test_a_run_that_was_interrupted_in_its_first_stage_is_continued(run, monkeypatch):
+    def stage(run):
+        (run.folder / "names.txt").touch()
+        if not calls:
+            calls.append(run)
+            raise KeyboardInterrupt
+        return {}
+
+    calls = []
+    monkeypatch.setattr(pretrain, "STAGES", {"one": stage})
+    monkeypatch.setattr(pretrain, "NEEDS", {})
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(run)
+    pretrain.pretrain(run)
+    assert "one" in json.loads((run.folder / pretrain.RECORD).read_text())["stages"]
+
+
+def test_two_processes_do_not_run_one_stage(run, monkeypatch):
+    def stage(run):
+        with pytest.raises(pretrain.PretrainError, match="stage one .* by another process"):
+            pretrain.pretrain(run)
+        return {}
+
+    monkeypatch.setattr(pretrain, "STAGES", {"one": stage})
+    monkeypatch.setattr(pretrain, "NEEDS", {})
+    pretrain.pretrain(run)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--seed", "-1"], "seed must lie between"),
+        (["--work", "out/work"], "must not lie in out, the checkpoint"),
+        (["--stages", "unet"], "stage unet needs vae and clip, which is not done yet"),
+    ],
+)
+def test_what_cannot_be_begun_is_said_in_a_line(tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    assert pretrain.main(["out", *args]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_jobs_run_the_command_itself(tmp_path, monkeypatch):
+    """A process of its own for the first stage; from within the folder, which `.` names."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        args = [".", "--budget", "tiny", "--jobs", "2", "--stages", "prepare", "--seed", "3"]
+        assert pretrain.main(args) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    record = json.loads((folder / pretrain.RECORD).read_text())
+    assert record["seed"] == 3 and list(record["stages"]) == ["prepare"]
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "out-work" / "prepare.log").is_file()
+
+
+def test_check_sums_are_of_what_belongs_to_the_checkpoint(run):
+    run.folder.mkdir()
+    (run.folder / "names.txt").write_text("Anna\n")
+    (run.folder / ".tmp-left.safetensors").write_text("of a process that was killed")
+    pretrain.finish(run)
+    names = [line.split("  ")[1] for line in (run.folder / pretrain.SUMS).read_text().splitlines()]
+    assert names == ["README.md", "names.txt"]
 
 
 def test_what_another_folder_was_made_with_is_asked_for_by_name(run):

@@ -61,6 +61,17 @@ def test_quality_on_a_small_sample(mini):
     assert len(rows) == len(measured) == 15
 
 
+def test_documentation_has_the_numbers_that_were_measured():
+    """The column of seed 1 in docs/mini.md is docs/mini_quality.json; what misses is bold."""
+    text = (QUALITY.parent / "mini.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    shown = {cells[1]: cells[3] for cells in lines if len(cells) == 7}
+    rows = [quality.Row(**row) for row in json.loads(QUALITY.read_text())]
+    for row in rows:
+        value = f"{row.value:.{1 if row.unit else 4}f} {row.unit}".strip()
+        assert shown[row.name] == (f"**{value}**" if row.missed() else value), row.name
+
+
 def test_a_short_personalisation_beats_its_start_and_another_person(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
     learner = lab.Learner(mini, lab.read_config("paper", {"max_train_steps": 50}))
@@ -160,6 +171,21 @@ def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
     assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
 
 
+def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):
+    mine = tmp_path / "photo" / "mine.png"
+    mine.parent.mkdir()
+    mine.touch()
+    assert demo.main([str(tmp_path)]) == 1
+    assert f"{mine.parent} would be replaced" in capsys.readouterr().err and mine.is_file()
+    made = tmp_path / "demo"
+    demo.clear(made)  # an empty one, as before the first
+    for path in (made / "photo" / "photo.png", made / "index.html", made / "notes.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    demo.clear(made)  # as before the second
+    assert {path.name for path in made.iterdir()} == {demo.MARK, "notes.txt"}
+
+
 def test_record_says_how_it_was_made(mini):
     """It has the sizes and steps of the command, and the rounds in which these were trained."""
     record = json.loads((mini.folder / pretrain.RECORD).read_text())
@@ -220,7 +246,7 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch, caps
             yield name, pixels
 
     monkeypatch.setattr(train, "training_pixels", recorded)
-    assert demo.main(tmp_path / "demo") == 0
+    assert demo.main([str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "index.html").read_text()
     assert not re.findall(r"https?://|src=(?!\"data:)|href", page)
     shown = [base64.b64decode(data) for data in re.findall(r"image/png;base64,([^\"]+)", page)]
@@ -237,7 +263,7 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch, caps
         first = np.asarray(Image.open(path))
         assert any(np.array_equal(first, grid[: len(first), : first.shape[1]]) for grid in grids)
     assert page.count("<polyline") == 1
-    said = re.search(r"learned from the picture\): (0\.\d\d)", capsys.readouterr().out)[1]
-    shown = re.search(r"learned from the picture</td><td class=number>(0\.\d{3})<", page)[1]
+    said = re.search(r"learned from the picture\): (-?\d\.\d\d)", capsys.readouterr().out)[1]
+    shown = re.search(r"learned from the picture</td><td class=number>(-?\d\.\d{3})<", page)[1]
     assert abs(float(said) - float(shown)) <= 0.0056  # rounded to two digits and to three
     assert read_png_text(tmp_path / "demo" / "overview.png")["AIGenerated"] == "true"

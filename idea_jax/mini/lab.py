@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from idea_jax import config, faces, group, results, sample, train
+from idea_jax.files import atomic_write, check_writable
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
@@ -306,26 +307,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     args = parser.parse_args(argv)
+    if bad := [s for s in args.set if "=" not in s]:
+        parser.error(f"--set: expected KEY=VALUE, got {bad[0]!r}")
     overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
+    if args.pictures < 1:
+        parser.error(f"--pictures: expected 1 or more, got {args.pictures}")
     if args.people < 2:
         parser.error(
             f"--people: expected 2 or more, as each is compared with another, got {args.people}"
         )
-    mini = quality.load(args.checkpoint)
     try:
+        config.check_seed(args.seed)
+        if args.json:
+            check_writable(args.json.parent)
+        mini = quality.load(args.checkpoint)
         configs = {profile: read_config(profile, overrides) for profile in args.profiles}
         scores = experiment(
             mini, configs, args.split, args.people, args.pictures, args.seed,
             lambda met: tqdm(met, unit="person"),
         )  # fmt: skip
-    except (faces.FaceError, config.ConfigError) as error:
+    except (faces.FaceError, *quality.INPUT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(scores))
     if args.json:
-        args.json.write_text(
-            json.dumps({n: [s._asdict() for s in each] for n, each in scores.items()}) + "\n"
-        )
+        with atomic_write(args.json) as path:
+            values = {n: [s._asdict() for s in each] for n, each in scores.items()}
+            path.write_text(json.dumps(values) + "\n")
     return 0
 
 

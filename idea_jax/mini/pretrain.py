@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jax.scipy.ndimage import map_coordinates
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
@@ -38,7 +38,8 @@ from optax.contrib import muon as muon_optimizer
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from idea_jax.data.text import Tokenizer, load_tokenizer
+from idea_jax import config
+from idea_jax.data.text import TextError, Tokenizer, load_tokenizer
 from idea_jax.diffusion import schedule
 from idea_jax.files import atomic_write
 from idea_jax.mini import captions, composites, detector, drawings, networks, people, traits
@@ -147,6 +148,10 @@ BUDGETS = {
 }
 
 
+class PretrainError(ValueError):
+    """A run that cannot be begun or continued as it was asked for."""
+
+
 class Training(NamedTuple):
     params: dict
     average: dict  # exponential moving average of params
@@ -162,6 +167,7 @@ class Run:
     budget: Budget
     seed: int
     quiet: bool = False
+    before: float = 0.0  # seconds of training of a stage before it was interrupted
 
     @property
     def key(self) -> jax.Array:
@@ -189,9 +195,9 @@ class Run:
         )
 
     def made_before(self, name: str) -> Path:
-        """Returns a file of the work folder. Raises: ValueError if there is none."""
+        """Returns a file of the work folder. Raises: PretrainError if there is none."""
         if not (self.work / name).is_file():
-            raise ValueError(
+            raise PretrainError(
                 f"{self.work / name} is missing: another --work was used, or an earlier version; "
                 "choose another folder and begin anew"
             )
@@ -339,7 +345,7 @@ def caption_ids(
         for start in starts
     ]
     say = functools.partial(ids_of_captions, tokenizer, run.seed, run.budget.captions)
-    workers = min(len(parts), os.cpu_count() or 1)
+    workers = min(len(parts), cores())
     with processes(workers) if workers > 1 else nullcontext() as pool:
         made = pool.map(say, parts, starts) if pool else map(say, parts, starts)
         both = list(tqdm(made, "captions", len(parts), disable=run.quiet))
@@ -361,6 +367,12 @@ def ids_of_captions(
         true.append(ids[::2])
         wrong.append(ids[1::2])
     return np.stack(true), np.stack(wrong)
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def processes(count: int, *initial) -> ProcessPoolExecutor:
@@ -605,7 +617,7 @@ def train_detector(run: Run) -> dict:
     train = functools.partial(fit, run, "detector", start, loss, batch, steps)
     optimizer = muon(start, steps, 0.02)
     # A picture takes the host longer than it takes a GPU, and threads would wait for each other.
-    workers = min(COMPOSERS, (os.cpu_count() or 1) // 2)
+    workers = min(COMPOSERS, cores() // 2)
     if workers > 1:
         with processes(workers, composites.share, alone, pairs) as pool:
             params, losses = train(optimizer, ema=0.99, pool=pool, ahead=2 * workers)
@@ -937,7 +949,7 @@ def finish(run: Run) -> dict:
     files = {
         str(path.relative_to(run.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run.folder.rglob("*"))
-        if path.is_file() and path.name not in (RECORD, SUMS)
+        if path.is_file() and path.name not in (RECORD, SUMS) and not path.name.startswith(".tmp-")
     }
     with atomic_write(run.folder / SUMS) as path:
         path.write_text("".join(f"{digest}  {name}\n" for name, digest in files.items()))
@@ -973,6 +985,17 @@ NEEDS = {
     "scoring_judge": ["drawings"],
     "finish": ["decoder", "scoring", "detector", "scoring_judge", "clip", "unet"],
 }
+
+
+# Mistakes of the input, the disk or a training: one message, no traceback.
+INPUT_ERRORS = (
+    PretrainError,
+    config.ConfigError,
+    TextError,
+    weights.WeightsError,
+    FloatingPointError,
+    OSError,
+)
 
 
 # Training
@@ -1069,18 +1092,25 @@ def fit(
     leaves, structure = jax.tree.flatten(state)
     file = run.work / f"{name}.state.safetensors"
     losses: list[float] = []
+    started, before = time.monotonic(), 0.0
     if file.is_file():
         saved = load_file(file)
-        losses = saved["losses"].tolist()
+        losses, before = saved["losses"].tolist(), float(saved.get("seconds", 0.0))
+        run.before += before
         leaves = [jnp.asarray(saved[f"{i}"]) for i in range(len(leaves))]
         state = jax.tree.unflatten(structure, leaves)
 
     state = on_all_devices(state)
 
     def save():
+        # The loss tells of the weights before a step only.
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            raise FloatingPointError(f"weights of {name} are not finite at step {len(losses)}")
         tensors = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        tensors["losses"] = np.array(losses, np.float64)
+        tensors["seconds"] = np.array(before + time.monotonic() - started)
         with atomic_write(file) as path:
-            save_file({**tensors, "losses": np.array(losses, np.float64)}, path)
+            save_file(tensors, path)
 
     def rng_of(index):
         return np.random.default_rng([run.seed, index, *name.encode()])
@@ -1150,8 +1180,8 @@ def _sharding(split: bool) -> NamedSharding:
 def pretrain(run: Run, stages: Collection[str] = ()) -> None:
     """Runs the stages that are not done yet, or of these only the ones that are named.
 
-    Raises: ValueError if one of its folders is of another seed or budget, or a stage is to run
-        before one that it needs.
+    Raises: PretrainError if one of its folders is of another seed or budget, a stage is to run
+        before one that it needs, or another process runs it.
     """
     about = begin(run)
     for name in STAGES:
@@ -1159,9 +1189,15 @@ def pretrain(run: Run, stages: Collection[str] = ()) -> None:
         if name in done or (stages and name not in stages):
             continue
         check_needs(name, done)
-        started = time.monotonic()
-        result = STAGES[name](run)
-        result["seconds"] = round(time.monotonic() - started)
+        started, run.before = time.monotonic(), 0.0
+        try:
+            with FileLock(run.work / f".{name}.lock", timeout=0):
+                result = STAGES[name](run)
+        except Timeout as error:
+            raise PretrainError(
+                f"stage {name} of {run.folder} is being run by another process"
+            ) from error
+        result["seconds"] = round(run.before + time.monotonic() - started)
         with run.lock():
             record = read_record(run.folder, about)
             known = {**record["stages"], name: result}
@@ -1180,8 +1216,8 @@ def pretrain_at_once(run: Run, stages: Collection[str], jobs: int, command: Sequ
     Args:
         command: what runs a single stage when `--stages NAME` is added.
 
-    Raises: ValueError as `pretrain`; ChildProcessError if a stage fails, with its last words, once
-        the others were stopped.
+    Raises: PretrainError as `pretrain`; ChildProcessError if a stage fails, with its last words,
+        once the others were stopped.
     """
     about = begin(run)
     # Each process would otherwise take three quarters of a GPU's memory.
@@ -1235,20 +1271,33 @@ def stop(running: Collection[subprocess.Popen]) -> None:
 
 
 def begin(run: Run) -> dict:
-    """Makes the work folder and returns what a record says of a run; ValueError if it is of another
-    one, whose drawings and states would pass for this one's."""
+    """Makes the work folder and returns what a record says of a run.
+
+    Raises: PretrainError if there is something else in one of the folders. Drawings and states of
+        another run would pass for this one's, and what is no mini at all would be overwritten.
+    """
+    if run.work.resolve().is_relative_to(run.folder.resolve()):
+        raise PretrainError(f"--work {run.work} must not lie in {run.folder}, the checkpoint")
+    for folder in (run.folder, run.work):
+        if not (folder / RECORD).is_file() and folder.is_dir() and any(folder.iterdir()):
+            raise PretrainError(
+                f"{folder} is not empty and has no {RECORD}: it was not begun by this program; "
+                "choose another folder"
+            )
     about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget)}
     about = json.loads(json.dumps(about))
     run.work.mkdir(parents=True, exist_ok=True)
     read_record(run.work, about)
     read_record(run.folder, about)
     write_json(run.work / RECORD, {**about, "stages": {}})
+    if not (run.folder / RECORD).is_file():
+        write_json(run.folder / RECORD, {**about, "stages": {}})
     return about
 
 
 def check_needs(name: str, done: Collection[str]) -> None:
     if missing := [needed for needed in NEEDS.get(name, ()) if needed not in done]:
-        raise ValueError(f"stage {name} needs {' and '.join(missing)}, which is not done yet")
+        raise PretrainError(f"stage {name} needs {' and '.join(missing)}, which is not done yet")
 
 
 def read_record(folder: Path, about: dict) -> dict:
@@ -1262,7 +1311,7 @@ def read_record(folder: Path, about: dict) -> dict:
     record = json.loads(path.read_text())
     budget = {**about["budget"], **record["budget"]}
     if {"seed": record["seed"], "budget": budget} != about:
-        raise ValueError(f"{folder} was made with another seed or budget; choose another folder")
+        raise PretrainError(f"{folder} was made with another seed or budget; choose another folder")
     return {**record, **about}
 
 
@@ -1294,18 +1343,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
-    work = args.work or args.folder.with_name(args.folder.name + "-work")
+    folder = args.folder.resolve()  # `.` has no name
+    work = args.work or folder.with_name(folder.name + "-work")
     run = Run(args.folder, work, BUDGETS[args.budget], args.seed)
     try:
+        config.check_seed(args.seed)
         if args.jobs == 1:
             pretrain(run, args.stages)
         else:
             # Otherwise its stages would go on without it.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            for signum in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
             command = [sys.executable, "-m", "idea_jax.mini.pretrain", str(args.folder)]
             command += ["--work", str(work), "--budget", args.budget, "--seed", str(args.seed)]
             pretrain_at_once(run, args.stages, args.jobs, command)
-    except (ValueError, ChildProcessError) as error:
+    except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,15 +17,24 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import faces, sample
+from idea_jax import config, faces, sample
 from idea_jax.data import text
 from idea_jax.data.images import to_uint8
+from idea_jax.files import atomic_write, check_writable
 from idea_jax.mini import captions, composites, drawings, networks, people, traits
-from idea_jax.models import hub, sd
+from idea_jax.models import hub, layers, sd, weights
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import stream
 
 STEPS, GUIDANCE = 50, 3.0
+# Mistakes of the input or the disk: one message, no traceback.
+INPUT_ERRORS = (
+    config.ConfigError,
+    text.TextError,
+    weights.WeightsError,
+    layers.UnsupportedConfig,
+    OSError,
+)
 REPORTED = ("shirt", "background", "hat", "hat_colour", "expression", "style")
 
 
@@ -334,7 +343,7 @@ def table(
     found = (embed(scoring, true.images[photos]) @ known.T).argmax(axis=1)
     ceiling = 100 * float(np.mean(found == chosen[true.who[photos]]))
     # Noise of their own for everybody: few starts that all share say little about the others.
-    starts = [seed * people.NAMES + int(person) for person in chosen]
+    starts = [(seed * people.NAMES + int(person)) % 2**32 for person in chosen]
     drawn = np.concatenate(
         [
             draw(mini, f"a photo of {people.full_name(i, i)}", each, seed=start, batch_size=each)
@@ -407,10 +416,19 @@ def main(argv: list[str] | None = None) -> int:
             f"--people: expected {len(captions.PROMPTS)} (one for each prompt) to {people.NAMES}, "
             f"got {args.people}"
         )
-    rows = table(load(args.checkpoint), args.seed, args.people)
+    try:
+        config.check_seed(args.seed)
+        if args.json:
+            check_writable(args.json.parent)
+        mini = load(args.checkpoint)
+    except INPUT_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    rows = table(mini, args.seed, args.people)
     print(markdown(rows))
     if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        with atomic_write(args.json) as path:
+            path.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
     missed = [row.name for row in rows if row.missed()]
     if missed:
         print(f"below what it must reach: {', '.join(missed)}", file=sys.stderr)
