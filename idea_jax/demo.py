@@ -65,8 +65,10 @@ def clear(folder: Path) -> None:
     Raises: OSError if something of those names is there that no demo wrote, or one cannot write.
     """
     written = [folder / name for name in ("photo", "identity", "pictures")]
-    mark = folder / MARK
-    if not mark.is_file() and (foreign := [str(path) for path in written if path.exists()]):
+    mark, photo = folder / MARK, folder / "photo" / "photo.png"
+    # Demos of earlier versions left no mark, but the same picture.
+    ours = mark.is_file() or (photo.is_file() and photo.read_bytes() == PHOTO.read_bytes())
+    if not ours and (foreign := [str(path) for path in written if path.exists()]):
         raise FileExistsError(
             f"{' and '.join(foreign)} would be replaced and was not made by this demo: remove it, "
             "or name another folder"

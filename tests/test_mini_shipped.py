@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -184,6 +185,11 @@ def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):
         path.touch()
     demo.clear(made)  # as before the second
     assert {path.name for path in made.iterdir()} == {demo.MARK, "notes.txt"}
+    earlier = tmp_path / "earlier"  # of a version that left no mark
+    (earlier / "photo").mkdir(parents=True)
+    shutil.copy(demo.PHOTO, earlier / "photo" / "photo.png")
+    demo.clear(earlier)
+    assert [path.name for path in earlier.iterdir()] == [demo.MARK]
 
 
 def test_record_says_how_it_was_made(mini):
