@@ -57,10 +57,14 @@ def use_cores(checkpoint: Path) -> None:
     size = sum(file.stat().st_size for file in checkpoint.glob("*/*.safetensors"))
     if is_told or jax.config.jax_num_cpu_devices != -1 or not 0 < size <= SMALL:
         return
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     with suppress(RuntimeError):  # JAX has its devices already
-        jax.config.update("jax_num_cpu_devices", min(cores, CORES))
+        jax.config.update("jax_num_cpu_devices", min(cores(), CORES))
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def start_processes() -> None:

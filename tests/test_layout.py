@@ -82,7 +82,7 @@ ROWS = (
     ("mini.detector", "mini.composites mini.networks"),
     (
         "mini.pretrain",
-        "mini.* models.* diffusion.schedule data.text config files pytrees random_sd",
+        "mini.* models.* diffusion.schedule data.text config devices files pytrees random_sd",
     ),
     ("mini.quality", "mini.* sample faces models.* data.* config files pytrees"),
     (

@@ -38,7 +38,7 @@ from optax.contrib import muon as muon_optimizer
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from idea_jax import config
+from idea_jax import config, devices
 from idea_jax.data.text import TextError, Tokenizer, load_tokenizer
 from idea_jax.diffusion import schedule
 from idea_jax.files import atomic_write
@@ -345,7 +345,7 @@ def caption_ids(
         for start in starts
     ]
     say = functools.partial(ids_of_captions, tokenizer, run.seed, run.budget.captions)
-    workers = min(len(parts), cores())
+    workers = min(len(parts), devices.cores())
     with processes(workers) if workers > 1 else nullcontext() as pool:
         made = pool.map(say, parts, starts) if pool else map(say, parts, starts)
         both = list(tqdm(made, "captions", len(parts), disable=run.quiet))
@@ -367,12 +367,6 @@ def ids_of_captions(
         true.append(ids[::2])
         wrong.append(ids[1::2])
     return np.stack(true), np.stack(wrong)
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS and Windows
-    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def processes(count: int, *initial) -> ProcessPoolExecutor:
@@ -617,7 +611,7 @@ def train_detector(run: Run) -> dict:
     train = functools.partial(fit, run, "detector", start, loss, batch, steps)
     optimizer = muon(start, steps, 0.02)
     # A picture takes the host longer than it takes a GPU, and threads would wait for each other.
-    workers = min(COMPOSERS, cores() // 2)
+    workers = min(COMPOSERS, devices.cores() // 2)
     if workers > 1:
         with processes(workers, composites.share, alone, pairs) as pool:
             params, losses = train(optimizer, ema=0.99, pool=pool, ahead=2 * workers)
@@ -1353,7 +1347,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             # Otherwise its stages would go on without it.
             for signum in (signal.SIGTERM, signal.SIGHUP):
-                signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
+                    signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
             command = [sys.executable, "-m", "idea_jax.mini.pretrain", str(args.folder)]
             command += ["--work", str(work), "--budget", args.budget, "--seed", str(args.seed)]
             pretrain_at_once(run, args.stages, args.jobs, command)
