@@ -193,18 +193,15 @@ def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):
 
 
 def test_record_says_how_it_was_made(mini):
-    """It has the sizes and steps of the command, and the rounds in which these were trained."""
+    """All of it by the command as it stands: its stages, with its sizes and steps."""
     record = json.loads((mini.folder / pretrain.RECORD).read_text())
-    budget = json.loads(json.dumps(dataclasses.asdict(pretrain.BUDGETS["full"])))
-    assert record["budget"] == budget
-    # It is from when each stage made the drawings and captions that it needs.
-    assert list(record["stages"]) == [name for name in pretrain.STAGES if name != "drawings"]
-    rounds = dict(record["rounds"])
-    assert "one go" in rounds.pop("about")
-    samples = {name: sum(n * size for n, size in parts) for name, parts in rounds.items()}
-    vae = np.prod(budget["vae"]) + np.prod(budget["vae_details"])
-    assert samples.pop("vae") == vae
-    assert samples == {name: np.prod(budget[name]) for name in samples}
+    assert record.keys() == {"seed", "budget", "stages"}
+    assert record["budget"] == json.loads(json.dumps(dataclasses.asdict(pretrain.BUDGETS["full"])))
+    assert list(record["stages"]) == list(pretrain.STAGES)
+    for name, stage in record["stages"].items():
+        for what, losses in stage.items():
+            if what.startswith("losses"):
+                assert np.mean(losses[-5:]) < np.mean(losses[:5]), (name, what)
 
 
 def test_image_encoder_finds_the_caption_of_a_picture(mini):

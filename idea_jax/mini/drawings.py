@@ -19,7 +19,7 @@ SIZE = 64
 PART = 2048  # drawings a file
 # How many are drawn by one call of the device: one after the other, or all at once.
 BATCH, BATCH_AT_ONCE = 64, 512
-LISTED = 0.5  # share of the drawings of one person that show somebody of the names file
+LISTED = 0.25  # share of the drawings of one person that show somebody of the names file
 ALTERED = ("background", "shirt", "hat", "hat_colour", "expression", "style")  # by `say_both`
 
 
@@ -176,6 +176,11 @@ def drawings(
         return np.concatenate(images)
 
     return Drawings(_parts(part, count, folder, progress), names, scenes)
+
+
+def listed(set_: Drawings) -> np.ndarray:
+    """Returns bool[N]: which drawings show one person, and somebody of the names file."""
+    return (set_.names[:, 0, 0] == set_.names[:, 0, 1]) & (set_.names[:, 1, 0] < 0)
 
 
 def _parts(draw_rows: Callable, count: int, folder: Path | None, progress: Callable) -> np.ndarray:

@@ -62,7 +62,6 @@ CROP_SHIFT, CROP_SCALE, CROP_ANGLE = 0.04, 0.06, np.radians(5)
 MARGIN, SCALE = 0.2, 20.0  # of ArcFace's loss, arXiv 1801.07698; margin in radians
 EMPTY_CAPTIONS = 0.1
 SHARPNESS = 20.0  # of what is read off unit vectors by a matrix of singular values about 1
-MAX_SNR = 40.0  # of the UNet's loss: times of less noise weigh less
 DETAILS_WEIGHT = 0.1  # of what the judge sees, against the same
 # Of what the UNet draws, next to what the encoder says: at most, in deviations of the latents.
 LATENTS_OFF = 0.3
@@ -95,6 +94,8 @@ class Budget:
     judge: tuple[int, int]
     clip: tuple[int, int]
     unet: tuple[int, int]
+    unet_names: tuple[int, int]
+    unet_again: tuple[int, int]
     vae_widths: tuple[int, ...]
     unet_widths: tuple[int, ...]
     unet_layers: int
@@ -105,7 +106,7 @@ class Budget:
 
 BUDGETS = {
     "full": Budget(
-        drawings=72_000,
+        drawings=96_000,
         people=2200,
         each=10,
         captions=4,
@@ -116,7 +117,9 @@ BUDGETS = {
         detector=(6000, 16),
         judge=(3000, 32),
         clip=(2700, 96),
-        unet=(12900, 96),
+        unet=(9000, 96),
+        unet_names=(4000, 96),
+        unet_again=(8000, 96),
         vae_widths=(16, 32, 96, 112),
         unet_widths=(64, 128),
         unet_layers=1,
@@ -138,6 +141,8 @@ BUDGETS = {
         judge=(16, 16),
         clip=(12, 16),
         unet=(16, 8),
+        unet_names=(8, 8),
+        unet_again=(8, 8),
         vae_widths=(8, 8, 16, 16),
         unet_widths=(16, 32),
         unet_layers=1,
@@ -814,6 +819,7 @@ def train_clip(run: Run) -> dict:
     steps, size = run.budget.clip
     kinds = np.stack(set_.scenes, axis=-1)  # [N, 2, fields]
     shown = set_.names[:, :, 0] >= 0
+    anybody = np.flatnonzero(~drawings.listed(set_))
 
     def read(params, states):
         """float32[B, 2, OUTPUTS] of unit vectors: what is there, left and right."""
@@ -842,7 +848,7 @@ def train_clip(run: Run) -> dict:
         return apart + sum(readings) / 2
 
     def batch(rng):
-        rows = rng.choice(len(kinds), size, replace=False)
+        rows = rng.choice(anybody, size, replace=False)
         which = rng.integers(0, run.budget.captions, size)
         texts = [ids[kind][rows, which].astype(np.int32) for kind in ("true", "wrong")]
         return set_.images[rows], *texts, kinds[rows], shown[rows]
@@ -873,8 +879,16 @@ def pooled(states: jax.Array, ids: jax.Array, eos: int) -> jax.Array:
     return states[jnp.arange(len(ids)), jnp.argmax(ids == eos, axis=1)]
 
 
-def train_unet(run: Run) -> dict:
-    """Trains the denoising network on the frozen latents and text, with 10% empty captions."""
+def train_unet(run: Run, name: str, *, listed: float, rate: float, max_snr: float) -> dict:
+    """Trains the denoising network on the frozen latents and text, with 10% empty captions.
+
+    Args:
+        name: of the part of the training, and of its budget.
+        listed: share of samples that show somebody of the names file. In those a first name goes
+            with one last name only, and who sees them from the start learns that each of the two
+            says the whole face: then a name that is put together anew says little.
+        max_snr: Min-SNR's gamma; times with less noise than that weigh less.
+    """
     model, frozen, tokenizer = run.load()
     ids = load_file(run.made_before(CAPTIONS))["true"]
     cache = run.work / "latents.safetensors"
@@ -884,14 +898,16 @@ def train_unet(run: Run) -> dict:
         with atomic_write(cache) as path:
             save_file({"mean": mean.astype(np.float16), "std": std.astype(np.float16)}, path)
     latents = load_file(cache)
+    known = drawings.listed(run.named())
+    anybody, somebody = np.flatnonzero(~known), np.flatnonzero(known)
     empty = tokenizer([""])[0]
-    steps, size = run.budget.unet
+    steps, size = getattr(run.budget, name)
     fixed = frozen.text
     # Min-SNR weights (arXiv 2303.09556, for the noise as target): most of the plain error is made
     # where little noise is left, and says nothing about who is in the picture.
     signal = schedule.alphas_cumprod(model.schedule)
     ratio = signal / (1 - signal)
-    weights_of_times = jnp.asarray(np.minimum(ratio, MAX_SNR) / ratio, jnp.float32)
+    weights_of_times = jnp.asarray(np.minimum(ratio, max_snr) / ratio, jnp.float32)
 
     def loss(params, batch, key):
         mean, std, ids = batch
@@ -911,15 +927,17 @@ def train_unet(run: Run) -> dict:
         return jnp.mean(weights_of_times[times] * errors)
 
     def batch(rng):
-        rows = rng.integers(0, len(ids), size)
+        rows = np.where(
+            rng.random(size) < listed, rng.choice(somebody, size), rng.choice(anybody, size)
+        )
         said = ids[rows, rng.integers(0, ids.shape[1], size)].astype(np.int32)
         said = np.where(rng.random(size)[:, None] < EMPTY_CAPTIONS, empty, said)
         mean, std = (latents[name][rows].astype(np.float32) for name in ("mean", "std"))
         return mean, std, said
 
     params = {"unet": frozen.unet, "cross_kv": frozen.cross_kv}
-    optimizer = muon(params, steps)
-    params, losses = fit(run, "unet", params, loss, batch, steps, optimizer, ema=0.999)
+    optimizer = muon(params, steps, rate)
+    params, losses = fit(run, name, params, loss, batch, steps, optimizer, ema=0.999)
     run.save(model, frozen._replace(**params), "unet")
     return {"losses": losses}
 
@@ -928,10 +946,10 @@ _CARD = """\
 # The mini
 
 A Stable Diffusion of a drawn world, trained from nothing by `python -m idea_jax.mini.pretrain`
-(seed {seed}; `pretraining.json` has the sizes, steps and losses, and the rounds in which the one
-that comes with idea_jax was made). It knows {names} people by name, nine colours, three hats, four
-expressions, four styles, and words for light and framing, and nothing else. All of its people are
-made up. docs/mini.md of idea_jax says how good it is. Licence: MIT, as the code.
+(seed {seed}; `pretraining.json` has the sizes, steps, losses and seconds). It knows {names} people
+by name, nine colours, three hats, four expressions, four styles, and words for light and framing,
+and nothing else. All of its people are made up. docs/mini.md of idea_jax says how good it is.
+Licence: MIT, as the code.
 """
 
 
@@ -957,7 +975,11 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "judge": train_own_judge,
     "vae": train_vae,
     "clip": train_clip,
-    "unet": train_unet,
+    "unet": lambda run: train_unet(run, "unet", listed=0.0, rate=0.01, max_snr=5.0),
+    # The last tenth of the way, where little noise is left, decides who is recognised.
+    "unet_names": lambda run: train_unet(run, "unet_names", listed=0.5, rate=0.006, max_snr=40.0),
+    # With a rate that rises and falls anew.
+    "unet_again": lambda run: train_unet(run, "unet_again", listed=0.5, rate=0.006, max_snr=40.0),
     "detector": train_detector,
     "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser", aligned=True),
     "decoder": train_decoder,
@@ -972,12 +994,14 @@ NEEDS = {
     "vae": ["drawings", "judge"],
     "clip": ["drawings"],
     "unet": ["vae", "clip"],
+    "unet_names": ["unet"],
+    "unet_again": ["unet_names"],
     "detector": ["drawings"],
     "recogniser": ["drawings"],
     "decoder": ["vae", "recogniser"],
     "scoring": ["drawings"],
     "scoring_judge": ["drawings"],
-    "finish": ["decoder", "scoring", "detector", "scoring_judge", "clip", "unet"],
+    "finish": ["decoder", "scoring", "detector", "scoring_judge", "clip", "unet_again"],
 }
 
 
