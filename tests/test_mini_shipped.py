@@ -146,10 +146,10 @@ def test_detector_finds_faces_of_any_size_turned_and_aside(mini):
         seen = finder.look_at(Image.fromarray(picture), number)
         across = np.linalg.norm(there[1] - there[0])
         # The smallest of them, turned by 45 degrees, is at the edge of what was learned: it is
-        # found, but its points are 0.41 off (0.27 with the detector before), its angle 22 degrees.
+        # found, but its points are 0.27 off.
         off = np.linalg.norm(seen.points - there, axis=1).mean()
         if number == 4:
-            assert off < 0.5 * across
+            assert off < 0.35 * across
             continue
         assert off < 0.2 * across, number
         # Heads are tilted a little themselves, so the angle is that between the points.
