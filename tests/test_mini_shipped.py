@@ -77,25 +77,23 @@ def test_a_short_personalisation_beats_its_start_and_another_person(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
     learner = lab.Learner(mini, lab.read_config("paper", {"max_train_steps": 50}))
     scoring = mini.scoring()
-    # Of background, hat and style, which the mini draws as asked for (docs/mini.md).
-    prompts = [captions.PROMPTS[number] for number in (0, 4, 6)]
+    prompts = captions.PROMPTS
     gains = []
     for person in lab.meet(mini, "validation", [2, 3], 4, prompts=prompts):
         begin, _ = learner.begin(person.photo)
         end, losses = learner.learn(person.photo)
         drawn = [
-            np.stack([learner.draw(state, p.text, 4, steps=20) for p in prompts])
+            np.stack([learner.draw(state, p.text, 2, steps=20) for p in prompts])
             for state in (begin, end)
         ]
         (before, _), (after, kept) = (
             lab.judge_pictures(mini, scoring, person, pictures, prompts) for pictures in drawn
         )
         gains.append(after - before)
-        assert kept > 0.7
+        assert kept > 0.8
         assert np.mean(losses[-10:]) < np.mean(losses[:10])
-    # Number 3 gains 0.40. Number 4 is far from the anchor and gains 0.006; after 100 steps the two
-    # gain 0.54 and 0.56.
-    assert min(gains) > 0.02 and np.mean(gains) > 0.15
+    # They gain 0.32 and 0.85, and keep 96% and 92%.
+    assert min(gains) > 0.15 and np.mean(gains) > 0.35
 
 
 @pytest.mark.parametrize("prompt", ["a photo of {} smiling", "a cartoon of {} with a red hat"])
