@@ -73,7 +73,7 @@ def test_documentation_has_the_numbers_that_were_measured():
         assert shown[row.name] == (f"**{value}**" if row.missed() else value), row.name
 
 
-def test_a_short_personalisation_beats_its_start_and_another_person(mini):
+def test_a_short_personalisation_beats_its_start(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
     learner = lab.Learner(mini, lab.read_config("paper", {"max_train_steps": 50}))
     scoring = mini.scoring()
