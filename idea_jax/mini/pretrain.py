@@ -968,6 +968,10 @@ def finish(run: Run) -> dict:
     return {"megabytes": round(sum((run.folder / n).stat().st_size for n in files) / 1e6, 2)}
 
 
+# Of the later parts of the UNet. The last tenth of the way, where little noise is left, decides who
+# is recognised.
+WITH_NAMES = {"listed": 0.5, "rate": 0.006, "max_snr": 40.0}
+
 # In the order in which they are begun: what others wait for longest, then what takes long.
 STAGES: dict[str, Callable[[Run], dict]] = {
     "prepare": prepare,
@@ -976,10 +980,8 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "vae": train_vae,
     "clip": train_clip,
     "unet": lambda run: train_unet(run, "unet", listed=0.0, rate=0.01, max_snr=5.0),
-    # The last tenth of the way, where little noise is left, decides who is recognised.
-    "unet_names": lambda run: train_unet(run, "unet_names", listed=0.5, rate=0.006, max_snr=40.0),
-    # With a rate that rises and falls anew.
-    "unet_again": lambda run: train_unet(run, "unet_again", listed=0.5, rate=0.006, max_snr=40.0),
+    "unet_names": lambda run: train_unet(run, "unet_names", **WITH_NAMES),
+    "unet_again": lambda run: train_unet(run, "unet_again", **WITH_NAMES),  # rate rises anew
     "detector": train_detector,
     "recogniser": lambda run: train_recogniser(run, "recognition", "recogniser", aligned=True),
     "decoder": train_decoder,
