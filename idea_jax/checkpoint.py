@@ -185,7 +185,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None
         return condition.init_trainable(identity.method, model, key, start)
 
     expected = {"trainable": jax.eval_shape(fresh, jax.random.key(0))}
-    if identity.method.uses_face and not identity.embeds_only:
+    if identity.method.keeps_face and not identity.embeds_only:
         expected["given"] = {
             "anchor": tokens,
             "id_embed": np.zeros(512, np.float32),

@@ -48,6 +48,7 @@ ROWS = (
     ("method.anchor", "models.sd pytrees"),
     ("method.loss", "pytrees"),
     ("method.condition", "method.* models.sd models.unet pytrees"),
+    ("method.shared", "method.* models.sd pytrees"),
     # level 4: one step, one person on disk, one prompt drawn
     ("train_step", "method.* models.sd diffusion.schedule pytrees"),
     ("checkpoint", "train_step method.* models.sd pytrees files"),
@@ -112,7 +113,8 @@ NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}
 # What a module of pure functions has no business with.
 PURE = {"train_step": {"pathlib", "os", "io", "logging", "time", "tqdm"}}
 PURE |= {
-    f"method.{name}": PURE["train_step"] for name in ("anchor", "condition", "loss", "modules")
+    f"method.{name}": PURE["train_step"]
+    for name in ("anchor", "condition", "loss", "modules", "shared")
 }
 PURE |= {f"diffusion.{name}": PURE["train_step"] for name in ("schedule", "samplers")}
 

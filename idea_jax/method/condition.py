@@ -20,8 +20,9 @@ from idea_jax.models import sd
 from idea_jax.models.unet import cross_kv_shapes, project_kv
 from idea_jax.pytrees import stream
 
-# One person's trainables: a dict with "pseudo_tokens" float32[N, D] and, where the profile has
-# them, "enhancer", "adapter" (network parameters) and "kv" (deltas shaped after `cross_kv`).
+# One person's trainables: a dict with "pseudo_tokens" float32[N, D] and, where the method has them,
+# "enhancer", "adapter" (network parameters), "enhanced" float32[N, 2D] (the ID-Adapter's input,
+# where no enhancer of the person's own makes it) and "kv" (deltas shaped after `cross_kv`).
 Trainable = dict
 # One person's constants: "anchor" float32[N, D]; where the profile uses them, "id_embed"
 # float32[512], "metric" (the regulariser's `AnchorMetric`), and "enhancer" when it is not trained.
@@ -46,17 +47,29 @@ class Method:
     num_tokens: int = 2
     beta: float = 0.4
     reg_weight: float = 0.0
+    # With a shared ID-Enhancer: what it says is a trained part, and these are `Frozen.shared`'s.
+    enhanced: bool = False
+    shared_adapter: bool = False
+    shared_kv: bool = False
 
     @property
     def uses_face(self) -> bool:
+        """Whether a person begins with a face embedding."""
         return self.adapter
+
+    @property
+    def keeps_face(self) -> bool:
+        """Whether the face embedding is one of a person's constants; a shared enhancer has said
+        all that is needed of it before the first step."""
+        return self.adapter and not self.enhanced
 
     def parts(self) -> tuple[str, ...]:
         """Names of the trained parts: the keys of the trainables."""
         present = {
             "pseudo_tokens": True,
-            "adapter": self.adapter,
-            "enhancer": self.adapter and self.train_enhancer,
+            "enhanced": self.enhanced,
+            "adapter": self.adapter and not self.shared_adapter,
+            "enhancer": self.adapter and self.train_enhancer and not self.enhanced,
             "kv": self.kv != "none",
         }
         return tuple(name for name, is_present in present.items() if is_present)
@@ -162,14 +175,14 @@ def init_given(
 
     Args:
       anchor: float32[N, D], the textual ID anchor.
-      id_embed: float32[512] of unit norm; None for profiles without a face.
+      id_embed: float32[512] of unit norm; None for methods that keep none.
     """
     given: Given = {"anchor": jnp.array(anchor, jnp.float32)}
     if method.regulariser in ("mahalanobis", "mahalanobis_truncated"):
         truncated = method.regulariser == "mahalanobis_truncated"
         metric = loss.anchor_metric(np.asarray(anchor), truncated=truncated)
         given["metric"] = {k: jnp.asarray(v) for k, v in metric._asdict().items()}
-    if method.uses_face:
+    if method.keeps_face:
         given["id_embed"] = jnp.array(id_embed, jnp.float32)
         if not method.train_enhancer:
             given["enhancer"] = init_enhancer(method, model, key)
@@ -195,12 +208,15 @@ def context(
     encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
     if not method.adapter:
         return encoded
-    return encoded + adapter_contribution(method, model, trainable, given, encoded, strength)
+    return encoded + adapter_contribution(
+        method, model, frozen, trainable, given, encoded, strength
+    )
 
 
 def adapter_contribution(
     method: Method,
     model: sd.StableDiffusion,
+    frozen: sd.Frozen,
     trainable: Trainable,
     given: Given,
     encoded: jax.Array,
@@ -208,12 +224,14 @@ def adapter_contribution(
 ) -> jax.Array:
     """What a person's ID-Adapter adds to a text condition, float32[B, T, D]."""
     D = model.text.hidden_size
-    enhancer = trainable["enhancer"] if method.train_enhancer else given["enhancer"]
-    enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
+    if method.enhanced:
+        enhanced = trainable["enhanced"]
+    else:
+        enhancer = trainable["enhancer"] if method.train_enhancer else given["enhancer"]
+        enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
+    adapter = frozen.shared["adapter"] if method.shared_adapter else trainable["adapter"]
     return IDAdapter(D, method.beta).apply(
-        {"params": trainable["adapter"]},
-        *(encoded, enhanced, strength),
-        method=IDAdapter.contribution,
+        {"params": adapter}, encoded, enhanced, strength, method=IDAdapter.contribution
     )
 
 
@@ -232,30 +250,40 @@ def keys_values(
     two thin products, and the frozen kernel stays one array for all people under `jax.vmap`.
     """
     kv = project_kv(frozen.cross_kv, context, model.dtype)
-    if method.kv == "none":
-        return kv
-    deltas = kv_contribution(method, model, trainable, context, strength)
-    return jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
+    for deltas in kv_contributions(method, model, frozen, trainable, context, strength):
+        kv = jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
+    return kv
 
 
-def kv_contribution(
+def kv_contributions(
     method: Method,
     model: sd.StableDiffusion,
+    frozen: sd.Frozen,
     trainable: Trainable,
     context: jax.Array,
     strength: float | jax.Array,
-) -> dict:
-    """What a person's K/V deltas add to the keys and values of a text condition."""
+) -> list[dict]:
+    """What K/V deltas add to the keys and values of a text condition: the shared one, a person's
+    own, both or none."""
+
+    def low_rank(deltas):
+        return jax.tree.map(
+            lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
+            deltas,
+            is_leaf=lambda node: "down" in node,
+        )
+
+    contributions = [low_rank(frozen.shared["kv"])] if method.shared_kv else []
     if method.kv == "full":
         narrow = context.astype(model.dtype)
-        return jax.tree.map(
-            lambda kernel: strength * (narrow @ kernel.astype(model.dtype)), trainable["kv"]
+        contributions.append(
+            jax.tree.map(
+                lambda kernel: strength * (narrow @ kernel.astype(model.dtype)), trainable["kv"]
+            )
         )
-    return jax.tree.map(
-        lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
-        trainable["kv"],
-        is_leaf=lambda node: "down" in node,
-    )
+    elif method.kv == "low_rank":
+        contributions.append(low_rank(trainable["kv"]))
+    return contributions
 
 
 def drawing_keys_values(
@@ -309,12 +337,13 @@ def keys_values_together(
     context = encoded
     for share, (method, trainable, given) in zip(shares, people, strict=True):
         if method.acts_at_sampling and method.adapter:
-            added = adapter_contribution(method, model, trainable, given, encoded, strength)
+            added = adapter_contribution(method, model, frozen, trainable, given, encoded, strength)
             context = context + share * added
     kv = project_kv(frozen.cross_kv, context, model.dtype)
     for share, (method, trainable, _) in zip(shares, people, strict=True):
-        if method.acts_at_sampling and method.kv != "none":
-            deltas = kv_contribution(method, model, trainable, context, strength)
+        if not method.acts_at_sampling:
+            continue
+        for deltas in kv_contributions(method, model, frozen, trainable, context, strength):
             kv = jax.tree.map(
                 lambda plain, delta, share=share: plain + (share * delta).astype(plain.dtype),
                 *(kv, deltas),

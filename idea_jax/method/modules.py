@@ -125,3 +125,67 @@ class IDAdapter(nn.Module):
         # code computes the other rows as well and drops them.
         attended = self.attention(context, joined)
         return strength * self.beta * jnp.tanh(self.gamma) * attended
+
+
+class SharedEnhancer(nn.Module):
+    """An ID-Enhancer for everybody: says of a face alone where a person's training begins.
+
+    Three ways from the face to one row per pseudo token. All of the face gets through each of them;
+    through the published enhancer (`IDEnhancer`), whose queries are alike for all tokens and whose
+    keys and values are the anchor's few rows, eight numbers do.
+
+    * `mlp`: two layers, the second one residual (after arXiv 2309.05793 and StableIdentity,
+      arXiv 2401.15975).
+    * `attention`: the published attention over the anchor, added to its own query.
+    * `names`: attention over many celebrities' names, whose token embeddings are keys and values:
+      a soft celebrity basis (after Celeb Basis, arXiv 2306.00926).
+
+    Attributes:
+      kind: one of the three.
+      dim: width D of the text encoder.
+      tokens: pseudo tokens N.
+      width: of hidden layers.
+    """
+
+    kind: str
+    dim: int
+    tokens: int
+    width: int
+
+    @nn.compact
+    def __call__(
+        self, id_embed: jax.Array, anchor: jax.Array, names: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns offsets of the pseudo tokens, float32[N, D], zero at first, and F [N, 2D].
+
+        Args:
+          id_embed: float32[512], unit norm.
+          anchor: float32[N, D], what the tokens start from, at unit scale.
+          names: float32[K, N, D], token embeddings of names at unit scale; read by `names` alone.
+        """
+        N, D = self.tokens, self.dim
+        face = id_embed * math.sqrt(id_embed.shape[0])  # values of unit size
+        if self.kind == "mlp":
+            hidden = nn.gelu(nn.Dense(self.width, name="in")(face))
+            hidden = hidden + nn.gelu(nn.Dense(self.width, name="mid")(nn.LayerNorm()(hidden)))
+            rows = jnp.broadcast_to(nn.LayerNorm()(hidden), (N, self.width))
+        else:
+            query = nn.Dense(N * D, name="query")(face).reshape(N, D)
+            if self.kind == "attention":
+                mixed = MultiheadAttention(D, name="attention")(query, anchor)
+            else:  # each token looks at the names' tokens of its own place
+                mixed = MultiheadAttention(D, name="attention")(
+                    query[:, None], jnp.swapaxes(names, 0, 1)
+                )[:, 0]
+            rows = query + mixed
+            rows = rows + nn.gelu(nn.Dense(D, name="mid")(nn.LayerNorm()(rows)))
+            rows = nn.LayerNorm()(rows)
+
+        def each(features, name, init):
+            """A dense layer of its own for each token."""
+            kernel = self.param(f"{name}_kernel", init, (N, rows.shape[1], features))
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, (N, features))
+            return jnp.einsum("ni,nio->no", rows, kernel) + bias
+
+        init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
+        return each(D, "tokens", nn.initializers.zeros), each(2 * D, "enhanced", init)

@@ -32,12 +32,17 @@ DIFFUSERS_VERSION = "0.42.1"  # whose layout `save` writes
 
 
 class Frozen(NamedTuple):
-    """The weights that personalising never changes: nested dicts of arrays."""
+    """The weights that personalising never changes: nested dicts of arrays.
+
+    `shared` is what an ID-Enhancer that was trained over many people adds for all of them
+    (`method.shared.frozen_part`); empty without one, and no part of a checkpoint.
+    """
 
     text: dict
     unet: dict
     cross_kv: dict
     vae: dict
+    shared: dict = {}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""One ID-Enhancer for everybody: from a face embedding to where a person's training begins.
+
+It is trained once, over many people (`idea_jax.enhancer`). Then a person is one forward pass, and
+few steps or none of their own. `Shared` is one tree: "enhancer", "adapter" and "kv" are trained,
+"start", "scale" and "names" are constants of the checkpoint that it was trained for.
+
+Source: arXiv 2507.11990, whose enhancer "refines visual identity embeddings" with texts of many
+people; how it is trained is this project's (docs/enhancer.md).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from idea_jax.method import condition
+from idea_jax.method.modules import IDAdapter, SharedEnhancer
+from idea_jax.models import sd
+from idea_jax.pytrees import stream
+
+KINDS = ("mlp", "attention", "names")
+TRAINED = ("enhancer", "adapter", "kv")  # what training changes of a shared tree
+ACTS = ("adapter", "kv")  # what acts for everybody when pictures are drawn
+
+# "enhancer", "adapter": network parameters; "kv": deltas shaped after `cross_kv`; "start":
+# float32[N, D], what the offsets are added to; "scale": float32[], their unit; "names":
+# float32[K, N, D] at unit scale, K = 0 unless the enhancer reads them.
+Shared = dict
+
+
+@dataclass(frozen=True)
+class EnhancerConfig:
+    """What a shared tree looks like. Hashable, so it can be a static argument of `jax.jit`."""
+
+    kind: str
+    dim: int
+    num_tokens: int = 2
+    width: int = 512
+    kv_rank: int = 4
+    beta: float = 0.4
+
+    @property
+    def network(self) -> SharedEnhancer:
+        return SharedEnhancer(self.kind, self.dim, self.num_tokens, self.width)
+
+
+def init_shared(
+    config: EnhancerConfig,
+    model: sd.StableDiffusion,
+    key: jax.Array,
+    start: jax.Array,
+    scale: float,
+    names: jax.Array,
+) -> Shared:
+    """Returns a shared tree before training; it predicts `start` for everybody.
+
+    Args:
+      start: float32[N, D], the pseudo tokens of nobody in particular.
+      scale: unit of the tokens' offsets, such as the deviation of celebrities' token embeddings.
+      names: float32[K, N, D], token embeddings of names; kept if the enhancer reads them.
+    """
+    D, N = config.dim, config.num_tokens
+    start = jnp.asarray(start, jnp.float32)
+    names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
+    known = (names - start) / scale if config.kind == "names" else names[:0]
+    shared = {"start": start, "scale": jnp.float32(scale), "names": known}
+    faces = config.network.init(stream(key, "enhancer"), jnp.ones(512), _anchor(shared), known)
+    adapter = IDAdapter(D, config.beta)
+    context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D))
+    return shared | {
+        "enhancer": faces["params"],
+        "adapter": adapter.init(stream(key, "adapter"), context, enhanced)["params"],
+        "kv": condition.init_kv(
+            person_method(config, kv="low_rank", kv_rank=config.kv_rank), model, stream(key, "kv")
+        ),
+    }
+
+
+def predict(config: EnhancerConfig, shared: Shared, id_embed: jax.Array) -> condition.Trainable:
+    """Returns the "pseudo_tokens" and "enhanced" of the person with this face.
+
+    A pure function of float32[512] of unit norm; `jax.vmap` takes it over many faces.
+    """
+    offsets, enhanced = config.network.apply(
+        {"params": shared["enhancer"]}, id_embed, _anchor(shared), shared["names"]
+    )
+    return {"pseudo_tokens": shared["start"] + shared["scale"] * offsets, "enhanced": enhanced}
+
+
+def _anchor(shared: Shared) -> jax.Array:
+    """The start at unit scale, as the network sees it."""
+    start = shared["start"]
+    return start * jax.lax.rsqrt(jnp.mean(start**2, axis=-1, keepdims=True) + 1e-12)
+
+
+def frozen_part(shared: Shared) -> dict:
+    """What `sd.Frozen.shared` holds of a shared tree, for training and drawing people."""
+    return {name: shared[name] for name in ACTS}
+
+
+def keys_values(
+    config: EnhancerConfig,
+    model: sd.StableDiffusion,
+    shared: Shared,
+    frozen: sd.Frozen,
+    id_embeds: jax.Array,
+    token_ids: jax.Array,
+    strength: jax.Array,
+) -> dict:
+    """Keys and values of texts that each name another person: leaves [B, T, inner].
+
+    Args:
+      id_embeds: float32[B, 512] of unit norm.
+      token_ids: int32[B, T].
+      strength: float32[B], of adapter and K/V delta; 0 leaves the tokens alone.
+    """
+    method = person_method(config, kv="none")
+    frozen = frozen._replace(shared=frozen_part(shared))
+
+    def one(id_embed, ids, strength):
+        person = predict(config, shared, id_embed)
+        text = condition.context(method, model, frozen, person, {}, ids[None], strength=strength)
+        kv = condition.keys_values(method, model, frozen, person, text, strength=strength)
+        return jax.tree.map(lambda leaf: leaf[0], kv)
+
+    return jax.vmap(one)(id_embeds, token_ids, strength)
+
+
+def person_method(
+    config: EnhancerConfig,
+    *,
+    kv: str,
+    kv_rank: int = 4,
+    own_adapter: bool = False,
+    reg_weight: float = 0.0,
+) -> condition.Method:
+    """The method of a person who begins where a shared enhancer says.
+
+    Args:
+      kv: the person's own K/V delta, on top of the shared one; "none" for none.
+      own_adapter: whether the person has an ID-Adapter of their own, which begins as the shared.
+    """
+    return condition.make_method(
+        "paper",
+        kv=kv,
+        kv_rank=kv_rank,
+        num_tokens=config.num_tokens,
+        beta=config.beta,
+        reg_weight=reg_weight,
+        enhanced=True,
+        shared_adapter=not own_adapter,
+        shared_kv=True,
+    )
+
+
+def begin_person(
+    config: EnhancerConfig,
+    method: condition.Method,
+    model: sd.StableDiffusion,
+    shared: Shared,
+    key: jax.Array,
+    id_embed: jax.Array,
+) -> tuple[condition.Trainable, condition.Given]:
+    """Returns a person before the first step of their own: what is trained of them, and their
+    constants. Their anchor is what was predicted for them.
+
+    Args:
+      method: of `person_method`.
+      key: the person's key.
+      id_embed: float32[512] of unit norm.
+    """
+    person = predict(config, shared, id_embed)
+    given = condition.init_given(method, model, key, shared["start"], None)
+    given["anchor"] = jnp.array(person["pseudo_tokens"])
+    if not method.shared_adapter:
+        person["adapter"] = jax.tree.map(jnp.array, shared["adapter"])
+    if method.kv != "none":
+        person["kv"] = condition.init_kv(method, model, stream(key, "kv"))
+    return person, given
