@@ -26,10 +26,13 @@ from idea_jax.train_step import IdentityState
 log = logging.getLogger(__name__)
 
 FORMAT = "idea_jax.identity"
-FORMAT_VERSION = 1
+# 1: everything that draws a person is theirs. 2: they began with a shared ID-Enhancer.
+FORMAT_VERSIONS = (1, 2)
 # Constants that belong in the file: sampling depends on them. The regulariser's metric does not;
 # it follows from the anchor.
 GIVEN_IN_FILE = ("anchor", "id_embed", "enhancer")
+# Parts of a method that files of version 1 do not mention.
+SINCE_2 = ("enhanced", "shared_adapter", "shared_kv")
 
 
 class IdentityError(ValueError):
@@ -50,7 +53,8 @@ class Identity:
 
     base_model is a Hub id or a folder's name (never a whole path: it would tell where the user
     keeps files); revision the commit it had, if known; embeds_only: read from a file of token
-    embeddings, without adapter and K/V.
+    embeddings, without adapter and K/V; enhancer: SHA-256 of the file of the shared ID-Enhancer
+    that drawing needs as well, None if it needs none.
     """
 
     method: condition.Method
@@ -62,6 +66,12 @@ class Identity:
     seed: int
     steps: int
     embeds_only: bool = False
+    enhancer: str | None = None
+
+    @property
+    def needs_enhancer(self) -> bool:
+        """Whether a part that draws the person is a shared ID-Enhancer's."""
+        return self.method.shared_adapter or self.method.shared_kv
 
 
 def versions() -> dict[str, str]:
@@ -75,15 +85,16 @@ def write_identity(path: Path, identity: Identity) -> None:
     """Writes an identity file (safetensors); an earlier file stays whole if anything fails.
 
     Tensors are named `trainable/...` and `given/...`; the metadata describe the run and never hold
-    anything measured from the face.
+    anything measured from the face. Of a person who began with a shared ID-Enhancer the constants
+    are left out: drawing needs neither their face embedding nor their anchor.
 
     Raises:
       IdentityError: a value is not finite; such an identity is never written.
     """
-    trees = {
-        "trainable": identity.trainable,
-        "given": {k: v for k, v in identity.given.items() if k in GIVEN_IN_FILE},
-    }
+    is_enhanced = identity.method.enhanced
+    trees = {"trainable": identity.trainable}
+    if not is_enhanced:
+        trees["given"] = {k: v for k, v in identity.given.items() if k in GIVEN_IN_FILE}
     tensors = {name: np.array(leaf, order="C") for name, leaf in pytrees.flatten(trees).items()}
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
@@ -91,9 +102,12 @@ def write_identity(path: Path, identity: Identity) -> None:
             f"{path.name} was not written, since it would hold values that are not finite "
             f"({', '.join(broken)}); train with a lower learning rate"
         )
+    method = asdict(identity.method)
+    if not is_enhanced:
+        method = {name: value for name, value in method.items() if name not in SINCE_2}
     about = {
-        "format_version": FORMAT_VERSION,
-        "method": asdict(identity.method),
+        "format_version": 2 if is_enhanced else 1,
+        "method": method,
         "placeholder": identity.placeholder,
         "base_model": identity.base_model,
         "revision": identity.revision,
@@ -102,7 +116,10 @@ def write_identity(path: Path, identity: Identity) -> None:
         "versions": versions(),
         "licence": "the base model's and the face model's terms of use apply",
     }
-    write_tensors(path, tensors, {FORMAT: json.dumps(about)}, private=True)  # a face embedding
+    if is_enhanced:
+        about["enhancer"] = identity.enhancer
+    # A face embedding, or what was predicted from one.
+    write_tensors(path, tensors, {FORMAT: json.dumps(about)}, private=True)
 
 
 def read_identity(path: Path) -> Identity:
@@ -127,21 +144,31 @@ def read_identity(path: Path) -> Identity:
         )
     try:
         about = json.loads(metadata[FORMAT])
-        if about["format_version"] != FORMAT_VERSION:
+        version = about["format_version"]
+        if version not in FORMAT_VERSIONS:
             raise IdentityError(
-                f"{path} has format version {about['format_version']}, expected "
-                f"{FORMAT_VERSION}; install the idea_jax that wrote it, or train again"
+                f"{path} has format version {version}, expected "
+                f"{' or '.join(map(str, FORMAT_VERSIONS))}; install the idea_jax that wrote it, or "
+                "train again"
             )
         trees = pytrees.unflatten(tensors)
         identity = Identity(
             method=condition.Method(**about["method"]),
             trainable=trees["trainable"],
-            given=trees["given"],
+            given=trees["given"] if version == 1 else {},
+            enhancer=about["enhancer"] if version == 2 else None,
             **{k: about[k] for k in ("placeholder", "base_model", "revision", "seed", "steps")},
         )
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+    # RecursionError: deeply nested JSON; AttributeError: a tensor that is a folder, too.
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, IdentityError):
+            raise
         raise IdentityError(f"{path} lacks a part of its description: {error!r}") from error
     problems = wrong_types(identity) + wrong_types(identity.method)
+    if identity.method.enhanced != (version == 2) or identity.needs_enhancer != (
+        identity.enhancer is not None
+    ):
+        problems.append("its method is not one of its format version")
     problems += [f"{k} is not finite" for k, v in tensors.items() if not np.isfinite(v).all()]
     if problems:
         raise IdentityError(f"{path} is damaged: {'; '.join(problems[:20])}; train again")

@@ -19,6 +19,7 @@ from idea_jax import (
 )
 from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
+from idea_jax.formats import enhancer
 from idea_jax.models import flash, hub, layers, weights
 
 # Mistakes of the input, not of the program: one message, no traceback.
@@ -29,6 +30,7 @@ INPUT_ERRORS = (
     face_models.FaceError,
     text.TextError,
     learned_embeds.EmbedsError,
+    enhancer.EnhancerError,
     layers.UnsupportedConfig,
     flash.UnsupportedAttention,
     weights.WeightsError,

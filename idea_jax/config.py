@@ -46,6 +46,25 @@ COMPILE_CACHE = (
     "folder of compiled programs, or off (default: idea_jax/compiled in the user's cache)"
 )
 
+ENHANCER = (
+    "file of a shared ID-Enhancer, auto (enhancer/enhancer.safetensors in the checkpoint's folder, "
+    "if it is there) or none"
+)
+FACE = {
+    "face_model_dir": "folder of an insightface pack: a detector and a recogniser",
+    "face_model": "ArcFace model, ONNX, 112x112 input; a detector is looked for beside it",
+    "accept_face_licence": "let insightface download its models if there are none (non-commercial "
+    "research only)",
+    "face_embeddings": "faces that python -m idea_jax.faces has computed; no face model is needed "
+    "then",
+    "face_select": "which of several faces: largest, center, left, right, or a number from the "
+    "left",
+    "face_provider": "where the face models run (cpu leaves the GPU to JAX)",
+    "pre_aligned": "the photos are aligned 112x112 face crops already",
+    "drop_outliers": "leave out photos whose face is unlike the others' (otherwise only reported)",
+}
+FACE_PROVIDERS = ("cpu", "cuda")
+
 PRESET = "; as a flag it wins over what --config says"
 
 COMPUTE_DTYPES = {"no": "float32", "bf16": "bfloat16"}  # of the frozen networks, by precision
@@ -89,6 +108,38 @@ PROFILE_DEFAULTS: dict[str, dict] = {
     },
 }
 
+# What the paper profile sets instead where a shared ID-Enhancer says how a person begins. A setting
+# of None is one of the person's own ID-Enhancer, which they then do not have.
+ENHANCER_DEFAULTS: dict = {
+    "max_train_steps": 25,
+    "lr_scheduler": "cosine",
+    "scale_lr": False,
+    "learning_rate": 1e-2,
+    "enhanced_learning_rate": 1e-3,
+    "adapter_learning_rate": 3e-5,
+    "enhancer_learning_rate": None,
+    "kv_learning_rate": 1e-4,
+    "train_parts": "tokens,enhanced,kv",
+    "early_stopping": 0,
+}
+# What a preset means there.
+ENHANCER_PRESETS: dict[str, dict] = {"fast": {"max_train_steps": 0}}
+# The parts of a person that `train_parts` names, and the settings that only they read.
+PARTS = {
+    "tokens": (),
+    "enhanced": (),
+    "kv": ("kv", "kv_learning_rate"),
+    "adapter": ("adapter_learning_rate",),
+}
+# Settings that nothing reads without a shared ID-Enhancer, and with one.
+ENHANCER_ONLY = ("train_parts", "enhanced_learning_rate", "self_contained")
+NOT_WITH_ENHANCER = ("enhancer_learning_rate", "initialize_tokens", "celeb_path")
+# What happens between the first step and the last.
+ON_THE_WAY = (
+    *("validation_prompt", "save_steps", "checkpointing_steps", "resume_from_checkpoint"),
+    *("lr_warmup_steps",),
+)
+
 # Settings of parts that only some profiles have; a profile that would ignore one refuses it.
 PROFILE_PARTS: dict[str, tuple[str, ...]] = {
     "adapter_learning_rate": ("paper", "official"),
@@ -98,6 +149,9 @@ PROFILE_PARTS: dict[str, tuple[str, ...]] = {
     "kv_rank": ("paper",),
     "drop_outliers": ("paper", "official"),
     "celeb_path": ("paper", "official", "cross_init"),
+    "train_parts": ("paper",),
+    "enhanced_learning_rate": ("paper",),
+    "self_contained": ("paper",),
 }
 
 # Settings of how a face is found, which the profiles with a face embedding need, and --crop face;
@@ -123,7 +177,8 @@ class TrainConfig:
     output_dir: str = setting("idea-output", "folder that receives all results")
     preset: str | None = setting(
         None,
-        f"half the steps at twice the rates, and fewer for whom fewer are enough{PRESET}",
+        "half the steps at twice the rates, and fewer for whom fewer are enough; with a shared "
+        f"ID-Enhancer none at all{PRESET}",
         choices=("fast",),
     )
     profile: str = setting(
@@ -176,29 +231,23 @@ class TrainConfig:
         False, "one of several processes: docs/scale.md says how they are started"
     )
     # The face (profiles paper and official, and --crop face)
-    face_model_dir: str | None = setting(
-        None, "folder of an insightface pack: a detector and a recogniser"
+    face_model_dir: str | None = setting(None, FACE["face_model_dir"])
+    face_model: str | None = setting(None, FACE["face_model"])
+    accept_face_licence: bool = setting(False, FACE["accept_face_licence"])
+    face_embeddings: str | None = setting(None, FACE["face_embeddings"])
+    face_select: str = setting("largest", FACE["face_select"])
+    face_provider: str = setting("cpu", FACE["face_provider"], choices=FACE_PROVIDERS)
+    pre_aligned: bool = setting(False, FACE["pre_aligned"])
+    drop_outliers: bool = setting(False, FACE["drop_outliers"])
+    # A shared ID-Enhancer (profile paper)
+    enhancer: str = setting("auto", ENHANCER)
+    train_parts: str | None = setting(
+        None,
+        "with a shared ID-Enhancer, what is the person's own: tokens,enhanced, then kv and adapter "
+        f"where wanted (default: {ENHANCER_DEFAULTS['train_parts']})",
     )
-    face_model: str | None = setting(
-        None, "ArcFace model, ONNX, 112x112 input; a detector is looked for beside it"
-    )
-    accept_face_licence: bool = setting(
-        False,
-        "let insightface download its models if there are none (non-commercial research only)",
-    )
-    face_embeddings: str | None = setting(
-        None, "faces that python -m idea_jax.faces has computed; no face model is needed then"
-    )
-    face_select: str = setting(
-        "largest",
-        "which of several faces: largest, center, left, right, or a number from the left",
-    )
-    face_provider: str = setting(
-        "cpu", "where the face models run (cpu leaves the GPU to JAX)", choices=("cpu", "cuda")
-    )
-    pre_aligned: bool = setting(False, "the photos are aligned 112x112 face crops already")
-    drop_outliers: bool = setting(
-        False, "leave out photos whose face is unlike the others' (otherwise only reported)"
+    self_contained: bool = setting(
+        False, "write identities that can be drawn without the file of the shared ID-Enhancer"
     )
     # Pictures
     resolution: int | None = setting(
@@ -226,7 +275,12 @@ class TrainConfig:
     )
     kv_rank: int = setting(4, "rank of the low-rank K/V delta")
     # Optimisation
-    max_train_steps: int = setting(320, "steps", aliases=("max_train_step",))
+    max_train_steps: int = setting(
+        320,
+        f"steps; with a shared ID-Enhancer {ENHANCER_DEFAULTS['max_train_steps']} unless given, "
+        "and 0 writes what it predicts",
+        aliases=("max_train_step",),
+    )
     train_batch_size: int = setting(8, "samples per step")
     steps_per_call: int | None = setting(
         None,
@@ -240,9 +294,19 @@ class TrainConfig:
     evaluation_steps: int = setting(20, "steps from one such evaluation to the next")
     learning_rate: float | None = setting(None, "rate of the pseudo tokens (default: by profile)")
     adapter_learning_rate: float | None = setting(None, "rate of the ID-Adapter")
-    enhancer_learning_rate: float | None = setting(None, "rate of the ID-Enhancer")
+    enhancer_learning_rate: float | None = setting(None, "rate of the person's own ID-Enhancer")
+    enhanced_learning_rate: float | None = setting(
+        None, "rate of what a shared ID-Enhancer says of the face"
+    )
     kv_learning_rate: float | None = setting(None, "rate of the K/V delta")
     scale_lr: bool | None = setting(None, "multiply all rates by the batch size")
+    lr_scheduler: str = setting(
+        "constant",
+        "how the rates go on: constant, or down to 0 at the last step as a cosine (the default "
+        "with a shared ID-Enhancer)",
+        choices=("constant", "cosine"),
+    )
+    lr_warmup_steps: int = setting(0, "steps in which the rates rise to their full values")
     adam_beta1: float = setting(0.9, "AdamW beta1")
     adam_beta2: float = setting(0.999, "AdamW beta2")
     adam_epsilon: float = setting(1e-7, "AdamW epsilon")
@@ -272,15 +336,18 @@ class TrainConfig:
     resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
     report_to: str = setting("tensorboard", "log of the losses", choices=("tensorboard", "none"))
     logging_dir: str = setting("logs", "folder of that log, inside output_dir")
+    # No setting: names of those that neither a file nor a flag has given; see `resolve`.
+    unsaid: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
-        positive(self, "n_pseudo_tokens", "kv_rank", "max_train_steps", "train_batch_size")
+        positive(self, "n_pseudo_tokens", "kv_rank", "train_batch_size")
         positive(self, "resolution", "validation_steps", "num_validation_images")
         positive(self, "identities_per_step", "steps_per_call", "evaluation_steps")
         positive(self, "checkpoints_total_limit", "adam_epsilon", "pictures_per_person")
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
-        not_negative(self, "kv_learning_rate", "beta", "early_stopping")
+        not_negative(self, "kv_learning_rate", "beta", "early_stopping", "enhanced_learning_rate")
+        not_negative(self, "max_train_steps", "lr_warmup_steps")
         check_seed(self.seed)
         check_compile_cache(self.compile_cache)
         for name in ("adam_beta1", "adam_beta2"):
@@ -316,6 +383,7 @@ class TrainConfig:
                     f"{' and '.join(profiles)}"
                 )
 
+        self.check_enhancer()
         check_sources("--train_data_dir", self.train_data_dir, self.dataset, self.dataset_dir)
         self.check_face()
         shape = self.mesh_shape()
@@ -324,6 +392,44 @@ class TrainConfig:
                 "--shard_frozen splits the weights over the devices on data; give --mesh with "
                 "data=N, N > 1"
             )
+
+    def check_enhancer(self) -> None:
+        """Raises unless the settings fit a shared ID-Enhancer, or that there is none."""
+        if self.profile != "paper" and self.enhancer not in ("auto", "none"):
+            raise ConfigError(
+                f"--enhancer has no effect with profile {self.profile!r}: only the paper profile "
+                "begins with a shared ID-Enhancer; leave it out or take --profile paper"
+            )
+        if self.enhancer == "none" or self.profile != "paper":
+            check_without_enhancer(self)
+        if self.train_parts is not None:
+            parts = self.train_parts.split(",")
+            if not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
+                raise ConfigError(
+                    f"--train_parts names some of {', '.join(PARTS)}, each once and with commas "
+                    f"between them, got {self.train_parts!r}"
+                )
+            if not {"tokens", "enhanced"} <= set(parts):
+                raise ConfigError(
+                    "--train_parts must name tokens and enhanced, which every person has of their "
+                    f"own, got {self.train_parts!r}"
+                )
+        if self.max_train_steps == 0:
+            for name in ON_THE_WAY:
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"--{name} has no effect with --max_train_steps 0, which takes no step "
+                        "(--preset fast means that where there is a shared ID-Enhancer)"
+                    )
+        elif self.lr_warmup_steps >= self.max_train_steps:
+            raise ConfigError(
+                f"--lr_warmup_steps {self.lr_warmup_steps} must be less than --max_train_steps "
+                f"{self.max_train_steps}"
+            )
+
+    def own_parts(self) -> tuple[str, ...]:
+        """The names in `train_parts`; those of a person who begins with a shared ID-Enhancer."""
+        return tuple((self.train_parts or "").split(","))
 
     def check_face(self) -> None:
         """Raises unless the settings of the face fit together."""
@@ -334,11 +440,7 @@ class TrainConfig:
                 f"--{given[0]} has no effect with profile {self.profile!r}; it belongs to "
                 f"{' and '.join(FACE_PROFILES)}, and to --crop face"
             )
-        if self.face_embeddings is not None and given != ["face_embeddings"]:
-            raise ConfigError(
-                f"--{given[0]} has no effect with --face_embeddings: how faces are found was "
-                "settled when that file was written"
-            )
+        check_precomputed(self)
         check_finding(self)
         if not 0.5 <= self.crop_margin <= 4:
             raise ConfigError(f"crop_margin must be from 0.5 to 4, got {self.crop_margin}")
@@ -375,6 +477,7 @@ class TrainConfig:
             "pseudo_tokens": self.learning_rate,
             "adapter": self.adapter_learning_rate,
             "enhancer": self.enhancer_learning_rate,
+            "enhanced": self.enhanced_learning_rate,
             "kv": self.kv_learning_rate,
         }
         return {part: rate * scale for part, rate in rates.items() if rate is not None}
@@ -396,6 +499,12 @@ class SampleConfig:
     learned_embedding_path: str | None = setting(
         None, "token embeddings only: learned_embeds.safetensors or a legacy learned_embeds.bin"
     )
+    photo: list[str] | None = setting(
+        None,
+        "photos of one person, who is drawn as a shared ID-Enhancer sees them, without training "
+        "(may be repeated)",
+    )
+    enhancer: str = setting("auto", ENHANCER)
     prompt: list[str] | None = setting(
         None,
         "prompts; {} stands for the person, and of several people for each in turn; {NAME} and "
@@ -424,6 +533,16 @@ class SampleConfig:
     id_strength: float = setting(
         1.0, "scales the ID-Adapter's and the K/V delta's effect; 0 leaves the tokens alone"
     )
+    # The face on --photo
+    face_model_dir: str | None = setting(None, FACE["face_model_dir"])
+    face_model: str | None = setting(None, FACE["face_model"])
+    accept_face_licence: bool = setting(False, FACE["accept_face_licence"])
+    face_embeddings: str | None = setting(None, FACE["face_embeddings"])
+    face_select: str = setting("largest", FACE["face_select"])
+    face_provider: str = setting("cpu", FACE["face_provider"], choices=FACE_PROVIDERS)
+    pre_aligned: bool = setting(False, FACE["pre_aligned"])
+    drop_outliers: bool = setting(False, FACE["drop_outliers"])
+    # The pictures
     height: int | None = setting(None, "pixels (default: the checkpoint's own size)")
     width: int | None = setting(None, "pixels (default: the checkpoint's own size)")
     seed: int = setting(0, "picture i of a seed is the same whatever else is drawn")
@@ -439,8 +558,12 @@ class SampleConfig:
         not_negative(self, "guidance_scale", "id_strength", "eta")
         check_seed(self.seed)
         check_compile_cache(self.compile_cache)
-        if (self.identity is None) == (self.learned_embedding_path is None):
-            raise ConfigError("give exactly one of --identity and --learned_embedding_path")
+        given = [self.identity, self.learned_embedding_path, self.photo]
+        if sum(source is not None for source in given) != 1:
+            raise ConfigError(
+                "give exactly one of --identity, --learned_embedding_path and --photo"
+            )
+        self.check_face()
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give exactly one of --prompt and --prompt_file")
         if self.guidance_interval is not None:
@@ -464,6 +587,48 @@ class SampleConfig:
             raise ConfigError(f"eta must lie between 0 and 1, got {self.eta}")
         if self.eta and self.scheduler != "ddim":
             raise ConfigError("--eta belongs to --scheduler ddim; dpmpp_2m is deterministic")
+
+    def check_face(self) -> None:
+        """Raises unless the settings of the face fit --photo, and each other."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        names = (*FACE_SETTINGS, "drop_outliers")
+        given = [name for name in names if getattr(self, name) != defaults[name]]
+        if given and self.photo is None:
+            raise ConfigError(f"--{given[0]} has no effect without --photo")
+        check_precomputed(self)
+        check_finding(self)
+        if self.photo is not None and self.enhancer == "none":
+            raise ConfigError("--photo needs a shared ID-Enhancer; leave out --enhancer none")
+
+
+def check_without_enhancer(cfg: TrainConfig) -> None:
+    """Raises if a setting is given that only means something with a shared ID-Enhancer."""
+    why = (
+        f"profile {cfg.profile!r} has none"
+        if cfg.profile != "paper"
+        else "give --enhancer FILE, or a checkpoint that has one"
+    )
+    for name in ENHANCER_ONLY:
+        if getattr(cfg, name):
+            raise ConfigError(f"--{name} has no effect without a shared ID-Enhancer: {why}")
+    if cfg.max_train_steps == 0:
+        raise ConfigError(
+            "--max_train_steps 0 writes what a shared ID-Enhancer predicts of a person, and there "
+            f"is none: {why}, or take at least one step"
+        )
+
+
+def check_precomputed(settings: TrainConfig | SampleConfig) -> None:
+    """Raises if faces are precomputed, and something is said of how they are to be found."""
+    if settings.face_embeddings is None:
+        return
+    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+    for name in FACE_SETTINGS:
+        if name != "face_embeddings" and getattr(settings, name) != defaults[name]:
+            raise ConfigError(
+                f"--{name} has no effect with --face_embeddings: how faces are found was "
+                "settled when that file was written"
+            )
 
 
 def check_sources(name: str, folder: object, dataset: str | None, dataset_dir: object) -> None:
@@ -538,11 +703,16 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
     usage = "%(prog)s [--FLAG VALUE ...]    (--help tells all flags)"
     parser = argparse.ArgumentParser(**about, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
-    for spec in dataclasses.fields(cls):
+    for spec in settings_of(cls):
         add_flag(parser, spec)
     flags = vars(parser.parse_args(argv))
     path = flags.pop("config", None)
     return build(cls, read_yaml(path) if path else {}, flags, source=path)
+
+
+def settings_of(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass that are settings."""
+    return [spec for spec in dataclasses.fields(cls) if spec.metadata]
 
 
 def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
@@ -599,7 +769,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
     Raises:
       ConfigError: as `parse`.
     """
-    known = {spec.name: spec for spec in dataclasses.fields(cls)}
+    known = {spec.name: spec for spec in settings_of(cls)}
     file_values, flags = without_switches(known, file_values), without_switches(known, flags)
     for name, value in file_values.items():
         if name not in known:
@@ -619,6 +789,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
             raise ConfigError(
                 f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
             )
+        said = given
         given = {**PROFILE_DEFAULTS[profile], **given}
     preset, presets = given.get("preset"), PRESETS[cls]
     if preset is not None:
@@ -636,8 +807,55 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
                 value = given.get(name, known[name].default)
                 if name not in stronger and value is not None:
                     chosen[name] = max(1, int(value * factor)) if factor < 1 else value * factor
+            said = {name: value for name, value in said.items() if name != "max_train_steps"}
         given = {**given, **chosen}
+    if cls is TrainConfig:
+        given["unsaid"] = tuple(name for name in known if name not in said)
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
+
+
+def resolve(cfg: TrainConfig, fixed: dict | None) -> TrainConfig:
+    """The settings of a run, once it is known whether there is a shared ID-Enhancer.
+
+    `build` gives every setting its value without one. With one, those that neither a file nor a
+    flag has given become what `ENHANCER_DEFAULTS` and the preset say there.
+
+    Args:
+      fixed: settings that the shared ID-Enhancer decides; None if there is none.
+
+    Raises:
+      ConfigError: a setting is given that nothing would read, or that is decided otherwise.
+    """
+    if fixed is None:
+        return dataclasses.replace(cfg, enhancer="none")
+    values = {**ENHANCER_DEFAULTS, **ENHANCER_PRESETS.get(cfg.preset, {}), **fixed}
+    values = {name: value for name, value in values.items() if name in cfg.unsaid}
+    if cfg.kv == "none" and "train_parts" in values:
+        values["train_parts"] = "tokens,enhanced"
+    parts = values.get("train_parts", cfg.train_parts)
+    without = "leave it out, or train without the shared ID-Enhancer: --enhancer none"
+    for name in NOT_WITH_ENHANCER:
+        if name not in cfg.unsaid and getattr(cfg, name) is not None:
+            raise ConfigError(
+                f"--{name} has no effect where a shared ID-Enhancer says how a person begins; "
+                f"{without}"
+            )
+    for name, value in fixed.items():
+        if name not in cfg.unsaid and getattr(cfg, name) != value:
+            raise ConfigError(
+                f"--{name} is {getattr(cfg, name)}, and the shared ID-Enhancer is for {value}; "
+                f"{without}"
+            )
+    for part, names in PARTS.items():
+        if part in parts.split(","):
+            continue
+        for name in names:
+            if name not in cfg.unsaid and getattr(cfg, name) not in (None, "none"):
+                raise ConfigError(f"--{name} has no effect without {part} in --train_parts {parts}")
+            values[name] = "none" if name == "kv" else None
+    if "kv" in parts.split(",") and cfg.kv == "none":
+        raise ConfigError("--kv none contradicts --train_parts with kv; leave one of them out")
+    return dataclasses.replace(cfg, **values)
 
 
 def without_switches(known: dict[str, dataclasses.Field], values: dict) -> dict:
@@ -732,5 +950,6 @@ def read_yaml(path: str) -> dict:
 
 def to_yaml(config: object) -> str:
     """The resolved settings as YAML that `--config` reads back to the same run."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    named = {spec.name: getattr(config, spec.name) for spec in settings_of(type(config))}
+    values = {name: value for name, value in named.items() if value is not None}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

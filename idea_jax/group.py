@@ -31,12 +31,13 @@ class Learner:
 
     Attributes:
         state: the state to start from; afterwards the last good one.
+        photos: None if no step is taken.
         error: why they were taken out of their group; None as long as all is well.
     """
 
     person: people.Person
     state: IdentityState
-    photos: Photos
+    photos: Photos | None
     checkpoints: Checkpoints
     results: Results
     error: Exception | None = None
@@ -88,12 +89,13 @@ def train_together(
         filled = [*trees, *[trees[0]] * (places - len(trees))]
         return put(jax.tree.map(lambda *leaves: np.stack(leaves), *filled))
 
-    states = stacked([jax.device_get(learner.state) for learner in learners])
-    photos = stacked([fill(jax.device_get(learner.photos), pictures) for learner in learners])
-    open_until = put(ends)
-
     def is_open(place):
         return learners[place].error is None and taken[place] < ends[place]
+
+    if any(map(is_open, range(len(learners)))):
+        states = stacked([jax.device_get(learner.state) for learner in learners])
+        photos = stacked([fill(jax.device_get(learner.photos), pictures) for learner in learners])
+    open_until = put(ends)
 
     def take_out(place, error):
         nonlocal open_until

@@ -157,15 +157,19 @@ class Board:
             return Record(name)
         return dataclasses.replace(record, person=name)
 
-    def check(self, settings: str, steps: int) -> None:
+    def check(self, settings: str, steps: int, *, before: str | None = None) -> None:
         """Refuses to go on with other settings than those of anybody who was begun.
+
+        Args:
+            settings: digest of this run's.
+            before: digest of other settings that people may have been begun with.
 
         Raises:
             JobsError: somebody's settings or weights are others, or somebody of this run is done
                 with more steps.
         """
         for name, record in self.records.items():
-            if record.attempts and record.settings not in (None, settings):
+            if record.attempts and record.settings not in (None, settings, before):
                 raise JobsError(
                     f"{self.out / name} was trained with other settings or weights than these; use "
                     "the same ones (the config.yaml of somebody who is done has them), choose "

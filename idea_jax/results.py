@@ -11,7 +11,8 @@ from idea_jax import checkpoint, learned_embeds, sample, tensorboard
 from idea_jax.config import TrainConfig, to_yaml
 from idea_jax.data import images, people, text
 from idea_jax.files import atomic_write, slug
-from idea_jax.method import condition
+from idea_jax.formats.enhancer import Enhancer
+from idea_jax.method import condition, shared
 from idea_jax.models import sd
 from idea_jax.train_step import IdentityState
 
@@ -22,11 +23,12 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Base:
-    """What a run needs besides the person: the frozen model and its tokenizer."""
+    """What a run needs besides the person: the frozen model and its tokenizer, or neither if it
+    takes no step."""
 
     model: sd.StableDiffusion
-    frozen: sd.Frozen
-    tokenizer: text.Tokenizer  # knows the placeholder
+    frozen: sd.Frozen | None
+    tokenizer: text.Tokenizer | None  # knows the placeholder
     name: str
     revision: str | None
 
@@ -41,11 +43,15 @@ class Results:
         base: Base,
         output_dir: Path,
         validation: list[str],
+        *,
+        enhancer: Enhancer | None = None,
     ):
         self.cfg, self.method, self.base, self.output_dir = cfg, method, base, output_dir
+        self.enhancer = enhancer
+        self.token, _ = text.normalise_placeholder(cfg.placeholder_token)
         self.losses: list[tuple[int, float]] = []
         self.log = None
-        if cfg.report_to == "tensorboard":
+        if cfg.report_to == "tensorboard" and cfg.max_train_steps:
             self.log = tensorboard.Log(output_dir / cfg.logging_dir)
         self.validation_ids = base.tokenizer([*validation, ""]) if validation else None
 
@@ -135,15 +141,23 @@ class Results:
 
     def save_identity(self, state: IdentityState, path: Path) -> Path:
         """Writes the identity file of a state."""
+        method, trainable, enhancer = self.method, state.trainable, None
+        if self.enhancer is not None and self.cfg.self_contained:
+            method, trainable = shared.self_contained(
+                self.enhancer.config, method, self.enhancer.shared, trainable
+            )
+        elif self.enhancer is not None:
+            enhancer = self.enhancer.sha256
         identity = checkpoint.Identity(
-            method=self.method,
-            trainable=state.trainable,
+            method=method,
+            trainable=trainable,
             given=state.given,
-            placeholder=self.base.tokenizer.placeholders[0].token,
+            placeholder=self.token,
             base_model=self.base.name,
             revision=self.base.revision,
             seed=self.cfg.seed,
             steps=int(state.step),
+            enhancer=enhancer,
         )
         checkpoint.write_identity(path, identity)
         return path
@@ -158,12 +172,11 @@ class Results:
             "seed": str(self.cfg.seed),
         }
         vectors = np.asarray(state.trainable["pseudo_tokens"])
-        learned_embeds.write(path, self.base.tokenizer.placeholders[0].token, vectors, about)
+        learned_embeds.write(path, self.token, vectors, about)
 
     def save_webui(self, state: IdentityState, folder: Path) -> None:
         """Writes the pseudo tokens for AUTOMATIC1111 and ComfyUI, where the file is the trigger."""
-        token = self.base.tokenizer.placeholders[0].token
-        name = re.sub(r"[^a-z0-9]+", "-", token).strip("-") or "person"
+        name = re.sub(r"[^a-z0-9]+", "-", self.token).strip("-") or "person"
         path = folder / f"{name}.safetensors"
         learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
 
@@ -181,7 +194,7 @@ class Results:
         with atomic_write(folder / "config.yaml") as temporary:
             # Without the way this run was resumed: the file says how to do all of it again.
             temporary.write_text(to_yaml(replace(self.cfg, resume_from_checkpoint=None)), "utf-8")
-        if not self.losses and (self.output_dir / "run.json").is_file():
+        if not self.losses and steps and (self.output_dir / "run.json").is_file():
             return  # nothing was left to do: what the file says of the run is still true
         about = {
             "base_model": self.base.name,
@@ -194,6 +207,8 @@ class Results:
             "device": jax.devices()[0].device_kind,
             "versions": checkpoint.versions(),
         }
+        if self.enhancer is not None:
+            about["enhancer"] = self.enhancer.sha256
         sample.write_json(folder / "run.json", about)
 
     def close(self) -> None:

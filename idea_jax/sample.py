@@ -16,19 +16,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from idea_jax import checkpoint, compile_cache, learned_embeds
+from idea_jax import checkpoint, compile_cache, learned_embeds, portraits, pytrees
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.diffusion import samplers
 from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.files import atomic_write, check_writable, file_digest, slug, write_together
-from idea_jax.method import condition
+from idea_jax.formats import enhancer as enhancers
+from idea_jax.method import condition, shared
 from idea_jax.models import flash, hub, sd
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import abstract
 
 log = logging.getLogger(__name__)
 
+NOBODY = "<person>"  # the placeholder of people without a name of their own in prompts
 DECODED = 8  # pictures that the autoencoder decodes at once
 
 
@@ -375,11 +377,23 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class Sitter:
-    """Somebody who is drawn: their identity, the file it came from, their name in prompts."""
+    """Somebody who is drawn: their identity, the file it came from, their name in prompts; or the
+    photos instead of a file."""
 
     name: str
     identity: checkpoint.Identity
-    source: Path
+    source: Path | None
+    photos: tuple[images.PictureFile, ...] = ()
+
+    def about(self) -> dict:
+        """What pictures of them depend on; of paths no more than the files' own names."""
+        if self.source is not None:
+            where = {"file": self.source.name, "sha256": file_digest(self.source)}
+        else:
+            where = {"photo": [{"file": p.name, "sha256": p.sha256()} for p in self.photos]}
+        method, enhancer = self.identity.method, self.identity.enhancer
+        ours = {"enhancer": enhancer} if enhancer is not None else {}
+        return {**where, "profile": method.profile, "steps": self.identity.steps, **ours}
 
 
 def read_sitters(cfg: SampleConfig) -> list[Sitter]:
@@ -430,7 +444,7 @@ def read_tokens(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
         trainable={"pseudo_tokens": vectors},
         given={},
         # Prompts say {}; the file's own name for the token may be a word of the vocabulary.
-        placeholder="<person>",
+        placeholder=NOBODY,
         base_model="unknown",
         revision=None,
         seed=0,
@@ -475,7 +489,7 @@ def plan(
         for s in sitters
     ]
     for prompt in prompts:
-        if is_for_each(prompt, sitters):
+        if is_for_each(prompt, [sitter.name for sitter in sitters]):
             for number, (sitter, tokenizer) in enumerate(zip(sitters, own, strict=True)):
                 (ids,) = tokenizer([text.fill(prompt, tokenizer.placeholder)])
                 folder = safe_name(sitter.name) if len(sitters) > 1 else "."
@@ -503,9 +517,10 @@ def plan(
     return drawings, negative
 
 
-def is_for_each(prompt: str, sitters: list[Sitter]) -> bool:
-    """Whether a prompt is drawn once for each person; otherwise it says by name whom it shows."""
-    return "{}" in prompt or (len(sitters) == 1 and f"{{{sitters[0].name}}}" not in prompt)
+def is_for_each(prompt: str, names: Sequence[str]) -> bool:
+    """Whether a prompt is drawn once for each of the people with these names; otherwise it says by
+    name whom it shows."""
+    return "{}" in prompt or (len(names) == 1 and f"{{{names[0]}}}" not in prompt)
 
 
 def safe_name(name: str) -> str:
@@ -551,12 +566,13 @@ def check_guidance(cfg: SampleConfig, schedule: ScheduleConfig) -> None:
 def run(cfg: SampleConfig) -> list[Path]:
     """Draws every prompt of a run; returns the folders written, one per prompt and person."""
     prompts = read_prompts(cfg)
-    sitters = read_sitters(cfg)
+    sitters = [] if cfg.photo else read_sitters(cfg)
     # All prompts are read before anything is loaded: the last one's mistake should not cost a run.
     people = {s.name: text.Placeholder(s.identity.placeholder, 1) for s in sitters}
+    people = people or {"": text.Placeholder(NOBODY, 1)}
     for prompt in prompts:
-        if is_for_each(prompt, sitters):
-            text.fill(prompt, people[sitters[0].name])
+        if is_for_each(prompt, list(people)):
+            text.fill(prompt, next(iter(people.values())))
         else:
             text.fill_names(prompt, people)
     check_writable(cfg.save_dir)
@@ -566,6 +582,9 @@ def run(cfg: SampleConfig) -> list[Path]:
     model = replace(sd.read_configs(found.folder, compute_dtype), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
     check_guidance(cfg, model.schedule)
+    enhancer = open_enhancer(cfg, found.folder, model, sitters)
+    if cfg.photo:
+        sitters = [see_sitter(cfg, enhancer, model, found)]
     plain = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
@@ -581,18 +600,22 @@ def run(cfg: SampleConfig) -> list[Path]:
         "interval": tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
     }
     for sitter in sitters:
-        checkpoint.check_identity(sitter.identity, model, sitter.source)
+        checkpoint.check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
     sd.shapes(model)  # once, before two threads ask for them
     with compile_cache.ahead(lambda: lower_drawing(model, len(drawings), **settings)):
         _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
+    ours = {}
+    if enhancer is not None:
+        warn_of_weights(enhancer, frozen, found.name)
+        ours = jax.tree.map(jnp.asarray, shared.frozen_part(enhancer.shared))
 
     def keys_values(frozen, number):
         cast = [sitters[k].identity for k in drawings[number].cast]
         return cast_keys_values(
             tuple(identity.method for identity in cast),
             model,
-            frozen,
+            frozen._replace(shared=ours),
             tuple(identity.trainable for identity in cast),
             tuple(identity.given for identity in cast),
             drawings[number].ids,
@@ -608,6 +631,104 @@ def run(cfg: SampleConfig) -> list[Path]:
         folders.append(save_pictures(folder, drawing.prompt, drawn, about))
         log.info("%d pictures in %s", len(drawn), folders[-1])
     return folders
+
+
+def open_enhancer(
+    cfg: SampleConfig, checkpoint_folder: Path, model: sd.StableDiffusion, sitters: list[Sitter]
+) -> enhancers.Enhancer | None:
+    """The shared ID-Enhancer that the people of a run need; None if they need none.
+
+    Raises:
+      ConfigError: there is none.
+      EnhancerError: its file cannot be used.
+      IdentityError: somebody began with another one.
+    """
+    needy = [sitter for sitter in sitters if sitter.identity.needs_enhancer]
+    if not needy and not cfg.photo:
+        if cfg.enhancer not in ("auto", "none"):
+            log.warning("--enhancer has no effect: nobody here needs a shared ID-Enhancer")
+        return None
+    path = enhancers.find(cfg.enhancer, checkpoint_folder)
+    if path is None:
+        who = "--photo needs a shared ID-Enhancer"
+        if needy:
+            who = f"{needy[0].source} needs the ID-Enhancer that it was trained with (its file has "
+            who += f"the SHA-256 {needy[0].identity.enhancer})"
+        raise ConfigError(
+            f"{who}, and there is no {enhancers.FILE} in the folder of this checkpoint, or "
+            "--enhancer none was given; give the file with --enhancer FILE"
+        )
+    enhancer = enhancers.read(path)
+    for sitter in needy:
+        if sitter.identity.enhancer != enhancer.sha256:
+            raise checkpoint.IdentityError(
+                f"{sitter.source} was trained with the ID-Enhancer whose file has the SHA-256 "
+                f"{sitter.identity.enhancer}, and that of {path} is {enhancer.sha256}; give the "
+                "right file with --enhancer FILE, or train again with this one"
+            )
+    enhancers.check(enhancer, model, path, face_model=None)
+    log.info("%s", introduce(path, enhancer))
+    return enhancer
+
+
+def introduce(path: Path, enhancer: enhancers.Enhancer) -> str:
+    """What a user should know of a shared ID-Enhancer, in a line."""
+    about = enhancer.about
+    return (
+        f"shared ID-Enhancer: {path}, trained on {about['people']} people for "
+        f"{about['base_model']}; {about['licence']}"
+    )
+
+
+def warn_of_weights(enhancer: enhancers.Enhancer, frozen: sd.Frozen, name: str) -> None:
+    """Says if a shared ID-Enhancer was trained on other weights than these.
+
+    Args:
+      frozen: in bfloat16 nothing is said, as its digest may be that of the float32 weights.
+      name: of the checkpoint.
+    """
+    if jax.tree.leaves(frozen.cross_kv)[0].dtype != jnp.float32:
+        return
+    types = (frozen.cross_kv, pytrees.cast(frozen.cross_kv, jnp.bfloat16))
+    if not enhancers.is_for_weights(enhancer, [checkpoint.tree_digest(tree) for tree in types]):
+        log.warning(
+            "the shared ID-Enhancer was trained for %s, on other weights than those of %s: people "
+            "may be less like themselves",
+            enhancer.about["base_model"],
+            name,
+        )
+
+
+def see_sitter(
+    cfg: SampleConfig,
+    enhancer: enhancers.Enhancer,
+    model: sd.StableDiffusion,
+    found: hub.Checkpoint,
+) -> Sitter:
+    """The person on --photo, as a shared ID-Enhancer predicts them.
+
+    Raises:
+      ImageError, FaceError: a photo or a face model cannot be used.
+      EnhancerError: it is for another recogniser.
+    """
+    pictures = images.without_copies([images.PictureFile(Path(path)) for path in cfg.photo])
+    eyes = portraits.open_eyes(cfg, found.folder, embeds=True, places=False)
+    path, face_model = enhancers.find(cfg.enhancer, found.folder), eyes.about.face_model
+    enhancers.check(enhancer, model, path, face_model=face_model)
+    seen = portraits.look(eyes, pictures, embeds=True, drop_outliers=cfg.drop_outliers)
+    method, trainable = shared.predicted_person(enhancer.config, enhancer.shared, seen.id_embed)
+    identity = checkpoint.Identity(
+        method=method,
+        trainable=trainable,
+        given={},
+        placeholder=NOBODY,
+        base_model=found.name,
+        revision=found.revision,
+        seed=0,
+        steps=0,
+        enhancer=enhancer.sha256,
+    )
+    return Sitter("", identity, None, tuple(seen.pictures))
 
 
 def warn_of(cfg: SampleConfig, identity: checkpoint.Identity, found: hub.Checkpoint) -> None:
@@ -631,15 +752,7 @@ def describe(
         *("seed", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "eta"),
         *("negative_prompt", "id_strength", "mixed_precision"),
     )
-    people = [
-        {
-            "file": sitter.source.name,
-            "sha256": file_digest(sitter.source),
-            "profile": sitter.identity.method.profile,
-            "steps": sitter.identity.steps,
-        }
-        for sitter in cast
-    ]
+    people = [sitter.about() for sitter in cast]
     together = {s.name: about for s, about in zip(cast, people, strict=True)}
     return {
         **{name: getattr(cfg, name) for name in same},

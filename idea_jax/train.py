@@ -28,23 +28,29 @@ from idea_jax import (
     faces,
     jobs,
     learned_embeds,
+    portraits,
     sample,
 )
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig
+from idea_jax.config import resolve as resolve_config
 from idea_jax.data import images, people, text
 from idea_jax.files import WriteError, check_writable, file_digest, write_together
+from idea_jax.formats import enhancer as enhancers
 from idea_jax.group import Learner, has_plateau, train_together
-from idea_jax.method import anchor, condition
+from idea_jax.method import anchor, condition, shared
 from idea_jax.models import flash, hub, sd
+from idea_jax.portraits import Portraits
 from idea_jax.pytrees import abstract, count
 from idea_jax.results import Base, Results, TrainingError
 from idea_jax.signals import Interrupted
 from idea_jax.train_step import (
     IdentityState,
     Photos,
+    Plateau,
     evaluate_people,
     init_state,
     make_optimizer,
+    rate_over_steps,
     shard_specs,
     step_people,
 )
@@ -66,7 +72,24 @@ FREE_ON_RESUME = frozenset(
         *("report_to", "logging_dir", "compile_cache", "attention"),
         # Who is trained beside whom, and where, moves results by rounding alone.
         *("identities_per_step", "mesh", "shard_frozen", "distributed", "steps_per_call"),
+        # Of the shared ID-Enhancer its file's digest counts; `unsaid` is no setting.
+        *("enhancer", "unsaid"),
     }
+)
+# Settings that came later, with what they were for all who did not know them: what was begun before
+# can go on.
+SINCE = {
+    "train_parts": None,
+    "self_contained": False,
+    "enhanced_learning_rate": None,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+}
+# What of a fingerprint decides the person that a shared ID-Enhancer predicts.
+OF_PREDICTION = (
+    *("base_model", "revision", "enhancer_sha256", "placeholder_token", "self_contained", "seed"),
+    *("pictures_per_person", "drop_outliers", "face_model", "detector", "face_select"),
+    "pre_aligned",
 )
 
 # What can be wrong with one person of many, and does not concern the others.
@@ -81,29 +104,18 @@ PERSON_ERRORS = (
 
 
 @dataclass(frozen=True)
-class Portraits:
-    """One person as training sees them.
-
-    Attributes:
-        pictures: those to train on.
-        sights: the face on each of them; empty where no face is needed.
-        id_embed: float32[512] of unit norm; None where the method uses none.
-    """
-
-    pictures: list
-    sights: list[face_table.Sight]
-    id_embed: np.ndarray | None
-
-
-@dataclass(frozen=True)
 class Work:
-    """What the training of every person of a run has in common."""
+    """What the training of every person of a run has in common.
+
+    Without a step to take there is no `optimizer`, `start` or frozen model in `base`.
+    """
 
     cfg: TrainConfig
     method: condition.Method
     base: Base
-    optimizer: optax.GradientTransformation
-    start: jax.Array  # float32[N, D], the pseudo tokens' first value
+    optimizer: optax.GradientTransformation | None
+    enhancer: enhancers.Enhancer | None  # the shared one, if people begin with it
+    start: jax.Array | None  # float32[N, D], the pseudo tokens' first value without it
     side: int  # of the training images, in pixels
     eyes: faces.Finder | face_table.Table | None
     validation: list[str]
@@ -153,8 +165,9 @@ def run(cfg: TrainConfig) -> list[Path]:
 
     Raises:
       ConfigError, ImageError, PeopleError, FaceError, TextError, CheckpointNotFound, WeightsError,
-      UnsupportedConfig, CheckpointError, DevicesError, JobsError: bad input, found before training
-      starts; of several people, what concerns one of them alone is a `TrainingError` at the end.
+      UnsupportedConfig, EnhancerError, CheckpointError, DevicesError, JobsError: bad input, found
+      before training starts; of several people, what concerns one of them alone is a
+      `TrainingError` at the end.
       TrainingError: the loss became non-finite; the last good identity is on disk.
       Interrupted: SIGINT or SIGTERM; a checkpoint is on disk.
     """
@@ -212,56 +225,84 @@ def run_locked(
     is_single = alone is not None
     for name in own:
         check_writable(Path(cfg.output_dir) / name)
-    method = method_of(cfg)
     placeholder = placeholder_of(cfg)
-    validation = [text.fill(prompt, placeholder) for prompt in cfg.validation_prompt or []]
+    validation = cfg.validation_prompt or []
+    for prompt in validation:
+        text.fill(prompt, placeholder)
     given_names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
     if is_single and not cfg.resume_from_checkpoint:
         checkpoint.refuse_checkpoints(Path(cfg.output_dir) / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    cfg, enhancer = settle(cfg, found.folder)
+    is_trained = cfg.max_train_steps > 0
+    method = method_of(cfg, enhancer)
+    placeholder = replace(placeholder, n=cfg.n_pseudo_tokens)
+    validation = [text.fill(prompt, placeholder) for prompt in validation]
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype), attention=attention)
     side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer = text.load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    ).with_placeholder(placeholder.token, placeholder.n)
-    names = given_names or known_names(found.folder)
-    start_ids = starting_ids(cfg, method, tokenizer, names)
+    tokenizer, optimizer, start, frozen = None, None, None, None
+    if is_trained:
+        tokenizer = text.load_tokenizer(
+            found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+        ).with_placeholder(placeholder.token, placeholder.n)
+        optimizer = optimizer_of(cfg, method)
+    else:
+        text.check_unknown(found.folder / "tokenizer", placeholder)
+    if enhancer is None:
+        names = given_names or known_names(found.folder)
+        start_ids = starting_ids(cfg, method, tokenizer, names)
     eyes = open_eyes(cfg, method, found.folder)
+    if enhancer is not None:
+        enhancers.check(
+            enhancer,
+            model,
+            enhancers.find(cfg.enhancer, found.folder),
+            face_model=eyes.about.face_model,
+            num_tokens=placeholder.n,
+        )
     if is_single:
         seen = portraits_of(cfg, method, eyes, alone)
 
-    optimizer, room = optimizer_of(cfg, method), cfg.steps_per_call or devices.steps_per_call()
+    room = cfg.steps_per_call or devices.steps_per_call()
     # Of all people, also of those who are done or in another process: one program for all.
     counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in everybody.values()]
     pictures = max(counts)
 
-    # The frozen model
-    # Where they are sharded, the whole of them may be too much for one device.
-    host = devices.host() if cfg.shard_frozen else None
-    sd.shapes(model)  # once, before two threads ask for them
-    lower = functools.partial(
-        *(lower_step, cfg, method, model, optimizer, layout, pictures, side, room)
-    )
-    with compile_cache.ahead(lower) if own else nullcontext():
-        with jax.default_device(host):
-            _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
-        frozen = place_frozen(frozen, layout.mesh, cfg.shard_frozen)
+    if is_trained:
+        # The frozen model
+        # Where they are sharded, the whole of them may be too much for one device.
+        host = devices.host() if cfg.shard_frozen else None
+        sd.shapes(model)  # once, before two threads ask for them
+        lower = functools.partial(
+            *(lower_step, cfg, method, model, optimizer, layout, pictures, side, room),
+            enhancer=enhancer,
+        )
+        with compile_cache.ahead(lower) if own else nullcontext():
+            with jax.default_device(host):
+                _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+            if enhancer is not None:
+                sample.warn_of_weights(enhancer, frozen, found.name)
+                frozen = frozen._replace(shared=shared.frozen_part(enhancer.shared))
+            frozen = place_frozen(frozen, layout.mesh, cfg.shard_frozen)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
+    if enhancer is None:
+        start = starting_tokens(cfg, method, base, start_ids)
     work = Work(
         cfg=cfg,
         method=method,
         base=base,
         optimizer=optimizer,
-        start=starting_tokens(cfg, method, base, start_ids),
+        enhancer=enhancer,
+        start=start,
         side=side,
         eyes=eyes,
         validation=validation,
         layout=layout,
         pictures=pictures,
         room=room,
-        about=fingerprint_of(cfg, method, base, eyes),
+        about=fingerprint_of(cfg, method, base, eyes, enhancer),
     )
     if is_single:
         return [train_one(work, alone, seen, started)]
@@ -282,6 +323,17 @@ def frozen_shardings(frozen: sd.Frozen, mesh: Mesh, is_sharded: bool) -> sd.Froz
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def frozen_shapes(model: sd.StableDiffusion, enhancer: enhancers.Enhancer | None) -> sd.Frozen:
+    """Shapes and types of the frozen weights that people are trained against."""
+
+    def as_type(tree, dtype):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+    shapes = as_type(sd.shapes(model), model.dtype)
+    ours = shared.frozen_part(enhancer.shared) if enhancer is not None else {}
+    return shapes._replace(shared=as_type(ours, np.float32))
+
+
 def lower_step(
     cfg: TrainConfig,
     method: condition.Method,
@@ -291,20 +343,23 @@ def lower_step(
     pictures: int,
     side: int,
     room: int,
+    *,
+    enhancer: enhancers.Enhancer | None = None,
 ) -> jax.stages.Lowered:
     """The program of `Work.step`, from shapes alone: before there are weights.
 
     The states are those that `begin` makes, the photos those of `encode_pixels` and `group.fill`.
 
     Args:
-      method, ..., room: as in `Work`.
+      method, ..., room, enhancer: as in `Work`.
     """
-    shapes, mesh = sd.shapes(model), layout.mesh
+    shapes, mesh = frozen_shapes(model, enhancer), layout.mesh
 
     def one() -> tuple[IdentityState, Photos]:
-        key, start = jax.random.key(0), np.zeros((method.num_tokens, model.text.hidden_size))
-        given = condition.init_given(method, model, key, start, np.zeros(faces.WIDTH))
-        trainable = condition.init_trainable(method, model, key, start)
+        start = np.zeros((method.num_tokens, model.text.hidden_size))
+        trainable, given = first_values(
+            method, model, jax.random.key(0), enhancer, start, np.zeros(faces.WIDTH)
+        )
         latents = np.zeros(
             (pictures, 2, *(side // model.vae.downscale,) * 2, model.vae.latent_channels),
             np.float32,
@@ -325,7 +380,7 @@ def lower_step(
         mesh,
         cfg.shard_frozen,
         room,
-        abstract(shapes, frozen_shardings(shapes, mesh, cfg.shard_frozen), model.dtype),
+        abstract(shapes, frozen_shardings(shapes, mesh, cfg.shard_frozen)),
         states,
         photos,
         jax.random.key(cfg.seed),
@@ -387,7 +442,13 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     cfg, out = work.cfg, Path(work.cfg.output_dir)
     board = jobs.Board(out, list(everybody), own, is_first=jax.process_index() == 0)
     settings = jobs.digest(work.about)
-    board.check(settings, cfg.max_train_steps)
+    if work.enhancer is not None:
+        # Who is as predicted can still be trained, whatever decides their steps.
+        predicted = jobs.digest({k: v for k, v in work.about.items() if k in OF_PREDICTION})
+        settings = settings if cfg.max_train_steps else predicted
+        board.check(settings, cfg.max_train_steps, before=predicted)
+    else:
+        board.check(settings, cfg.max_train_steps)
     todo = [name for name in own if not board.is_done(name, cfg.max_train_steps)]
     # Of a choice of people the others are not missed.
     gone = board.gone if board.is_first and cfg.identities is None else []
@@ -488,7 +549,8 @@ def train_group(
             seen = portraits_of(cfg, work.method, work.eyes, person)
             learner = begin(work, person, seen, out / name)
             with closed_on_error(learner):
-                resume(learner, cfg, "latest")
+                if cfg.max_train_steps:
+                    resume(learner, cfg, "latest")
         except WriteError:
             raise
         except PERSON_ERRORS as error:
@@ -600,8 +662,41 @@ def person_of(cfg: TrainConfig, name: str, pictures: list) -> people.Person:
     return people.split(name, found, cfg.pictures_per_person, cfg.seed)
 
 
-def method_of(cfg: TrainConfig) -> condition.Method:
-    """The method that a config asks for."""
+def settle(
+    cfg: TrainConfig, checkpoint_folder: Path
+) -> tuple[TrainConfig, enhancers.Enhancer | None]:
+    """The settings of a run once its checkpoint is here, and the shared ID-Enhancer that people
+    begin with, if there is one.
+
+    Raises:
+      ConfigError: settings do not fit that there is one, or none.
+      EnhancerError: its file cannot be used.
+    """
+    path = enhancers.find(cfg.enhancer, checkpoint_folder) if cfg.profile == "paper" else None
+    if path is None:
+        return resolve_config(cfg, None), None
+    enhancer = enhancers.read(path)
+    log.info("%s", sample.introduce(path, enhancer))
+    fixed = {"n_pseudo_tokens": enhancer.config.num_tokens, "beta": enhancer.config.beta}
+    return resolve_config(cfg, fixed), enhancer
+
+
+def method_of(cfg: TrainConfig, enhancer: enhancers.Enhancer | None = None) -> condition.Method:
+    """The method that a config asks for.
+
+    Args:
+      enhancer: the shared one, if people begin with it.
+    """
+    if enhancer is not None:
+        # Without a step nobody has anything of their own but what was predicted.
+        own = cfg.own_parts() if cfg.max_train_steps else ()
+        return shared.person_method(
+            enhancer.config,
+            kv=cfg.kv if "kv" in own else "none",
+            kv_rank=cfg.kv_rank,
+            own_adapter="adapter" in own,
+            reg_weight=cfg.reg_weight,
+        )
     return condition.make_method(
         cfg.profile,
         kv=cfg.kv,
@@ -612,51 +707,18 @@ def method_of(cfg: TrainConfig) -> condition.Method:
     )
 
 
-def find_face_model(
-    face_model: str | None,
-    checkpoint_folder: Path,
-    face_model_dir: str | None = None,
-    *,
-    accept_licence: bool = False,
-) -> Path:
-    """The ArcFace file of a run: the one given, the checkpoint's own, or an installed pack's.
-
-    Raises:
-      FaceError: there is none; see `face_models.find_recogniser`.
-    """
-    return face_models.find_recogniser(
-        face_model, face_model_dir, checkpoint_folder / "face", accept_licence=accept_licence
-    )
-
-
 def open_eyes(
     cfg: TrainConfig, method: condition.Method, checkpoint_folder: Path
 ) -> faces.Finder | face_table.Table | None:
-    """What tells the face on a picture: computed before, or found now; None if none is needed.
+    """What tells the face on a picture; None if none is needed.
 
     Raises:
       FaceError: a file or a model is missing or cannot be used.
     """
-    if not method.uses_face and cfg.crop != "face":
+    places = cfg.crop == "face"
+    if not method.uses_face and not places:
         return None
-    if cfg.face_embeddings is not None:
-        return face_table.read(cfg.face_embeddings)
-    path = find_face_model(
-        cfg.face_model,
-        checkpoint_folder,
-        cfg.face_model_dir,
-        accept_licence=cfg.accept_face_licence,
-    )
-    # A pack must have a detector; a recogniser that was given alone, or by a checkpoint, need not.
-    alone = cfg.face_model is not None or path.parent == checkpoint_folder / "face"
-    return faces.open_finder(
-        path,
-        provider=cfg.face_provider,
-        select=cfg.face_select,
-        pre_aligned=cfg.pre_aligned,
-        embeds=method.uses_face,
-        needs_detector=not alone or cfg.crop == "face" or cfg.face_select != "largest",
-    )
+    return portraits.open_eyes(cfg, checkpoint_folder, embeds=method.uses_face, places=places)
 
 
 def portraits_of(
@@ -665,49 +727,16 @@ def portraits_of(
     eyes: faces.Finder | face_table.Table | None,
     person: people.Person,
 ) -> Portraits:
-    """Looks at a person's pictures; leaves out those of somebody else, if asked to.
-
-    Of precomputed faces, pictures without a row are reported and left out: they were named when the
-    table was made.
+    """Looks at the pictures that a person is trained on.
 
     Raises:
       FaceError: a picture has no usable face, or none is among the precomputed ones.
     """
-    pictures = list(person.train)
     if eyes is None:
-        return Portraits(pictures, [], None)
-    shown = tqdm(pictures, desc="faces", unit="img", leave=False, disable=None)
-    looked, missing = [], []
-    for picture in shown:
-        try:
-            looked.append((picture, eyes.look(picture)))
-        except faces.FaceError as error:
-            if not isinstance(eyes, face_table.Table):
-                raise
-            missing.append(error)
-    if not looked:
-        raise missing[0]
-    for error in missing:
-        log.warning("left out: %s", error)
-    pictures, sights = [picture for picture, _ in looked], [sight for _, sight in looked]
-    if not method.uses_face:
-        return Portraits(pictures, sights, None)
-    embeds = np.stack([sight.embed for sight in sights])
-    unlike, similarities = faces.unlike(embeds)
-    for index in np.flatnonzero(unlike):
-        log.warning(
-            "%s is unlike the other photos (similarity %.2f to their mean, %.2f is usual here): "
-            "another person, or another face on it? %s",
-            pictures[index].name,
-            similarities[index],
-            np.median(similarities),
-            "It is left out" if cfg.drop_outliers else "--drop_outliers leaves it out",
-        )
-    if cfg.drop_outliers:
-        kept = np.flatnonzero(~unlike)
-        pictures, sights = [pictures[i] for i in kept], [sights[i] for i in kept]
-        embeds = embeds[kept]
-    return Portraits(pictures, sights, faces.mean_embedding(embeds))
+        return Portraits(list(person.train), [], None)
+    return portraits.look(
+        eyes, person.train, embeds=method.uses_face, drop_outliers=cfg.drop_outliers
+    )
 
 
 def known_names(checkpoint_folder: Path) -> list[str]:
@@ -766,9 +795,12 @@ def check_finite(values: jax.Array | np.ndarray, source: str) -> None:
 
 def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTransformation:
     """AdamW over the parts that the method trains, at the config's rates."""
-    rates = cfg.rates()
+    rates, steps, warmup = cfg.rates(), cfg.max_train_steps, cfg.lr_warmup_steps
     return make_optimizer(
-        {part: rates[part] for part in method.parts()},
+        {
+            part: rate_over_steps(rates[part], cfg.lr_scheduler, steps, warmup)
+            for part in method.parts()
+        },
         beta1=cfg.adam_beta1,
         beta2=cfg.adam_beta2,
         epsilon=cfg.adam_epsilon,
@@ -783,31 +815,62 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
       folder: that receives their results.
     """
     cfg, method, base = work.cfg, work.method, work.base
-    key = jax.random.key(cfg.seed)
-    given = condition.init_given(method, base.model, key, work.start, seen.id_embed)
-    trainable = condition.init_trainable(method, base.model, key, work.start)
-    photos = encode_pixels(base, training_pixels(cfg, seen, work.side))
-    log.info(
-        "%sprofile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: %s",
-        f"{person.name}: " if person.name else "",
-        method.profile,
-        len(seen.pictures),
-        f"{count(trainable):,}",
-        cfg.max_train_steps,
-        cfg.train_batch_size,
-        ", ".join(f"{part} {cfg.rates()[part]:g}" for part in method.parts()),
+    trainable, given = first_values(
+        *(method, base.model, jax.random.key(cfg.seed), work.enhancer, work.start),
+        seen.id_embed,
     )
+    who = f"{person.name}: " if person.name else ""
+    if cfg.max_train_steps:
+        photos = encode_pixels(base, training_pixels(cfg, seen, work.side))
+        state = init_state(work.optimizer, trainable, given)
+        log.info(
+            "%sprofile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: "
+            "%s",
+            who,
+            method.profile,
+            len(seen.pictures),
+            f"{count(trainable):,}",
+            cfg.max_train_steps,
+            cfg.train_batch_size,
+            ", ".join(f"{part} {cfg.rates()[part]:g}" for part in method.parts()),
+        )
+    else:
+        photos, none = None, Plateau(np.float32(np.inf), np.int32(0))
+        state = IdentityState(trainable, given, (), np.int32(0), none)
+        log.info("%sas predicted from %d photo(s), without training", who, len(seen.pictures))
     return Learner(
         person=person,
-        state=init_state(work.optimizer, trainable, given),
+        state=state,
         photos=photos,
         checkpoints=checkpoint.Checkpoints(
             folder / "checkpoints",
             work.about | {"photos": digest_of(seen.pictures)},
             limit=cfg.checkpoints_total_limit,
         ),
-        results=Results(cfg, method, base, folder, work.validation),
+        results=Results(cfg, method, base, folder, work.validation, enhancer=work.enhancer),
     )
+
+
+def first_values(
+    method: condition.Method,
+    model: sd.StableDiffusion,
+    key: jax.Array,
+    enhancer: enhancers.Enhancer | None,
+    start: jax.Array | None,
+    id_embed: np.ndarray | None,
+) -> tuple[condition.Trainable, condition.Given]:
+    """What is trained of a person before the first step, and their constants.
+
+    Args:
+      key: the person's key.
+      enhancer: the shared one, if the person begins with it.
+      start: float32[N, D], the pseudo tokens' first value without it.
+      id_embed: float32[512] of unit norm; None where the method needs none.
+    """
+    if enhancer is not None:
+        return shared.begin_person(enhancer.config, method, model, enhancer.shared, key, id_embed)
+    given = condition.init_given(method, model, key, start, id_embed)
+    return condition.init_trainable(method, model, key, start), given
 
 
 def resume(learner: Learner, cfg: TrainConfig, which: str) -> None:
@@ -912,9 +975,20 @@ def fingerprint_of(
     method: condition.Method,
     base: Base,
     eyes: faces.Finder | face_table.Table | None,
+    enhancer: enhancers.Enhancer | None,
 ) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""
-    settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
+    settings = {
+        name: value
+        for name, value in asdict(cfg).items()
+        if name not in FREE_ON_RESUME and (name not in SINCE or value != SINCE[name])
+    }
+    if cfg.lr_scheduler != "constant":  # then the rate of every step depends on how many there are
+        settings["max_train_steps"] = cfg.max_train_steps
+    if enhancer is not None:
+        settings["enhancer_sha256"] = enhancer.sha256
+    if base.frozen is not None:
+        settings["base_weights"] = checkpoint.tree_digest(base.frozen.cross_kv)
     names = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
     seen = asdict(eyes.about) if eyes is not None else {}
     if not method.uses_face:  # then a recogniser is not loaded, but precomputed faces had one
@@ -925,7 +999,6 @@ def fingerprint_of(
         **seen,
         "base_model": base.name,
         "revision": base.revision,
-        "base_weights": checkpoint.tree_digest(base.frozen.cross_kv),
     }
 
 

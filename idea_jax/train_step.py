@@ -79,8 +79,32 @@ class Metrics(NamedTuple):
     finite: jax.Array
 
 
+def rate_over_steps(rate: float, scheduler: str, steps: int, warmup: int) -> float | optax.Schedule:
+    """The learning rate of a part at each step.
+
+    Args:
+      rate: the full one.
+      scheduler: "constant", or "cosine": down to 0 after the last step.
+      steps: of the whole run.
+      warmup: steps in which the rate rises evenly to the full one.
+    """
+    if scheduler == "constant" and not warmup:
+        return rate
+    after = optax.constant_schedule(rate)
+    if scheduler == "cosine":
+        after = optax.cosine_decay_schedule(rate, steps - warmup)
+    # From one part of the full rate on: a step at rate 0 would be wasted.
+    rise = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
 def make_optimizer(
-    rates: Mapping[str, float], *, beta1: float, beta2: float, epsilon: float, weight_decay: float
+    rates: Mapping[str, float | optax.Schedule],
+    *,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
 ) -> optax.GradientTransformation:
     """AdamW with a learning rate for each part of the trainables (the keys of `rates`)."""
     adamw = {

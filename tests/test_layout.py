@@ -26,6 +26,7 @@ ROWS = (
     ("face_models", ""),
     ("face_table", "face_models files"),
     ("faces", "face_models face_table config data.images data.people files"),
+    ("portraits", "face_models face_table faces config"),
     ("random_face", "files"),
     ("learned_embeds", "files"),
     ("tensorboard", "files"),
@@ -55,20 +56,20 @@ ROWS = (
     ("checkpoint", "train_step method.* models.sd pytrees files"),
     (
         "sample",
-        "checkpoint learned_embeds compile_cache config pytrees files data.* diffusion.* method.* "
-        "models.*",
+        "checkpoint learned_embeds portraits compile_cache config pytrees files formats.enhancer "
+        "data.* diffusion.* method.* models.*",
     ),
     # level 5: a run
     (
         "results",
-        "sample checkpoint train_step learned_embeds tensorboard config files data.* method.* "
-        "models.*",
+        "sample checkpoint train_step learned_embeds tensorboard config files formats.enhancer "
+        "data.* method.* models.*",
     ),
     ("group", "results checkpoint learned_embeds train_step signals config data.people"),
     (
         "train",
         "group results sample checkpoint train_step learned_embeds jobs devices signals faces "
-        "face_models "
+        "face_models portraits formats.enhancer "
         "face_table compile_cache config pytrees files data.* diffusion.* method.* models.*",
     ),
     # the drawn world: knows neither networks nor runs
@@ -95,7 +96,7 @@ ROWS = (
     (
         "cli",
         "train results jobs devices signals sample checkpoint learned_embeds face_models "
-        "compile_cache config data.* diffusion.* models.*",
+        "formats.enhancer compile_cache config data.* diffusion.* models.*",
     ),
     ("demo", "cli mini.* faces data.images files models.hub pytrees"),
 )

@@ -229,10 +229,7 @@ class Tokenizer:
         placeholder = Placeholder(token, n)
         for name in (placeholder.token, *placeholder.tokens):
             if len(self.ids(name)) == 1:
-                raise TextError(
-                    f"the placeholder token {placeholder.token!r} cannot be used: {name!r} is in "
-                    "the vocabulary already; take one that means nothing yet, such as <person-1>"
-                )
+                raise _is_taken(placeholder, name)
         extended = copy.deepcopy(self._tokenizer)
         extended.add_tokens(list(placeholder.tokens))
         placeholders = (*self.placeholders, placeholder)
@@ -247,6 +244,39 @@ class Tokenizer:
                 "use plain letters and digits, such as <person-1>"
             )
         return result
+
+
+def check_unknown(folder: Path, placeholder: Placeholder) -> None:
+    """Refuses a placeholder that is a word of a tokenizer, as `Tokenizer.with_placeholder` does.
+
+    It reads the file of words alone: making the tokenizer takes seconds, most of them to import it.
+
+    Args:
+        folder: as of `load_tokenizer`.
+
+    Raises: TextError, if it is one, or there are no words to be read.
+    """
+    folder = Path(folder)
+    _tokenizer_config(folder)
+    whole, words = folder / "tokenizer.json", folder / "vocab.json"
+    try:
+        if words.is_file():
+            known = json.loads(words.read_text(encoding="utf-8"))
+        else:
+            known = json.loads(whole.read_text(encoding="utf-8"))["model"]["vocab"]
+        names = (placeholder.token, *placeholder.tokens)
+        taken = [name for name in names if name in known or f"{name}</w>" in known]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TextError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
+    if taken:
+        raise _is_taken(placeholder, taken[0])
+
+
+def _is_taken(placeholder: Placeholder, name: str) -> TextError:
+    return TextError(
+        f"the placeholder token {placeholder.token!r} cannot be used: {name!r} is in the "
+        "vocabulary already; take one that means nothing yet, such as <person-1>"
+    )
 
 
 def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:

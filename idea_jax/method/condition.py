@@ -125,14 +125,16 @@ def init_trainable(
     """
     # Copies: a step that donates its state must not own two names for one buffer.
     trainable: Trainable = {"pseudo_tokens": jnp.array(start, jnp.float32)}
-    D = model.text.hidden_size
-    if method.adapter:
+    D, parts = model.text.hidden_size, method.parts()
+    if "enhanced" in parts:
+        trainable["enhanced"] = jnp.zeros((method.num_tokens, 2 * D))
+    if "adapter" in parts:
         context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((method.num_tokens, 2 * D))
         adapter = IDAdapter(D, method.beta)
         trainable["adapter"] = adapter.init(stream(key, "adapter"), context, enhanced)["params"]
-        if method.train_enhancer:
-            trainable["enhancer"] = init_enhancer(method, model, key)
-    if method.kv != "none":
+    if "enhancer" in parts:
+        trainable["enhancer"] = init_enhancer(method, model, key)
+    if "kv" in parts:
         trainable["kv"] = init_kv(method, model, stream(key, "kv"))
     return trainable
 

@@ -8,7 +8,8 @@ Source: arXiv 2507.11990, whose enhancer "refines visual identity embeddings" wi
 people; how it is trained is this project's (docs/enhancer.md).
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,7 @@ def init_shared(
     }
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def predict(config: EnhancerConfig, shared: Shared, id_embed: jax.Array) -> condition.Trainable:
     """Returns the "pseudo_tokens" and "enhanced" of the person with this face.
 
@@ -169,11 +171,75 @@ def begin_person(
       key: the person's key.
       id_embed: float32[512] of unit norm.
     """
-    person = predict(config, shared, id_embed)
+    person = _begin(config, method, model, shared, key, id_embed)
     given = condition.init_given(method, model, key, shared["start"], None)
     given["anchor"] = jnp.array(person["pseudo_tokens"])
+    return person, given
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _begin(
+    config: EnhancerConfig,
+    method: condition.Method,
+    model: sd.StableDiffusion,
+    shared: Shared,
+    key: jax.Array,
+    id_embed: jax.Array,
+) -> condition.Trainable:
+    """What is trained of a person, in one program."""
+    person = predict(config, shared, id_embed)
     if not method.shared_adapter:
         person["adapter"] = jax.tree.map(jnp.array, shared["adapter"])
     if method.kv != "none":
         person["kv"] = condition.init_kv(method, model, stream(key, "kv"))
-    return person, given
+    return person
+
+
+def predicted_person(
+    config: EnhancerConfig, shared: Shared, id_embed: jax.Array
+) -> tuple[condition.Method, condition.Trainable]:
+    """Returns a person as predicted: nothing but the prediction is their own.
+
+    Args:
+      id_embed: float32[512] of unit norm.
+    """
+    return person_method(config, kv="none"), predict(config, shared, id_embed)
+
+
+def self_contained(
+    config: EnhancerConfig,
+    method: condition.Method,
+    shared: Shared,
+    trainable: condition.Trainable,
+) -> tuple[condition.Method, condition.Trainable]:
+    """Returns a person who draws the same without a shared tree: what acts of it becomes theirs.
+
+    Low-rank K/V deltas are put side by side, which is their sum; into a full delta of the person's
+    own the shared one is multiplied out.
+
+    Args:
+      method: of `person_method`; trainable: as it was trained with that.
+    """
+
+    def is_delta(node):
+        return "down" in node
+
+    def beside(ours, own):
+        return {
+            "down": jnp.concatenate([ours["down"], own["down"]], axis=1),
+            "up": jnp.concatenate([ours["up"], own["up"]], axis=0),
+        }
+
+    kv, rank = shared["kv"], config.kv_rank
+    if method.kv == "low_rank":
+        kv = jax.tree.map(beside, kv, trainable["kv"], is_leaf=is_delta)
+        rank += method.kv_rank
+    elif method.kv == "full":
+        kv = jax.tree.map(
+            lambda ours, own: own + ours["down"] @ ours["up"], kv, trainable["kv"], is_leaf=is_delta
+        )
+    whole = {"adapter": shared["adapter"], **trainable, "kv": kv}
+    ours = {"shared_adapter": False, "shared_kv": False}
+    if method.kv != "full":
+        ours |= {"kv": "low_rank", "kv_rank": rank}
+    return replace(method, **ours), whole
