@@ -3,6 +3,7 @@
 import pytest
 
 from idea_jax.config import (
+    ENHANCER_DEFAULTS,
     PROFILE_DEFAULTS,
     SCALED,
     ConfigError,
@@ -10,6 +11,7 @@ from idea_jax.config import (
     TrainConfig,
     build,
     parse,
+    resolve,
     to_yaml,
 )
 
@@ -253,6 +255,109 @@ def test_preset_scales_what_a_file_says_once(tmp_path):
         assert (cfg.max_train_steps, cfg.learning_rate, cfg.early_stopping) == (40, 0.5, 2)
     file.write_text("max_train_steps: 1\n")
     assert parse(TrainConfig, again).max_train_steps == 1
+
+
+FIXED = {"n_pseudo_tokens": 3, "beta": 0.4}  # what an enhancer decides
+
+
+def test_with_a_shared_enhancer_what_nobody_gave_is_another(tmp_path):
+    def values(cfg):
+        return {name: getattr(cfg, name) for name in ENHANCER_DEFAULTS}
+
+    plain = parse(TrainConfig, REQUIRED)
+    cfg = resolve(plain, FIXED)
+    rate = "adapter_learning_rate"  # of a part that is not among the default ones
+    assert values(cfg) == {**ENHANCER_DEFAULTS, rate: None}
+    assert (cfg.n_pseudo_tokens, cfg.max_train_steps, cfg.kv) == (3, 25, "low_rank")
+    assert set(cfg.rates()) == {"pseudo_tokens", "enhanced", "kv"}
+    assert resolve(plain, None) == parse(TrainConfig, [*REQUIRED, "--enhancer", "none"])
+    # Who says something is heard, in a file and by a flag.
+    file = write(tmp_path, "max_train_steps: 320\nscale_lr: true\n")
+    given = resolve(parse(TrainConfig, [*REQUIRED, *file, "--learning_rate", "0.5"]), FIXED)
+    assert (given.max_train_steps, given.scale_lr, given.learning_rate) == (320, True, 0.5)
+    assert given.lr_scheduler == "cosine"
+    wide = parse(TrainConfig, [*REQUIRED, "--train_parts", "tokens,enhanced,kv,adapter"])
+    assert resolve(wide, FIXED).adapter_learning_rate == ENHANCER_DEFAULTS[rate]
+    for flags in (["--train_parts", "enhanced,tokens"], ["--kv", "none"]):
+        narrow = resolve(parse(TrainConfig, [*REQUIRED, *flags]), FIXED)
+        assert (narrow.kv, narrow.kv_learning_rate) == ("none", None)
+        assert set(narrow.own_parts()) == {"tokens", "enhanced"}
+    # And what a run has written is the same run again.
+    for cfg in (resolve(plain, FIXED), narrow, given):
+        again = parse(TrainConfig, write(tmp_path, to_yaml(cfg)))
+        assert to_yaml(resolve(again, FIXED)) == to_yaml(cfg)
+
+
+def test_fast_takes_no_step_with_a_shared_enhancer(tmp_path):
+    fast = [*REQUIRED, "--preset", "fast"]
+    cfg = resolve(parse(TrainConfig, fast), FIXED)
+    assert (cfg.max_train_steps, cfg.early_stopping, cfg.learning_rate) == (0, 0, 1e-2)
+    assert resolve(parse(TrainConfig, fast), None).max_train_steps == 160
+    file = write(tmp_path, "max_train_steps: 81\n")  # the flag is stronger
+    assert resolve(parse(TrainConfig, [*fast, *file]), FIXED).max_train_steps == 0
+    assert (
+        resolve(parse(TrainConfig, [*fast, "--max_train_steps", "9"]), FIXED).max_train_steps == 9
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--enhancer f --profile cross_init", "--enhancer has no effect with profile 'cross_init'"),
+        ("--train_parts tokens,enhanced --profile official", "--train_parts has no effect"),
+        ("--train_parts tokens,enhanced --enhancer none", "without a shared ID-Enhancer"),
+        ("--self_contained --enhancer none", "--self_contained has no effect without a shared"),
+        ("--enhanced_learning_rate 1 --enhancer none", "--enhanced_learning_rate has no effect"),
+        ("--max_train_steps 0 --enhancer none", "--max_train_steps 0 writes what a shared"),
+        ("--max_train_steps 0 --profile cross_init", "profile 'cross_init' has none"),
+        ("--max_train_steps -1", "must not be negative"),
+        ("--max_train_steps 0 --validation_prompt {}", "--validation_prompt has no effect with"),
+        ("--max_train_steps 0 --resume_from_checkpoint latest", "--resume_from_checkpoint has no"),
+        ("--train_parts tokens,face", "tokens, enhanced, kv, adapter.*'tokens,face'"),
+        ("--train_parts tokens,tokens,enhanced", "each once"),
+        ("--train_parts tokens,kv", "must name tokens and enhanced"),
+        ("--lr_warmup_steps 320", "must be less than --max_train_steps 320"),
+        ("--lr_warmup_steps -1", "must not be negative"),
+    ],
+)
+def test_settings_of_a_shared_enhancer_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(TrainConfig, [*REQUIRED, *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--enhancer_learning_rate 1", "--enhancer_learning_rate has no effect where a shared"),
+        ("--celeb_path c", "--celeb_path has no effect where a shared"),
+        ("--initialize_tokens a", "--initialize_tokens has no effect where a shared"),
+        ("--n_pseudo_tokens 4", "--n_pseudo_tokens is 4, and the shared ID-Enhancer is for 3"),
+        ("--adapter_learning_rate 1", "--adapter_learning_rate has no effect without adapter"),
+        ("--train_parts tokens,enhanced --kv full", "--kv has no effect without kv"),
+        ("--train_parts tokens,enhanced,kv --kv none", "--kv none contradicts"),
+        ("--lr_warmup_steps 25", "must be less than --max_train_steps 25"),
+    ],
+)
+def test_settings_that_do_not_fit_with_a_shared_enhancer_are_refused(flags, message):
+    cfg = parse(TrainConfig, [*REQUIRED, *flags.split()])
+    with pytest.raises(ConfigError, match=message):
+        resolve(cfg, FIXED)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--identity i --photo p", "exactly one of --identity, --learned_embedding_path and"),
+        ("", "exactly one of --identity, --learned_embedding_path and --photo"),
+        ("--identity i --face_select left", "--face_select has no effect without --photo"),
+        ("--photo p --enhancer none", "--photo needs a shared ID-Enhancer"),
+        ("--photo p --face_model f --face_model_dir d", "either --face_model or --face_model_dir"),
+        ("--photo p --face_embeddings f --pre_aligned", "--pre_aligned has no effect with --face"),
+    ],
+)
+def test_settings_of_photos_to_draw_from_are_looked_at(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(SampleConfig, [*SAMPLE[:2], *SAMPLE[4:], *flags.split()])
 
 
 def test_missing_settings_are_listed():

@@ -1,0 +1,71 @@
+"""Shared ID-Enhancers for tests: random ones, whose predictions differ from face to face."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from idea_jax import checkpoint, random_face
+from idea_jax.files import file_digest
+from idea_jax.formats import enhancer as enhancers
+from idea_jax.method import shared
+from idea_jax.models import sd
+
+NAMES = 5
+
+
+def config(dim: int, kind: str = "mlp") -> shared.EnhancerConfig:
+    return shared.EnhancerConfig(kind, dim, width=16, kv_rank=2)
+
+
+def tree(cfg: shared.EnhancerConfig, model: sd.StableDiffusion, seed: int = 0) -> shared.Shared:
+    """A shared tree as training could leave it: nothing of it is zero."""
+    rng = np.random.default_rng(seed)
+    start = rng.normal(0, 0.02, (cfg.num_tokens, cfg.dim)).astype(np.float32)
+    names = rng.normal(0, 0.02, (NAMES, cfg.num_tokens, cfg.dim)).astype(np.float32)
+    fresh = shared.init_shared(cfg, model, jax.random.key(seed), start, 0.02, names)
+
+    def trained(leaf):
+        return np.asarray(leaf) + rng.normal(0, 0.1, leaf.shape).astype(np.float32)
+
+    return {k: jax.tree.map(trained, v) if k in shared.TRAINED else v for k, v in fresh.items()}
+
+
+def about(**changes) -> dict:
+    values = {
+        "base_model": "tiny",
+        "revision": None,
+        "base_weights": "0" * 64,
+        "face_model": "0" * 64,
+        "people": 3,
+        "pictures": 6,
+        "steps": 1,
+        "sources": ["drawn"],
+        "licence": "for tests",
+        "versions": {},
+    }
+    return values | changes
+
+
+def add_to(folder: Path, seed: int = 0, **changes) -> Path:
+    """Writes an enhancer for a checkpoint with a face model into its folder; returns its path."""
+    model, frozen = sd.load(folder)
+    cfg = config(model.text.hidden_size)
+    (face_model,) = (folder / "face").glob("*.onnx")
+    known = {
+        "base_weights": checkpoint.tree_digest(frozen.cross_kv),
+        "face_model": file_digest(face_model),
+    }
+    path = folder / enhancers.FILE
+    enhancers.write(path, cfg, tree(cfg, model, seed), about(**known | changes))
+    return path
+
+
+def copy_with_one(plain: Path, folder: Path) -> Path:
+    """A copy of a checkpoint, with a face model and an enhancer."""
+    shutil.copytree(plain, folder, dirs_exist_ok=True)
+    if not (folder / "face").is_dir():
+        random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    add_to(folder)
+    return folder
