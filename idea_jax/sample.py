@@ -687,9 +687,10 @@ def warn_of_weights(enhancer: enhancers.Enhancer, frozen: sd.Frozen, name: str) 
       frozen: in bfloat16 nothing is said, as its digest may be that of the float32 weights.
       name: of the checkpoint.
     """
-    if jax.tree.leaves(frozen.cross_kv)[0].dtype != jnp.float32:
+    kernels = jax.device_get(frozen.cross_kv)
+    if jax.tree.leaves(kernels)[0].dtype != np.float32:
         return
-    types = (frozen.cross_kv, pytrees.cast(frozen.cross_kv, jnp.bfloat16))
+    types = (kernels, pytrees.cast(kernels, jnp.bfloat16))
     if not enhancers.is_for_weights(enhancer, [checkpoint.tree_digest(tree) for tree in types]):
         log.warning(
             "the shared ID-Enhancer was trained for %s, on other weights than those of %s: people "

@@ -271,21 +271,15 @@ def run_locked(
     pictures = max(counts)
 
     if is_trained:
-        # The frozen model
-        # Where they are sharded, the whole of them may be too much for one device.
-        host = devices.host() if cfg.shard_frozen else None
         sd.shapes(model)  # once, before two threads ask for them
         lower = functools.partial(
             *(lower_step, cfg, method, model, optimizer, layout, pictures, side, room),
             enhancer=enhancer,
         )
         with compile_cache.ahead(lower) if own else nullcontext():
-            with jax.default_device(host):
-                _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
-            if enhancer is not None:
-                sample.warn_of_weights(enhancer, frozen, found.name)
-                frozen = frozen._replace(shared=shared.frozen_part(enhancer.shared))
-            frozen = place_frozen(frozen, layout.mesh, cfg.shard_frozen)
+            frozen = load_frozen(cfg, found.folder, layout.mesh, enhancer)
+        if enhancer is not None:
+            sample.warn_of_weights(enhancer, frozen, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     if enhancer is None:
         start = starting_tokens(cfg, method, base, start_ids)
@@ -307,6 +301,28 @@ def run_locked(
     if is_single:
         return [train_one(work, alone, seen, started)]
     return train_many(work, everybody, own)
+
+
+def load_frozen(
+    cfg: TrainConfig, checkpoint_folder: Path, mesh: Mesh, enhancer: enhancers.Enhancer | None
+) -> sd.Frozen:
+    """The frozen weights of a checkpoint, and what of a shared ID-Enhancer is frozen beside them,
+    on every device of a mesh.
+
+    Raises:
+      WeightsError, UnsupportedConfig: the checkpoint cannot be used.
+    """
+    # Where they are sharded, the whole of them may be too much for one device.
+    host = devices.host() if cfg.shard_frozen else None
+    with jax.default_device(host):
+        _, frozen = sd.load(
+            checkpoint_folder,
+            variant=cfg.variant,
+            compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision],
+        )
+    if enhancer is not None:
+        frozen = frozen._replace(shared=shared.frozen_part(enhancer.shared))
+    return place_frozen(frozen, mesh, cfg.shard_frozen)
 
 
 def place_frozen(frozen: sd.Frozen, mesh: Mesh, is_sharded: bool) -> sd.Frozen:
