@@ -304,10 +304,7 @@ class TrainConfig:
         own_rate = PROFILE_DEFAULTS[self.profile].get("kv_learning_rate")
         if self.kv == "none" and self.kv_learning_rate not in (None, own_rate):
             raise ConfigError("--kv_learning_rate has no effect with --kv none")
-        if ".." in Path(self.logging_dir).parts or Path(self.logging_dir).is_absolute():
-            raise ConfigError(
-                f"--logging_dir is a folder inside output_dir, got {self.logging_dir!r}"
-            )
+        check_inside("--logging_dir", self.logging_dir)
         if not self.early_stopping and self.evaluation_steps != defaults["evaluation_steps"]:
             raise ConfigError("--evaluation_steps has no effect without --early_stopping")
         self.check_regulariser()
@@ -534,6 +531,12 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed must lie between 0 and {2**32 - 1}, got {seed}")
 
 
+def check_inside(name: str, folder: str) -> None:
+    """Raises unless a folder lies inside output_dir."""
+    if ".." in Path(folder).parts or Path(folder).is_absolute():
+        raise ConfigError(f"{name} is a folder inside output_dir, got {folder!r}")
+
+
 def check_compile_cache(folder: str | None) -> None:
     """Raises if a folder of compiled programs has no name, or one that was hardly meant as such."""
     if folder is None or folder == "off":
@@ -545,7 +548,7 @@ def check_compile_cache(folder: str | None) -> None:
 
 
 def parse(cls: type, argv: Sequence[str], **about: str) -> object:
-    """Reads command-line arguments into a `TrainConfig` or `SampleConfig`.
+    """Reads command-line arguments into a dataclass of settings, such as `TrainConfig`.
 
     Args:
       cls: the dataclass.
@@ -650,7 +653,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
         # Whoever wants no regulariser need not set the profile's weight to zero as well.
         unpulled = {"reg_weight": 0.0} if given.get("regulariser") == "none" else {}
         given = {**PROFILE_DEFAULTS[profile], **unpulled, **given}
-    preset, presets = given.get("preset"), PRESETS[cls]
+    preset, presets = given.get("preset"), PRESETS.get(cls, {})
     if preset is not None:
         if preset not in presets:
             raise ConfigError(f"preset must be one of {', '.join(presets)}, got {preset!r}")

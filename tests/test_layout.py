@@ -49,6 +49,7 @@ ROWS = (
     ("method.loss", "pytrees"),
     ("method.condition", "method.* models.sd models.unet pytrees"),
     ("method.shared", "method.* models.sd pytrees"),
+    ("formats.enhancer", "method.* models.sd pytrees files"),
     # level 4: one step, one person on disk, one prompt drawn
     ("train_step", "method.* models.sd diffusion.schedule pytrees"),
     ("checkpoint", "train_step method.* models.sd pytrees files"),
@@ -69,6 +70,30 @@ ROWS = (
         "group results sample checkpoint train_step learned_embeds jobs devices signals faces "
         "face_models "
         "face_table compile_cache config pytrees files data.* diffusion.* method.* models.*",
+    ),
+    # one enhancer for everybody
+    ("enhancer.settings", "config"),
+    ("enhancer.shards", "files"),
+    ("enhancer.samples", "enhancer.shards"),
+    ("enhancer.step", "enhancer.samples train_step method.* models.sd diffusion.schedule pytrees"),
+    ("enhancer.ridge", "enhancer.samples enhancer.shards method.* models.sd"),
+    ("enhancer.drawing", "sample data.images models.*"),
+    (
+        "enhancer.sources",
+        "enhancer.drawing enhancer.shards results faces face_table data.*",
+    ),
+    (
+        "enhancer.prepare",
+        "enhancer.* results checkpoint jobs faces face_table data.* models.sd files pytrees",
+    ),
+    (
+        "enhancer.likeness",
+        "enhancer.drawing enhancer.samples results faces face_models data.* method.* models.sd",
+    ),
+    (
+        "enhancer.fit",
+        "enhancer.* formats.enhancer train results sample checkpoint train_step tensorboard jobs "
+        "devices signals faces config data.* files method.* models.* pytrees",
     ),
     # the drawn world: knows neither networks nor runs
     ("mini.traits", ""),
@@ -94,7 +119,11 @@ ROWS = (
     (
         "cli",
         "train results jobs devices signals sample checkpoint learned_embeds face_models "
-        "compile_cache config data.* diffusion.* models.*",
+        "compile_cache config data.* diffusion.* models.* enhancer.shards formats.enhancer",
+    ),
+    (
+        "train_enhancer",
+        "cli enhancer.* train results sample faces config data.* models.*",
     ),
     ("demo", "cli mini.* faces data.images files models.hub pytrees"),
 )
@@ -106,7 +135,7 @@ FLAX = {
 # Imported inside the functions that need them: slow to import, or not needed by every run.
 LAZY = {
     *("insightface", "onnxruntime", "onnx", "transformers", "huggingface_hub"),
-    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets"),
+    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets", "grain", "array_record"),
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}
@@ -116,6 +145,7 @@ PURE |= {
     f"method.{name}": PURE["train_step"]
     for name in ("anchor", "condition", "loss", "modules", "shared")
 }
+PURE["enhancer.step"] = PURE["train_step"]
 PURE |= {f"diffusion.{name}": PURE["train_step"] for name in ("schedule", "samplers")}
 
 

@@ -18,7 +18,7 @@ from idea_jax.method.modules import IDAdapter, SharedEnhancer
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 
-KINDS = ("mlp", "attention", "names")
+KINDS = ("mlp", "attention", "names", "linear")
 TRAINED = ("enhancer", "adapter", "kv")  # what training changes of a shared tree
 ACTS = ("adapter", "kv")  # what acts for everybody when pictures are drawn
 
@@ -38,10 +38,11 @@ class EnhancerConfig:
     width: int = 512
     kv_rank: int = 4
     beta: float = 0.4
+    skip: bool = False  # an affine map from the face is added to the tokens
 
     @property
     def network(self) -> SharedEnhancer:
-        return SharedEnhancer(self.kind, self.dim, self.num_tokens, self.width)
+        return SharedEnhancer(self.kind, self.dim, self.num_tokens, self.width, self.skip)
 
 
 def init_shared(

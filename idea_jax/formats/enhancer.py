@@ -1,0 +1,392 @@
+"""The file of a shared ID-Enhancer: `enhancer/enhancer.safetensors` in a checkpoint's folder.
+
+Tensors `enhancer/...`, `adapter/...`, `kv/...`, `start`, `scale` and `names` are a shared tree (see
+`idea_jax.method.shared`); the metadata say what they are for and how they were made, and never
+whose pictures it was made of. A file may come from anybody: nothing is believed that can be seen
+from the tensors.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from idea_jax import pytrees
+from idea_jax.files import write_tensors
+from idea_jax.method import condition, shared
+from idea_jax.method.modules import IDAdapter
+from idea_jax.models import sd
+
+FILE = Path("enhancer") / "enhancer.safetensors"  # inside a checkpoint's folder
+FORMAT, FORMAT_VERSION = "idea_jax.enhancer", 1
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+WRITTEN_AS = ("float32", "float16", "bfloat16")
+
+# Far above what Stable Diffusion 2.1's needs (50 MB, 100 tensors), far below harm.
+MAX_BYTES = 1_000_000_000
+MAX_HEADER = 1_000_000
+LIMITS = {"dim": 8192, "num_tokens": 75, "width": 65_536, "kv_rank": 1024}
+LISTED = 20  # an error that lists hundreds of tensors hides the interesting ones
+
+# What `about` holds at least.
+ABOUT = {
+    "base_model": str,
+    "revision": str | None,
+    "base_weights": str,
+    "face_model": str,
+    "people": int,
+    "pictures": int,
+    "steps": int,
+    "sources": list,
+    "licence": str,
+    "versions": dict,
+}
+
+
+class EnhancerError(ValueError):
+    """A file of a shared ID-Enhancer cannot be used; the message names it and says why."""
+
+
+@dataclass(frozen=True)
+class Enhancer:
+    """A shared ID-Enhancer and where it comes from.
+
+    Attributes:
+      config: what its networks look like.
+      shared: the tree of float32 NumPy arrays.
+      about: keys of `ABOUT`: the checkpoint (`base_weights` is `checkpoint.tree_digest` of its
+        `cross_kv`) and the recogniser (SHA-256 of its file) that it was trained for, on how many
+        people and pictures from where, and under what licence.
+      sha256: of its file, hexadecimal; None before it is written.
+    """
+
+    config: shared.EnhancerConfig
+    shared: shared.Shared
+    about: dict
+    sha256: str | None = None
+
+
+def find(option: str, checkpoint_folder: Path) -> Path | None:
+    """The file that `--enhancer` means: "auto" (the checkpoint's own, if it has one), "none", or
+    the path of a file."""
+    if option == "none":
+        return None
+    if option != "auto":
+        return Path(option)
+    own = Path(checkpoint_folder) / FILE
+    return own if own.is_file() else None
+
+
+def write(
+    path: str | Path,
+    config: shared.EnhancerConfig,
+    tree: shared.Shared,
+    about: dict,
+    *,
+    dtype: str = "float32",
+) -> None:
+    """Writes a shared tree; an earlier file at `path` stays whole if anything fails.
+
+    Args:
+      tree: of `method.shared.init_shared`, trained or not.
+      about: keys of `ABOUT`, and more if there is more to say. No paths, no names of people.
+      dtype: float32, float16 or bfloat16, of the tensors in the file.
+
+    Raises:
+      EnhancerError: a value is not finite (in that dtype), or a tensor or a key of `about` is
+        missing or of another form.
+      WriteError: the disk is full, or the place cannot be written to.
+    """
+    if dtype not in WRITTEN_AS:
+        raise EnhancerError(f"an enhancer is written as {', '.join(WRITTEN_AS)}, got {dtype!r}")
+    kind = np.dtype(jnp.dtype(dtype))
+    with np.errstate(over="ignore"):  # found below, as what is not finite
+        tensors = {
+            name: np.array(leaf, kind, order="C") for name, leaf in pytrees.flatten(tree).items()
+        }
+    problems = wrong_config(config) or [*wrong_about(about), *wrong_tensors(config, tensors)]
+    problems += [f"about has a path: {text!r}" for text in texts(about) if is_path(text)]
+    if problems:
+        raise EnhancerError(f"{path} was not written: {listed(problems)}")
+    description = {"format_version": FORMAT_VERSION, "config": asdict(config), "about": about}
+    write_tensors(path, tensors, {FORMAT: json.dumps(description)})
+
+
+def read(path: str | Path) -> Enhancer:
+    """Reads what `write` wrote, with float32 arrays.
+
+    Raises:
+      EnhancerError: the file is missing, cut, changed, hostile, or of another kind or version.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise EnhancerError(
+            f"the ID-Enhancer {path} cannot be read ({error.strerror}); expected a file that "
+            "python -m idea_jax.train_enhancer wrote"
+        ) from error
+    try:
+        config, tensors, about = parse(content)
+    except EnhancerError as error:
+        raise EnhancerError(
+            f"{path} cannot be used as an ID-Enhancer: {error}; expected a file that "
+            "python -m idea_jax.train_enhancer wrote: download or write it again"
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    return Enhancer(config, pytrees.unflatten(tensors), about, digest)
+
+
+def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray], dict]:
+    """Config, float32 tensors by name, and `about` of the bytes of a file.
+
+    Raises:
+      EnhancerError: they are no such file; the message does not name it.
+    """
+    if len(content) > MAX_BYTES:
+        raise EnhancerError(f"it is larger than {MAX_BYTES // 1_000_000} MB")
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > min(MAX_HEADER, len(content) - 8):
+        raise EnhancerError("it is damaged, or no safetensors file")
+    try:
+        header = json.loads(content[8 : 8 + length], object_pairs_hook=without_repetition)
+        description = json.loads(
+            header["__metadata__"][FORMAT], object_pairs_hook=without_repetition
+        )
+        version = description["format_version"]
+        if version != FORMAT_VERSION:
+            raise EnhancerError(f"it has format version {version}, expected {FORMAT_VERSION}")
+        config, about = shared.EnhancerConfig(**description["config"]), description["about"]
+    except EnhancerError:
+        raise
+    # RecursionError: deeply nested JSON.
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EnhancerError(
+            f"it does not describe itself as one ({type(error).__name__})"
+        ) from error
+    problems = wrong_config(config) or wrong_about(about)
+    if problems:
+        raise EnhancerError(listed(problems))
+    try:
+        entries = dict(safetensors.deserialize(content))
+        tensors = {name: to_float32(entry) for name, entry in entries.items()}
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise EnhancerError(f"it is damaged ({error})") from error
+    problems = wrong_tensors(config, tensors)
+    if problems:
+        raise EnhancerError(listed(problems))
+    return config, tensors, about
+
+
+def check(
+    enhancer: Enhancer,
+    model: sd.StableDiffusion,
+    where: object,
+    *,
+    face_model: str | None,
+    num_tokens: int | None = None,
+) -> None:
+    """Refuses an enhancer that is for another kind of checkpoint, recogniser, or pseudo tokens.
+
+    Args:
+      where: what to call it in messages.
+      face_model: SHA-256 of the recogniser that embeds the faces; None if none is embedded.
+      num_tokens: that are asked for; None if nothing is.
+
+    Raises:
+      EnhancerError: with all that differs.
+    """
+    config, problems = enhancer.config, []
+    if config.dim != model.text.hidden_size:
+        problems.append(
+            f"its text width is {config.dim}, this checkpoint's is {model.text.hidden_size}"
+        )
+    else:
+        method = shared.person_method(config, kv="low_rank", kv_rank=config.kv_rank)
+        wanted = jax.eval_shape(
+            lambda key: condition.init_kv(method, model, key), jax.random.key(0)
+        )
+        want = {name: leaf.shape for name, leaf in pytrees.flatten(wanted).items()}
+        got = {name: leaf.shape for name, leaf in pytrees.flatten(enhancer.shared["kv"]).items()}
+        if want != got:
+            differ = sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n))
+            problems.append(
+                f"{len(differ)} of its keys' and values' deltas do not fit the UNet of this "
+                f"checkpoint, such as {differ[0]}: {got.get(differ[0])}, expected "
+                f"{want.get(differ[0])}"
+            )
+    own = enhancer.about["face_model"]
+    if face_model is not None and face_model != own:
+        problems.append(
+            f"it knows the faces of the recogniser with the SHA-256 {own}, and the one used here "
+            f"has {face_model} (--face_model, or the recogniser that wrote --face_embeddings)"
+        )
+    if num_tokens is not None and num_tokens != config.num_tokens:
+        problems.append(
+            f"it predicts {config.num_tokens} pseudo tokens, and --n_pseudo_tokens is {num_tokens}"
+        )
+    if problems:
+        raise EnhancerError(
+            f"the ID-Enhancer {where} (for {enhancer.about['base_model']}) does not fit: "
+            f"{listed(problems)}; take one that was trained for this checkpoint, or --enhancer none"
+        )
+
+
+def is_for_weights(enhancer: Enhancer, digests: Collection[str]) -> bool:
+    """Whether it was trained on these weights; on others of the same kind it can be used, too.
+
+    Args:
+      digests: `checkpoint.tree_digest` of the `cross_kv`, of each compute type that it may have
+        been trained with.
+    """
+    return enhancer.about["base_weights"] in digests
+
+
+def wrong_config(config: shared.EnhancerConfig) -> list[str]:
+    """What cannot be in a config."""
+    problems = []
+    if config.kind not in shared.KINDS:
+        problems.append(f"its kind is {config.kind!r}, expected {', '.join(shared.KINDS)}")
+    for name, most in LIMITS.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= most:
+            problems.append(f"its {name} is {value!r}, expected 1 to {most}")
+    if not problems and config.dim % 8:
+        problems.append(f"its dim is {config.dim}, expected a multiple of 8")
+    if type(config.beta) not in (int, float) or not math.isfinite(config.beta):
+        problems.append(f"its beta is {config.beta!r}, expected a number")
+    if type(config.skip) is not bool:
+        problems.append(f"its skip is {config.skip!r}, expected true or false")
+    return problems
+
+
+def wrong_about(about: object) -> list[str]:
+    """What is missing in `about`, or of another type."""
+    if not isinstance(about, dict):
+        return ["it does not say how it was made"]
+    problems = [
+        f"it does not say its {name}, or says {about.get(name)!r:.80}"
+        for name, kind in ABOUT.items()
+        if name not in about or not isinstance(about[name], kind) or about[name] is True
+    ]
+    for name in ("base_weights", "face_model"):
+        if not problems and not re.fullmatch(r"[0-9a-f]{64}", about[name]):
+            problems.append(f"its {name} is no SHA-256: {about[name]!r:.80}")
+    return problems
+
+
+def wrong_tensors(config: shared.EnhancerConfig, tensors: dict[str, np.ndarray]) -> list[str]:
+    """What is missing, too much, of another shape or not finite."""
+    names = tensors.get("names")
+    count = len(names) if names is not None and names.ndim else 0
+    deltas = {name: value for name, value in tensors.items() if name.startswith("kv/")}
+    want, got = expected(config, count), {k: v.shape for k, v in tensors.items() if k not in deltas}
+    problems = [f"{name} is missing" for name in want if name not in got]
+    problems += [f"{name} is unexpected" for name in got if name not in want]
+    problems += [
+        f"{name} is {got[name]}, expected {want[name]}"
+        for name in want
+        if name in got and got[name] != want[name]
+    ]
+    if (count > 0) != (config.kind == "names"):
+        problems.append(f"it has {count} names, and is of kind {config.kind}")
+    problems += wrong_deltas(config, {name: value.shape for name, value in deltas.items()})
+    problems += [
+        f"{name} is not finite"
+        for name, value in tensors.items()
+        if not np.isfinite(value.astype(np.float32)).all()
+    ]
+    scale = tensors.get("scale")
+    if not problems and not scale > 0:
+        problems.append(f"its scale is {scale}, expected more than 0")
+    return problems
+
+
+def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that follow from the config and the number of names."""
+    D, N = config.dim, config.num_tokens
+
+    def fresh(key):
+        known = jnp.zeros((names, N, D))
+        network = config.network.init(key, jnp.zeros(512), jnp.zeros((N, D)), known)
+        adapter = IDAdapter(D, config.beta).init(key, jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D)))
+        return {
+            "enhancer": network["params"],
+            "adapter": adapter["params"],
+            "start": jnp.zeros((N, D)),
+            "scale": jnp.zeros(()),
+            "names": known,
+        }
+
+    return {
+        name: leaf.shape
+        for name, leaf in pytrees.flatten(jax.eval_shape(fresh, jax.random.key(0))).items()
+    }
+
+
+def wrong_deltas(config: shared.EnhancerConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with K/V deltas as far as their config tells; `check` compares with a UNet."""
+    D, rank = config.dim, config.kv_rank
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer, _, part = name.rpartition("/")
+        if not re.fullmatch(r"kv(/(?!(?:down|up)/)\w+)+/(down|up)", name, re.ASCII):
+            return [f"{name!r:.80} is unexpected"]
+        layers.setdefault(layer, {})[part] = shape
+    if not layers:
+        return ["kv is missing"]
+    return [
+        f"{layer} is {parts}, expected down [{D}, {rank}] and up [{rank}, width]"
+        for layer, parts in layers.items()
+        if parts.get("down") != (D, rank) or len(parts.get("up", ())) != 2 or parts["up"][0] != rank
+    ]
+
+
+def to_float32(entry: dict) -> np.ndarray:
+    """One entry of `safetensors.deserialize` as float32.
+
+    Raises:
+      ValueError: it is of another type.
+    """
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"it has values of type {entry['dtype']}, expected {', '.join(DTYPES)}")
+    values = np.frombuffer(entry["data"], DTYPES[entry["dtype"]])
+    return values.astype(np.float32).reshape(entry["shape"])
+
+
+def without_repetition(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; a key that stands in it twice is an error."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is repeated")
+    return values
+
+
+def texts(values: object) -> Iterator[str]:
+    """All texts in nested dicts and lists."""
+    if isinstance(values, dict):
+        values = [*values.keys(), *values.values()]
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from texts(value)
+
+
+def is_path(text: str) -> bool:
+    """Whether a text is an absolute path, which would tell where somebody keeps files."""
+    return bool(re.match(r"[/~\\]|[A-Za-z]:\\", text))
+
+
+def listed(problems: list[str]) -> str:
+    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + more
