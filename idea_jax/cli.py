@@ -1,4 +1,4 @@
-"""What the two scripts share: settings in, exit code out."""
+"""What the commands share: settings in, exit code out."""
 
 import gc
 import logging
@@ -19,6 +19,7 @@ from idea_jax import (
 )
 from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
+from idea_jax.enhancer import shards
 from idea_jax.formats import enhancer
 from idea_jax.models import flash, hub, layers, weights
 
@@ -41,6 +42,8 @@ INPUT_ERRORS = (
     devices.DevicesError,
     jobs.JobsError,
     schedule.ScheduleError,
+    shards.ShardsError,
+    enhancer.EnhancerError,
     OSError,
 )
 

@@ -266,6 +266,13 @@ class TrainConfig:
         "show more around a face",
     )
     # Method
+    regulariser: str | None = setting(
+        None,
+        "what ties the pseudo tokens to the anchor: the Mahalanobis distance with the exact "
+        "inverse, or truncated as in the published code; the Euclidean distance; or none (default: "
+        "by profile)",
+        choices=("exact", "truncated", "euclidean", "none"),
+    )
     reg_weight: float | None = setting(None, "weight of the regulariser (default: by profile)")
     beta: float = setting(0.4, "scale of the ID-Adapter's contribution")
     kv: str | None = setting(
@@ -364,16 +371,10 @@ class TrainConfig:
         own_rate = PROFILE_DEFAULTS[self.profile].get("kv_learning_rate")
         if self.kv == "none" and self.kv_learning_rate not in (None, own_rate):
             raise ConfigError("--kv_learning_rate has no effect with --kv none")
-        if ".." in Path(self.logging_dir).parts or Path(self.logging_dir).is_absolute():
-            raise ConfigError(
-                f"--logging_dir is a folder inside output_dir, got {self.logging_dir!r}"
-            )
+        check_inside("--logging_dir", self.logging_dir)
         if not self.early_stopping and self.evaluation_steps != defaults["evaluation_steps"]:
             raise ConfigError("--evaluation_steps has no effect without --early_stopping")
-        if self.reg_weight and self.profile == "textual_inversion":
-            raise ConfigError(
-                "profile 'textual_inversion' has no regulariser; leave out --reg_weight"
-            )
+        self.check_regulariser()
         if self.initialize_tokens is not None and self.celeb_path is not None:
             raise ConfigError("give either --initialize_tokens or --celeb_path, not both")
         for name, profiles in PROFILE_PARTS.items():
@@ -430,6 +431,24 @@ class TrainConfig:
     def own_parts(self) -> tuple[str, ...]:
         """The names in `train_parts`; those of a person who begins with a shared ID-Enhancer."""
         return tuple((self.train_parts or "").split(","))
+
+    def check_regulariser(self) -> None:
+        """Raises unless regulariser and weight have an effect, or neither is wanted."""
+        if self.reg_weight and self.regulariser == "none":
+            raise ConfigError(
+                f"--reg_weight {self.reg_weight:g} has no effect with --regulariser none; leave "
+                "one of them out, or set the weight to 0"
+            )
+        if self.reg_weight and self.regulariser is None and self.profile == "textual_inversion":
+            raise ConfigError(
+                "profile 'textual_inversion' has no regulariser of its own, so --reg_weight "
+                f"{self.reg_weight:g} has no effect; leave it out, or choose a --regulariser"
+            )
+        if self.regulariser not in (None, "none") and self.reg_weight == 0:
+            raise ConfigError(
+                f"--regulariser {self.regulariser} has no effect with a weight of 0; give a "
+                "--reg_weight too, such as 8e-4 for truncated or 1e-5 for euclidean"
+            )
 
     def check_face(self) -> None:
         """Raises unless the settings of the face fit together."""
@@ -677,6 +696,12 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"seed must lie between 0 and {2**32 - 1}, got {seed}")
 
 
+def check_inside(name: str, folder: str) -> None:
+    """Raises unless a folder lies inside output_dir."""
+    if ".." in Path(folder).parts or Path(folder).is_absolute():
+        raise ConfigError(f"{name} is a folder inside output_dir, got {folder!r}")
+
+
 def check_compile_cache(folder: str | None) -> None:
     """Raises if a folder of compiled programs has no name, or one that was hardly meant as such."""
     if folder is None or folder == "off":
@@ -688,7 +713,7 @@ def check_compile_cache(folder: str | None) -> None:
 
 
 def parse(cls: type, argv: Sequence[str], **about: str) -> object:
-    """Reads command-line arguments into a `TrainConfig` or `SampleConfig`.
+    """Reads command-line arguments into a dataclass of settings, such as `TrainConfig`.
 
     Args:
       cls: the dataclass.
@@ -723,19 +748,25 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
             f"--{switch}",
             action=argparse.BooleanOptionalAction,
             default=argparse.SUPPRESS,
-            help=f"the same as --{spec.name} {on}; --no-{switch} as --{spec.name} {off}",
+            help=plain(f"the same as --{spec.name} {on}; --no-{switch} as --{spec.name} {off}"),
         )
     names = [f"--{name}" for name in (spec.name, *spec.metadata["aliases"])]
     # Absent flags stay absent (SUPPRESS), so that the YAML file and the profile can speak.
-    options: dict = {"dest": spec.name, "default": argparse.SUPPRESS, "help": spec.metadata["help"]}
+    text = spec.metadata["help"]
     if "required" not in spec.metadata and spec.default is not None:
-        options["help"] += f" (default: {spec.default})"
+        text += f" (default: {spec.default})"
+    options: dict = {"dest": spec.name, "default": argparse.SUPPRESS, "help": plain(text)}
     if kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return
     if is_list:
         options |= {"nargs": "+", "action": "extend"}
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
+
+
+def plain(text: str) -> str:
+    """A help text as argparse prints it unchanged: it would take a bare % for a format."""
+    return text.replace("%", "%%")
 
 
 # Settings that trade a little quality for time. Flags win over them, and so does a file that names
@@ -790,8 +821,10 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
                 f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
             )
         said = given
-        given = {**PROFILE_DEFAULTS[profile], **given}
-    preset, presets = given.get("preset"), PRESETS[cls]
+        # Whoever wants no regulariser need not set the profile's weight to zero as well.
+        unpulled = {"reg_weight": 0.0} if given.get("regulariser") == "none" else {}
+        given = {**PROFILE_DEFAULTS[profile], **unpulled, **given}
+    preset, presets = given.get("preset"), PRESETS.get(cls, {})
     if preset is not None:
         if preset not in presets:
             raise ConfigError(f"preset must be one of {', '.join(presets)}, got {preset!r}")

@@ -711,10 +711,12 @@ def method_of(cfg: TrainConfig, enhancer: enhancers.Enhancer | None = None) -> c
             kv=cfg.kv if "kv" in own else "none",
             kv_rank=cfg.kv_rank,
             own_adapter="adapter" in own,
+            regulariser=cfg.regulariser,
             reg_weight=cfg.reg_weight,
         )
     return condition.make_method(
         cfg.profile,
+        regulariser=cfg.regulariser,
         kv=cfg.kv,
         kv_rank=cfg.kv_rank,
         num_tokens=cfg.n_pseudo_tokens,
@@ -1006,6 +1008,11 @@ def fingerprint_of(
     if base.frozen is not None:
         settings["base_weights"] = checkpoint.tree_digest(base.frozen.cross_kv)
     names = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
+    # By what it is, since `paper` had another one before it could be chosen. The others' own goes
+    # without saying, as in the checkpoints from then; without a weight it does not matter.
+    own = condition.make_method(cfg.profile).regulariser
+    is_said = cfg.reg_weight and (cfg.profile == "paper" or method.regulariser != own)
+    settings["regulariser"] = method.regulariser if is_said else None
     seen = asdict(eyes.about) if eyes is not None else {}
     if not method.uses_face:  # then a recogniser is not loaded, but precomputed faces had one
         seen.pop("face_model", None)

@@ -72,6 +72,30 @@ ROWS = (
         "face_models portraits formats.enhancer "
         "face_table compile_cache config pytrees files data.* diffusion.* method.* models.*",
     ),
+    # one enhancer for everybody
+    ("enhancer.settings", "config"),
+    ("enhancer.shards", "files"),
+    ("enhancer.samples", "enhancer.shards"),
+    ("enhancer.step", "enhancer.samples train_step method.* models.sd diffusion.schedule pytrees"),
+    ("enhancer.ridge", "enhancer.samples enhancer.shards method.* models.sd"),
+    ("enhancer.drawing", "sample data.images models.*"),
+    (
+        "enhancer.sources",
+        "enhancer.drawing enhancer.shards results faces face_table data.*",
+    ),
+    (
+        "enhancer.prepare",
+        "enhancer.* results checkpoint jobs faces face_table data.* models.sd files pytrees",
+    ),
+    (
+        "enhancer.likeness",
+        "enhancer.drawing enhancer.samples results faces face_models data.* method.* models.sd",
+    ),
+    (
+        "enhancer.fit",
+        "enhancer.* formats.enhancer train results sample checkpoint train_step tensorboard jobs "
+        "devices signals faces config data.* files method.* models.* pytrees",
+    ),
     # the drawn world: knows neither networks nor runs
     ("mini.traits", ""),
     ("mini.face", "mini.traits"),
@@ -96,7 +120,11 @@ ROWS = (
     (
         "cli",
         "train results jobs devices signals sample checkpoint learned_embeds face_models "
-        "formats.enhancer compile_cache config data.* diffusion.* models.*",
+        "compile_cache config data.* diffusion.* models.* enhancer.shards formats.enhancer",
+    ),
+    (
+        "train_enhancer",
+        "cli enhancer.* train results sample faces config data.* models.*",
     ),
     ("demo", "cli mini.* faces data.images files models.hub pytrees"),
 )
@@ -108,7 +136,7 @@ FLAX = {
 # Imported inside the functions that need them: slow to import, or not needed by every run.
 LAZY = {
     *("insightface", "onnxruntime", "onnx", "transformers", "huggingface_hub"),
-    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets"),
+    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets", "grain", "array_record"),
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}
@@ -118,6 +146,7 @@ PURE |= {
     f"method.{name}": PURE["train_step"]
     for name in ("anchor", "condition", "loss", "modules", "shared")
 }
+PURE["enhancer.step"] = PURE["train_step"]
 PURE |= {f"diffusion.{name}": PURE["train_step"] for name in ("schedule", "samplers")}
 
 

@@ -264,6 +264,8 @@ def wrong_config(config: shared.EnhancerConfig) -> list[str]:
         problems.append(f"its dim is {config.dim}, expected a multiple of 8")
     if type(config.beta) not in (int, float) or not math.isfinite(config.beta):
         problems.append(f"its beta is {config.beta!r}, expected a number")
+    if type(config.skip) is not bool:
+        problems.append(f"its skip is {config.skip!r}, expected true or false")
     return problems
 
 

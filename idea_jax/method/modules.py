@@ -130,7 +130,7 @@ class IDAdapter(nn.Module):
 class SharedEnhancer(nn.Module):
     """An ID-Enhancer for everybody: says of a face alone where a person's training begins.
 
-    Three ways from the face to one row per pseudo token. All of the face gets through each of them;
+    Four ways from the face to one row per pseudo token. All of the face gets through each of them;
     through the published enhancer (`IDEnhancer`), whose queries are alike for all tokens and whose
     keys and values are the anchor's few rows, eight numbers do.
 
@@ -139,18 +139,21 @@ class SharedEnhancer(nn.Module):
     * `attention`: the published attention over the anchor, added to its own query.
     * `names`: attention over many celebrities' names, whose token embeddings are keys and values:
       a soft celebrity basis (after Celeb Basis, arXiv 2306.00926).
+    * `linear`: an affine map to the tokens, and F is zero: what a regression says, exactly.
 
     Attributes:
-      kind: one of the three.
+      kind: one of the four.
       dim: width D of the text encoder.
       tokens: pseudo tokens N.
       width: of hidden layers.
+      skip: the affine map of `linear`, zero at first, is added to the tokens of the other kinds.
     """
 
     kind: str
     dim: int
     tokens: int
     width: int
+    skip: bool = False
 
     @nn.compact
     def __call__(
@@ -165,6 +168,19 @@ class SharedEnhancer(nn.Module):
         """
         N, D = self.tokens, self.dim
         face = id_embed * math.sqrt(id_embed.shape[0])  # values of unit size
+
+        def each(rows, features, name, init):
+            """A dense layer of its own for each token."""
+            kernel = self.param(f"{name}_kernel", init, (N, rows.shape[1], features))
+            bias = self.param(f"{name}_bias", nn.initializers.zeros, (N, features))
+            return jnp.einsum("ni,nio->no", rows, kernel) + bias
+
+        affine = jnp.zeros((N, D))
+        if self.skip or self.kind == "linear":
+            faces = jnp.broadcast_to(face, (N, face.shape[0]))
+            affine = each(faces, D, "skip", nn.initializers.zeros)
+        if self.kind == "linear":
+            return affine, jnp.zeros((N, 2 * D))
         if self.kind == "mlp":
             hidden = nn.gelu(nn.Dense(self.width, name="in")(face))
             hidden = hidden + nn.gelu(nn.Dense(self.width, name="mid")(nn.LayerNorm()(hidden)))
@@ -181,11 +197,6 @@ class SharedEnhancer(nn.Module):
             rows = rows + nn.gelu(nn.Dense(D, name="mid")(nn.LayerNorm()(rows)))
             rows = nn.LayerNorm()(rows)
 
-        def each(features, name, init):
-            """A dense layer of its own for each token."""
-            kernel = self.param(f"{name}_kernel", init, (N, rows.shape[1], features))
-            bias = self.param(f"{name}_bias", nn.initializers.zeros, (N, features))
-            return jnp.einsum("ni,nio->no", rows, kernel) + bias
-
         init = nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=0)
-        return each(D, "tokens", nn.initializers.zeros), each(2 * D, "enhanced", init)
+        offsets = each(rows, D, "tokens", nn.initializers.zeros) + affine
+        return offsets, each(rows, 2 * D, "enhanced", init)

@@ -19,7 +19,7 @@ from idea_jax.method.modules import IDAdapter, SharedEnhancer
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 
-KINDS = ("mlp", "attention", "names")
+KINDS = ("mlp", "attention", "names", "linear")
 TRAINED = ("enhancer", "adapter", "kv")  # what training changes of a shared tree
 ACTS = ("adapter", "kv")  # what acts for everybody when pictures are drawn
 
@@ -39,10 +39,11 @@ class EnhancerConfig:
     width: int = 512
     kv_rank: int = 4
     beta: float = 0.4
+    skip: bool = False  # an affine map from the face is added to the tokens
 
     @property
     def network(self) -> SharedEnhancer:
-        return SharedEnhancer(self.kind, self.dim, self.num_tokens, self.width)
+        return SharedEnhancer(self.kind, self.dim, self.num_tokens, self.width, self.skip)
 
 
 def init_shared(
@@ -134,6 +135,7 @@ def person_method(
     kv: str,
     kv_rank: int = 4,
     own_adapter: bool = False,
+    regulariser: str | None = None,
     reg_weight: float = 0.0,
 ) -> condition.Method:
     """The method of a person who begins where a shared enhancer says.
@@ -141,9 +143,11 @@ def person_method(
     Args:
       kv: the person's own K/V delta, on top of the shared one; "none" for none.
       own_adapter: whether the person has an ID-Adapter of their own, which begins as the shared.
+      regulariser: as of `condition.make_method`.
     """
     return condition.make_method(
         "paper",
+        regulariser=regulariser,
         kv=kv,
         kv_rank=kv_rank,
         num_tokens=config.num_tokens,

@@ -96,6 +96,22 @@ def composed(count: int, rng: np.random.Generator) -> Composite:
     return Composite(*map(np.stack, zip(*made, strict=True)))
 
 
+def turned(
+    image: Image.Image, points: np.ndarray, side: float, angle: float
+) -> tuple[Image.Image, np.ndarray]:
+    """Returns a picture of SIZE with one drawing's face in its middle, and its points [5, 2].
+
+    Args:
+        points: float[5, 2], as `world.landmarks` has them.
+        side: of the face's ArcFace crop, in pixels.
+        angle: by which it is turned, in radians.
+    """
+    centre = np.full(2, SIZE / 2)
+    five = np.asarray(points, float)[None] + 0.5
+    moved, (five,) = _moved(image, five, side, angle, centre, endless=True)
+    return moved, five - 0.5
+
+
 # Below, points are float64[P, 5, 2] in pixels from the corner of the picture, as Pillow has it.
 
 

@@ -114,10 +114,18 @@ def portraits(
         return draw(them, jax.tree.map(lambda leaf: leaf[rows], scenes), keys[rows])
 
     everybody = jax.tree.map(lambda leaf: leaf[person], who)
-    # The same key on purpose, as it is the same pose.
-    points = jax.jit(jax.vmap(world.landmarks))(everybody, scenes, jax.random.clone(keys))
     images = _parts(part, count, folder, progress)
-    return Portraits(images, person, scenes, np.asarray(points))
+    return Portraits(images, person, scenes, points(everybody, scenes, keys))
+
+
+def points(who: Identity, scenes: Scene, keys: jax.Array) -> np.ndarray:
+    """Returns where the faces are on the drawings of these keys: float32[B, 5, 2], as
+    `world.landmarks`, of leaves [B]."""
+    # The same keys on purpose, as they are the same poses.
+    return np.asarray(_landmarks(who, scenes, jax.random.clone(keys)))
+
+
+_landmarks = jax.jit(jax.vmap(world.landmarks))
 
 
 def pairs(who: Identity, count: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:

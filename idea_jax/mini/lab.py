@@ -1,13 +1,15 @@
 """Personalisation measured: people whom no network has seen, one drawing each, every profile.
 
     python -m idea_jax.mini.lab [--split test|validation] [--people N] [--profiles P ...] \\
-        [--set KEY=VALUE ...] [--json FILE]
+        [--set KEY=VALUE ...] [--sweep KEY=VALUE,VALUE ...] [--json FILE]
 
-For each profile the config is configs/mini_PROFILE.yaml. Similarities are those of the scoring
-recogniser, which training never sees; what a prompt asks for is read by the judge.
+For each profile the config is configs/mini_PROFILE.yaml; `paper_alone` is `paper` without a shared
+ID-Enhancer. Similarities are those of the scoring recogniser, which training never sees; what a
+prompt asks for is read by the judge.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -23,13 +25,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from idea_jax import config, faces, group, results, sample, train
+from idea_jax.data.images import to_uint8
 from idea_jax.files import atomic_write, check_writable
+from idea_jax.method import shared
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
 from idea_jax.train_step import IdentityState, draw_and_step, evaluate, init_state
 
-PROFILES = ("paper", "official", "cross_init", "textual_inversion")
+PROFILES = ("paper", "paper_alone", "official", "cross_init", "textual_inversion")
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 REFERENCES = 8  # true drawings of a person that pictures of them are compared with
 DRAWS = 2000  # of the bootstrap
@@ -42,7 +46,7 @@ _evaluate = jax.jit(evaluate, static_argnums=(0, 1), donate_argnums=3)
 class Person(NamedTuple):
     """One person of the drawn world, and what is known about them."""
 
-    photo: np.ndarray  # uint8[64, 64, 3], all that training sees
+    photos: np.ndarray  # uint8[photos, 64, 64, 3], all that training sees
     references: np.ndarray  # float32[REFERENCES, 512], embeddings of other true drawings
     true: np.ndarray  # uint8[prompts, pictures, 64, 64, 3], the person as each prompt asks
 
@@ -63,25 +67,35 @@ def meet(
     pictures: int,
     seed: int = 0,
     prompts: Sequence[captions.Prompt] = captions.PROMPTS,
+    photos: int = 1,
 ) -> list[Person]:
-    """Returns people of a split by their numbers; the photo is a plain one, without a hat.
+    """Returns people of a split by their numbers; a photo is a plain one, without a hat.
 
-    A person's drawings depend on the seed and their number, not on who else is asked for.
+    A person's drawings depend on the seed and their number, not on who else is asked for, and the
+    first photo not on how many there are.
     """
     scoring = mini.scoring()
     everybody = people.unnamed(split, max(numbers) + 1)
     met = []
     for number in numbers:
         key = jax.random.fold_in(stream(jax.random.key(seed), f"lab {split}"), number)
-        wanted = [{"hat": "none", "expression": "neutral"}, *({},) * REFERENCES]
+        plain = {"hat": "none", "expression": "neutral"}
+        wanted = [plain, *({},) * REFERENCES]
         wanted += [prompt.asks for prompt in prompts for _ in range(pictures)]
         scenes = _scenes(stream(key, "scenes"), wanted)
         rows = np.full(len(wanted), number)
         who = jax.tree.map(lambda leaf, rows=rows: leaf[rows], everybody)
         images = drawings.draw(who, scenes, jax.random.split(stream(key, "drawings"), len(wanted)))
-        photo, references, true = np.split(images, [1, 1 + REFERENCES])
+        first, references, true = np.split(images, [1, 1 + REFERENCES])
         true = true.reshape(len(prompts), pictures, *true.shape[1:])
-        met.append(Person(photo[0], quality.embed(scoring, references), true))
+        if photos > 1:
+            more = stream(key, "more photos")
+            rows = np.full(photos - 1, number)
+            who = jax.tree.map(lambda leaf, rows=rows: leaf[rows], everybody)
+            scenes = _scenes(stream(more, "scenes"), [plain] * (photos - 1))
+            keys = jax.random.split(stream(more, "drawings"), photos - 1)
+            first = np.concatenate([first, drawings.draw(who, scenes, keys)])
+        met.append(Person(first, quality.embed(scoring, references), true))
     return met
 
 
@@ -113,68 +127,135 @@ class Learner:
     """Trains people one after the other with one config; compiles once for all of them."""
 
     def __init__(self, mini: quality.Mini, cfg: config.TrainConfig):
+        cfg, self.enhancer = train.settle(cfg, mini.folder)
         self.mini, self.cfg = mini, cfg
-        self.method = train.method_of(cfg)
+        self.method = train.method_of(cfg, self.enhancer)
         placeholder = train.placeholder_of(cfg)
         tokenizer = mini.tokenizer.with_placeholder(placeholder.token, placeholder.n)
+        self.frozen, self.start = mini.frozen, None
         self.base = results.Base(mini.model, mini.frozen, tokenizer, hub.MINI, None)
-        names = train.known_names(mini.folder)
-        ids = train.starting_ids(cfg, self.method, tokenizer, names)
-        self.start = train.starting_tokens(cfg, self.method, self.base, ids)
-        self.optimizer = train.optimizer_of(cfg, self.method)
+        if self.enhancer is None:
+            names = train.known_names(mini.folder)
+            ids = train.starting_ids(cfg, self.method, tokenizer, names)
+            self.start = train.starting_tokens(cfg, self.method, self.base, ids)
+        else:
+            self.frozen = mini.frozen._replace(shared=shared.frozen_part(self.enhancer.shared))
+        if cfg.max_train_steps:
+            self.optimizer = train.optimizer_of(cfg, self.method)
         needs_finder = self.method.uses_face or cfg.crop == "face"
         self.finder = mini.finder() if needs_finder else None
 
-    def begin(self, photo: np.ndarray) -> tuple[IdentityState, train.Photos]:
-        """Returns the state before the first step, and what is trained on."""
-        key, image = jax.random.key(self.cfg.seed), Image.fromarray(photo)
-        sight = self.finder.look_at(image, "the photo") if self.finder else None
-        seen = train.Portraits([Picture("the photo", image)], [sight] if sight else [], None)
-        pixels = train.training_pixels(self.cfg, seen, drawings.SIZE)
-        photos = train.encode_pixels(self.base, pixels)
-        face = sight.embed if self.method.uses_face else None
-        model = self.mini.model
-        given = train.condition.init_given(self.method, model, key, self.start, face)
-        trainable = train.condition.init_trainable(self.method, model, key, self.start)
-        return init_state(self.optimizer, trainable, given), photos
+    def begin(self, photos: np.ndarray) -> tuple[IdentityState, train.Photos | None]:
+        """Returns the state before the first step, and what is trained on, if there are steps.
+
+        Args:
+          photos: uint8[P, 64, 64, 3] of one person.
+        """
+        cfg, model, key = self.cfg, self.mini.model, jax.random.key(self.cfg.seed)
+        pictures = [
+            Picture(f"photo {number}", Image.fromarray(photo))
+            for number, photo in enumerate(photos)
+        ]
+        sights = [self.finder.look_at(p.image, p.name) for p in pictures] if self.finder else []
+        uses_face = self.method.uses_face
+        face = faces.mean_embedding(np.stack([s.embed for s in sights])) if uses_face else None
+        trainable, given = train.first_values(
+            self.method, model, key, self.enhancer, self.start, face
+        )
+        if not cfg.max_train_steps:
+            return IdentityState(trainable, given, (), jnp.int32(0), None), None
+        seen = train.Portraits(pictures, sights, face)
+        moments = train.encode_pixels(self.base, train.training_pixels(cfg, seen, drawings.SIZE))
+        return init_state(self.optimizer, trainable, given), moments
 
     def learn(
-        self, photo: np.ndarray, steps: int | None = None
+        self, photos: np.ndarray, steps: int | None = None
     ) -> tuple[IdentityState, list[float]]:
-        """Returns the state after the config's steps, and the loss of every one."""
-        state, photos = self.begin(photo)
+        """Returns the state after the config's steps, and the loss of every one.
+
+        Args:
+          photos: uint8[P, 64, 64, 3] of one person.
+          steps: fewer than the config's.
+        """
+        state, moments = self.begin(photos)
         mini, cfg, key = self.mini, self.cfg, jax.random.key(self.cfg.seed)
         losses = []
         for number in range(1, 1 + (cfg.max_train_steps if steps is None else steps)):
             state, metrics = _step(
-                *(mini.model, self.method, self.optimizer, cfg.train_batch_size),
-                *(mini.frozen, state, photos, key),
+                mini.model,
+                self.method,
+                self.optimizer,
+                cfg.train_batch_size,
+                self.frozen,
+                state,
+                moments,
+                key,
             )
             losses.append(metrics.loss)
             if group.is_evaluated(cfg, number):
-                state = _evaluate(mini.model, self.method, mini.frozen, state, photos, key)
+                state = _evaluate(mini.model, self.method, self.frozen, state, moments, key)
                 if group.has_plateau(cfg, state):
                     break
         return jax.block_until_ready(state), [float(loss) for loss in losses]
 
-    def draw(self, state: IdentityState, prompt: str, count: int, **settings) -> np.ndarray:
-        """Draws a prompt with `{}` for the person: uint8[count, 64, 64, 3]."""
+    def draw(
+        self,
+        state: IdentityState,
+        prompts: Sequence[str],
+        count: int,
+        strength: float = 1.0,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Draws prompts with `{}` for the person, all of them in one call: uint8[prompts, count,
+        64, 64, 3].
+
+        Args:
+          strength: of adapter and K/V delta; 0 draws with the tokens alone, as other programs do.
+        """
         mini, tokenizer = self.mini, self.base.tokenizer
-        empty, ids = tokenizer(["", train.text.fill(prompt, tokenizer.placeholder)])
-        kv = sample.prompt_keys_values(
-            self.method, mini.model, mini.frozen, state.trainable, state.given,
-            jnp.asarray(ids), jnp.asarray(empty), jnp.float32(1.0),
-        )  # fmt: skip
-        settings = {
-            "seed": 0,
-            "steps": quality.STEPS,
-            "guidance_scale": quality.GUIDANCE,
-        } | settings
-        side = drawings.SIZE
-        return sample.draw_prompt(
-            mini.model, mini.frozen, kv, count=count, batch_size=count, size=(side, side),
-            scheduler="ddim", **settings,
-        )  # fmt: skip
+        filled = [train.text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
+        empty, *ids = tokenizer(["", *filled])
+        kv = _keys_values(
+            self.method,
+            mini.model,
+            self.frozen,
+            state.trainable,
+            state.given,
+            jnp.asarray(np.stack(ids)),
+            jnp.asarray(empty),
+            jnp.float32(strength),
+        )
+        drawn = _draw(mini.model, mini.frozen, kv, jnp.uint32(seed), count)
+        return to_uint8(np.asarray(drawn))
+
+
+# Of several prompts, leaf by leaf as of one.
+_keys_values = jax.jit(
+    jax.vmap(sample.prompt_keys_values, in_axes=(None,) * 5 + (0, None, None)),
+    static_argnums=(0, 1),
+)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _draw(model, frozen, kv, seed, count):
+    """float32[prompts, count, 64, 64, 3]; together the rows cost a CPU a third of one by one."""
+
+    def one(kv):
+        return sample.draw(
+            model,
+            frozen,
+            kv,
+            seed,
+            jnp.arange(count, dtype=jnp.int32),
+            jnp.float32(quality.GUIDANCE),
+            size=(drawings.SIZE,) * 2,
+            scheduler="ddim",
+            steps=quality.STEPS,
+            is_guided=True,
+            eta=0.0,
+        )
+
+    return jax.vmap(one)(kv)
 
 
 def judge_pictures(
@@ -201,13 +282,28 @@ def judge_pictures(
     return float(similarity.mean()), float(np.mean(kept))
 
 
+class Protocol(NamedTuple):
+    """How people are measured.
+
+    Attributes:
+        split, people: who; photos: of each, to learn from.
+        pictures: drawn for each prompt.
+        strength: of adapter and K/V delta; 0 draws with the tokens alone.
+        seed: of people's drawings and of the pictures.
+    """
+
+    split: str = "test"
+    people: int = 20
+    photos: int = 1
+    pictures: int = 2
+    strength: float = 1.0
+    seed: int = 0
+
+
 def experiment(
     mini: quality.Mini,
     configs: dict[str, config.TrainConfig],
-    split: str,
-    count: int,
-    pictures: int = 2,
-    seed: int = 0,
+    protocol: Protocol,
     progress: Callable = iter,
 ) -> dict[str, list[Score]]:
     """Returns the scores of every person: of each config, of the floor and of the ceiling.
@@ -218,7 +314,8 @@ def experiment(
     Raises:
         FaceError: a config needs faces, and on some photos none is found; nothing is trained then.
     """
-    met = meet(mini, split, range(count), pictures, seed)
+    split, count, photos, pictures, strength, seed = protocol
+    met = meet(mini, split, range(count), pictures, seed, photos=photos)
     if any(train.method_of(cfg).uses_face for cfg in configs.values()):
         check_faces(mini, met)
     scoring = mini.scoring()
@@ -229,20 +326,22 @@ def experiment(
             scores.setdefault(name, []).append(Score(*result))
     for name, cfg in configs.items():
         learner = Learner(mini, cfg)
-        learner.learn(met[0].photo, 1)  # compiles
+        learner.learn(met[0].photos, min(1, learner.cfg.max_train_steps))  # compiles
         for person in progress(met):
             started = time.perf_counter()
-            state, losses = learner.learn(person.photo)
+            state, losses = learner.learn(person.photos)
             seconds = time.perf_counter() - started
-            drawn = [learner.draw(state, p.text, pictures, seed=seed) for p in captions.PROMPTS]
-            result = judge_pictures(mini, scoring, person, np.stack(drawn))
+            texts = [prompt.text for prompt in captions.PROMPTS]
+            drawn = learner.draw(state, texts, pictures, strength, seed)
+            result = judge_pictures(mini, scoring, person, drawn)
             scores.setdefault(name, []).append(Score(*result, seconds, len(losses)))
     return scores
 
 
 def check_faces(mini: quality.Mini, met: Sequence[Person]) -> None:
     """Raises FaceError, with people's numbers, unless a face is found on each of their photos."""
-    found, _ = quality.look(mini.finder(), np.stack([person.photo for person in met]))
+    finder = mini.finder()
+    found = np.array([quality.look(finder, person.photos)[0].all() for person in met])
     if not found.all():
         numbers = ", ".join(map(str, np.flatnonzero(~found)))
         raise faces.FaceError(
@@ -264,8 +363,8 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
 def markdown(scores: dict[str, list[Score]]) -> str:
     """Returns a table of means with 95% intervals; `closed` is the way from floor to ceiling."""
     lines = [
-        "| | ID similarity | closed | prompt kept | seconds | steps |",
-        "|---|---|---|---|---|---|",
+        "| | ID similarity | worst | closed | prompt kept | seconds | steps |",
+        "|---|---|---|---|---|---|---|",
     ]
     floor, ceiling = (
         np.mean([s.similarity for s in scores[name]])
@@ -277,11 +376,49 @@ def markdown(scores: dict[str, list[Score]]) -> str:
         closed = (np.mean(similarity) - floor) / (ceiling - floor)
         seconds, steps = np.median([s.seconds for s in each]), np.mean([s.steps for s in each])
         lines.append(
-            f"| {name} | {np.mean(similarity):.3f} ({low:.3f} to {high:.3f}) | {closed:.0%} | "
+            f"| {name} | {np.mean(similarity):.3f} ({low:.3f} to {high:.3f}) | "
+            f"{min(similarity):.3f} | {closed:.0%} | "
             f"{np.mean(prompt):.1%} ({least:.1%} to {most:.1%}) | "
             f"{f'{seconds:.1f}' if seconds else ''} | {f'{steps:.0f}' if steps else ''} |"
         )
     return "\n".join(lines)
+
+
+def differences(scores: dict[str, list[Score]]) -> str:
+    """Returns what each config is ahead of the later ones on the same people, with 95% intervals:
+    a table, or nothing where there is one config."""
+    names = [name for name in scores if name not in ("another person", "true drawings")]
+    lines = ["| | ID similarity | prompt kept |", "|---|---|---|"]
+    for place, name in enumerate(names):
+        for other in names[place + 1 :]:
+            cells = []
+            for field, form in (("similarity", "+.3f"), ("prompt", "+.1%")):
+                apart = [
+                    getattr(a, field) - getattr(b, field)
+                    for a, b in zip(scores[name], scores[other], strict=True)
+                ]
+                low, high = interval(apart)
+                cells.append(f"{np.mean(apart):{form}} ({low:{form}} to {high:{form}})")
+            lines.append(f"| {name} - {other} | {' | '.join(cells)} |")
+    return "\n".join(lines) if len(names) > 1 else ""
+
+
+def swept(
+    profiles: Sequence[str], overrides: dict, sweep: tuple[str, list] | None
+) -> dict[str, config.TrainConfig]:
+    """Returns the configs of an experiment by what the table calls them.
+
+    Args:
+        sweep: a setting and the values that it takes, one after the other.
+    """
+    if sweep is None:
+        return {profile: read_config(profile, overrides) for profile in profiles}
+    key, values = sweep
+    return {
+        f"{profile}, {key} {value}": read_config(profile, overrides | {key: value})
+        for profile in profiles
+        for value in values
+    }
 
 
 def read_config(profile: str, overrides: dict) -> config.TrainConfig:
@@ -303,33 +440,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--people", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=2, help="for each prompt (default: 2)")
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=PROFILES)
+    parser.add_argument("--photos", type=int, default=1, help="of each person (default: 1)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configs")
+    parser.add_argument(
+        "--sweep", metavar="KEY=VALUE,VALUE", help="a row of the table for each value of a setting"
+    )
+    parser.add_argument(
+        "--id_strength", type=float, default=1.0, help="0 draws with the tokens alone"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     args = parser.parse_args(argv)
-    if bad := [s for s in args.set if "=" not in s]:
-        parser.error(f"--set: expected KEY=VALUE, got {bad[0]!r}")
+    sweep = [args.sweep] if args.sweep else []
+    if bad := [s for s in [*args.set, *sweep] if "=" not in s]:
+        parser.error(f"--set and --sweep: expected KEY=VALUE, got {bad[0]!r}")
     overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
-    if args.pictures < 1:
-        parser.error(f"--pictures: expected 1 or more, got {args.pictures}")
+    if args.sweep:
+        key, values = args.sweep.split("=", 1)
+        sweep = key, [yaml.safe_load(value) for value in values.split(",")]
+    for name, least in (("pictures", 1), ("photos", 1), ("id_strength", 0)):
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name}: expected {least} or more, got {getattr(args, name)}")
     if args.people < 2:
         parser.error(
             f"--people: expected 2 or more, as each is compared with another, got {args.people}"
         )
+    protocol = Protocol(
+        args.split, args.people, args.photos, args.pictures, args.id_strength, args.seed
+    )
     try:
         config.check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
         mini = quality.load(args.checkpoint)
-        configs = {profile: read_config(profile, overrides) for profile in args.profiles}
-        scores = experiment(
-            mini, configs, args.split, args.people, args.pictures, args.seed,
-            lambda met: tqdm(met, unit="person"),
-        )  # fmt: skip
+        configs = swept(args.profiles, overrides, sweep or None)
+        scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))
     except (faces.FaceError, *quality.INPUT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(scores))
+    if apart := differences(scores):
+        print(f"\nDifferences of the same people:\n\n{apart}")
     if args.json:
         with atomic_write(args.json) as path:
             values = {n: [s._asdict() for s in each] for n, each in scores.items()}

@@ -12,7 +12,8 @@ import numpy as np
 from idea_jax.mini.traits import CODE_SIZE, Identity, identity_from_code
 
 NAMES = 1000  # first names, and as many last names
-SPLITS = ("recognition", "scoring", "validation", "test")  # people without a name, by use
+# People without a name, by use.
+SPLITS = ("recognition", "scoring", "enhancer", "validation", "test")
 _SEED = 2507
 
 # Every start goes with every end, so that a vocabulary in which each name is one token stays small.

@@ -104,15 +104,18 @@ def look(finder: faces.Finder, images: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def read_scenes(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
     """Returns what the judge sees in pictures uint8[N, 64, 64, 3]: int[N] for each field."""
     net, params = networks.load(folder / "judge" / "model.safetensors")
-    apply = jax.jit(net.apply)
     edges = np.cumsum([len(kinds) for kinds in captions.KINDS.values()])[:-1]
     found = []
     for start in range(0, len(images), 64):
         rows = np.minimum(np.arange(start, start + 64), len(images) - 1)
-        logits = np.asarray(apply({"params": params}, drawings.to_float(images[rows])))
+        logits = np.asarray(_judge(net, params, drawings.to_float(images[rows])))
         found.append(np.stack([p.argmax(-1) for p in np.split(logits, edges, axis=-1)]))
     columns = np.concatenate(found, axis=1)[:, : len(images)]
     return dict(zip(captions.KINDS, columns, strict=True))
+
+
+# One program for all calls: a judge is looked through for each person.
+_judge = jax.jit(lambda net, params, x: net.apply({"params": params}, x), static_argnums=0)
 
 
 def kept(asks: dict[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,142 @@
+"""Pictures of many people at once: every row has keys and values and a number of its own."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from idea_jax import sample
+from idea_jax.data.images import to_uint8
+from idea_jax.models import sd
+from idea_jax.models.unet import project_kv
+
+WHOLE = P()  # on every device
+
+
+def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+    """Devices in a row, on the axis `data`."""
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def put(tree: object, mesh: Mesh, spec: P | object = WHOLE) -> object:
+    """Arrays that every process holds whole, on the devices of all processes.
+
+    Nothing is sent: each process puts its devices' parts there itself.
+
+    Args:
+      spec: of all leaves, or a tree of them.
+    """
+    if isinstance(spec, P):
+        spec = jax.tree.map(lambda _, s=spec: s, tree)
+
+    def place(leaf, spec):
+        sharding = NamedSharding(mesh, spec)
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        if jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.prng_key):
+            return leaf
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    return jax.tree.map(place, tree, spec)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("size", "scheduler", "steps"))
+def draw_rows(
+    mesh: Mesh,
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    kv: dict,
+    numbers: jax.Array,
+    guidance_scale: jax.Array,
+    *,
+    size: tuple[int, int],
+    scheduler: str,
+    steps: int,
+) -> jax.Array:
+    """Draws one picture a row: float32[R, height, width, 3] in [-1, 1], rows spread over `data`.
+
+    Args:
+      kv: leaves [R, 2, T, inner]: without and with the prompt.
+      numbers: uint32[R, 2], seed and picture's number; a row depends on nothing else in the call.
+      guidance_scale: more than 1.
+    """
+
+    def one(frozen, kv, numbers, guidance_scale):
+        def row(kv, number):
+            return sample.draw(
+                *(model, frozen, kv, number[0], number[1:].astype(jnp.int32), guidance_scale),
+                **{"size": size, "scheduler": scheduler, "steps": steps},
+                **{"is_guided": True, "eta": 0.0},
+            )[0]
+
+        return jax.vmap(row)(kv, numbers)
+
+    spread = jax.shard_map(
+        one,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data"), P()),
+        out_specs=P("data"),
+        check_vma=False,  # nothing is communicated
+    )
+    return spread(frozen, kv, numbers, guidance_scale)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def plain_keys_values(
+    model: sd.StableDiffusion, frozen: sd.Frozen, token_ids: jax.Array, empty: jax.Array
+) -> dict:
+    """Keys and values of plain texts int32[R, T], the empty one before each: [R, 2, T, inner]."""
+    kv = project_kv(frozen.cross_kv, sd.encode_text(model, frozen, token_ids), model.dtype)
+    return beside(kv, empty_keys_values(model, frozen, empty))
+
+
+def empty_keys_values(model: sd.StableDiffusion, frozen: sd.Frozen, empty: jax.Array) -> dict:
+    """Keys and values of the empty text int32[T]: leaves [1, T, inner]."""
+    return project_kv(frozen.cross_kv, sd.encode_text(model, frozen, empty[None]), model.dtype)
+
+
+def beside(kv: dict, empty: dict) -> dict:
+    """Leaves [R, 2, T, inner] of [R, T, inner] and [1, T, inner], which comes first."""
+    return jax.tree.map(
+        lambda row, none: jnp.stack([jnp.broadcast_to(none, row.shape), row], axis=1), kv, empty
+    )
+
+
+def draw_in_batches(
+    mesh: Mesh,
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    keys_values: Callable[[np.ndarray], dict],
+    numbers: np.ndarray,
+    each: int,
+    **settings,
+) -> Iterator[np.ndarray]:
+    """Yields uint8[R', height, width, 3], batch by batch, of rows in calls of one shape.
+
+    All processes of the mesh call it together, and each gets all pictures.
+
+    Args:
+      frozen: on the mesh.
+      keys_values: numbers of rows, int[B] -> leaves [B, 2, T, inner].
+      numbers: uint32[R, 2], as of `draw_rows`.
+      each: rows that a device draws at once, at most.
+      settings: the further arguments of `draw_rows`.
+    """
+    size = min(each, -(-len(numbers) // mesh.size)) * mesh.size
+    guidance = np.float32(settings.pop("guidance_scale"))
+    for first in range(0, len(numbers), size):
+        # The last call is filled up with its last row.
+        rows = np.minimum(np.arange(first, first + size), len(numbers) - 1)
+        kv = put(jax.device_get(keys_values(rows)), mesh, P("data"))
+        drawn = draw_rows(
+            mesh, model, frozen, kv, put(numbers[rows], mesh, P("data")), guidance, **settings
+        )
+        if jax.process_count() > 1:
+            drawn = process_allgather(drawn, tiled=True)
+        yield to_uint8(np.asarray(drawn))[: len(numbers) - first]

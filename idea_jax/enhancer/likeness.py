@@ -1,0 +1,177 @@
+"""How like held-out people are when they are drawn at 0 steps, from one picture of theirs."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from PIL import Image
+
+from idea_jax import face_models, faces
+from idea_jax.data import images, text
+from idea_jax.enhancer import drawing
+from idea_jax.enhancer.samples import Folder
+from idea_jax.method import shared
+from idea_jax.results import Base
+
+STEPS = 25
+DRAWN = 4  # pictures that a device draws at once
+COLUMNS = 8  # of the grid
+LARGEST_SHARE = 4  # one of so many people is held out at most
+
+
+class Sitter(NamedTuple):
+    """Somebody who is held out: the face of one picture, the mean of the others; float32[512]."""
+
+    face: np.ndarray
+    others: np.ndarray
+
+
+class Likeness(NamedTuple):
+    """Of a validation.
+
+    Attributes:
+      mean: similarity of the drawings to other pictures of the same person, by the recogniser that
+        the training uses; a picture without a face counts as 0.
+      worst: the same of the person who is drawn worst.
+      found: share of the drawings on which a face is found.
+      grid: uint8[H, W, 3], a person's drawings side by side.
+    """
+
+    mean: float
+    worst: float
+    found: float
+    grid: np.ndarray
+
+
+def hold_out(
+    folders: Sequence[Folder], count: int, seed: int
+) -> tuple[list[np.ndarray], list[Sitter]]:
+    """Returns numbers of the people of each folder to train on, and those who are held out.
+
+    Whoever is held out has two pictures or more. A quarter of all people are held out at most, and
+    nobody if that leaves fewer than two.
+    """
+    able = [
+        (place, number)
+        for place, folder in enumerate(folders)
+        for number, records in enumerate(folder.people)
+        if len(records) > 1
+    ]
+    everybody = sum(len(folder.people) for folder in folders)
+    count = min(count, everybody // LARGEST_SHARE, len(able))
+    rng = np.random.default_rng([seed, *b"held out"])
+    chosen = [able[i] for i in rng.choice(len(able), count, replace=False)] if count else []
+    out, sitters = set(chosen), []
+    for place, number in chosen:
+        folder = folders[place]
+        records = folder.people[number]
+        others = faces.mean_embedding(folder.faces.face[records[1:]])
+        sitters.append(Sitter(folder.faces.face[records[0]], others))
+    left = [
+        np.array([n for n in range(len(folder.people)) if (place, n) not in out], int)
+        for place, folder in enumerate(folders)
+    ]
+    return left, sitters
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _keys_values(config, model, tree, frozen, face, token_ids, empty):
+    """Leaves [R, 2, T, inner] for R faces and one text."""
+    rows = face.shape[0]
+    ids = jnp.broadcast_to(token_ids, (rows, *token_ids.shape))
+    kv = shared.keys_values(config, model, tree, frozen, face, ids, jnp.ones(rows))
+    return drawing.beside(kv, drawing.empty_keys_values(model, frozen, empty))
+
+
+def measure(
+    config: shared.EnhancerConfig,
+    tree: shared.Shared,
+    base: Base,
+    mesh: Mesh,
+    sitters: Sequence[Sitter],
+    finder: faces.Finder | None,
+    *,
+    prompt: str,
+    count: int,
+    guidance: float,
+    side: int,
+    seed: int,
+) -> Likeness | None:
+    """Draws everybody who is held out `count` times. All processes of a mesh call it together.
+
+    Args:
+      base: its frozen weights lie on the mesh, whole or split.
+      finder: None in processes that have only to help with drawing; they get None.
+
+    Raises:
+      TextError: the prompt does not name the person.
+    """
+    empty, ids = base.tokenizer(["", text.fill(prompt, base.tokenizer.placeholder)])
+    rows = np.repeat(np.stack([sitter.face for sitter in sitters]), count, axis=0)
+    numbers = np.array([(seed, i) for i in range(len(rows))], np.uint32)
+    # Whole on every device: without gradients there is room for it.
+    frozen = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(base.frozen)
+    own = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen)
+    near = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+    def keys_values(chosen):
+        return _keys_values(config, base.model, near, own, rows[chosen], ids, empty)
+
+    settings = {"size": (side, side), "scheduler": "dpmpp_2m", "steps": STEPS}
+    drawn = np.concatenate(
+        list(
+            drawing.draw_in_batches(
+                *(mesh, base.model, frozen, keys_values, numbers, DRAWN),
+                **settings,
+                guidance_scale=guidance,
+            )
+        )
+    )
+    if finder is None:
+        return None
+    similar = np.zeros(len(drawn))
+    is_found = np.zeros(len(drawn), bool)
+    for row, picture in enumerate(drawn):
+        try:
+            embed = finder.look_at(Image.fromarray(picture), "a drawing").embed
+            similar[row] = embed @ sitters[row // count].others
+            is_found[row] = True
+        except faces.FaceError:
+            pass
+    each = similar.reshape(-1, count).mean(axis=1)
+    grid = images.image_grid(list(drawn), count * max(1, COLUMNS // count))
+    return Likeness(float(each.mean()), float(each.min()), float(is_found.mean()), grid)
+
+
+def find_face_model(
+    face_model: str | None, face_model_dir: str | None, folder, wanted: str
+) -> faces.Finder:
+    """The finder whose recogniser has prepared the data.
+
+    Raises:
+      FaceError: there is none, or it is another one.
+    """
+    path = face_models.find_recogniser(
+        face_model, face_model_dir, folder / "face", accept_licence=False
+    )
+    finder = faces.open_finder(path, needs_detector=False)
+    if finder.about.face_model != wanted:
+        raise faces.FaceError(
+            f"--data was prepared with the recogniser of SHA-256 {wanted}, and {path.name} has "
+            f"{finder.about.face_model}; name the other one with --face_model, or leave the "
+            "validation out with --validation_steps 0"
+        )
+    return finder
+
+
+def about(found: Likeness) -> str:
+    """A line for the log."""
+    return (
+        f"likeness at 0 steps {found.mean:.3f} (worst person {found.worst:.3f}; a face is found on "
+        f"{found.found:.0%}), by the recogniser that the training itself uses"
+    )

@@ -1,0 +1,121 @@
+"""One ID-Enhancer for everybody: prepares its inputs, and trains it.
+
+python -m idea_jax.train_enhancer --prepare FOLDER --people PEOPLE ...
+python -m idea_jax.train_enhancer --data FOLDER ... --output_dir OUT
+python -m idea_jax.train_enhancer --purge FOLDER
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from idea_jax import cli, faces, sample, train
+from idea_jax.config import COMPUTE_DTYPES
+from idea_jax.data import people, text
+from idea_jax.enhancer import fit, shards, sources
+from idea_jax.enhancer.prepare import Studio, prepare
+from idea_jax.enhancer.settings import CELEBRITIES, EnhancerTrainConfig, PrepareConfig
+from idea_jax.enhancer.sources import Casting, Source
+from idea_jax.models import flash, hub, sd
+from idea_jax.results import Base
+
+PROGRAM = "python -m idea_jax.train_enhancer"
+
+
+def run_prepare(cfg: PrepareConfig) -> list[Path]:
+    """Writes a prepared folder; returns its path.
+
+    Raises:
+      as `prepare`, and what is wrong with checkpoint and face model.
+    """
+    people.places(cfg.identities)
+    faces.check_select(cfg.face_select)
+    names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
+    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
+    model = replace(sd.read_configs(found.folder, dtype), attention=attention)
+    side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
+    tokenizer = text.load_tokenizer(
+        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+    ).with_placeholder(fit.PLACEHOLDER, cfg.n_pseudo_tokens)
+    path = train.find_face_model(
+        cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
+    )
+    finder = faces.open_finder(
+        path,
+        provider=cfg.face_provider,
+        select=cfg.face_select,
+        pre_aligned=cfg.pre_aligned,
+        needs_detector=cfg.crop == "face" or cfg.face_select != "largest",
+    )
+    source = None if cfg.people == CELEBRITIES else read_source(cfg)
+    _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+    base = Base(model, frozen, tokenizer, found.name, found.revision)
+    if source is None:
+        casting = Casting(
+            pictures=cfg.celebrity_pictures,
+            steps=cfg.celebrity_steps,
+            guidance_scale=cfg.celebrity_guidance,
+            likeness=cfg.celebrity_likeness,
+            prompts=cfg.celebrity_prompt or sources.PROMPTS,
+        )
+        source = sources.celebrities(
+            *(base, finder, names or train.known_names(found.folder), casting),
+            **{"side": side, "seed": cfg.seed},
+        )
+    studio = Studio(
+        *(base, finder, side, cfg.crop, cfg.crop_margin),
+        **{"seed": cfg.seed, "shard_pictures": cfg.shard_pictures},
+    )
+    index = prepare(source, cfg.prepare, studio)
+    print(
+        f"{index.people} people, {index.pictures} pictures, {index.rejected} rejected, "
+        f"{source.count - index.people} people left out; {shards.NOTICE}",
+        file=sys.stderr,
+    )
+    return [Path(cfg.prepare)]
+
+
+def read_source(cfg: PrepareConfig) -> Source:
+    """The people of a folder or a data set."""
+    if cfg.dataset is not None:
+        return sources.from_celeb_a(cfg.dataset_dir, cfg.identities)
+    return sources.from_folders(cfg.people, cfg.identities)
+
+
+def purge(argv: Sequence[str]) -> int:
+    """Deletes a prepared folder; returns the exit code."""
+    if len(argv) != 2 or argv[0] != "--purge":
+        print(f"error: expected --purge FOLDER alone, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    try:
+        count = shards.purge(argv[1])
+    except (shards.ShardsError, OSError) as error:
+        print(f"error: {cli.describe(error)}", file=sys.stderr)
+        return 1
+    print(f"{count} files deleted")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code, as `cli.main` says."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = [flag.partition("=")[0] for flag in argv]
+    if "--purge" in given:
+        return purge(argv)
+    if "--prepare" in given:
+        about = "Prepare the inputs of the shared ID-Enhancer's training, once."
+        return cli.main(PrepareConfig, run_prepare, argv, prog=PROGRAM, description=about)
+    about = (
+        "Train one ID-Enhancer for everybody. --prepare FOLDER --help tells how its inputs are "
+        "made, and --purge FOLDER deletes them."
+    )
+    return cli.main(EnhancerTrainConfig, fit.run, argv, prog=PROGRAM, description=about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
