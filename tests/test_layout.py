@@ -108,13 +108,20 @@ ROWS = (
     ("mini.composites", ""),
     ("mini.detector", "mini.composites mini.networks"),
     (
+        "mini.enhancer",
+        "mini.* enhancer.* formats.enhancer results checkpoint jobs faces face_table data.text "
+        "models.sd files pytrees",
+    ),
+    (
         "mini.pretrain",
-        "mini.* models.* diffusion.schedule data.text config devices files pytrees random_sd",
+        "mini.* models.* diffusion.schedule data.text config devices signals files pytrees "
+        "random_sd",
     ),
     ("mini.quality", "mini.* sample faces models.* data.* config files pytrees"),
     (
         "mini.lab",
-        "mini.* train group results train_step sample faces config files models.hub pytrees",
+        "mini.* train group results train_step sample faces config data.images files method.shared "
+        "models.hub pytrees",
     ),
     # level 6: the command line
     (

@@ -1,20 +1,31 @@
-"""The drawn world as a source of people for a shared ID-Enhancer.
+"""The mini's shared ID-Enhancer: the drawn world as a source of people, and its training.
 
 The world knows where the eyes are, so faces are not looked for: a detector would take an hour for
 what the recogniser does in minutes, and its points, at the second look, are hardly worse.
 """
 
+import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import faces
-from idea_jax.enhancer import sources
+from idea_jax import checkpoint, faces, jobs
+from idea_jax.data.text import load_tokenizer
+from idea_jax.enhancer import fit, shards, sources
+from idea_jax.enhancer.prepare import Studio, prepare
+from idea_jax.enhancer.settings import EnhancerTrainConfig
 from idea_jax.face_table import Sight
+from idea_jax.files import atomic_write
+from idea_jax.formats import enhancer as files
 from idea_jax.mini import captions, composites, drawings, people, traits
+from idea_jax.models import sd
 from idea_jax.pytrees import stream
+from idea_jax.results import Base, TrainingError
 
 SPLIT = "enhancer"
 TEXTS = 3  # of a picture
@@ -25,14 +36,32 @@ SMALL = (36.0, 160.0)  # sides of the crop on the small and turned version, in p
 LICENCE = "MIT: drawn by a program, all people are made up"
 
 
-def world(recogniser: faces.Recogniser, count: int, each: int, seed: int = 0) -> sources.Source:
-    """A source of `count` people of the drawn world, with `each` pictures and their captions.
+# What can be wrong with a training, of the input or the disk.
+ERRORS = (
+    *(shards.ShardsError, TrainingError, checkpoint.CheckpointError, jobs.JobsError),
+    *(faces.FaceError, OSError),
+)
+# What else than the defaults decides the training.
+SETTINGS = {"ema_decay": 0.99, "small_faces": 0.2, "mean_faces": 0.2, "drop_adapter": 0.2}
+
+
+class World(NamedTuple):
+    """How many people of the drawn world there are, with how many pictures each."""
+
+    people: int
+    each: int
+    seed: int = 0
+
+
+def source(recogniser: faces.Recogniser, world: World) -> sources.Source:
+    """People of the drawn world as numbers, with their pictures, captions and faces.
 
     None of them is in another split of `mini.people`.
 
     Args:
       recogniser: the mini's own.
     """
+    count, each, seed = world
     everybody = people.unnamed(SPLIT, count)
     key = stream(jax.random.key(seed), "drawings for the enhancer")
     total = count * each
@@ -88,3 +117,43 @@ def look(
     embed, turned = faces.embed_faces(recogniser, [crop, faces.align(larger, five)])
     box = np.concatenate([points.min(axis=0), points.max(axis=0)]).astype(np.float32)
     return Sight(box, seen, 1.0, "", embed), turned
+
+
+def train(folder: Path, work: Path, world: World, steps: int, size: int) -> dict:
+    """Trains the shared ID-Enhancer of a mini and puts it into its folder; returns what its run
+    says of it. The same call goes on where it was interrupted.
+
+    Args:
+      folder: of the mini.
+      work: where inputs and checkpoints are kept.
+      size: samples of a step.
+    """
+    model, frozen = sd.load(folder)
+    text = model.text
+    tokenizer = load_tokenizer(folder / "tokenizer", text.vocab_size, text.max_position_embeddings)
+    base = Base(model, frozen, tokenizer.with_placeholder(fit.PLACEHOLDER, 2), folder.name, None)
+    data, out = work / "enhancer-data", work / "enhancer"
+    recogniser = faces.load_recogniser(folder / "face" / "recogniser.onnx")
+    prepare(source(recogniser, world), data, Studio(base, None, drawings.SIZE, crop="none"))
+    cfg = EnhancerTrainConfig(
+        pretrained_model_name_or_path=str(folder),
+        data=[str(data)],
+        output_dir=str(out),
+        max_train_steps=steps,
+        warmup_steps=min(100, steps // 4),
+        train_batch_size=size,
+        validation_steps=0,
+        checkpointing_steps=100,
+        checkpoints_total_limit=1,
+        resume_from_checkpoint="latest",
+        save_dtype="float16",
+        report_to="none",
+        seed=world.seed,
+        **SETTINGS,
+    )
+    (made,) = fit.run(cfg)
+    target = folder / files.FILE
+    target.parent.mkdir(exist_ok=True)
+    with atomic_write(target) as path:
+        shutil.copyfile(made, path)
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))

@@ -42,7 +42,16 @@ from idea_jax import config, devices
 from idea_jax.data.text import TextError, Tokenizer, load_tokenizer
 from idea_jax.diffusion import schedule
 from idea_jax.files import atomic_write
-from idea_jax.mini import captions, composites, detector, drawings, networks, people, traits
+from idea_jax.mini import (
+    captions,
+    composites,
+    detector,
+    drawings,
+    enhancer,
+    networks,
+    people,
+    traits,
+)
 from idea_jax.models import sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
@@ -50,6 +59,7 @@ from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.pytrees import stream
 from idea_jax.random_sd import write_tokenizer
+from idea_jax.signals import Interrupted
 
 TEXT_LENGTH = 40  # positions of the text encoder
 # Twice SD's: of a picture this small, 8x8x4 keep who it is but not the mouth.
@@ -96,6 +106,9 @@ class Budget:
     unet: tuple[int, int]
     unet_names: tuple[int, int]
     unet_again: tuple[int, int]
+    enhancer: tuple[int, int]
+    enhancer_people: int
+    enhancer_each: int
     vae_widths: tuple[int, ...]
     unet_widths: tuple[int, ...]
     unet_layers: int
@@ -120,6 +133,9 @@ BUDGETS = {
         unet=(9000, 96),
         unet_names=(4000, 96),
         unet_again=(8000, 96),
+        enhancer=(900, 64),
+        enhancer_people=2400,
+        enhancer_each=4,
         vae_widths=(16, 32, 96, 112),
         unet_widths=(64, 128),
         unet_layers=1,
@@ -143,6 +159,9 @@ BUDGETS = {
         unet=(16, 8),
         unet_names=(8, 8),
         unet_again=(8, 8),
+        enhancer=(4, 8),
+        enhancer_people=8,
+        enhancer_each=2,
         vae_widths=(8, 8, 16, 16),
         unet_widths=(16, 32),
         unet_layers=1,
@@ -942,6 +961,13 @@ def train_unet(run: Run, name: str, *, listed: float, rate: float, max_snr: floa
     return {"losses": losses}
 
 
+def train_enhancer(run: Run) -> dict:
+    """Trains the shared ID-Enhancer on drawn people of a split of their own."""
+    drawn = enhancer.World(run.budget.enhancer_people, run.budget.enhancer_each, run.seed)
+    found = enhancer.train(run.folder, run.work, drawn, *run.budget.enhancer)
+    return {"losses": [loss for _, loss in found["loss_curve"]]}
+
+
 _CARD = """\
 # The mini
 
@@ -988,6 +1014,7 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     # It sees whole pictures, so that no score depends on a detector.
     "scoring": lambda run: train_recogniser(run, "scoring", "scoring", aligned=False),
     "scoring_judge": train_scoring_judge,
+    "enhancer": train_enhancer,
     "finish": finish,
 }
 NEEDS = {
@@ -1003,7 +1030,8 @@ NEEDS = {
     "decoder": ["vae", "recogniser"],
     "scoring": ["drawings"],
     "scoring_judge": ["drawings"],
-    "finish": ["decoder", "scoring", "detector", "scoring_judge", "clip", "unet_again"],
+    "enhancer": ["decoder", "recogniser", "unet_again"],
+    "finish": ["scoring", "detector", "scoring_judge", "clip", "enhancer"],
 }
 
 
@@ -1014,7 +1042,7 @@ INPUT_ERRORS = (
     TextError,
     weights.WeightsError,
     FloatingPointError,
-    OSError,
+    *enhancer.ERRORS,
 )
 
 
@@ -1381,7 +1409,7 @@ def main(argv: list[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
