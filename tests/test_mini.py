@@ -700,10 +700,22 @@ def test_table_of_the_lab_says_what_was_closed_and_how_many_steps_it_took():
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in lab.markdown(scores).split("\n")
     ]
-    assert {len(row) for row in rows} == {6}
-    assert [row[2] for row in rows[2:]] == ["0%", "100%", "75%"]
-    assert rows[2][4:] == ["", ""] and rows[4][4:] == ["5.0", "80"]
-    assert rows[4][1].startswith("0.800 (") and rows[4][3].startswith("75.0% (")
+    assert {len(row) for row in rows} == {7}
+    assert [row[3] for row in rows[2:]] == ["0%", "100%", "75%"]
+    assert [row[2] for row in rows[2:]] == ["0.100", "0.900", "0.700"]  # the worst
+    assert rows[2][5:] == ["", ""] and rows[4][5:] == ["5.0", "80"]
+    assert rows[4][1].startswith("0.800 (") and rows[4][4].startswith("75.0% (")
+
+
+def test_differences_of_the_lab_are_of_the_same_people():
+    """People differ by much more than the two configs do on each of them."""
+    ahead = [lab.Score(value + 0.1, 0.9) for value in (0.2, 0.5, 0.9)]
+    behind = [lab.Score(value, 1.0) for value in (0.2, 0.5, 0.9)]
+    scores = {"true drawings": behind, "paper": ahead, "official": behind}
+    (row,) = lab.differences(scores).split("\n")[2:]
+    assert "paper - official" in row and "true drawings" not in row
+    assert "+0.100 (+0.100 to +0.100)" in row and "-10.0% (-10.0% to -10.0%)" in row
+    assert lab.differences({"paper": ahead}) == ""
 
 
 def test_bootstrap_interval_is_about_two_standard_errors_wide():
@@ -724,21 +736,22 @@ def test_verification_pairs_are_of_one_person_or_of_two():
 
 def test_settings_of_the_lab_win_over_its_files_as_flags_do():
     def read(**overrides):
-        cfg = lab.read_config("paper", overrides)
+        cfg = lab.read_config("paper_alone", overrides)
         return cfg.max_train_steps, cfg.kv_learning_rate
 
     assert read() == (320, 2e-5)
     assert read(preset="fast") == (160, 4e-5)
     assert read(preset="fast", max_train_steps=100) == (100, 2e-5)
-    with pytest.raises(ConfigError, match="unknown key 'step' in .*mini_paper.yaml or --set"):
+    with pytest.raises(ConfigError, match="unknown key 'step' in .*mini_paper_alone.yaml or"):
         read(step=1)
 
 
 def test_photo_without_a_face_stops_the_lab_before_the_first_training(monkeypatch, capsys):
     folder = hub.resolve(hub.MINI).folder
     drawn = np.asarray(Image.open(lab.__file__.replace("lab.py", "photo.png")).convert("RGB"))
-    met = [lab.Person(photo, None, None) for photo in (drawn, np.full_like(drawn, 90))]
-    monkeypatch.setattr(lab, "meet", lambda *_: met)
+    photos = (drawn, np.full_like(drawn, 90))
+    met = [lab.Person(photo[None], None, None) for photo in photos]
+    monkeypatch.setattr(lab, "meet", lambda *_, **__: met)
     monkeypatch.setattr(lab.quality, "load", lambda _: quality.Mini(None, None, None, folder))
     monkeypatch.setattr(lab, "Learner", None)  # must not be called
     monkeypatch.setattr(lab, "judge_pictures", None)

@@ -75,17 +75,14 @@ def test_documentation_has_the_numbers_that_were_measured():
 
 def test_a_short_personalisation_beats_its_start(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
-    learner = lab.Learner(mini, lab.read_config("paper", {"max_train_steps": 50}))
+    learner = lab.Learner(mini, lab.read_config("paper_alone", {"max_train_steps": 50}))
     scoring = mini.scoring()
     prompts = captions.PROMPTS
     gains = []
     for person in lab.meet(mini, "validation", [2, 3], 4, prompts=prompts):
-        begin, _ = learner.begin(person.photo)
-        end, losses = learner.learn(person.photo)
-        drawn = [
-            np.stack([learner.draw(state, p.text, 2, steps=20) for p in prompts])
-            for state in (begin, end)
-        ]
+        begin, _ = learner.begin(person.photos)
+        end, losses = learner.learn(person.photos)
+        drawn = [learner.draw(state, [p.text for p in prompts], 2) for state in (begin, end)]
         (before, _), (after, kept) = (
             lab.judge_pictures(mini, scoring, person, pictures, prompts) for pictures in drawn
         )
@@ -117,7 +114,7 @@ def test_pictures_equal_those_of_torch(mini, prompt):
 
 def test_two_people_are_told_apart_by_the_faces_that_are_found(mini):
     one, two = lab.meet(mini, "validation", [0, 1], 2, prompts=captions.PROMPTS[:1])
-    images = np.concatenate([one.photo[None], one.true[0], two.photo[None], two.true[0]])
+    images = np.concatenate([one.photos, one.true[0], two.photos, two.true[0]])
     found, embeds = quality.look(mini.finder(), images)
     assert found.all()
     np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, rtol=1e-5)
