@@ -42,7 +42,14 @@ ERRORS = (
     *(faces.FaceError, OSError),
 )
 # What else than the defaults decides the training.
-SETTINGS = {"ema_decay": 0.99, "small_faces": 0.2, "mean_faces": 0.2, "drop_adapter": 0.2}
+SETTINGS = {
+    "start": "cross_init",
+    "learning_rate": 1.5e-3,
+    "ema_decay": 0.99,
+    "small_faces": 0.2,
+    "mean_faces": 0.2,
+    "drop_adapter": 0.2,
+}
 
 
 class World(NamedTuple):
