@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.files import atomic_write
 from idea_jax.models import weights
 from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from idea_jax.models.layers import UnsupportedConfig
+from idea_jax.models.layers import UnsupportedConfig, say_once
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.models.weights import WeightsError
@@ -126,6 +127,11 @@ def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusio
             raise WeightsError(f"{file} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise WeightsError(f"{file} holds no JSON object")
+        if kind is ScheduleConfig:
+            config = kind.from_dict(values, str(file))
+            for notice in schedule.notices(values):
+                say_once(f"{file}: {notice}")
+            return config
         return kind.from_dict(values, str(file))
 
     return StableDiffusion(
