@@ -9,6 +9,7 @@ import json
 from functools import partial
 from typing import NamedTuple
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -412,6 +413,38 @@ def test_config_value_not_supported_is_refused_by_name(kind, values, changes):
         kind.from_dict({**values, **changes}, "unet-or-so/config.json")
     for name in changes:
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "read"),
+    [
+        ("0.2.2", 32, 64),
+        ("0.8.1", 32, 64),
+        ("0.9.0.dev0", 32, 32),
+        ("0.10.0", 32, 32),
+        ("1.0", 32, 32),
+        (None, 32, 32),
+        ("0.6.0", 96, 96),
+    ],
+)
+def test_config_of_an_old_conversion_has_the_size_that_diffusers_takes(version, size, read, caplog):
+    about = {} if version is None else {"_diffusers_version": version}
+    values = {k: v for k, v in reference.SD15_UNET.items() if k != "_diffusers_version"}
+    where = f"{version}-{size}/config.json"
+    config = UNetConfig.from_dict({**values, **about, "sample_size": size}, where)
+    assert config.sample_size == read
+    assert (f"{where}: sample_size is {size}" in caplog.text) == (read != size)
+    # What diffusers' pipeline makes of the same settings, for a UNet of the least size.
+    least = {"block_out_channels": [8], "norm_num_groups": 8, "layers_per_block": 1}
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    unet = diffusers.UNet2DConditionModel.from_config(
+        {**least, **blocks, "mid_block_type": None, **about, "sample_size": size}
+    )
+    names = "vae text_encoder tokenizer scheduler safety_checker feature_extractor".split()
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=unet, requires_safety_checker=False, **dict.fromkeys(names)
+    )
+    assert pipeline.unet.config.sample_size == read
 
 
 def test_config_with_unknown_block_type_is_refused_by_name():
