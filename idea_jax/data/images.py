@@ -1,5 +1,6 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
+import functools
 import hashlib
 import io
 import logging
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from idea_jax.files import atomic_write
 
@@ -23,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # and below the 89 megapixels from which Pillow itself warns.
 MAX_PIXELS = 80_000_000
 MIN_SIDE = 16
+# Modes that a profile can speak of, by the colour space that it names.
+_MODES_OF_PROFILES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 # The IPTC code for pictures made by a trained model, in the XMP property that search engines and
 # picture agencies read: https://cv.iptc.org/newscodes/digitalsourcetype/ (PNG keyword: XMP part 3).
@@ -239,8 +242,9 @@ def without_copies(pictures: Sequence[PictureFile]) -> list[PictureFile]:
 def read_image(path: str | Path) -> Image.Image:
     """Returns the picture as fully decoded 8-bit RGB, upright.
 
-    EXIF orientation is applied, transparency is laid over white, CMYK and 16-bit pictures are
-    converted, and of an animated picture the first frame is taken.
+    EXIF orientation is applied, colours of another profile become sRGB, transparency is laid over
+    white, CMYK and 16-bit pictures are converted, and of an animated picture the first frame is
+    taken.
 
     Raises:
         ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP, larger than
@@ -253,7 +257,7 @@ def read_image(path: str | Path) -> Image.Image:
             with Image.open(path, formats=FORMATS) as image:
                 _check_size(path, *image.size)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image), path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{path} is too large to be decoded safely ({error}); scale it down"
@@ -288,16 +292,69 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: object) -> Image.Image:
+    """A decoded picture as 8-bit RGB: sRGB, over white where it is transparent.
+
+    A colour profile that cannot be used is reported with the picture's `name`, and left out.
+    """
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling. The upper byte is
         # what Pillow takes of 16-bit colour.
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray((values >> 8).astype(np.uint8))
+    alpha = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if profile:
+        image = _to_srgb(image, profile, name)
+    image = image.convert("RGB")
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def _to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
+    """A picture whose colours are those that its profile means, in sRGB."""
+    try:
+        convert, is_srgb = _conversion(profile)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
+        _say_once(
+            f"the colour profile of {name} cannot be used ({error or type(error).__name__}); its "
+            "colours are taken as sRGB"
+        )
+        return image
+    if is_srgb:
+        return image  # as it is stored, to the bit
+    return ImageCms.applyTransform(image.convert(convert.input_mode), convert)
+
+
+@functools.lru_cache(maxsize=64)  # a folder of photos has the profile of one or two phones
+def _conversion(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, bool]:
+    """What converts a profile's colours to sRGB, and whether it leaves all as they are.
+
+    Raises:
+        PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
+    """
+    opened = ImageCms.getOpenProfile(io.BytesIO(profile))
+    space = opened.profile.xcolor_space.strip()
+    if space not in _MODES_OF_PROFILES:
+        raise ValueError(f"it is for {space}, expected {', '.join(_MODES_OF_PROFILES)}")
+    mode = _MODES_OF_PROFILES[space]
+    convert = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "RGB":
+        return convert, False
+    # The many profiles that call themselves sRGB differ from it by rounding.
+    steps = np.arange(0, 256, 15, np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(len(steps), -1, 3)
+    converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), convert))
+    return convert, bool(np.abs(converted.astype(int) - colours).max() <= 1)
+
+
+@functools.lru_cache(maxsize=1024)  # a picture is read more than once
+def _say_once(notice: str) -> None:
+    log.warning("%s", notice)
 
 
 def _sniff(path: Path) -> str:
