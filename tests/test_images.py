@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import sys
 import zlib
 from xml.etree import ElementTree
 
@@ -526,3 +527,51 @@ def test_a_cmyk_profile_is_applied_where_it_can_be(tmp_path, caplog):
     Image.new("CMYK", (32, 32), (0, 80, 120, 10)).save(plain)
     assert im.read_image(path).tobytes() == im.read_image(plain).tobytes()
     assert "cannot be used" in caplog.text
+
+
+# --- what phones and browsers write ---------------------------------------------------------------
+
+
+def save_as(path, image, **settings):
+    """Writes a picture in the format of the suffix; skips the test where nothing writes it."""
+    if path.suffix == ".heic":
+        pillow_heif = pytest.importorskip("pillow_heif")
+        pillow_heif.register_heif_opener()
+        image.save(path, format="HEIF", quality=95, **settings)
+    else:
+        image.save(
+            path, format="AVIF" if path.suffix == ".avif" else "JPEG", quality=95, **settings
+        )
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".avif", ".heic"])
+def test_photos_of_phones_and_browsers_are_read_upright_and_in_their_colours(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    stored = Image.new("RGB", (64, 48), SKIN)
+    stored.paste(GREY, (0, 0, 32, 48))  # left, so above once it is upright
+    path = tmp_path / f"photo{suffix}"
+    save_as(path, stored, exif=exif.tobytes(), icc_profile=profile(DISPLAY_P3))
+    assert im.list_images(tmp_path)[0] == [path]
+    read = im.read_image(path)
+    assert read.size == (48, 64)
+    np.testing.assert_allclose(read.getpixel((24, 54)), meant(SKIN, DISPLAY_P3), atol=5)
+    np.testing.assert_allclose(read.getpixel((24, 10)), GREY, atol=5)
+
+
+def test_a_heic_that_calls_itself_a_jpeg_is_read(tmp_path):
+    save_as(tmp_path / "photo.heic", Image.new("RGB", (64, 48), RED))
+    (tmp_path / "photo.heic").rename(tmp_path / "photo.jpg")
+    assert im.read_image(tmp_path / "photo.jpg").size == (64, 48)
+
+
+def test_the_package_that_a_heic_needs_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "photo.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(im.ImageError, match="photo.heic is a HEIC.*pip install pillow-heif"):
+        im.read_image(path)
+    path.write_bytes(b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + b"\0" * 40)
+    monkeypatch.setattr(im.features, "check", lambda name: False)
+    with pytest.raises(im.ImageError, match="an AVIF, which this build of Pillow cannot read"):
+        im.read_image(path)

@@ -39,7 +39,7 @@ ROWS = (
     ("models.unet", "models.layers"),
     ("models.clip_vision", "models.layers models.clip_text"),
     ("models.vae", "models.layers"),
-    ("models.weights", "pytrees"),
+    ("models.weights", "files pytrees"),
     ("models.hub", "models.weights"),
     ("models.sd", "models.* diffusion.schedule pytrees files"),
     ("random_sd", "models.* diffusion.schedule data.text files"),
@@ -92,7 +92,7 @@ ROWS = (
     # level 6: the command line
     (
         "cli",
-        "train results jobs devices signals sample checkpoint learned_embeds face_models "
+        "train results jobs devices signals sample checkpoint learned_embeds face_models files "
         "compile_cache config data.* diffusion.* models.*",
     ),
     ("demo", "cli mini.* faces data.images files models.hub pytrees"),
@@ -105,7 +105,7 @@ FLAX = {
 # Imported inside the functions that need them: slow to import, or not needed by every run.
 LAZY = {
     *("insightface", "onnxruntime", "onnx", "transformers", "huggingface_hub"),
-    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets"),
+    *("orbax", "tensorboardX", "skimage", "tensorflow_datasets", "pillow_heif"),
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from idea_jax.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Decoders of rarer formats are where Pillow's security holes have been; these three suffice.
-FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif")
+# Decoders of rarer formats are where Pillow's security holes have been; these suffice for photos.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF")
+# Brands that a phone's HEIC begins with, behind "ftyp"; its decoder is a package of its own.
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # Checked on the header, before any pixel is decoded. Above 8000x8000 and the 50-megapixel phones,
 # and below the 89 megapixels from which Pillow itself warns.
 MAX_PIXELS = 80_000_000
@@ -46,6 +48,13 @@ _MARKER = "AIGenerated"
 
 class ImageError(ValueError):
     """A picture or folder of pictures that cannot be used; the message names it and says why."""
+
+
+class NoPicturesError(ImageError):
+    """A folder holds no file that is a picture by its name; `is_empty`: nor anything that is not
+    hidden."""
+
+    is_empty = False
 
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -79,7 +88,9 @@ def list_people(
     """Returns the pictures in the sub-folders of `root`, by the names of these, both sorted.
 
     Of a sub-folder that is unreadable or has no pictures, the error that says so. Then what was
-    skipped with reasons: in the sub-folders, sub-folders that are hidden, and files in `root`.
+    skipped with reasons: in the sub-folders, sub-folders that are hidden or nobody's, and files in
+    `root`. Nobody's are empty ones, and those whose name begins with `__` and that hold no picture,
+    which archives and tools leave behind.
 
     Raises:
         ImageError: `root` is missing, no folder or unreadable, or no sub-folder has a picture.
@@ -128,7 +139,13 @@ def _scan_tree(
             people[entry.name], inside = list_images(entry)
             skipped += inside
         except ImageError as error:
-            people[entry.name] = error
+            is_nobody = isinstance(error, NoPicturesError) and (
+                error.is_empty or entry.name.startswith("__")
+            )
+            if is_nobody:
+                skipped.append((entry, "it holds no pictures"))
+            else:
+                people[entry.name] = error
     return own, people, skipped
 
 
@@ -154,14 +171,16 @@ def _scan(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     return images, skipped
 
 
-def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> ImageError:
+def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> NoPicturesError:
     shown = (f"{path.relative_to(folder)} ({reason})" for path, reason in skipped[:5])
     found = ", ".join(shown) or "nothing"
     more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    return ImageError(
+    error = NoPicturesError(
         f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
         f"found {found}{more}"
     )
+    error.is_empty = all(reason == "hidden" for _, reason in skipped)
+    return error
 
 
 def _reason_to_skip(entry: Path) -> str | None:
@@ -247,14 +266,14 @@ def read_image(path: str | Path) -> Image.Image:
     taken.
 
     Raises:
-        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP, larger than
-            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side.
+        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP/AVIF/HEIC, larger than
+            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side; or what decodes it is not installed.
     """
     path = Path(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=_formats_of(path)) as image:
                 _check_size(path, *image.size)
                 image.load()
                 return to_rgb(ImageOps.exif_transpose(image), path)
@@ -264,7 +283,8 @@ def read_image(path: str | Path) -> Image.Image:
         ) from error
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path} is not a JPEG, PNG or WebP picture: {_sniff(path)}; convert or remove it"
+            f"{path} is not a JPEG, PNG, WebP, AVIF or HEIC picture: {_sniff(path)}; convert or "
+            "remove it"
         ) from None
     except ImageError:
         raise
@@ -278,6 +298,33 @@ def read_image(path: str | Path) -> Image.Image:
         raise ImageError(
             f"{path} is cut off or damaged ({error}); export or download it again"
         ) from error
+
+
+def _formats_of(path: Path) -> tuple[str, ...]:
+    """The formats that a file may have, by Pillow's names; told by its content, not by its suffix.
+
+    Raises:
+        ImageError: what decodes it is not installed.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head[4:8] != b"ftyp":
+        return FORMATS
+    if b"avif" in head:
+        if not features.check("avif"):
+            raise ImageError(f"{path} is an AVIF, which this build of Pillow cannot read")
+        return FORMATS
+    if head[8:12] not in _HEIC_BRANDS:
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(
+            f"{path} is a HEIC picture, which needs the package pillow-heif: pip install "
+            "pillow-heif, or convert it to JPEG"
+        ) from error
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
