@@ -23,7 +23,7 @@ ROWS = (
     ("data.images", "files"),
     ("data.people", "data.images"),
     ("data.text", "files"),
-    ("face_models", ""),
+    ("face_models", "files"),
     ("face_table", "face_models files"),
     ("faces", "face_models face_table config data.images data.people files"),
     ("random_face", "files"),

@@ -27,6 +27,11 @@ class UnsupportedConfig(ValueError):
 # diffusers' Transformer2DModel and BasicTransformerBlock
 TRANSFORMER_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
+# The bookkeeping of diffusers' EMAModel, which it saves among a network's settings.
+OF_AVERAGES = (
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power"),
+    *("update_after_step", "use_ema_warmup"),
+)
 _REQUIRED = object()
 
 

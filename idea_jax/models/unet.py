@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from idea_jax.models.layers import (
+    OF_AVERAGES,
     ConfigReader,
     Downsample2D,
     GroupNorm,
@@ -186,13 +187,7 @@ _HARMLESS = (
     "_commit_hash",
     "upcast_attention",
     "addition_embed_type_num_heads",
-    "decay",
-    "inv_gamma",
-    "min_decay",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
+    *OF_AVERAGES,
 )
 
 
