@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from idea_jax import config, faces, group, results, sample, train
-from idea_jax.files import atomic_write, check_writable
+from idea_jax.files import atomic_write, check_writable, say
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     except (faces.FaceError, *quality.INPUT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(markdown(scores))
+    say(markdown(scores))
     if args.json:
         with atomic_write(args.json) as path:
             values = {n: [s._asdict() for s in each] for n, each in scores.items()}
