@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from idea_jax.models import sd, weights
+from idea_jax.models import hub, sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.layers import GroupNorm, UnsupportedConfig, attention, timestep_embedding
@@ -161,6 +161,35 @@ def test_text_output_and_pseudo_token_gradient_match_transformers(loaded, kind):
         gradient, hidden = run(frozen, pseudo)
         np.testing.assert_allclose(hidden, expected.detach(), rtol=RTOL, atol=ATOL)
         assert_gradients_close(gradient, rows.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_skip_gives_the_hidden_state_that_diffusers_takes(tmp_path, kind):
+    """The output of an earlier layer, through the last norm, as in diffusers' encode_prompt."""
+    built = reference.write_checkpoint(tmp_path, kind)
+    model, frozen = sd.load(tmp_path, clip_skip=1)
+    ids = np.random.default_rng(1).integers(0, model.text.vocab_size, (2, 77)).astype(np.int32)
+    with torch.no_grad():
+        states = built.text(torch.tensor(ids).long(), output_hidden_states=True).hidden_states
+        norm = [m for n, m in built.text.named_modules() if n.endswith("final_layer_norm")][0]
+        expected = norm(states[-2])
+    np.testing.assert_allclose(sd.encode_text(model, frozen, ids), expected, rtol=RTOL, atol=ATOL)
+    with pytest.raises(UnsupportedConfig, match="--clip_skip 9 leaves nothing"):
+        sd.load(tmp_path, clip_skip=9)
+
+
+def test_another_autoencoder_takes_the_place_of_the_checkpoints_own(tmp_path):
+    reference.write_checkpoint(tmp_path / "first", "sd1")
+    reference.write_checkpoint(tmp_path / "second", "sd1", True)
+    own, other = sd.load(tmp_path / "first")[1], sd.load(tmp_path / "second")[1]
+    _, mixed = sd.load(tmp_path / "first", vae=hub.resolve_vae(str(tmp_path / "second")))
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same(mixed.vae, other.vae)
+    same(mixed.unet, own.unet)
+    # A folder of an autoencoder alone, as it is published.
+    assert hub.resolve_vae(str(tmp_path / "second" / "vae")) == tmp_path / "second" / "vae"
+    with pytest.raises(hub.CheckpointNotFound, match="no autoencoder in diffusers layout"):
+        hub.resolve_vae(str(tmp_path))
 
 
 def test_text_ids_beyond_the_pseudo_tokens_give_nan(loaded):
@@ -445,6 +474,28 @@ def test_config_of_an_old_conversion_has_the_size_that_diffusers_takes(version, 
         unet=unet, requires_safety_checker=False, **dict.fromkeys(names)
     )
     assert pipeline.unet.config.sample_size == read
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (UNetConfig, reference.SD15_UNET),
+        (VAEConfig, reference.SD15_VAE),
+        (CLIPTextConfig, reference.SD15_TEXT),
+    ],
+)
+def test_config_key_that_says_nothing_is_named_and_left(kind, values, caplog):
+    where = f"{kind.__name__}/config.json"
+    config = kind.from_dict({**values, "a_new_key": None}, where)
+    assert config == kind.from_dict(values, "")
+    assert f"{where}: unknown key a_new_key" in caplog.text
+    with pytest.raises(UnsupportedConfig, match="a_new_key = 0"):
+        kind.from_dict({**values, "a_new_key": 0}, where)
+
+
+def test_config_switch_that_is_null_is_off():
+    values = {**reference.SD15_UNET, "dual_cross_attention": None, "class_embeddings_concat": None}
+    assert UNetConfig.from_dict(values, "") == UNetConfig.from_dict(reference.SD15_UNET, "")
 
 
 def test_config_with_unknown_block_type_is_refused_by_name():

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,15 +106,21 @@ def _parts(model: StableDiffusion) -> Iterator[_Part]:
     yield _Part("vae", stem, weights.vae_table(), ("vae",), model.vae.to_dict())
 
 
-def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusion:
+def read_configs(
+    folder: Path, compute_dtype: str = "float32", *, vae: Path | None = None, clip_skip: int = 0
+) -> StableDiffusion:
     """Reads the four config files of a checkpoint in diffusers layout.
+
+    Args:
+      vae: folder of another autoencoder, instead of the checkpoint's own.
+      clip_skip: layers that are left out at the end of the text encoder.
 
     Raises: WeightsError if one is absent or no JSON; UnsupportedConfig or ValueError naming every
     key and value that is not supported.
     """
 
     def read(kind: type, path: str) -> object:
-        file = Path(folder) / path
+        file = Path(folder) / path if isinstance(path, str) else path
         if not file.is_file():
             present = sorted(x.name for x in Path(folder).glob("*"))
             raise WeightsError(
@@ -134,10 +140,16 @@ def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusio
             return config
         return kind.from_dict(values, str(file))
 
+    text = read(CLIPTextConfig, "text_encoder/config.json")
+    if clip_skip >= text.num_hidden_layers:
+        raise UnsupportedConfig(
+            f"--clip_skip {clip_skip} leaves nothing of the {text.num_hidden_layers} layers of the "
+            f"text encoder in {folder}"
+        )
     return StableDiffusion(
-        text=read(CLIPTextConfig, "text_encoder/config.json"),
+        text=replace(text, num_hidden_layers=text.num_hidden_layers - clip_skip),
         unet=read(UNetConfig, "unet/config.json"),
-        vae=read(VAEConfig, "vae/config.json"),
+        vae=read(VAEConfig, "vae/config.json" if vae is None else vae / "config.json"),
         schedule=read(ScheduleConfig, "scheduler/scheduler_config.json"),
         compute_dtype=compute_dtype,
     )
@@ -175,24 +187,29 @@ def _shapes(model: StableDiffusion) -> Frozen:
 
 
 def load(
-    folder: Path, *, variant: str | None = None, compute_dtype: str = "float32"
+    folder: Path,
+    *,
+    variant: str | None = None,
+    compute_dtype: str = "float32",
+    vae: Path | None = None,
+    clip_skip: int = 0,
 ) -> tuple[StableDiffusion, Frozen]:
     """Reads a checkpoint in diffusers layout from a local folder.
 
     Returns the model and its weights in `compute_dtype` ("float32" or "bfloat16"). `variant`
-    ("fp16") chooses among weight files.
+    ("fp16") chooses among weight files; `vae` and `clip_skip` as of `read_configs`.
 
     Raises: WeightsError or UnsupportedConfig (both ValueError), saying which file and what in it.
     """
     folder = Path(folder)
-    model = read_configs(folder, compute_dtype)
+    model = read_configs(folder, compute_dtype, vae=vae, clip_skip=clip_skip)
     targets = shapes(model)._asdict()
     trees, problems = {}, []
     for part in _parts(model):
         try:
-            paths = weights.find_weights(folder / part.folder, part.stem, variant)
-            is_one = len(paths) == 1
-            where = str(paths[0]) if is_one else f"{folder / part.folder} ({len(paths)} files)"
+            own = vae if vae is not None and part.folder == "vae" else folder / part.folder
+            paths = weights.find_weights(own, part.stem, None if own == vae else variant)
+            where = str(paths[0]) if len(paths) == 1 else f"{own} ({len(paths)} files)"
             wanted = {tree: targets[tree] for tree in part.trees}
             tensors = weights.TensorFiles(paths)
             trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)
