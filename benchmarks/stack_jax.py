@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
 from idea_jax import devices, pytrees, sample
-from idea_jax.data import images
+from idea_jax.data import images, text
 from idea_jax.models import flash, sd
 from idea_jax.train import place_frozen
 from idea_jax.train_step import (
@@ -283,10 +283,14 @@ class Stack:
             frozen,
             (trainable,),
             (given,),
-            self.inputs["prompt_ids"],
-            self.inputs["negative_ids"],
+            *(self.tokens(name) for name in ("prompt_ids", "negative_ids")),
             jnp.float32(1),
         )
+
+    def tokens(self, name: str) -> text.Tokens:
+        """A prompt of one chunk whose tokens all weigh 1."""
+        ids = np.asarray(self.inputs[name])[None]
+        return text.Tokens(ids, np.ones(ids.shape, np.float32))
 
     def sampling(self, steps: int) -> dict:
         """What is set of the sampler."""

@@ -12,6 +12,7 @@ from idea_jax import (
     config,
     devices,
     face_models,
+    files,
     jobs,
     learned_embeds,
     results,
@@ -39,6 +40,7 @@ INPUT_ERRORS = (
     checkpoint.IdentityError,
     checkpoint.CheckpointError,
     results.TrainingError,
+    results.OccupiedError,
     devices.DevicesError,
     jobs.JobsError,
     schedule.ScheduleError,
@@ -46,6 +48,14 @@ INPUT_ERRORS = (
     enhancer.EnhancerError,
     OSError,
 )
+
+# What to try where the memory is too small.
+SMALLER = {
+    config.TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
+    "--mixed_precision bf16, --shard_frozen with --mesh data=N, or a smaller --resolution",
+    config.SampleConfig: "a smaller --batch_size, --mixed_precision bf16, or a smaller --height "
+    "and --width",
+}
 
 # New objects between two looks of Python's garbage collector, and generations: tracing makes
 # millions that live on, which it looks through hundreds of times by default.
@@ -71,7 +81,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     # Libraries speak up only when something is wrong; the run's own messages are the program's.
-    for name in ("jax", "httpx", "huggingface_hub", "transformers"):
+    for name in ("jax", "httpx", "httpx2", "httpcore", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # Orbax logs a traceback for each error that it raises as well.
     for name in ("absl", "orbax"):
@@ -82,11 +92,13 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        devices.pin_settings()
         compile_cache.use(settings.compile_cache)
         devices.use_cores(hub.local_folder(settings.pretrained_model_name_or_path))
+        if not getattr(settings, "distributed", False):  # those find each other first
+            devices.check_backend()
         for path in run(settings):
-            # A name that is no UTF-8 cannot be printed as it is.
-            print(str(path).encode("utf-8", "backslashreplace").decode())
+            files.say(str(path))
     except INPUT_ERRORS as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
@@ -96,6 +108,13 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        needed = compile_cache.needs[-1] if compile_cache.needs else None
+        about = devices.describe_memory(error, needed)
+        print(f"error: {about}. Try {SMALLER[cls]}", file=sys.stderr)
+        return 1
     return 0
 
 

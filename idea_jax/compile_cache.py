@@ -14,6 +14,10 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
+# What the programs that were compiled ahead need on each device, in bytes, the newest last: for the
+# message of a run whose memory is too small.
+needs: list[int] = []
+
 MAX_BYTES = 4 * 2**30  # the programs used longest ago are removed beyond this
 LOCK_SECONDS = 5  # to wait for who writes to the folder
 PROGRAM = re.compile(r"(.+-[0-9a-f]{64})-cache")  # file of a program: a name and JAX's key
@@ -113,7 +117,7 @@ def ahead(lower: Callable[[], jax.stages.Lowered]) -> Iterator[None]:
         try:
             lowered = lower()
             if not is_unwanted.is_set():
-                lowered.compile()
+                needs.append(bytes_needed(lowered.compile()))
         except Exception:
             log.debug("not compiled ahead", exc_info=True)
         finally:
@@ -127,6 +131,14 @@ def ahead(lower: Callable[[], jax.stages.Lowered]) -> Iterator[None]:
     except BaseException:
         is_unwanted.set()
         raise
+
+
+def bytes_needed(program: jax.stages.Compiled) -> int:
+    """Memory of a compiled program on each device: what goes in, what comes out, all between."""
+    stats = program.memory_analysis()
+    shared = stats.alias_size_in_bytes  # of arguments that become results
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - shared
+    return held + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
 def user_folder() -> Path:

@@ -7,6 +7,7 @@ is its YAML key and its flag. Nothing else in the package holds a default of a s
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import re
 import types
@@ -16,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -174,7 +177,10 @@ class TrainConfig:
     train_data_dir: str | None = setting(
         None, "folder with one or more photos of one person, or with one such folder per person"
     )
-    output_dir: str = setting("idea-output", "folder that receives all results")
+    output_dir: str | None = setting(
+        None, "folder that receives all results (default: idea- and the placeholder's name)"
+    )
+    overwrite: bool = setting(False, "replace another person in output_dir, once this one is done")
     preset: str | None = setting(
         None,
         "half the steps at twice the rates, and fewer for whom fewer are enough; with a shared "
@@ -289,6 +295,11 @@ class TrainConfig:
         aliases=("max_train_step",),
     )
     train_batch_size: int = setting(8, "samples per step")
+    gradient_accumulation_steps: int = setting(
+        1,
+        "multiplies the samples per step: their mean gradient is that of so many batches, all in "
+        "memory at once",
+    )
     steps_per_call: int | None = setting(
         None,
         "steps in one call to the devices, during which nothing is looked at (default: 1 on a "
@@ -334,6 +345,9 @@ class TrainConfig:
     validation_prompt: list[str] | None = setting(
         None, "prompts with {} to draw on the way, as grids in output_dir/validation"
     )
+    validation_prompt_file: str | None = setting(
+        None, "text file of such prompts, one per line; lines that begin with # are comments"
+    )
     validation_steps: int = setting(100, "draw the validation prompts every N steps")
     num_validation_images: int = setting(4, "pictures per validation prompt")
     checkpointing_steps: int = setting(
@@ -347,10 +361,19 @@ class TrainConfig:
     unsaid: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self):
+        if self.output_dir is None:
+            object.__setattr__(self, "output_dir", named_folder(self.placeholder_token))
         positive(self, "n_pseudo_tokens", "kv_rank", "train_batch_size")
         positive(self, "resolution", "validation_steps", "num_validation_images")
         positive(self, "identities_per_step", "steps_per_call", "evaluation_steps")
         positive(self, "checkpoints_total_limit", "adam_epsilon", "pictures_per_person")
+        positive(self, "gradient_accumulation_steps")
+        # One setting from here on: how many samples a step has.
+        samples = self.train_batch_size * self.gradient_accumulation_steps
+        object.__setattr__(self, "train_batch_size", samples)
+        object.__setattr__(self, "gradient_accumulation_steps", 1)
+        if self.validation_prompt is not None and self.validation_prompt_file is not None:
+            raise ConfigError("give either --validation_prompt or --validation_prompt_file")
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
         not_negative(self, "kv_learning_rate", "beta", "early_stopping", "enhanced_learning_rate")
@@ -371,6 +394,10 @@ class TrainConfig:
         own_rate = PROFILE_DEFAULTS[self.profile].get("kv_learning_rate")
         if self.kv == "none" and self.kv_learning_rate not in (None, own_rate):
             raise ConfigError("--kv_learning_rate has no effect with --kv none")
+        if self.overwrite and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "--overwrite begins anew, and --resume_from_checkpoint goes on: give one of them"
+            )
         check_inside("--logging_dir", self.logging_dir)
         if not self.early_stopping and self.evaluation_steps != defaults["evaluation_steps"]:
             raise ConfigError("--evaluation_steps has no effect without --early_stopping")
@@ -524,17 +551,28 @@ class SampleConfig:
         "(may be repeated)",
     )
     enhancer: str = setting("auto", ENHANCER)
+    token: str | None = setting(
+        None, "which token of learned_embedding_path, where that holds several"
+    )
     prompt: list[str] | None = setting(
         None,
         "prompts; {} stands for the person, and of several people for each in turn; {NAME} and "
         "{OTHER} put them into one picture",
     )
-    prompt_file: str | None = setting(None, "text file with one prompt per line")
+    prompt_file: str | None = setting(
+        None, "text file with one prompt per line; lines that begin with # are comments"
+    )
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
     preset: str | None = setting(
         None, f"a better sampler with fewer steps, some unguided{PRESET}", choices=("fast",)
+    )
+    vae: str | None = setting(
+        None, "another autoencoder than the checkpoint's: a folder, or a Hub id"
+    )
+    clip_skip: int = setting(
+        0, "layers left out at the end of the text encoder, as in diffusers (A1111's number less 1)"
     )
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
@@ -574,7 +612,7 @@ class SampleConfig:
     def __post_init__(self):
         positive(self, "num_images_per_prompt", "n_iter", "batch_size", "num_inference_steps")
         positive(self, "height", "width")
-        not_negative(self, "guidance_scale", "id_strength", "eta")
+        not_negative(self, "guidance_scale", "id_strength", "eta", "clip_skip")
         check_seed(self.seed)
         check_compile_cache(self.compile_cache)
         given = [self.identity, self.learned_embedding_path, self.photo]
@@ -582,6 +620,8 @@ class SampleConfig:
             raise ConfigError(
                 "give exactly one of --identity, --learned_embedding_path and --photo"
             )
+        if self.token is not None and self.learned_embedding_path is None:
+            raise ConfigError("--token chooses from --learned_embedding_path, which is not given")
         self.check_face()
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give exactly one of --prompt and --prompt_file")
@@ -648,6 +688,13 @@ def check_precomputed(settings: TrainConfig | SampleConfig) -> None:
                 f"--{name} has no effect with --face_embeddings: how faces are found was "
                 "settled when that file was written"
             )
+
+
+def named_folder(placeholder: str) -> str:
+    """The folder for a person's results where none is named: two people hardly share one."""
+    # Letters of every script; at most 40, since a file system counts bytes, up to four for each.
+    name = re.sub(r"[^\w-]+", "-", placeholder.lower()).strip("-")[:40]
+    return f"idea-{name or 'person'}"
 
 
 def check_sources(name: str, folder: object, dataset: str | None, dataset_dir: object) -> None:
@@ -730,7 +777,19 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
     parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
     for spec in settings_of(cls):
         add_flag(parser, spec)
+    for name, why in FOREIGN_FLAGS[cls].items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="?",
+            action="append",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"accepted and ignored: {why}",
+        )
     flags = vars(parser.parse_args(argv))
+    for name in FOREIGN_FLAGS[cls]:
+        if flags.pop(name, None) is not None:
+            log.warning("--%s is ignored: %s", name, FOREIGN_FLAGS[cls][name])
     path = flags.pop("config", None)
     return build(cls, read_yaml(path) if path else {}, flags, source=path)
 
@@ -767,6 +826,35 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
 def plain(text: str) -> str:
     """A help text as argparse prints it unchanged: it would take a bare % for a format."""
     return text.replace("%", "%%")
+
+
+# Flags of the original scripts and of diffusers' textual inversion that have no meaning here, and
+# why: their commands run as they stand. docs/guide.md has all flags side by side.
+FOREIGN_FLAGS: dict[type, dict[str, str]] = {
+    TrainConfig: {
+        "allow_tf32": "JAX chooses the precision of products; JAX_DEFAULT_MATMUL_PRECISION sets it",
+        "dataloader_num_workers": "photos are encoded once, before the first step",
+        "device": "JAX takes the accelerator that is there; JAX_PLATFORMS names another",
+        "enable_xformers_memory_efficient_attention": "--attention chooses the kernel",
+        "gradient_checkpointing": "a step keeps little in memory as it is",
+        "hub_model_id": "nothing is uploaded; hf upload ID OUTPUT_DIR does it",
+        "hub_token": "nothing is uploaded; hf auth login keeps the token for downloads",
+        "learnable_property": "a person is learned",
+        "local_rank": "--distributed joins processes: docs/scale.md",
+        "lr_num_cycles": "no schedule of rates here has cycles",
+        "no_safe_serialization": "results are safetensors always",
+        "num_train_epochs": "--max_train_steps counts steps",
+        "push_to_hub": "nothing is uploaded; after the person has agreed to it, hf upload ID "
+        "OUTPUT_DIR does it",
+        "repeats": "each step draws photos at random; --max_train_steps counts steps",
+        "save_as_full_pipeline": "the checkpoint stays as it is; results load beside it",
+        "tokenizer_name": "the checkpoint's own tokenizer is read",
+        "validation_epochs": "--validation_steps counts steps",
+    },
+    SampleConfig: {
+        "device": "JAX takes the accelerator that is there; JAX_PLATFORMS names another",
+    },
+}
 
 
 # Settings that trade a little quality for time. Flags win over them, and so does a file that names

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from idea_jax.files import check_writable
+from idea_jax.files import check_writable, say
 
 PERSON = 26  # of the people for testing; not one of those that the lab reports on
 PHOTO = Path(__file__).resolve().parent / "mini" / "photo.png"
@@ -94,7 +94,7 @@ def demonstrate(folder: Path) -> int:
     shutil.copy(PHOTO, photos / "photo.png")
     prompts = [captions.PROMPTS[number] for number in PROMPTS]
 
-    print("Learning the person in the picture ...")
+    say("Learning the person in the picture ...")
     common = ["--pretrained_model_name_or_path", "mini"]
     face = ["--crop", "face", "--crop_margin", str(MARGIN)]
     paths = ["--train_data_dir", str(photos), "--output_dir", str(out)]
@@ -102,7 +102,7 @@ def demonstrate(folder: Path) -> int:
     learned = time.monotonic()
     if code:
         return code
-    print("Drawing them ...")
+    say("Drawing them ...")
     identity = ["--identity", str(out / "identity.safetensors"), "--save_dir", str(drawn)]
     settings = ["--num_images_per_prompt", str(PICTURES)]
     settings += ["--guidance_scale", str(quality.GUIDANCE)]
@@ -112,8 +112,11 @@ def demonstrate(folder: Path) -> int:
         return code
     finished = time.monotonic()
 
-    print("Comparing them with true drawings of the same person ...")
-    folders = {json.loads(p.read_text())["prompt"]: p.parent for p in drawn.glob("*/run.json")}
+    say("Comparing them with true drawings of the same person ...")
+    folders = {
+        json.loads(path.read_text("utf-8"))["prompt"]: path.parent
+        for path in drawn.glob("*/run.json")
+    }
     pictures = np.stack([read_pictures(folders[text]) for text in texts])
     scores = measure(pictures, prompts)
     seconds = {
@@ -122,11 +125,11 @@ def demonstrate(folder: Path) -> int:
         "comparing": time.monotonic() - finished,
         "all": time.monotonic() - started,
     }
-    run = json.loads((out / "run.json").read_text())
+    run = json.loads((out / "run.json").read_text("utf-8"))
     page = write_page(folder / PAGES[0], pictures, texts, scores, run, seconds)
     save_png(folder / PAGES[1], overview(pictures, texts), {"prompts": " | ".join(texts)})
     name, score = "learned from the picture", scores["learned from the picture"]
-    print(
+    say(
         f"\nDone in {seconds['all']:.0f} s: open {page}\n"
         f"  likeness of the pictures ({name}): {score[0]:.2f}; of another person: "
         f"{scores['another person'][0]:.2f}; of the person's true drawings: "

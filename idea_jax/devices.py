@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -39,8 +40,94 @@ GRACE = 20
 PULSE, LISTING = 30, 300
 
 
+# Settings of JAX that change numbers, as they are here whatever the environment says.
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_disable_jit": False,
+}
+
+
 class DevicesError(ValueError):
     """The devices that are there are not those that were asked for."""
+
+
+def pin_settings() -> None:
+    """Sets what changes numbers in JAX to what this package is written for, and says so.
+
+    The precision of matrix products is left to whoever sets it, as it trades time for rounding.
+    """
+    for name, value in PINNED.items():
+        if getattr(jax.config, name) != value:
+            log.warning(
+                "%s is %s in the environment and would change the results; it is %s here",
+                *(name.upper(), getattr(jax.config, name), value),
+            )
+            jax.config.update(name, value)
+    precision = jax.config.jax_default_matmul_precision
+    if precision is not None:
+        log.warning("JAX_DEFAULT_MATMUL_PRECISION is %s: results differ by it", precision)
+
+
+def check_backend() -> None:
+    """Starts JAX's devices.
+
+    Raises:
+        DevicesError: those that JAX_PLATFORMS names are not there.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of CUDA, without a word
+        asked = jax.config.jax_platforms
+        raise DevicesError(
+            f"JAX has no device of JAX_PLATFORMS={asked} ({error or 'its plugin did not start'}); "
+            "install JAX for it (for NVIDIA: pip install 'jax[cuda13]', for a TPU: 'jax[tpu]') and "
+            "see whether its driver works, or unset JAX_PLATFORMS to use what is there"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the devices, or the host, have too little memory."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    signs = "resource_exhausted", "out of memory", "out_of_memory"
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
+
+
+def describe_memory(error: BaseException, needed: int | None) -> str:
+    """One sentence: what did not fit, what the compiled program needs and how much there is.
+
+    Args:
+        error: one that `is_out_of_memory`.
+        needed: bytes of the program that was compiled last, on each device; None if not known.
+    """
+    words = re.search(r"allocat\w* ([\d.]+) ?(\w+)", str(error))
+    unit = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    parts = ["the memory is too small"]
+    if words and words[2] in unit:
+        parts.append(f"{gigabytes(float(words[1]) * unit[words[2]])} were asked for at once")
+    if needed:
+        parts.append(f"the program needs {gigabytes(needed)} on each device, weights included")
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        used = gigabytes(stats.get("bytes_in_use", 0))
+        parts.append(
+            f"{device.device_kind} has {gigabytes(stats['bytes_limit'])}, {used} of them in use"
+        )
+    elif hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        parts.append(f"this machine has {gigabytes(total)}")
+    return "; ".join(parts)
+
+
+def gigabytes(size: float) -> str:
+    """A number of bytes in words."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"
 
 
 def use_cores(checkpoint: Path) -> None:
@@ -100,6 +187,7 @@ def start_processes() -> None:
             "JAX does not know set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process"
         ) from error
+    check_backend()
     log.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
@@ -233,6 +321,12 @@ class Layout:
 
     mesh: Mesh
     places: int
+
+    def halved(self) -> "Layout | None":
+        """The same devices with half of the people in a step; None if each device has one."""
+        rows = self.mesh.shape["identity"]
+        places = self.places // 2 // rows * rows
+        return Layout(self.mesh, places) if places else None
 
 
 def layout(

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from idea_jax.files import is_lfs_pointer
+
 log = logging.getLogger(__name__)
 
 SIZE = 112  # side of ArcFace's input, in pixels
@@ -119,13 +121,15 @@ def find_recogniser(
         FaceError: there is none, the pack is unusable, or the download fails.
     """
     if face_model is not None:
-        return Path(face_model)
+        return Path(os.path.expanduser(face_model))
     if face_model_dir is not None:
-        return find_in_pack(Path(face_model_dir).expanduser(), "recognition")
+        # Not Path.expanduser, which fails where there is no home: this leaves the name as it is.
+        return find_in_pack(Path(os.path.expanduser(face_model_dir)), "recognition")
     if own_folder is not None and any(own_folder.glob("*.onnx")):
         return find_in_pack(own_folder, "recognition")
-    for name in PACKS:
-        folder = packs_folder() / name
+    packs = packs_folder()
+    for name in PACKS if packs else ():
+        folder = packs / name
         if folder.exists():
             try:
                 return find_in_pack(folder, "recognition")
@@ -145,9 +149,10 @@ def find_recogniser(
     return find_in_pack(download(PACKS[0]), "recognition")
 
 
-def packs_folder() -> Path:
-    """Where insightface keeps its packs by default."""
-    return Path.home() / ".insightface" / "models"
+def packs_folder() -> Path | None:
+    """Where insightface keeps its packs by default; None for a user without a home folder."""
+    home = os.path.expanduser("~")
+    return None if home == "~" else Path(home) / ".insightface" / "models"
 
 
 def find_in_pack(folder: Path, task: str) -> Path:
@@ -199,7 +204,7 @@ def find_in_pack(folder: Path, task: str) -> Path:
             return path
     found = ", ".join(f"{name} ({what})" for name, what in tasks.items())
     message = f"the face model folder {folder} has no {task} model: {found}; {EXPECTED}"
-    if "damaged" in tasks.values():
+    if any(what.startswith("damaged") for what in tasks.values()):
         raise FaceError(f"{message}. Replace or remove the damaged file")
     if task == "detection":
         message += (
@@ -231,6 +236,8 @@ def _task_of(path: Path) -> str:
         from google.protobuf.message import DecodeError
 
     try:
+        if is_lfs_pointer(path):
+            return "damaged: a pointer of git-lfs, run git lfs pull"
         graph = onnx.load(path, load_external_data=False).graph
     except (DecodeError, OSError, ValueError):
         return "damaged"
@@ -257,7 +264,12 @@ def download(name: str) -> Path:
     """
     with _packages_needed():
         from insightface.utils import storage
-    folder = packs_folder() / name
+    packs = packs_folder()
+    if packs is None:
+        raise FaceError(
+            "there is no home folder for insightface's packs: set HOME, or give --face_model_dir"
+        )
+    folder = packs / name
     log.warning("insightface downloads its pack %s to %s", name, folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

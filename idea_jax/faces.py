@@ -33,7 +33,7 @@ from idea_jax.face_models import (
     load_recogniser,
 )
 from idea_jax.face_table import Sight
-from idea_jax.files import check_writable
+from idea_jax.files import check_writable, say
 
 log = logging.getLogger(__name__)
 
@@ -609,7 +609,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if len(failed) == len(pictures):
         return 1
-    print(str(args.out).encode("utf-8", "backslashreplace").decode())  # it may be no UTF-8
+    say(str(args.out))
     return 0
 
 

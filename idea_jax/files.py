@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -95,6 +96,20 @@ def write_together(folder: str | os.PathLike) -> Iterator[Path]:
             folder.rmdir()
 
 
+def say(text: str) -> None:
+    """Prints results, whatever the terminal or pipe can say; a finished run does not fail at it.
+
+    Letters that it cannot say become escapes. Where nobody reads any more, nothing is printed.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        # Python flushes it once more at its end, and would complain then.
+        with suppress(OSError, AttributeError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def check_writable(folder: str | os.PathLike) -> None:
     """Makes a folder and proves that files can be written to it, before any work is done.
 
@@ -108,6 +123,12 @@ def check_writable(folder: str | os.PathLike) -> None:
         probe.unlink()
     except OSError as error:
         raise cannot_write(folder, error.__cause__ or error) from error
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is what git-lfs leaves in the place of a large one that was not fetched."""
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/spec")
 
 
 def file_digest(path: str | os.PathLike) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import filelock
 
-from idea_jax.files import atomic_write, cannot_write, file_digest
+from idea_jax.files import atomic_write, cannot_write, file_digest, say
 
 log = logging.getLogger(__name__)
 
@@ -302,9 +302,8 @@ def summary(records: Sequence[Record], *, now: float) -> str:
     for status in ("running", "failed"):
         for record in records:
             if record.status == status:
-                name = record.person.encode("utf-8", "backslashreplace").decode()
                 why = f": {record.why}" if record.why else ""
-                lines.append(f"{status} {name} (attempt {record.attempts}){why}")
+                lines.append(f"{status} {record.person} (attempt {record.attempts}){why}")
     return "\n".join(lines)
 
 
@@ -320,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(summary(records, now=time.time()).encode("utf-8", "backslashreplace").decode())
+    say(summary(records, now=time.time()))
     return 0
 
 

@@ -17,7 +17,7 @@ import jax
 
 from idea_jax.data.text import TEMPLATES, shipped_names
 from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.files import atomic_write
+from idea_jax.files import atomic_write, say
 from idea_jax.models import sd
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.unet import UNetConfig
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.folder}: a checkpoint with random weights ({args.size})")
+    say(f"{args.folder}: a checkpoint with random weights ({args.size})")
     return 0
 
 

@@ -1,6 +1,11 @@
 """What one person's training shows and writes: losses, grids, identities, what was run."""
 
+import hashlib
+import json
 import re
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,9 +13,9 @@ import jax
 import numpy as np
 
 from idea_jax import checkpoint, learned_embeds, sample, tensorboard
-from idea_jax.config import TrainConfig, to_yaml
+from idea_jax.config import ConfigError, TrainConfig, read_yaml, to_yaml
 from idea_jax.data import images, people, text
-from idea_jax.files import atomic_write, slug
+from idea_jax.files import atomic_write, cannot_write, slug
 from idea_jax.formats.enhancer import Enhancer
 from idea_jax.method import condition, shared
 from idea_jax.models import sd
@@ -19,6 +24,10 @@ from idea_jax.train_step import IdentityState
 
 class TrainingError(RuntimeError):
     """The loss is no longer a number."""
+
+
+class OccupiedError(ValueError):
+    """A folder holds somebody else, who would be lost; the message names both."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,12 @@ class Results:
         base: Base,
         output_dir: Path,
         validation: list[str],
+        is_word: Callable[[str], bool],
         *,
         enhancer: Enhancer | None = None,
     ):
         self.cfg, self.method, self.base, self.output_dir = cfg, method, base, output_dir
-        self.enhancer = enhancer
+        self.enhancer, self.is_word = enhancer, is_word
         self.token, _ = text.normalise_placeholder(cfg.placeholder_token)
         self.losses: list[tuple[int, float]] = []
         self.log = None
@@ -176,8 +186,7 @@ class Results:
 
     def save_webui(self, state: IdentityState, folder: Path) -> None:
         """Writes the pseudo tokens for AUTOMATIC1111 and ComfyUI, where the file is the trigger."""
-        name = re.sub(r"[^a-z0-9]+", "-", self.token).strip("-") or "person"
-        path = folder / f"{name}.safetensors"
+        path = folder / f"{trigger_of(self.token, self.is_word)}.safetensors"
         learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
 
     def save_run(
@@ -185,15 +194,19 @@ class Results:
         steps: int,
         seconds: float,
         person: people.Person,
+        photos: str,
         folder: Path,
     ) -> None:
         """Writes the resolved config (`--config` reads it back) and what came of it.
 
+        `photos` is the digest of those that were trained on, by which the person is known again.
         The losses are those since the last start, which may have resumed an earlier one.
         """
         with atomic_write(folder / "config.yaml") as temporary:
-            # Without the way this run was resumed: the file says how to do all of it again.
-            temporary.write_text(to_yaml(replace(self.cfg, resume_from_checkpoint=None)), "utf-8")
+            # Without the way this run was resumed, or replaced another: the file says how to do
+            # all of it again.
+            again = replace(self.cfg, resume_from_checkpoint=None, overwrite=False)
+            temporary.write_text(to_yaml(again), "utf-8")
         if not self.losses and steps and (self.output_dir / "run.json").is_file():
             return  # nothing was left to do: what the file says of the run is still true
         about = {
@@ -203,6 +216,7 @@ class Results:
             "last_loss": self.losses[-1][1] if self.losses else None,
             "loss_curve": loss_curve(self.losses),
             "seconds": round(seconds, 1),
+            "photos": photos,
             "held_out": [picture.name for picture in person.held_out],
             "device": jax.devices()[0].device_kind,
             "versions": checkpoint.versions(),
@@ -215,6 +229,111 @@ class Results:
         """Flushes the log."""
         if self.log:
             self.log.close()
+
+
+def trigger_of(token: str, is_word: Callable[[str], bool]) -> str:
+    """The word that means a person in web UIs, where it is the name of a file.
+
+    It is the placeholder without the characters that no file name has in every system, in any
+    script. It is no word of the vocabulary, which would mean the person wherever it stands; and
+    placeholders that would give the same word are told apart by a digest.
+
+    Args:
+      is_word: whether the vocabulary has a text as one word.
+    """
+    bare = token.strip("<>")
+    name = re.sub(r"[^\w-]+", "-", bare).strip("-")[:40]
+    if name != bare or not name:
+        name = f"{name or 'idea'}-{hashlib.sha256(token.encode()).hexdigest()[:6]}"
+    return f"idea-{name}" if is_word(name) else name
+
+
+@dataclass(frozen=True)
+class Occupant:
+    """Whom a folder of results holds, as far as the folder tells: their placeholder, the digest of
+    their photos and where those were."""
+
+    placeholder: str | None
+    photos: str | None
+    source: str | None
+
+
+def occupant_of(folder: Path) -> Occupant | None:
+    """The person whose results, or results on the way to them, lie in a folder; None if none do."""
+    names = "identity.safetensors", "identity-steps-*.safetensors", "learned_embeds*.safetensors"
+    found = [path for name in names for path in sorted(folder.glob(name))]
+    if not found:
+        return None
+    placeholder, photos, source = None, None, None
+    # Whoever cannot be read is not known to be the person of the next run; runs that did not end,
+    # and those of earlier versions, left no note of the photos.
+    with suppress(ValueError, OSError):
+        if found[0].name.startswith("identity"):
+            placeholder = checkpoint.read_identity(found[0]).placeholder
+        else:
+            (placeholder,) = learned_embeds.read(found[0])
+    with suppress(ValueError, OSError, LookupError, TypeError):
+        photos = json.loads((folder / "run.json").read_text("utf-8"))["photos"]
+    with suppress(ConfigError, AttributeError):
+        source = read_yaml(str(folder / "config.yaml")).get("train_data_dir")
+    return Occupant(placeholder, photos, source)
+
+
+def refuse_another(folder: Path, person: Occupant) -> None:
+    """Refuses to train a person into a folder that holds another one.
+
+    The same person may be trained again, with whatever settings. Of results without a note of the
+    photos the placeholder, and where the photos were, tell whose they are.
+
+    Raises:
+      OccupiedError: it holds somebody else.
+    """
+    there = occupant_of(folder)
+    if there is None:
+        return
+    has_same = there.photos == person.photos
+    if there.photos is None:
+        has_same = there.source in (person.source, None)
+    if has_same and there.placeholder == person.placeholder:
+        return
+    first, second = (
+        (p.placeholder or "somebody, in a file that cannot be read")
+        + (f" of {p.source}" if p.source else "")
+        for p in (there, person)
+    )
+    changed = ", which now holds other photos" if first == second else ""
+    raise OccupiedError(
+        f"{folder} holds {first}, and this run learns {second}{changed}; what was learned first "
+        "would be lost: choose another --output_dir, delete that folder, or, where one person is "
+        "trained alone, replace it with --overwrite"
+    )
+
+
+def remove_unfinished(cfg: TrainConfig, folder: Path) -> None:
+    """Removes what an earlier training in a folder wrote on its way, of which the next one would
+    replace only a part. Its results stay until `remove_finished`.
+
+    Raises:
+      WriteError: something cannot be removed.
+    """
+    ours = (
+        *("identity-steps-*.safetensors", "learned_embeds-steps-*.safetensors"),
+        *("validation/step-*.png", f"{cfg.logging_dir}/events*", "checkpoints/[0-9]*"),
+        "checkpoints/damaged-*",
+    )
+    try:
+        for path in [path for pattern in ours for path in folder.glob(pattern)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def remove_finished(folder: Path, trigger: str) -> None:
+    """Removes the one result of an earlier person that has another name than the next one's."""
+    (folder / "webui" / f"{trigger}.safetensors").unlink(missing_ok=True)
 
 
 def loss_curve(losses: list[tuple[int, float]], points: int = 40) -> list[tuple[int, float]]:

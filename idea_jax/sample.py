@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,22 +71,37 @@ def cast_keys_values(
     frozen: sd.Frozen,
     trainables: Sequence[condition.Trainable],
     givens: Sequence[condition.Given],
-    prompt_ids: jax.Array,
-    negative_ids: jax.Array,
+    prompt: text.Tokens,
+    negative: text.Tokens,
     strength: jax.Array,
 ) -> dict:
-    """What `prompt_keys_values` returns, of a prompt that names one person or several.
+    """What `prompt_keys_values` returns, of a prompt that names one person or several: leaves
+    [2, K * T, inner].
+
+    Each chunk is encoded by itself; all of them are attended to together. A token's weight
+    multiplies its row of the condition (A1111's emphasis without its normalisation), and so its
+    keys and values, which are linear in it.
 
     Args:
-      prompt_ids: int32[T]; ids as in `condition.keys_values_together`.
+      prompt: K chunks; ids as in `condition.keys_values_together`.
+      negative: as many.
     """
-    prompt = condition.keys_values_together(
-        methods, model, frozen, trainables, givens, prompt_ids[None], strength=strength
+
+    def joined(kv, weights):
+        def weighted(leaf):
+            return (leaf * weights[..., None].astype(leaf.dtype)).reshape(1, -1, leaf.shape[-1])
+
+        return jax.tree.map(weighted, kv)
+
+    named = condition.keys_values_together(
+        methods, model, frozen, trainables, givens, prompt.ids, strength=strength
     )
-    negative = project_kv(
-        frozen.cross_kv, sd.encode_text(model, frozen, negative_ids[None]), model.dtype
+    plain = project_kv(frozen.cross_kv, sd.encode_text(model, frozen, negative.ids), model.dtype)
+    return jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]),
+        joined(plain, negative.weights),
+        joined(named, prompt.weights),
     )
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative, prompt)
 
 
 @functools.partial(
@@ -257,6 +272,7 @@ def arrange(prompts: int, count: int, batch_size: int) -> tuple[Mesh, list[tuple
 def lower_drawing(
     model: sd.StableDiffusion,
     prompts: int,
+    chunks: int = 1,
     *,
     count: int,
     batch_size: int,
@@ -265,11 +281,11 @@ def lower_drawing(
 ) -> jax.stages.Lowered:
     """The program of `draw_all` with these arguments, from shapes alone: weights may be missing.
 
-    One program draws all seeds.
+    One program draws all seeds. The prompts have `chunks` chunks each.
     """
     mesh, _, batch_size = arrange(prompts, count, batch_size)
     each, shapes = NamedSharding(mesh, P("pictures")), sd.shapes(model)
-    T = model.text.max_position_embeddings
+    T = chunks * model.text.max_position_embeddings
     kv = jax.tree.map(
         lambda kernel: jax.ShapeDtypeStruct((mesh.size, 2, T, kernel.shape[1]), model.dtype),
         shapes.cross_kv,
@@ -358,17 +374,9 @@ def read_prompts(cfg: SampleConfig) -> list[str]:
     """The prompts of a run, in order, each once.
 
     Raises:
-      ConfigError: the prompt file cannot be read or is empty.
+      TextError: the prompt file cannot be read or is empty.
     """
-    prompts = cfg.prompt
-    if prompts is None:
-        try:
-            lines = Path(cfg.prompt_file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the prompt file {cfg.prompt_file}: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ConfigError(f"the prompt file {cfg.prompt_file} holds no prompt")
+    prompts = cfg.prompt if cfg.prompt_file is None else text.read_prompts(Path(cfg.prompt_file))
     unique = list(dict.fromkeys(prompts))
     if len(unique) < len(prompts):
         log.warning("%d repeated prompts are drawn once", len(prompts) - len(unique))
@@ -409,11 +417,14 @@ def read_sitters(cfg: SampleConfig) -> list[Sitter]:
     for given in cfg.identity:
         named = re.fullmatch(r"([^={}/]+)=(.+)", given)
         path = Path(given)
-        if named and not path.is_file():
+        if named and not path.exists():
             path = Path(named[2])
+        is_named = named and path == Path(named[2])
+        if path.is_dir():
+            path = path / "identity.safetensors"
         # Training calls all of them identity.safetensors, in a folder with the person's name.
         own = path.resolve().parent.name if path.stem == "identity" else path.stem
-        name = named[1] if named and path == Path(named[2]) else own
+        name = named[1] if is_named else own
         sitters.append(Sitter(name, checkpoint.read_identity(path), path))
     names = [sitter.name for sitter in sitters]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -436,9 +447,18 @@ def read_tokens(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
             whole,
         )
     tokens = learned_embeds.read(path)
-    if len(tokens) != 1:
-        raise ConfigError(f"expected one learned token in {path}, found {', '.join(tokens)}")
-    (vectors,) = tokens.values()
+    if cfg.token is None and len(tokens) > 1:
+        raise ConfigError(
+            f"{path} holds {len(tokens)} learned tokens, {', '.join(tokens)}: choose one with "
+            "--token NAME"
+        )
+    # Legacy files leave out the angle brackets that the token was trained with.
+    named = {name: vectors for name, vectors in tokens.items() if is_same(name, cfg.token)}
+    if cfg.token in tokens:
+        named = {cfg.token: tokens[cfg.token]}
+    if len(named) != 1:
+        raise ConfigError(f"--token {cfg.token} is not in {path}, which holds {', '.join(tokens)}")
+    (vectors,) = named.values()
     identity = checkpoint.Identity(
         method=condition.make_method("textual_inversion", num_tokens=len(vectors)),
         trainable={"pseudo_tokens": vectors},
@@ -454,6 +474,11 @@ def read_tokens(cfg: SampleConfig) -> tuple[checkpoint.Identity, Path]:
     return identity, path
 
 
+def is_same(name: str, asked: str | None) -> bool:
+    """Whether a token of a file is the one that was asked for, if any was."""
+    return asked is None or name.strip("<>").lower() == asked.strip("<>").lower()
+
+
 @dataclass(frozen=True)
 class Drawing:
     """One folder of pictures: a prompt, and whom it shows.
@@ -461,25 +486,25 @@ class Drawing:
     Attributes:
       prompt: as it was given.
       cast: numbers of the people in it.
-      ids: int32[T]; the tokens of the first of the cast follow the vocabulary, then the second's.
+      tokens: the tokens of the first of the cast follow the vocabulary, then the second's.
       folder: in which the prompt's folder lies, below the run's.
     """
 
     prompt: str
     cast: tuple[int, ...]
-    ids: np.ndarray
+    tokens: text.Tokens
     folder: str
 
 
 def plan(
     cfg: SampleConfig, prompts: list[str], sitters: list[Sitter], plain: text.Tokenizer
-) -> tuple[list[Drawing], np.ndarray]:
-    """The drawings of a run, and the token ids of the negative prompt, int32[T].
+) -> tuple[list[Drawing], text.Tokens]:
+    """The drawings of a run, and the tokens of the negative prompt.
 
     A prompt with {} is drawn once for each person, one with {NAME} once.
 
     Raises:
-      TextError: a prompt names nobody, or somebody unknown, or is too long.
+      TextError: a prompt names nobody, or somebody unknown, or is far too long.
       ConfigError: the negative prompt names a person.
     """
     drawings = []
@@ -491,30 +516,55 @@ def plan(
     for prompt in prompts:
         if is_for_each(prompt, [sitter.name for sitter in sitters]):
             for number, (sitter, tokenizer) in enumerate(zip(sitters, own, strict=True)):
-                (ids,) = tokenizer([text.fill(prompt, tokenizer.placeholder)])
+                own_text = tokenizer.placeholder.text
+                tokens = weighted_tokens(tokenizer, prompt, {"{}": own_text})
                 folder = safe_name(sitter.name) if len(sitters) > 1 else "."
-                drawings.append(Drawing(prompt, (number,), ids, folder))
+                drawings.append(Drawing(prompt, (number,), tokens, folder))
             continue
         # Whatever they are called in their files, here they need words of their own.
         words = {
             s.name: text.Placeholder(f"<sitter-{k}>", n)
             for k, (s, n) in enumerate(zip(sitters, sizes, strict=True))
         }
-        filled, names = text.fill_names(prompt, words)
+        _, names = text.fill_names(prompt, words)
         tokenizer = plain
         for name in names:
             tokenizer = tokenizer.with_placeholder(words[name].token, words[name].n)
-        (ids,) = tokenizer([filled])
+        tokens = weighted_tokens(
+            tokenizer, prompt, {f"{{{name}}}": words[name].text for name in names}
+        )
         cast = tuple(k for k, sitter in enumerate(sitters) if sitter.name in names)
-        drawings.append(Drawing(prompt, cast, ids, "."))
+        drawings.append(Drawing(prompt, cast, tokens, "."))
     for tokenizer in own:
-        (negative,) = tokenizer([cfg.negative_prompt])
-        if (negative >= tokenizer.vocab_size).any():
+        negative = weighted_tokens(tokenizer, cfg.negative_prompt, {})
+        token = re.escape(tokenizer.placeholder.token)
+        names_them = re.search(rf"(?<!\w){token}(?!\w)", cfg.negative_prompt.lower())
+        if names_them or (negative.ids >= tokenizer.vocab_size).any():
             raise ConfigError(
                 "--negative_prompt is drawn by the plain model, without the person; leave "
                 f"{tokenizer.placeholder.token} out of it"
             )
     return drawings, negative
+
+
+def weighted_tokens(
+    tokenizer: text.Tokenizer, prompt: str, words: Mapping[str, str]
+) -> text.Tokens:
+    """The tokens of a prompt with weights, each of `words` replaced by what it stands for."""
+    pieces = []
+    for piece, weight in text.parse_weights(prompt):
+        for field, word in words.items():
+            piece = piece.replace(field, word)
+        pieces.append((piece, weight))
+    return tokenizer.chunks(pieces)
+
+
+def padded(tokens: text.Tokens, empty: text.Tokens, count: int) -> text.Tokens:
+    """A prompt with empty chunks at its end, so that it has `count` of them."""
+    rest = count - len(tokens.ids)
+    return text.Tokens(
+        *(np.concatenate([own, *[none] * rest]) for own, none in zip(tokens, empty, strict=True))
+    )
 
 
 def is_for_each(prompt: str, names: Sequence[str]) -> bool:
@@ -579,7 +629,9 @@ def run(cfg: SampleConfig) -> list[Path]:
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
-    model = replace(sd.read_configs(found.folder, compute_dtype), attention=attention)
+    changes = {"vae": hub.resolve_vae(cfg.vae) if cfg.vae else None, "clip_skip": cfg.clip_skip}
+    model = sd.read_configs(found.folder, compute_dtype, **changes)
+    model = replace(model, attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
     check_guidance(cfg, model.schedule)
     enhancer = open_enhancer(cfg, found.folder, model, sitters)
@@ -588,7 +640,11 @@ def run(cfg: SampleConfig) -> list[Path]:
     plain = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
-    drawings, negative_ids = plan(cfg, prompts, sitters, plain)
+    drawings, negative = plan(cfg, prompts, sitters, plain)
+    # The prompts of one length are drawn together: one program each.
+    empty = plain.chunks([("", 1.0)])
+    lengths = [max(len(drawing.tokens.ids), len(negative.ids)) for drawing in drawings]
+    groups = {n: [k for k, own in enumerate(lengths) if own == n] for n in dict.fromkeys(lengths)}
     settings = {
         "count": cfg.num_images_per_prompt * cfg.n_iter,
         "batch_size": cfg.batch_size,
@@ -603,14 +659,19 @@ def run(cfg: SampleConfig) -> list[Path]:
         checkpoint.check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
     sd.shapes(model)  # once, before two threads ask for them
-    with compile_cache.ahead(lambda: lower_drawing(model, len(drawings), **settings)):
-        _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=compute_dtype)
+    first = next(iter(groups))
+    lower = functools.partial(lower_drawing, model, len(groups[first]), first, **settings)
+    with compile_cache.ahead(lower):
+        _, frozen = sd.load(
+            found.folder, variant=cfg.variant, compute_dtype=compute_dtype, **changes
+        )
     ours = {}
     if enhancer is not None:
         warn_of_weights(enhancer, frozen, found.name)
         ours = jax.tree.map(jnp.asarray, shared.frozen_part(enhancer.shared))
 
-    def keys_values(frozen, number):
+    def keys_values(numbers, frozen, index):
+        number = numbers[index]
         cast = [sitters[k].identity for k in drawings[number].cast]
         return cast_keys_values(
             tuple(identity.method for identity in cast),
@@ -618,19 +679,22 @@ def run(cfg: SampleConfig) -> list[Path]:
             frozen._replace(shared=ours),
             tuple(identity.trainable for identity in cast),
             tuple(identity.given for identity in cast),
-            drawings[number].ids,
-            negative_ids,
+            padded(drawings[number].tokens, empty, lengths[number]),
+            padded(negative, empty, lengths[number]),
             jnp.float32(cfg.id_strength),
         )
 
-    pictures = draw_all(model, frozen, keys_values, len(drawings), seed=cfg.seed, **settings)
-    folders = []
-    for drawing, drawn in zip(drawings, pictures, strict=True):
-        about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
-        folder = Path(cfg.save_dir) / drawing.folder
-        folders.append(save_pictures(folder, drawing.prompt, drawn, about))
-        log.info("%d pictures in %s", len(drawn), folders[-1])
-    return folders
+    folders = {}
+    for numbers in groups.values():
+        own = functools.partial(keys_values, numbers)
+        pictures = draw_all(model, frozen, own, len(numbers), seed=cfg.seed, **settings)
+        for number, drawn in zip(numbers, pictures, strict=True):
+            drawing = drawings[number]
+            about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
+            folder = Path(cfg.save_dir) / drawing.folder
+            folders[number] = save_pictures(folder, drawing.prompt, drawn, about)
+            log.info("%d pictures in %s", len(drawn), folders[number])
+    return [folders[number] for number in sorted(folders)]
 
 
 def open_enhancer(
@@ -751,7 +815,7 @@ def describe(
     """All that the pictures of a run depend on, but for the prompt."""
     same = (
         *("seed", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "eta"),
-        *("negative_prompt", "id_strength", "mixed_precision"),
+        *("negative_prompt", "id_strength", "mixed_precision", "clip_skip"),
     )
     people = [sitter.about() for sitter in cast]
     together = {s.name: about for s, about in zip(cast, people, strict=True)}
@@ -762,6 +826,8 @@ def describe(
         "width": size[1],
         "model": found.name,
         "revision": found.revision,
+        **({"vae": Path(cfg.vae).name} if cfg.vae else {}),
+        **({"token": cfg.token} if cfg.token else {}),
         **({"identity": people[0]} if len(cast) == 1 else {"identities": together}),
     }
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +41,18 @@ from idea_jax.method import anchor, condition, shared
 from idea_jax.models import flash, hub, sd
 from idea_jax.portraits import Portraits
 from idea_jax.pytrees import abstract, count
-from idea_jax.results import Base, Results, TrainingError
+from idea_jax.results import (
+    Base,
+    Occupant,
+    OccupiedError,
+    Results,
+    TrainingError,
+    occupant_of,
+    refuse_another,
+    remove_finished,
+    remove_unfinished,
+    trigger_of,
+)
 from idea_jax.signals import Interrupted
 from idea_jax.train_step import (
     IdentityState,
@@ -60,14 +71,15 @@ log = logging.getLogger(__name__)
 # Settings that may differ between a run and its resumption: they do not touch the numbers.
 FREE_ON_RESUME = frozenset(
     {
-        *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir"),
+        *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir", "overwrite"),
         *("dataset", "dataset_dir", "identities"),
         *("preset", "celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
         # How faces were found is compared by what did it: see fingerprint_of.
         *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
         # A GPU moves embeddings by rounding alone, and precomputed faces do not say where they ran.
         "face_provider",
-        *("validation_prompt", "validation_steps", "num_validation_images"),
+        *("validation_prompt", "validation_prompt_file"),
+        *("validation_steps", "num_validation_images"),
         *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
         *("report_to", "logging_dir", "compile_cache", "attention"),
         # Who is trained beside whom, and where, moves results by rounding alone.
@@ -99,6 +111,7 @@ PERSON_ERRORS = (
     face_models.FaceError,
     checkpoint.CheckpointError,
     TrainingError,
+    OccupiedError,
     OSError,
 )
 
@@ -123,6 +136,7 @@ class Work:
     pictures: int  # that the compiled step has places for
     room: int  # steps that one call takes at most
     about: dict  # the fingerprint of a person, but for their photos
+    is_word: Callable[[str], bool]  # whether the vocabulary has a text as one word
 
     def step(self, states: IdentityState, photos: Photos, last: jax.Array, count: jax.Array):
         """`step_people` with all bound that is the same for every group."""
@@ -184,6 +198,9 @@ def train_people(cfg: TrainConfig) -> list[Path]:
     started = time.monotonic()
     # What can be wrong and is cheap to see comes first.
     people.places(cfg.identities)
+    if cfg.validation_prompt_file is not None:
+        prompts = text.read_prompts(Path(cfg.validation_prompt_file))
+        cfg = replace(cfg, validation_prompt=prompts, validation_prompt_file=None)
     face_models.check_select(cfg.face_select)
     everybody = people_of(cfg)
     devices.check_same_people(list(everybody))
@@ -192,6 +209,11 @@ def train_people(cfg: TrainConfig) -> list[Path]:
     own = devices.own_share(list(everybody))
     if is_single and cfg.distributed:
         raise ConfigError("--distributed is for several people: each process trains its own")
+    if cfg.overwrite and not is_single:
+        raise ConfigError(
+            "--overwrite is for one person; of several, delete the folder of whom you want to "
+            f"replace in {cfg.output_dir}"
+        )
     layout = devices.layout(
         cfg.mesh_shape(), cfg.identities_per_step, max(len(own), 1), cfg.train_batch_size
     )
@@ -230,7 +252,7 @@ def run_locked(
     for prompt in validation:
         text.fill(prompt, placeholder)
     given_names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
-    if is_single and not cfg.resume_from_checkpoint:
+    if is_single and not cfg.resume_from_checkpoint and not cfg.overwrite:
         checkpoint.refuse_checkpoints(Path(cfg.output_dir) / "checkpoints")
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     cfg, enhancer = settle(cfg, found.folder)
@@ -247,9 +269,12 @@ def run_locked(
         tokenizer = text.load_tokenizer(
             found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
         ).with_placeholder(placeholder.token, placeholder.n)
+        text.training_ids(tokenizer)  # here: what is too long is said before weights are read
         optimizer = optimizer_of(cfg, method)
+        is_word = tokenizer.is_word
     else:
         text.check_unknown(found.folder / "tokenizer", placeholder)
+        is_word = text.word_check(found.folder / "tokenizer")
     if enhancer is None:
         names = given_names or known_names(found.folder)
         start_ids = starting_ids(cfg, method, tokenizer, names)
@@ -264,6 +289,10 @@ def run_locked(
         )
     if is_single:
         seen = portraits_of(cfg, method, eyes, alone)
+        # A checkpoint says for itself whether it is this person's.
+        if not cfg.overwrite and not (cfg.resume_from_checkpoint and has_checkpoints(cfg)):
+            new = Occupant(placeholder.token, digest_of(seen.pictures), cfg.train_data_dir)
+            refuse_another(Path(cfg.output_dir), new)
 
     room = cfg.steps_per_call or devices.steps_per_call()
     # Of all people, also of those who are done or in another process: one program for all.
@@ -297,6 +326,7 @@ def run_locked(
         pictures=pictures,
         room=room,
         about=fingerprint_of(cfg, method, base, eyes, enhancer),
+        is_word=is_word,
     )
     if is_single:
         return [train_one(work, alone, seen, started)]
@@ -412,6 +442,8 @@ def train_one(work: Work, person: people.Person, seen: Portraits, started: float
       as `run`.
     """
     cfg, folder = work.cfg, Path(work.cfg.output_dir)
+    if cfg.overwrite:
+        remove_unfinished(cfg, folder)
     learner = begin(work, person, seen, folder)
     if cfg.resume_from_checkpoint:
         resume(learner, cfg, cfg.resume_from_checkpoint)
@@ -481,9 +513,13 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     )
     done = len(own) - len(todo)
 
-    def train(names, places):
+    def train(names, size):
+        nonlocal work
+        failed = train_group(work, board, everybody, names, size, bar)
+        if failed is None:  # and so would be the next group
+            work = replace(work, layout=work.layout.halved())
         # The traceback of a failure holds the group's frames, and these all of its arrays.
-        if train_group(work, board, everybody, names, places, bar):
+        if failed is not False:
             gc.collect()
 
     with tqdm(total=len(own), initial=done, desc="people", unit="person", disable=None) as bar:
@@ -492,7 +528,9 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
             train(waiting, work.layout.places)
         for name in [name for name in own if board.records[name].status == "failed"]:
             log.warning("once more, alone: %s", name)
-            train(deque([name]), 1)
+            alone = deque([name])
+            while alone:
+                train(alone, 1)
     devices.await_others(meanwhile=board.publish)
     board.publish()
     mine = [board.records[name] for name in (*own, *gone)]
@@ -513,11 +551,12 @@ def train_group(
     waiting: deque[str],
     size: int,
     bar: tqdm,
-) -> bool:
+) -> bool | None:
     """Takes up to `size` people whose photos can be used from `waiting` and trains them together.
 
     Returns:
-      Whether any of them failed.
+      Whether any of them failed; None if the memory was too small for so many in a step, and could
+      do for half of them. They are in `waiting` again then, and go on from their checkpoints.
 
     Raises:
       Interrupted, WriteError: as `train_many`.
@@ -563,6 +602,10 @@ def train_group(
             clean(out / name)
             person = person_of(cfg, name, everybody[name])
             seen = portraits_of(cfg, work.method, work.eyes, person)
+            if record.result is None:  # otherwise what lies there is of this very run
+                token = placeholder_of(cfg).token
+                new = Occupant(token, digest_of(seen.pictures), cfg.train_data_dir)
+                refuse_another(out / name, new)
             learner = begin(work, person, seen, out / name)
             with closed_on_error(learner):
                 if cfg.max_train_steps:
@@ -578,7 +621,17 @@ def train_group(
         return bool(failed)
     places, pictures = work.layout.places, work.pictures
     calls = work.room, work.step, work.evaluate
-    signum = train_together(cfg, work.layout.mesh, places, pictures, *calls, learners, finish)
+    try:
+        signum = train_together(cfg, work.layout.mesh, places, pictures, *calls, learners, finish)
+    except Exception as error:
+        if not devices.is_out_of_memory(error) or work.layout.halved() is None:
+            raise
+        log.warning("the memory is too small for %d people in a step: half of them", places)
+        names = [learner.person.name for learner in learners]
+        names = [name for name in names if board.records[name].status == "running"]
+        board.note(names, status="waiting")
+        waiting.extendleft(reversed(names))
+        return None
     for learner in learners:
         name = learner.person.name
         if learner.error is not None:
@@ -865,7 +918,9 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
             work.about | {"photos": digest_of(seen.pictures)},
             limit=cfg.checkpoints_total_limit,
         ),
-        results=Results(cfg, method, base, folder, work.validation, enhancer=work.enhancer),
+        results=Results(
+            *(cfg, method, base, folder, work.validation, work.is_word), enhancer=work.enhancer
+        ),
     )
 
 
@@ -889,6 +944,11 @@ def first_values(
         return shared.begin_person(enhancer.config, method, model, enhancer.shared, key, id_embed)
     given = condition.init_given(method, model, key, start, id_embed)
     return condition.init_trainable(method, model, key, start), given
+
+
+def has_checkpoints(cfg: TrainConfig) -> bool:
+    """Whether there is anything to resume the only person of a run from."""
+    return any((Path(cfg.output_dir) / "checkpoints").glob("[0-9]*"))
 
 
 def resume(learner: Learner, cfg: TrainConfig, which: str) -> None:
@@ -927,11 +987,21 @@ def write_results(learner: Learner, folder: Path, seconds: float) -> None:
       IdentityError: it holds values that are not finite.
     """
     results, state = learner.results, learner.state
+    before = occupant_of(folder)
     with write_together(folder) as temporary:
         results.save_identity(state, temporary / jobs.RESULT)
         results.save_embeds(state, temporary / learned_embeds.FILE_NAME)
         results.save_webui(state, temporary / "webui")
-        results.save_run(int(state.step), seconds, learner.person, temporary)
+        photos = learner.checkpoints.fingerprint["photos"]
+        results.save_run(int(state.step), seconds, learner.person, photos, temporary)
+    if before is not None and before.placeholder not in (None, results.token):
+        remove_finished(folder, trigger_of(before.placeholder, results.is_word))
+    trigger = trigger_of(results.token, results.is_word)
+    log.info(
+        "%sin AUTOMATIC1111 the word is %s, in ComfyUI embedding:%s, with the file in %s",
+        f"{learner.person.name}: " if learner.person.name else "",
+        *(trigger, trigger, folder / "webui"),
+    )
 
 
 def training_pixels(
@@ -975,12 +1045,11 @@ def encode_pixels(base: Base, pictures: Iterable[tuple[str, np.ndarray]]) -> Pho
         check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {name},")
         means.append(np.asarray(mean))
         logvars.append(np.asarray(logvar))
-    prompts = text.training_prompts(base.tokenizer.placeholders[0])
     return Photos(
         mean=jax.numpy.asarray(np.stack(means)),
         logvar=jax.numpy.asarray(np.stack(logvars)),
         count=jax.numpy.int32(len(means)),
-        token_ids=jax.numpy.asarray(base.tokenizer(prompts)),
+        token_ids=jax.numpy.asarray(text.training_ids(base.tokenizer)),
     )
 
 

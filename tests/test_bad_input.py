@@ -55,12 +55,14 @@ def person(tmp_path_factory):
 class Command:
     """One of the two commands with good input, in which a test replaces what it wants to be bad."""
 
-    def __init__(self, main, good, folder, capsys):
+    def __init__(self, main, good, folder, capsys, *always):
         self.main, self.good, self.folder, self.capsys = main, good, folder, capsys
+        self.always = always
 
     def run(self, *flags, **changes):
         good = {**self.good, **{f"--{name}": value for name, value in changes.items()}}
         named = [str(x) for item in good.items() if item[1] is not None for x in item]
+        named += [] if "resume_from_checkpoint" in changes else self.always
         self.capsys.readouterr()
         try:
             code = self.main([*named, *map(str, flags)])
@@ -105,7 +107,7 @@ def training(random_checkpoint, photo_folder, tmp_path, capsys):
         "--train_batch_size": 1,
         "--learning_rate": RATE,
     }
-    return Command(train_jax.main, good, out, capsys)
+    return Command(train_jax.main, good, out, capsys, "--overwrite")
 
 
 @pytest.fixture
@@ -196,7 +198,7 @@ def bomb(folder):
     [
         (no_folder, ["does not exist"]),
         (no_pictures, ["no pictures in", "expected files ending in .jpg", "notes.txt"]),
-        (text_file, ["me.jpg is not a JPEG, PNG or WebP", "a text file", "convert or remove it"]),
+        (text_file, ["me.jpg is not a JPEG", "a text file", "convert or remove it"]),
         (truncated_jpeg, ["me.jpg is cut off or damaged", "download it again"]),
         (bomb, ["me.png is too large to be decoded safely", "scale it down"]),
     ],
@@ -290,7 +292,8 @@ def test_prompts_of_every_kind_stay_inside_and_apart(sampling, tmp_path):
     [
         ("a photo of a dog", ["'a photo of a dog' does not mention the person", "write {}"]),
         ("a {name} photo of {}", ["'{name}'", "remove other braces"]),
-        ("a dog " * 80 + "and {}", ["the person is in the part that would be cut", "shorten"]),
+        ("a dog " * 800 + "and {}", ["at most 1500 are read", "shorten"]),
+        ("{} on (the beach:1000)", ["has a weight beyond 100"]),
         ("a \udcff photo of {}", ["not valid Unicode"]),
     ],
 )
@@ -302,9 +305,9 @@ def test_prompts_that_cannot_be_drawn(sampling, prompt, says):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "cannot read the prompt file"),
-        (b"\n \n", "holds no prompt"),
-        (b"\xff\xfe\x00", "cannot read the prompt file"),
+        (None, "cannot be read"),
+        (b"\n \n# a comment\n", "holds no prompt"),
+        (b"\xff\xfe\x00", "is not a UTF-8 text file"),
     ],
 )
 def test_prompt_files_that_cannot_be_used(sampling, tmp_path, content, says):
@@ -422,7 +425,12 @@ def test_embeddings_that_do_not_fit(sampling, tmp_path):
         says="a text width of 48, this checkpoint has 32",
     )
     save_file({f"<{name}>": np.zeros((2, 32), np.float32) for name in "ab"}, path)
-    sampling.refuses(identity=None, learned_embedding_path=path, says="expected one learned token")
+    sampling.refuses(
+        identity=None, learned_embedding_path=path, says="choose one with --token NAME"
+    )
+    sampling.refuses(
+        identity=None, learned_embedding_path=path, token="<c>", says="which holds <a>, <b>"
+    )
 
 
 # --- the checkpoint, the tokenizer, the face model ------------------------------------------------

@@ -384,3 +384,41 @@ def test_abbreviated_flags_are_refused(capsys):
     told = capsys.readouterr().err
     assert stop.value.code == 2 and "--max_train" in told
     assert "--help" in told and len(told.splitlines()) == 2, "the reason is buried in the usage"
+
+
+ORIGINAL = (
+    "--allow_tf32 --center_crop --dataloader_num_workers 2 --device cuda "
+    "--enable_xformers_memory_efficient_attention --gradient_accumulation_steps 4 "
+    "--gradient_checkpointing --hub_model_id me/anna --hub_token hf_secret "
+    "--learnable_property object --local_rank -1 --lr_num_cycles 1 --no_safe_serialization "
+    "--num_train_epochs 100 --push_to_hub --repeats 100 --save_as_full_pipeline "
+    "--tokenizer_name t --validation_epochs 50 --validation_prompt_file p.txt"
+).split()
+
+
+def test_flags_of_the_original_scripts_are_accepted_and_say_why_they_do_nothing(caplog):
+    cfg = parse(TrainConfig, [*REQUIRED, *ORIGINAL, "--train_batch_size", "2"])
+    with_meaning = {"--center_crop", "--gradient_accumulation_steps", "--validation_prompt_file"}
+    said = [record.getMessage() for record in caplog.records]
+    for flag in {flag for flag in ORIGINAL if flag.startswith("--")} - with_meaning:
+        (line,) = [line for line in said if line.startswith(f"{flag} is ignored: ")]
+        assert len(line) > len(flag) + 30
+    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 3
+    assert "hf_secret" not in caplog.text
+    # Those with a meaning do it.
+    assert (cfg.crop, cfg.validation_prompt_file, cfg.train_batch_size) == ("center", "p.txt", 8)
+    assert cfg == parse(
+        TrainConfig, [*REQUIRED, "--center_crop", "--validation_prompt_file", "p.txt"]
+    )
+    assert parse(SampleConfig, [*SAMPLE, "--device", "cuda:0"]) == parse(SampleConfig, SAMPLE)
+
+
+def test_accumulated_steps_are_a_larger_batch_in_every_rate():
+    cfg = parse(TrainConfig, [*REQUIRED, "--gradient_accumulation_steps", "3", "--scale_lr"])
+    same = parse(TrainConfig, [*REQUIRED, "--train_batch_size", "24", "--scale_lr"])
+    assert cfg == same and cfg.rates() == same.rates()
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps must be greater than 0"):
+        parse(TrainConfig, [*REQUIRED, "--gradient_accumulation_steps", "0"])
+    with pytest.raises(ConfigError, match="either --validation_prompt or --validation_prompt_file"):
+        flags = ["--validation_prompt", "{}", "--validation_prompt_file", "p.txt"]
+        parse(TrainConfig, [*REQUIRED, *flags])

@@ -394,3 +394,25 @@ def test_a_missing_package_is_no_reason_to_remove_a_pack(
     with pytest.raises(faces.FaceError, match="pip install insightface onnxruntime") as caught:
         find()
     assert "Remove" not in str(caught.value)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(face_models.FaceError, match="needs a face model"):
+        face_models.find_recogniser(None, None, None, accept_licence=False)
+    with pytest.raises(face_models.FaceError, match="no home folder.*--face_model_dir"):
+        face_models.find_recogniser(None, None, None, accept_licence=True)
+    with pytest.raises(face_models.FaceError, match="~/pack does not exist"):
+        face_models.find_recogniser(None, "~/pack", None, accept_licence=False)
+
+
+def test_a_pointer_of_git_lfs_in_a_pack_is_named_as_such(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+    (tmp_path / "w600k_r50.onnx").write_text(pointer)
+    with pytest.raises(face_models.FaceError, match="pointer of git-lfs, run git lfs pull"):
+        face_models.find_in_pack(tmp_path, "recognition")

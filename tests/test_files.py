@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from idea_jax import pytrees
 from idea_jax.files import atomic_write, slug, write_tensors
 
+ROOT = Path(__file__).resolve().parent.parent
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -98,3 +100,43 @@ def test_streams_differ_and_survive_a_new_process():
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert fresh.stdout.strip() == str(data[0])
+
+
+def say(text, tmp_path, **how):
+    """Runs `files.say` in a process of its own; returns what came of it."""
+    code = "import os, sys\nfrom idea_jax import files\n"
+    code += "files.say(os.fsdecode(bytes.fromhex(sys.argv[1])))\nfiles.say('done')"
+    return subprocess.run(
+        [sys.executable, "-c", code, os.fsencode(text).hex()],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONIOENCODING": how.pop("encoding", "utf-8"),
+        },
+        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, **how},
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("utf-8", "out/ünï-日本-\\udcff".encode()),
+        ("ascii", b"out/\\xfcn\\xef-\\u65e5\\u672c-\\udcff"),
+        ("cp1252", "out/ünï-\\u65e5\\u672c-\\udcff".encode("cp1252")),
+    ],
+)
+def test_what_a_terminal_cannot_say_does_not_end_a_finished_run(tmp_path, encoding, printed):
+    done = say("out/ünï-日本-\udcff", tmp_path, encoding=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.splitlines() == [printed, b"done"]
+
+
+def test_a_pipe_that_nobody_reads_does_not_end_a_finished_run(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = say("out", tmp_path, stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -13,6 +13,7 @@ import pytest
 
 from idea_jax.models import hub
 from idea_jax.models.hub import CheckpointNotFound, resolve
+from idea_jax.models.weights import TensorFiles, WeightsError, find_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIGS = ["model_index.json", *hub.CONFIGS, "tokenizer/vocab.json", "tokenizer/merges.txt"]
@@ -57,6 +58,29 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return attempts
+
+
+@pytest.fixture
+def no_home(monkeypatch):
+    """A user of whom the system knows nothing, as in a container with a number for a user."""
+    monkeypatch.delenv("HOME", raising=False)
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def test_without_a_home_folder_it_is_said_what_to_set(
+    tmp_path, monkeypatch, cache, no_network, no_home
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFound, match="there is no folder ~/x, since .*set HOME"):
+        resolve("~/x")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(CheckpointNotFound, match="no home folder for the cache.*HF_HOME"):
+        resolve("a/b")
+    assert no_network == [] and list(tmp_path.iterdir()) == []
 
 
 # --- local folders ---
@@ -204,7 +228,20 @@ def test_network_that_swallows_everything_fails_within_two_seconds(cache, no_net
         raise OSError
 
     monkeypatch.setattr(socket, "getaddrinfo", wait)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 1.0)
     assert_quick_failure("cannot be reached")
+
+
+def test_a_slow_name_server_is_waited_for(fake_hub, monkeypatch):
+    fake_hub.files = CONFIGS + weights()
+    known = socket.getaddrinfo
+
+    def slow(*args, **kwargs):
+        time.sleep(1.5)
+        return known(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    assert hub._reachable(f"http://127.0.0.1:{fake_hub.port}")
 
 
 def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
@@ -223,6 +260,16 @@ def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
     assert not hub._reachable("https://hub.example")
     assert not hub._reachable("http://mirror.example:8080/hub")
     assert asked == [("proxy.example", 3128), ("hub.example", 443), ("mirror.example", 8080)]
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.delenv("https_proxy")
+    for proxy, address in (
+        ("http://all.example:8080", ("all.example", 8080)),
+        ("socks5://all.example", ("all.example", 1080)),
+        ("all.example:3128", ("all.example", 3128)),
+    ):
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        assert not hub._reachable("https://hub.example")
+        assert asked[-1] == address
 
 
 # --- the Hub ---
@@ -272,6 +319,7 @@ def fake_hub(cache, monkeypatch):
         requests = []
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Handler.port = server.server_address[1]
     threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
@@ -340,6 +388,52 @@ def test_refusal_of_the_hub_is_explained(fake_hub, error, message):
     fake_hub.error = error
     with pytest.raises(CheckpointNotFound, match=message):
         resolve("some/model", revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (weights(".fp16"), "take --variant fp16"),
+        ([name.replace("safetensors", "bin") for name in weights()], "pickles .* convert them"),
+        (
+            weights()[:2],
+            "no diffusion_pytorch_model.safetensors in some/model/vae; it holds config",
+        ),
+        ([*weights()[:2], "vae/old.safetensors"], "have other names than"),
+    ],
+)
+def test_what_a_repository_lacks_is_said_before_anything_is_fetched(fake_hub, cache, files, says):
+    fake_hub.files = [*CONFIGS, *files]
+    with pytest.raises(CheckpointNotFound, match=says):
+        resolve("some/model")
+    assert not any("/resolve/" in path for path in fake_hub.requests)
+    # A folder of the same files gets the same advice.
+    folder = fill(cache / "folder", fake_hub.files)
+    with pytest.raises(WeightsError, match=says.replace("some/model", str(folder))):
+        for part, stem in hub.WEIGHTS:
+            find_weights(folder / part, stem)
+
+
+def test_a_single_file_in_a_repository_is_to_be_converted(fake_hub):
+    fake_hub.files = ["README.md", "v1-5-pruned-emaonly.safetensors"]
+    with pytest.raises(CheckpointNotFound, match="v1-5-pruned-emaonly.*from_single_file"):
+        resolve("some/model")
+
+
+def test_a_cut_file_of_the_cache_is_to_be_fetched_by_force(cache):
+    folder = add_to_cache(cache, "some/model", CONFIGS + weights())
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(b"cut")
+    command = "hf download some/model unet/diffusion_pytorch_model.safetensors --force-download"
+    with pytest.raises(WeightsError, match=command):
+        TensorFiles([path])
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(WeightsError, match="pointer of git-lfs.*git lfs pull"):
+        TensorFiles([path])
 
 
 def test_repository_of_another_kind_is_refused(fake_hub):

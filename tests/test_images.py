@@ -3,12 +3,13 @@
 import io
 import os
 import struct
+import sys
 import zlib
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 
 from idea_jax.data import images as im
 
@@ -386,3 +387,191 @@ def test_save_png_failure_keeps_the_earlier_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         im.save_png(path, np.ones((8, 8, 3), np.uint8), {"n": "2"})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
+
+
+# --- colour profiles ------------------------------------------------------------------------------
+
+# Colourants of RGB spaces, adapted to the D50 of profiles: XYZ of red, green and blue.
+SRGB = [(0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.71410)]
+DISPLAY_P3 = [(0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)]
+
+
+def profile(colourants, space=b"RGB ", gamma=None):
+    """An ICC profile: of a matrix and a curve, sRGB's own where no gamma is given."""
+
+    def number(x):
+        return struct.pack(">i", round(x * 65536))
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + b"".join(map(number, values))
+
+    # para: type 3 is sRGB's curve, type 0 a plain power.
+    curve = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045) if gamma is None else (gamma,)
+    kind = 3 if gamma is None else 0
+    curve = b"para\0\0\0\0" + struct.pack(">HH", kind, 0) + b"".join(map(number, curve))
+    text = b"mluc\0\0\0\0" + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 2, 28) + b"\0x"
+    tags = {b"desc": text, b"cprt": text, b"wtpt": xyz((0.9642, 1.0, 0.8249))}
+    if space == b"RGB ":
+        tags |= {
+            name + b"XYZ": xyz(v) for name, v in zip((b"r", b"g", b"b"), colourants, strict=True)
+        }
+        tags |= {name + b"TRC": curve for name in (b"r", b"g", b"b")}
+    else:
+        tags[b"kTRC"] = curve
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        content += b"\0" * (-len(content) % 4)
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    size = struct.pack(">I", 128 + len(table) + len(data))
+    head = size + b"\0\0\0\0" + b"\x04\x20\0\0" + b"mntr" + space + b"XYZ " + b"\0" * 12 + b"acsp"
+    head += b"\0" * 28 + b"".join(map(number, (0.9642, 1.0, 0.8249)))
+    return head.ljust(128, b"\0") + table + data
+
+
+def meant(pixel, colourants):
+    """The sRGB value of a pixel of another space with sRGB's curve, computed by its definition."""
+    x = np.array(pixel) / 255
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    linear = np.linalg.solve(np.array(SRGB).T, np.array(colourants).T @ linear).clip(0, 1)
+    x = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.round(255 * x)
+
+
+SKIN = (187, 136, 102)  # as a phone with Display P3 stores it
+assert meant(SKIN, DISPLAY_P3)[0] - SKIN[0] > 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("RGB", "jpg"),
+        ("RGB", "png"),
+        ("RGB", "webp"),
+        ("RGBA", "png"),
+        ("RGBA", "webp"),
+        ("P", "png"),
+    ],
+)
+def test_colours_of_a_profile_become_srgb(tmp_path, mode, suffix):
+    path = tmp_path / f"photo.{suffix}"
+    image = Image.new("RGB", (32, 32), SKIN)
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    lossless = {"quality": 100} if suffix == "jpg" else {"lossless": True}
+    image.save(path, icc_profile=profile(DISPLAY_P3), **lossless)
+    read = np.asarray(im.read_image(path))
+    assert read.shape == (32, 32, 3)
+    np.testing.assert_allclose(read[16, 16], meant(SKIN, DISPLAY_P3), atol=1.5)
+
+
+def test_a_profile_and_an_orientation_go_together(tmp_path):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (48, 32), SKIN).save(path, icc_profile=profile(DISPLAY_P3), exif=exif)
+    read = im.read_image(path)
+    assert read.size == (32, 48)
+    np.testing.assert_allclose(read.getpixel((9, 9)), meant(SKIN, DISPLAY_P3), atol=3)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_profile_of_grey_is_applied(tmp_path, mode):
+    """A linear grey of 55 is a grey of 127 in sRGB."""
+    path = tmp_path / "grey.png"
+    value = {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode]
+    Image.new(mode, (32, 32), value).save(path, icc_profile=profile(None, b"GRAY", gamma=1.0))
+    read = im.read_image(path).getpixel((5, 5))
+    assert max(read) - min(read) <= 1 and abs(read[0] - 127) <= 2
+
+
+def test_transparency_is_laid_over_white_after_the_colours_are_converted(tmp_path):
+    path = tmp_path / "half.png"
+    Image.new("RGBA", (32, 32), (*SKIN, 128)).save(path, icc_profile=profile(DISPLAY_P3))
+    expected = meant(SKIN, DISPLAY_P3) * 128 / 255 + 255 * 127 / 255
+    np.testing.assert_allclose(im.read_image(path).getpixel((5, 5)), expected, atol=1.5)
+
+
+def test_a_profile_that_is_srgb_changes_no_bit(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for index, data in enumerate((srgb, profile(SRGB))):
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(pixels).save(path, icc_profile=data)
+        np.testing.assert_array_equal(np.asarray(im.read_image(path)), pixels)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"no profile", profile(DISPLAY_P3)[:200], profile(DISPLAY_P3, b"Lab "), b"\0" * 4096],
+)
+def test_a_broken_profile_is_a_notice(tmp_path, broken, caplog):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), SKIN).save(path, icc_profile=broken)
+    for _ in range(2):
+        assert im.read_image(path).getpixel((5, 5)) == SKIN
+    assert caplog.text.count("cannot be used") == 1 and str(path) in caplog.text
+
+
+def test_a_profile_for_another_mode_than_the_pictures_is_a_notice_or_converted(tmp_path):
+    """A grey picture with a profile of colours, as scanners write them."""
+    path = tmp_path / "grey.png"
+    Image.new("L", (32, 32), 100).save(path, icc_profile=profile(DISPLAY_P3))
+    assert im.read_image(path).getpixel((5, 5)) == pytest.approx((100, 100, 100), abs=1)
+
+
+def test_a_cmyk_profile_is_applied_where_it_can_be(tmp_path, caplog):
+    """Its tables are too long for a test; one without them is reported, and the picture read."""
+    path = tmp_path / "print.jpg"
+    Image.new("CMYK", (32, 32), (0, 80, 120, 10)).save(path, icc_profile=profile(None, b"CMYK"))
+    plain = tmp_path / "plain.jpg"
+    Image.new("CMYK", (32, 32), (0, 80, 120, 10)).save(plain)
+    assert im.read_image(path).tobytes() == im.read_image(plain).tobytes()
+    assert "cannot be used" in caplog.text
+
+
+# --- what phones and browsers write ---------------------------------------------------------------
+
+
+def save_as(path, image, **settings):
+    """Writes a picture in the format of the suffix; skips the test where nothing writes it."""
+    if path.suffix == ".heic":
+        pillow_heif = pytest.importorskip("pillow_heif")
+        pillow_heif.register_heif_opener()
+        image.save(path, format="HEIF", quality=95, **settings)
+    else:
+        image.save(
+            path, format="AVIF" if path.suffix == ".avif" else "JPEG", quality=95, **settings
+        )
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".avif", ".heic"])
+def test_photos_of_phones_and_browsers_are_read_upright_and_in_their_colours(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    stored = Image.new("RGB", (64, 48), SKIN)
+    stored.paste(GREY, (0, 0, 32, 48))  # left, so above once it is upright
+    path = tmp_path / f"photo{suffix}"
+    save_as(path, stored, exif=exif.tobytes(), icc_profile=profile(DISPLAY_P3))
+    assert im.list_images(tmp_path)[0] == [path]
+    read = im.read_image(path)
+    assert read.size == (48, 64)
+    np.testing.assert_allclose(read.getpixel((24, 54)), meant(SKIN, DISPLAY_P3), atol=5)
+    np.testing.assert_allclose(read.getpixel((24, 10)), GREY, atol=5)
+
+
+def test_a_heic_that_calls_itself_a_jpeg_is_read(tmp_path):
+    save_as(tmp_path / "photo.heic", Image.new("RGB", (64, 48), RED))
+    (tmp_path / "photo.heic").rename(tmp_path / "photo.jpg")
+    assert im.read_image(tmp_path / "photo.jpg").size == (64, 48)
+
+
+def test_the_package_that_a_heic_needs_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "photo.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(im.ImageError, match="photo.heic is a HEIC.*pip install pillow-heif"):
+        im.read_image(path)
+    path.write_bytes(b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + b"\0" * 40)
+    monkeypatch.setattr(im.features, "check", lambda name: False)
+    with pytest.raises(im.ImageError, match="an AVIF, which this build of Pillow cannot read"):
+        im.read_image(path)

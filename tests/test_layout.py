@@ -23,7 +23,7 @@ ROWS = (
     ("data.images", "files"),
     ("data.people", "data.images"),
     ("data.text", "files"),
-    ("face_models", ""),
+    ("face_models", "files"),
     ("face_table", "face_models files"),
     ("faces", "face_models face_table config data.images data.people files"),
     ("portraits", "face_models face_table faces config"),
@@ -40,7 +40,7 @@ ROWS = (
     ("models.unet", "models.layers"),
     ("models.clip_vision", "models.layers models.clip_text"),
     ("models.vae", "models.layers"),
-    ("models.weights", "pytrees"),
+    ("models.weights", "files pytrees"),
     ("models.hub", "models.weights"),
     ("models.sd", "models.* diffusion.schedule pytrees files"),
     ("random_sd", "models.* diffusion.schedule data.text files"),
@@ -126,7 +126,7 @@ ROWS = (
     # level 6: the command line
     (
         "cli",
-        "train results jobs devices signals sample checkpoint learned_embeds face_models "
+        "train results jobs devices signals sample checkpoint learned_embeds face_models files "
         "compile_cache config data.* diffusion.* models.* enhancer.shards formats.enhancer",
     ),
     (
@@ -144,6 +144,7 @@ FLAX = {
 LAZY = {
     *("insightface", "onnxruntime", "onnx", "transformers", "huggingface_hub"),
     *("orbax", "tensorboardX", "skimage", "tensorflow_datasets", "grain", "array_record"),
+    "pillow_heif",
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}

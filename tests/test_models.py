@@ -9,6 +9,7 @@ import json
 from functools import partial
 from typing import NamedTuple
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from idea_jax.models import sd, weights
+from idea_jax.models import hub, sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.layers import GroupNorm, UnsupportedConfig, attention, timestep_embedding
@@ -160,6 +161,35 @@ def test_text_output_and_pseudo_token_gradient_match_transformers(loaded, kind):
         gradient, hidden = run(frozen, pseudo)
         np.testing.assert_allclose(hidden, expected.detach(), rtol=RTOL, atol=ATOL)
         assert_gradients_close(gradient, rows.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clip_skip_gives_the_hidden_state_that_diffusers_takes(tmp_path, kind):
+    """The output of an earlier layer, through the last norm, as in diffusers' encode_prompt."""
+    built = reference.write_checkpoint(tmp_path, kind)
+    model, frozen = sd.load(tmp_path, clip_skip=1)
+    ids = np.random.default_rng(1).integers(0, model.text.vocab_size, (2, 77)).astype(np.int32)
+    with torch.no_grad():
+        states = built.text(torch.tensor(ids).long(), output_hidden_states=True).hidden_states
+        norm = [m for n, m in built.text.named_modules() if n.endswith("final_layer_norm")][0]
+        expected = norm(states[-2])
+    np.testing.assert_allclose(sd.encode_text(model, frozen, ids), expected, rtol=RTOL, atol=ATOL)
+    with pytest.raises(UnsupportedConfig, match="--clip_skip 9 leaves nothing"):
+        sd.load(tmp_path, clip_skip=9)
+
+
+def test_another_autoencoder_takes_the_place_of_the_checkpoints_own(tmp_path):
+    reference.write_checkpoint(tmp_path / "first", "sd1")
+    reference.write_checkpoint(tmp_path / "second", "sd1", True)
+    own, other = sd.load(tmp_path / "first")[1], sd.load(tmp_path / "second")[1]
+    _, mixed = sd.load(tmp_path / "first", vae=hub.resolve_vae(str(tmp_path / "second")))
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same(mixed.vae, other.vae)
+    same(mixed.unet, own.unet)
+    # A folder of an autoencoder alone, as it is published.
+    assert hub.resolve_vae(str(tmp_path / "second" / "vae")) == tmp_path / "second" / "vae"
+    with pytest.raises(hub.CheckpointNotFound, match="no autoencoder in diffusers layout"):
+        hub.resolve_vae(str(tmp_path))
 
 
 def test_text_ids_beyond_the_pseudo_tokens_give_nan(loaded):
@@ -412,6 +442,60 @@ def test_config_value_not_supported_is_refused_by_name(kind, values, changes):
         kind.from_dict({**values, **changes}, "unet-or-so/config.json")
     for name in changes:
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "size", "read"),
+    [
+        ("0.2.2", 32, 64),
+        ("0.8.1", 32, 64),
+        ("0.9.0.dev0", 32, 32),
+        ("0.10.0", 32, 32),
+        ("1.0", 32, 32),
+        (None, 32, 32),
+        ("0.6.0", 96, 96),
+    ],
+)
+def test_config_of_an_old_conversion_has_the_size_that_diffusers_takes(version, size, read, caplog):
+    about = {} if version is None else {"_diffusers_version": version}
+    values = {k: v for k, v in reference.SD15_UNET.items() if k != "_diffusers_version"}
+    where = f"{version}-{size}/config.json"
+    config = UNetConfig.from_dict({**values, **about, "sample_size": size}, where)
+    assert config.sample_size == read
+    assert (f"{where}: sample_size is {size}" in caplog.text) == (read != size)
+    # What diffusers' pipeline makes of the same settings, for a UNet of the least size.
+    least = {"block_out_channels": [8], "norm_num_groups": 8, "layers_per_block": 1}
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    unet = diffusers.UNet2DConditionModel.from_config(
+        {**least, **blocks, "mid_block_type": None, **about, "sample_size": size}
+    )
+    names = "vae text_encoder tokenizer scheduler safety_checker feature_extractor".split()
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=unet, requires_safety_checker=False, **dict.fromkeys(names)
+    )
+    assert pipeline.unet.config.sample_size == read
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (UNetConfig, reference.SD15_UNET),
+        (VAEConfig, reference.SD15_VAE),
+        (CLIPTextConfig, reference.SD15_TEXT),
+    ],
+)
+def test_config_key_that_says_nothing_is_named_and_left(kind, values, caplog):
+    where = f"{kind.__name__}/config.json"
+    config = kind.from_dict({**values, "a_new_key": None}, where)
+    assert config == kind.from_dict(values, "")
+    assert f"{where}: unknown key a_new_key" in caplog.text
+    with pytest.raises(UnsupportedConfig, match="a_new_key = 0"):
+        kind.from_dict({**values, "a_new_key": 0}, where)
+
+
+def test_config_switch_that_is_null_is_off():
+    values = {**reference.SD15_UNET, "dual_cross_attention": None, "class_embeddings_concat": None}
+    assert UNetConfig.from_dict(values, "") == UNetConfig.from_dict(reference.SD15_UNET, "")
 
 
 def test_config_with_unknown_block_type_is_refused_by_name():

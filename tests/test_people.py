@@ -181,7 +181,6 @@ def root(tmp_path):
 
 def test_each_folder_is_a_person_and_copies_count_once(root, caplog):
     found = people.from_folders(root)
-    assert isinstance(found.pop("empty")[0], people.NoPictures)
     assert {name: [p.name for p in pictures] for name, pictures in found.items()} == {
         "Bert": ["x.webp"],
         "anna": ["a.png", "b.jpg", "z.png"],
@@ -199,23 +198,33 @@ def test_what_is_left_out_is_reported(root, caplog):
     people.from_folders(root)
     for name in ("anna/notes.txt", "list.txt"):
         assert f"skipped {root / name}: suffix .txt" in caplog.text
+    assert f"skipped {root / 'empty'}: it holds no pictures" in caplog.text
 
 
-def test_who_has_no_pictures_is_a_person_all_the_same(root):
+def test_who_has_photos_of_another_kind_is_a_person_all_the_same(root):
     (root / "dora").mkdir()
-    (root / "dora" / "phone.heic").write_text("x")
+    (root / "dora" / "scan.tif").write_text("x")
     found = people.from_folders(root)
-    assert list(found) == ["Bert", "anna", "carl", "dora", "empty"]
-    for name, says in (("dora", r"found phone.heic \(suffix .heic\)"), ("empty", "found nothing")):
-        with pytest.raises(images.ImageError, match=f"no pictures in .*{name}: .*{says}"):
-            images.readable(found[name])
+    assert list(found) == ["Bert", "anna", "carl", "dora"]
+    says = r"no pictures in .*dora: .*found scan.tif \(suffix .tif\)"
+    with pytest.raises(images.ImageError, match=says):
+        images.readable(found["dora"])
+
+
+def test_folders_of_archives_and_tools_are_nobody(root):
+    for name, file in (("__MACOSX", "._a.jpg"), ("__pycache__", "a.pyc"), ("only-hidden", ".x")):
+        (root / name).mkdir()
+        (root / name / file).write_text("x")
+    assert list(people.from_folders(root)) == ["Bert", "anna", "carl"]
+    Image.new("RGB", (32, 32)).save(root / "__MACOSX" / "a.png")  # then it is somebody's
+    assert list(people.from_folders(root)) == ["Bert", "__MACOSX", "anna", "carl"]
 
 
 def test_folders_without_anybody(root):
     for name in ("carl", "anna", "Bert"):
         shutil.rmtree(root / name)
     with pytest.raises(
-        images.ImageError, match="no pictures in .*empty: expected files ending in .*found nothing"
+        images.ImageError, match="no pictures in .*expected files ending in .*empty \\(it holds no"
     ):
         people.from_folders(root)
     with pytest.raises(images.ImageError, match="does not exist"):

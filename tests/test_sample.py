@@ -13,6 +13,7 @@ import torch
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
+from safetensors.numpy import save_file
 
 import sample_jax
 from idea_jax import checkpoint, config, files, learned_embeds, sample
@@ -292,6 +293,88 @@ def test_guidance_where_no_step_lies_is_refused(
     assert run(random_checkpoint, file, tmp_path / "out", *one) == 1
     assert "no step of --num_inference_steps 1 lies within" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_weights_and_chunks_equal_the_rule_computed_by_hand(loaded, identity):
+    """A weight multiplies a token's row of the condition; chunks are encoded one by one."""
+    model, frozen, tokenizer = loaded
+    method = condition.make_method("cross_init")
+    trainable = {"pseudo_tokens": identity.trainable["pseudo_tokens"]}
+    prompt = "(a photo:1.5) of {} " + "dog " * 90
+    named = sample.weighted_tokens(tokenizer, prompt, {"{}": tokenizer.placeholder.text})
+    empty = tokenizer.chunks([("", 1.0)])
+    negative = sample.padded(empty, empty, 2)
+    people = ((method,), model, frozen, (trainable,), ({},))
+    kv = sample.cast_keys_values(*people, named, negative, jnp.float32(1))
+
+    tokens = tokenizer.ids(
+        prompt.replace("(", "").replace(":1.5)", "").format("<person>_v0 <person>_v1")
+    )
+    weighted = len(tokenizer.ids("a photo"))
+    rows = []
+    for chunk, part in enumerate((tokens[:75], tokens[75:])):
+        ids = np.full(77, tokenizer.pad, np.int32)
+        ids[: len(part) + 2] = [tokenizer.bos, *part, tokenizer.eos]
+        context = np.array(sd.encode_text(model, frozen, ids[None], trainable["pseudo_tokens"])[0])
+        if chunk == 0:
+            context[1 : 1 + weighted] *= 1.5
+        rows.append(context)
+    plain = np.array(sd.encode_text(model, frozen, tokenizer([""]))[0])
+    both = np.stack([np.concatenate([plain, plain]), np.concatenate(rows)])
+    jax.tree.map(
+        lambda leaf, kernel: np.testing.assert_allclose(leaf, both @ kernel, rtol=1e-4, atol=1e-5),
+        *(kv, frozen.cross_kv),
+    )
+
+
+def config_of(**changes):
+    given = {"pretrained_model_name_or_path": "m", "identity": ["i"], "prompt": ["{}"], **changes}
+    return config.build(config.SampleConfig, {}, given)
+
+
+def test_one_of_several_tokens_is_chosen_by_its_name(tmp_path):
+    path = tmp_path / "learned_embeds.safetensors"
+    tokens = {f"<{name}>": np.full((2, 32), k, np.float32) for k, name in enumerate("ab")}
+    save_file({**tokens, "a": np.full((2, 32), 7, np.float32)}, path)
+    for asked, value in (("<a>", 0), ("<b>", 1), ("B", 1), ("a", 7)):
+        cfg = config_of(identity=None, learned_embedding_path=str(path), token=asked)
+        identity, _ = sample.read_tokens(cfg)
+        assert (identity.trainable["pseudo_tokens"] == value).all()
+    with pytest.raises(config.ConfigError, match="--token chooses from --learned_embedding_path"):
+        config_of(token="<a>")
+
+
+def test_a_folder_stands_for_the_identity_in_it(identity, tmp_path):
+    (tmp_path / "anna").mkdir()
+    checkpoint.write_identity(tmp_path / "anna" / "identity.safetensors", identity)
+    file = tmp_path / "anna" / "identity.safetensors"
+    for given, name in (
+        (tmp_path / "anna", "anna"),
+        (file, "anna"),
+        (f"eve={tmp_path / 'anna'}", "eve"),
+    ):
+        (sitter,) = sample.read_sitters(config_of(identity=[str(given)]))
+        assert (sitter.name, sitter.source) == (name, file)
+
+
+def test_comments_and_blank_lines_of_a_prompt_file_are_no_prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# of the sea\n\n{} on the beach\n   # {} alone\n a #1 photo of {} \n", "utf-8")
+    found = sample.read_prompts(config_of(prompt=None, prompt_file=str(path)))
+    assert found == ["{} on the beach", "a #1 photo of {}"]
+
+
+@pytest.mark.parametrize("negative", ["<person>", "ugly <Person>, bad", "<person>_v0 ugly"])
+def test_the_person_in_the_negative_prompt_is_refused_however_named(
+    loaded, identity, random_checkpoint, negative
+):
+    model, _, _ = loaded
+    plain = text.load_tokenizer(random_checkpoint / "tokenizer", model.text.vocab_size, 77)
+    sitters = [sample.Sitter("anna", identity, Path("identity.safetensors"))]
+    with pytest.raises(config.ConfigError, match="leave <person> out of it"):
+        sample.plan(config_of(negative_prompt=negative), ["{}"], sitters, plain)
+    _, tokens = sample.plan(config_of(negative_prompt="a person"), ["{}"], sitters, plain)
+    assert (tokens.ids < model.text.vocab_size).all()
 
 
 def test_negative_prompt_that_names_the_person_is_refused(

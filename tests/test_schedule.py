@@ -1,5 +1,6 @@
 """The noise schedule against diffusers, and what it refuses."""
 
+import inspect
 import json
 
 import diffusers
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import (
     SPACINGS,
     ScheduleConfig,
@@ -37,21 +39,35 @@ SD_1_FILE = {
 }
 SD_2_FILE = {**SD_1_FILE, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 
-SCHEDULERS = (
-    "DDIM",
-    "DDPM",
-    "PNDM",
-    "LMSDiscrete",
-    "EulerDiscrete",
-    "EulerAncestralDiscrete",
-    "HeunDiscrete",
-    "KDPM2Discrete",
-    "KDPM2AncestralDiscrete",
-    "DPMSolverMultistep",
-    "DPMSolverSinglestep",
-    "DEISMultistep",
-    "UniPCMultistep",
-)
+# Every scheduler of diffusers for a schedule of betas; of the others there is nothing to read.
+SCHEDULERS = {name: getattr(diffusers, name) for name in dir(diffusers) if "Scheduler" in name}
+SCHEDULERS = {
+    name: scheduler
+    for name, scheduler in SCHEDULERS.items()
+    if "beta_start" in inspect.signature(scheduler.__init__).parameters
+}
+# Their noise levels are shifted.
+REFUSED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+# What an option of a solver may be set to; the solver is not used here.
+OF_SOLVERS = {
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": True,
+    "use_beta_sigmas": True,
+    "use_lu_lambdas": True,
+    "clip_sample": True,
+    "thresholding": True,
+    "final_sigmas_type": "sigma_min",
+    "lambda_min_clipped": -5.1,
+    "sigma_min": 0.1,
+    "sigma_max": 10.0,
+    "euler_at_final": True,
+    "solver_order": 3,
+    "algorithm_type": "sde-dpmsolver++",
+    "lower_order_final": False,
+    "solver_type": "heun",
+    "eta": 0.3,
+    "timestep_scaling": 4.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -181,17 +197,53 @@ def test_published_files_are_read():
     assert spaced.timestep_spacing == "trailing"
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+def test_diffusers_has_the_schedulers_that_these_tests_are_about():
+    assert len(SCHEDULERS) >= 23
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - set(REFUSED)))
 def test_the_file_of_every_scheduler_is_read(name, tmp_path):
-    scheduler_class = getattr(diffusers, f"{name}Scheduler")
-    scheduler = scheduler_class.from_config({**SD_2_FILE, "timestep_spacing": "trailing"})
+    accepts = inspect.signature(SCHEDULERS[name].__init__).parameters
+    scheduler = SCHEDULERS[name].from_config({**SD_2_FILE, "timestep_spacing": "trailing"})
     scheduler.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert values["_class_name"] == f"{name}Scheduler"
+    assert values["_class_name"] == name
     cfg = ScheduleConfig.from_dict(values, "f")
-    assert cfg.prediction_type == "v_prediction"
-    assert cfg.timestep_spacing == "trailing"
+    # Files keep what another class had said, too.
+    assert (cfg.prediction_type, cfg.timestep_spacing) == ("v_prediction", "trailing")
     assert cfg.steps_offset == 1
+    # Whatever the solver is told, the numbers here are the same, and the notice has its name.
+    for option in set(OF_SOLVERS) & set(accepts):
+        told = {**values, option: OF_SOLVERS[option]}
+        assert ScheduleConfig.from_dict(told, "f") == cfg
+    loud = {k: True for k in OF_SOLVERS if k in accepts and k.startswith("use_")}
+    if loud:
+        (notice,) = schedule.notices({**values, **loud})
+        assert all(f"{key} = True" in notice for key in loud)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_scheduler_of_other_noise_levels_is_refused(name, tmp_path):
+    SCHEDULERS[name].from_config(SD_2_FILE).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "scheduler_config.json").read_text())
+    with pytest.raises(ScheduleError, match=rf"{name}.*\n?.*snr_shift_scale"):
+        ScheduleConfig.from_dict(values, "f")
+
+
+def test_an_old_steps_offset_is_corrected_as_in_diffusers():
+    """diffusers' pipelines of Stable Diffusion set 1, whatever the file says."""
+    for old in ({"steps_offset": 0}, {}):
+        values = {**{k: v for k, v in SD_1_FILE.items() if k != "steps_offset"}, **old}
+        assert ScheduleConfig.from_dict(values, "f").steps_offset == 1
+        assert len(schedule.notices(values)) == len(old)
+    assert schedule.notices(SD_1_FILE) == []
+
+
+def test_an_unknown_key_that_is_null_is_named_and_ignored():
+    values = {**SD_1_FILE, "a_new_key": None}
+    assert ScheduleConfig.from_dict(values, "f") == ScheduleConfig.from_dict(SD_1_FILE, "f")
+    (notice,) = schedule.notices(values)
+    assert "'a_new_key'" in notice
 
 
 def test_unsupported_values_are_refused_all_at_once():
@@ -202,21 +254,9 @@ def test_unsupported_values_are_refused_all_at_once():
         "timestep_spacing": "karras",
         "trained_betas": [0.1, 0.2],
         "rescale_betas_zero_snr": True,
-        "clip_sample": True,
-        "thresholding": True,
         "variance_type": "learned_range",
         "timestep_type": "continuous",
-        "sigma_min": 0.1,
-        "sigma_max": 10.0,
-        "lambda_min_clipped": -5.1,
-        "final_sigmas_type": "sigma_min",
-        "use_karras_sigmas": True,
-        "use_exponential_sigmas": True,
-        "use_beta_sigmas": True,
-        "use_lu_lambdas": True,
         "use_flow_sigmas": True,
-        "use_dynamic_shifting": True,
-        "shift_terminal": 0.1,
         "num_train_timesteps": 0,
         "steps_offset": "one",
         "set_alpha_to_one": "yes",

@@ -285,6 +285,82 @@ def test_missing_file_is_named(copy, name):
         load_tokenizer(copy, size, 77)
 
 
+# --- weights and chunks ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a photo of {}", [("a photo of {}", 1)]),
+        ("a (red) hat", [("a ", 1), ("red", 1.1), (" hat", 1)]),
+        ("a (red:1.5) hat", [("a ", 1), ("red", 1.5), (" hat", 1)]),
+        ("a [red] hat", [("a ", 1), ("red", 1 / 1.1), (" hat", 1)]),
+        ("((red)) [[hat]]", [("red", 1.21), (" ", 1), ("hat", 1 / 1.21)]),
+        ("(a (red:2) hat)", [("a ", 1.1), ("red", 2.2), (" hat", 1.1)]),
+        ("a red++ hat", [("a ", 1), ("red", 1.21), (" hat", 1)]),
+        ("a red-- hat, sea+", [("a ", 1), ("red", 0.81), (" hat, ", 1), ("sea", 1.1)]),
+        ("(a red hat)++ by", [("a red hat", 1.21), (" by", 1)]),
+        ("(a red hat)--, x", [("a red hat", 0.81), (", x", 1)]),
+        (r"\(red\) \[hat\]", [("(red) [hat]", 1)]),
+        ("a well-known, half- open T-shirt: red", [("a well-known, half- open T-shirt: red", 1)]),
+        ("red) :) a]", [("red) :) a]", 1)]),
+        ("a (red hat", [("a ", 1), ("red hat", 1.1)]),
+        ("(of {anna (1)}:1.2) {b++}", [("of {anna (1)}", 1.2), (" {b++}", 1)]),
+        ("", [("", 1)]),
+    ],
+)
+def test_weights_are_written_as_in_a1111_and_compel(prompt, expected):
+    found = text.parse_weights(prompt)
+    assert [piece for piece, _ in found] == [piece for piece, _ in expected]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
+def test_a_short_prompt_is_one_chunk_of_the_same_tokens(folder):
+    tokenizer = load(folder).with_placeholder("<x>", 2)
+    for prompt in ("", "a photo of <x>_v0 <x>_v1 on the beach", "dog " * 75):
+        ids, weights = tokenizer.chunks([(prompt, 1.0)])
+        np.testing.assert_array_equal(ids, tokenizer([prompt]))
+        assert (weights == 1).all()
+
+
+def test_a_long_prompt_goes_on_in_further_chunks(folder):
+    tokenizer = load(folder).with_placeholder("<x>", 2)
+    (dog,) = tokenizer.ids("dog")
+    ids, weights = tokenizer.chunks([("dog " * 100, 1.0), ("cat", 1.5)])
+    assert ids.shape == weights.shape == (2, 77)
+    assert ids[0].tolist() == [tokenizer.bos, *[dog] * 75, tokenizer.eos]
+    rest = [tokenizer.bos, *[dog] * 25, *tokenizer.ids("cat"), tokenizer.eos]
+    assert ids[1].tolist() == rest + [tokenizer.pad] * (77 - len(rest))
+    assert weights[1, 26] == 1.5 and weights.sum() == 2 * 77 + 0.5
+    # A person is not torn.
+    ids, _ = tokenizer.chunks([("dog " * 74 + "<x>_v0 <x>_v1", 1.0)])
+    first = tokenizer.vocab_size
+    assert ids[0].tolist() == [tokenizer.bos, *[dog] * 74, tokenizer.eos, tokenizer.pad]
+    assert ids[1, :4].tolist() == [tokenizer.bos, first, first + 1, tokenizer.eos]
+    with pytest.raises(TextError, match="has 1600 tokens, at most 1500 are read"):
+        tokenizer.chunks([("dog " * 1600, 1.0)])
+
+
+def test_more_tokens_of_a_person_than_a_text_of_training_holds_are_told_so(folder):
+    tokenizer = load(folder).with_placeholder("<x>", 70)
+    with pytest.raises(TextError, match="70 pseudo tokens are too many.*take at most") as error:
+        text.training_ids(tokenizer)
+    most = int(str(error.value).split("at most ")[1].split()[0])
+    assert text.training_ids(load(folder).with_placeholder("<x>", most)).shape == (81, 77)
+    with pytest.raises(TextError, match="too many"):
+        text.training_ids(load(folder).with_placeholder("<x>", most + 1))
+
+
+@pytest.mark.parametrize("length", ["null", "1000000000000000019884624838656", "1e30"])
+def test_a_tokenizer_that_says_no_length_takes_the_encoders(copy, length):
+    size = size_of(copy)
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    text = json.dumps({**config, "model_max_length": 0})
+    path.write_text(text.replace('"model_max_length": 0', f'"model_max_length": {length}'))
+    assert load_tokenizer(copy, size, 77)(["a"]).shape == (1, 77)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

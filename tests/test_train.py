@@ -61,7 +61,7 @@ def test_training_writes_what_it_promises(straight, random_checkpoint):
     np.testing.assert_allclose(np.linalg.norm(identity.given["id_embed"]), 1, rtol=1e-5)
     embeds = load_file(straight / "learned_embeds.safetensors")
     np.testing.assert_array_equal(embeds["<person>"], identity.trainable["pseudo_tokens"])
-    webui = load_file(straight / "webui" / "person.safetensors")
+    webui = load_file(straight / "webui" / "idea-person.safetensors")
     np.testing.assert_array_equal(webui["emb_params"], embeds["<person>"])
     run = json.loads((straight / "run.json").read_text())
     assert run["steps"] == 6 and np.isfinite(run["last_loss"]) and "jax" in run["versions"]

@@ -169,6 +169,39 @@ def test_text_keys_with_prefix_and_position_ids_are_read(original, folder):
     assert_equal_trees(sd.load(folder)[1].text, sd.load(original)[1].text)
 
 
+def test_layers_that_were_cut_for_clip_skip_may_stay_in_the_file(folder, caplog):
+    path = folder / "text_encoder" / "config.json"
+    values = json.loads(path.read_text())
+    last = values["num_hidden_layers"] - 1
+    path.write_text(json.dumps({**values, "num_hidden_layers": last}))
+    kept = sd.load(folder)[1].text
+    assert f"layers {last} to {last} are left out" in caplog.text
+
+    def cut(tensors):
+        gone = [key for key in tensors if f"encoder.layers.{last}." in key]
+        assert gone
+        for key in gone:
+            del tensors[key]
+
+    edit(folder / TEXT, cut)
+    assert_equal_trees(kept, sd.load(folder)[1].text)
+    # A layer that is missing is an error all the same.
+    path.write_text(json.dumps(values))
+    with pytest.raises(WeightsError, match=rf"encoder\.layers\.{last}"):
+        sd.load(folder)
+
+
+@pytest.mark.parametrize("file", [UNET, VAE, TEXT])
+def test_a_spare_number_among_the_weights_is_named_and_left(original, folder, file, caplog):
+    def add(tensors):
+        tensors["decay"] = np.array(0.9999)
+        tensors["optimization_step"] = np.array([100])
+
+    edit(folder / file, add)
+    assert_equal_trees(sd.load(folder)[1], sd.load(original)[1])
+    assert "decay, optimization_step" in caplog.text and str(folder / file) in caplog.text
+
+
 def test_all_unfitting_weights_are_listed_in_one_error(folder):
     def spoil(tensors):
         del tensors["conv_in.weight"]
@@ -249,7 +282,7 @@ def test_absent_weights_say_what_is_there(folder):
     assert "config.json, diffusion_pytorch_model.bin" in str(error.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("content", [None, b"", b"version 1.0"])
 def test_broken_weight_files_are_named(folder, content):
     whole = (folder / UNET).read_bytes()
     (folder / UNET).write_bytes(whole[:-100] if content is None else content)

@@ -1,5 +1,6 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
+import functools
 import hashlib
 import io
 import logging
@@ -10,19 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from idea_jax.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# Decoders of rarer formats are where Pillow's security holes have been; these three suffice.
-FORMATS = ("JPEG", "PNG", "WEBP")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif")
+# Decoders of rarer formats are where Pillow's security holes have been; these suffice for photos.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF")
+# Brands that a phone's HEIC begins with, behind "ftyp"; its decoder is a package of its own.
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # Checked on the header, before any pixel is decoded. Above 8000x8000 and the 50-megapixel phones,
 # and below the 89 megapixels from which Pillow itself warns.
 MAX_PIXELS = 80_000_000
 MIN_SIDE = 16
+# Modes that a profile can speak of, by the colour space that it names.
+_MODES_OF_PROFILES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 # The IPTC code for pictures made by a trained model, in the XMP property that search engines and
 # picture agencies read: https://cv.iptc.org/newscodes/digitalsourcetype/ (PNG keyword: XMP part 3).
@@ -43,6 +48,13 @@ _MARKER = "AIGenerated"
 
 class ImageError(ValueError):
     """A picture or folder of pictures that cannot be used; the message names it and says why."""
+
+
+class NoPicturesError(ImageError):
+    """A folder holds no file that is a picture by its name; `is_empty`: nor anything that is not
+    hidden."""
+
+    is_empty = False
 
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -76,7 +88,9 @@ def list_people(
     """Returns the pictures in the sub-folders of `root`, by the names of these, both sorted.
 
     Of a sub-folder that is unreadable or has no pictures, the error that says so. Then what was
-    skipped with reasons: in the sub-folders, sub-folders that are hidden, and files in `root`.
+    skipped with reasons: in the sub-folders, sub-folders that are hidden or nobody's, and files in
+    `root`. Nobody's are empty ones, and those whose name begins with `__` and that hold no picture,
+    which archives and tools leave behind.
 
     Raises:
         ImageError: `root` is missing, no folder or unreadable, or no sub-folder has a picture.
@@ -125,7 +139,13 @@ def _scan_tree(
             people[entry.name], inside = list_images(entry)
             skipped += inside
         except ImageError as error:
-            people[entry.name] = error
+            is_nobody = isinstance(error, NoPicturesError) and (
+                error.is_empty or entry.name.startswith("__")
+            )
+            if is_nobody:
+                skipped.append((entry, "it holds no pictures"))
+            else:
+                people[entry.name] = error
     return own, people, skipped
 
 
@@ -151,14 +171,16 @@ def _scan(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     return images, skipped
 
 
-def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> ImageError:
+def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> NoPicturesError:
     shown = (f"{path.relative_to(folder)} ({reason})" for path, reason in skipped[:5])
     found = ", ".join(shown) or "nothing"
     more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    return ImageError(
+    error = NoPicturesError(
         f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
         f"found {found}{more}"
     )
+    error.is_empty = all(reason == "hidden" for _, reason in skipped)
+    return error
 
 
 def _reason_to_skip(entry: Path) -> str | None:
@@ -239,28 +261,30 @@ def without_copies(pictures: Sequence[PictureFile]) -> list[PictureFile]:
 def read_image(path: str | Path) -> Image.Image:
     """Returns the picture as fully decoded 8-bit RGB, upright.
 
-    EXIF orientation is applied, transparency is laid over white, CMYK and 16-bit pictures are
-    converted, and of an animated picture the first frame is taken.
+    EXIF orientation is applied, colours of another profile become sRGB, transparency is laid over
+    white, CMYK and 16-bit pictures are converted, and of an animated picture the first frame is
+    taken.
 
     Raises:
-        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP, larger than
-            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side.
+        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP/AVIF/HEIC, larger than
+            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side; or what decodes it is not installed.
     """
     path = Path(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=_formats_of(path)) as image:
                 _check_size(path, *image.size)
                 image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image), path)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"{path} is too large to be decoded safely ({error}); scale it down"
         ) from error
     except UnidentifiedImageError:
         raise ImageError(
-            f"{path} is not a JPEG, PNG or WebP picture: {_sniff(path)}; convert or remove it"
+            f"{path} is not a JPEG, PNG, WebP, AVIF or HEIC picture: {_sniff(path)}; convert or "
+            "remove it"
         ) from None
     except ImageError:
         raise
@@ -276,6 +300,33 @@ def read_image(path: str | Path) -> Image.Image:
         ) from error
 
 
+def _formats_of(path: Path) -> tuple[str, ...]:
+    """The formats that a file may have, by Pillow's names; told by its content, not by its suffix.
+
+    Raises:
+        ImageError: what decodes it is not installed.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head[4:8] != b"ftyp":
+        return FORMATS
+    if b"avif" in head:
+        if not features.check("avif"):
+            raise ImageError(f"{path} is an AVIF, which this build of Pillow cannot read")
+        return FORMATS
+    if head[8:12] not in _HEIC_BRANDS:
+        return FORMATS
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ImageError(
+            f"{path} is a HEIC picture, which needs the package pillow-heif: pip install "
+            "pillow-heif, or convert it to JPEG"
+        ) from error
+    pillow_heif.register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(
@@ -288,16 +339,69 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: object) -> Image.Image:
+    """A decoded picture as 8-bit RGB: sRGB, over white where it is transparent.
+
+    A colour profile that cannot be used is reported with the picture's `name`, and left out.
+    """
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling. The upper byte is
         # what Pillow takes of 16-bit colour.
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = Image.fromarray((values >> 8).astype(np.uint8))
+    alpha = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if profile:
+        image = _to_srgb(image, profile, name)
+    image = image.convert("RGB")
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+    return image
+
+
+def _to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
+    """A picture whose colours are those that its profile means, in sRGB."""
+    try:
+        convert, is_srgb = _conversion(profile)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
+        _say_once(
+            f"the colour profile of {name} cannot be used ({error or type(error).__name__}); its "
+            "colours are taken as sRGB"
+        )
+        return image
+    if is_srgb:
+        return image  # as it is stored, to the bit
+    return ImageCms.applyTransform(image.convert(convert.input_mode), convert)
+
+
+@functools.lru_cache(maxsize=64)  # a folder of photos has the profile of one or two phones
+def _conversion(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, bool]:
+    """What converts a profile's colours to sRGB, and whether it leaves all as they are.
+
+    Raises:
+        PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
+    """
+    opened = ImageCms.getOpenProfile(io.BytesIO(profile))
+    space = opened.profile.xcolor_space.strip()
+    if space not in _MODES_OF_PROFILES:
+        raise ValueError(f"it is for {space}, expected {', '.join(_MODES_OF_PROFILES)}")
+    mode = _MODES_OF_PROFILES[space]
+    convert = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode != "RGB":
+        return convert, False
+    # The many profiles that call themselves sRGB differ from it by rounding.
+    steps = np.arange(0, 256, 15, np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(len(steps), -1, 3)
+    converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), convert))
+    return convert, bool(np.abs(converted.astype(int) - colours).max() <= 1)
+
+
+@functools.lru_cache(maxsize=1024)  # a picture is read more than once
+def _say_once(notice: str) -> None:
+    log.warning("%s", notice)
 
 
 def _sniff(path: Path) -> str:

@@ -54,7 +54,7 @@ class StoredPicture:
         """
         try:
             with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
-                return image.convert("RGB")
+                return images.to_rgb(image, self)
         except OSError as error:
             raise images.ImageError(f"{self} is damaged ({error}); prepare it again") from error
 

@@ -3,13 +3,14 @@
 import copy
 import json
 import logging
+import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 # Long enough for any name, short enough for file names and table cells that repeat it.
 MAX_PLACEHOLDER_LENGTH = 64
+
+# What transformers writes where a tokenizer has no length is larger.
+NO_LENGTH = 1e20
 
 _PHOTO_TEMPLATES = (
     "a photo of a {}",
@@ -154,6 +158,109 @@ def fill_names(prompt: str, people: Mapping[str, Placeholder]) -> tuple[str, lis
     return prompt, [name for field, name in known.items() if field in fields]
 
 
+# One mark of a prompt's weights, or a stretch of text without any. What is in braces stands for a
+# person and is never cut; a backslash takes the meaning from a bracket.
+_MARK = re.compile(
+    r"""
+      \\(?P<literal>[()\[\]\\])
+    | (?P<open>[(\[])
+    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<weighted>\))
+    | (?P<close>[)\]])(?P<after>\++|-{2,})?(?![\w+-])
+    | (?P<shut>[)\]])
+    | (?P<word>[^\s()\[\]{}\\,:;+]*?[^\s()\[\]{}\\,:;+-])(?P<marks>\++|-{2,})(?![\w+-])
+    | (?P<text>\{[^{}]*\}|[^()\[\]{}\\:\s,;]+|\s+|.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+MAX_WEIGHT = 100
+MAX_CHUNKS = 20  # of a prompt; each costs memory and time in every step of drawing
+
+
+def parse_weights(prompt: str) -> list[tuple[str, float]]:
+    """Returns the stretches of a prompt with their weights, as AUTOMATIC1111 and compel write them.
+
+    `(words)` weighs 1.1, `(words:1.3)` 1.3 and `[words]` 1/1.1; brackets within brackets multiply.
+    `word++` and `(words)++` weigh 1.1 for each plus, `word--` and `(words)--` 0.9 for each minus,
+    of which there are at least two. `\\(` is a bracket of the text. A bracket that is never closed
+    reaches to the end, one that was never opened is text, and so is all within braces.
+
+    Raises: TextError, for a weight beyond `MAX_WEIGHT`.
+    """
+    pieces: list[list] = []
+    round_, square = [], []  # at which piece each open bracket begins
+
+    def scale(start: int, factor: float) -> None:
+        for piece in pieces[start:]:
+            piece[1] *= factor
+
+    for mark in _MARK.finditer(prompt):
+        value = mark[0]
+        if mark["open"]:
+            (round_ if value == "(" else square).append(len(pieces))
+        elif mark["weighted"] and round_:
+            scale(round_.pop(), float(mark["weight"]))
+        elif (mark["close"] or mark["shut"]) and (round_ if value[0] == ")" else square):
+            start = (round_ if value[0] == ")" else square).pop()
+            after = mark["after"]
+            if after and value[0] == ")":
+                scale(start, _factor(after))
+            else:
+                scale(start, 1.1 if value[0] == ")" else 1 / 1.1)
+                if after:
+                    pieces.append([after, 1.0])
+        elif mark["word"]:
+            pieces.append([mark["word"], _factor(mark["marks"])])
+        elif mark["literal"]:
+            pieces.append([mark["literal"], 1.0])
+        else:
+            pieces.append([value, 1.0])
+    for start in round_:
+        scale(start, 1.1)
+    for start in square:
+        scale(start, 1 / 1.1)
+    if any(abs(weight) > MAX_WEIGHT for _, weight in pieces):
+        raise TextError(
+            f"the prompt {prompt[:60]!r} has a weight beyond {MAX_WEIGHT}; a picture bears about "
+            "0.5 to 1.5"
+        )
+    merged: list[list] = []
+    for text, weight in pieces:
+        if merged and math.isclose(merged[-1][1], weight):
+            merged[-1][0] += text
+        else:
+            merged.append([text, weight])
+    return [(text, weight) for text, weight in merged] or [("", 1.0)]
+
+
+def _factor(marks: str) -> float:
+    """What a row of plus or minus signs behind a word multiplies its weight by."""
+    return (1.1 if marks[0] == "+" else 0.9) ** len(marks)
+
+
+class Tokens(NamedTuple):
+    """A prompt of any length for the text encoder, in K chunks: int32[K, T] and float32[K, T]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def training_ids(tokenizer: "Tokenizer") -> np.ndarray:
+    """Returns int32[81, length]: the tokens of `training_prompts` for the tokenizer's person.
+
+    Raises: TextError, if the person has more tokens than fit into one of them.
+    """
+    prompts = training_prompts(tokenizer.placeholders[0])
+    longest = max(len(tokenizer.ids(prompt)) for prompt in prompts)
+    room, n = tokenizer.length - 2, tokenizer.placeholders[0].n
+    if longest > room:
+        raise TextError(
+            f"{n} pseudo tokens are too many: the longest text of training has {longest} tokens "
+            f"with them, and the text encoder reads {room}; take at most {n - longest + room} "
+            "--n_pseudo_tokens"
+        )
+    return tokenizer(prompts)
+
+
 def training_prompts(placeholder: Placeholder) -> list[str]:
     """Returns the 81 training texts, such as `a photo of the face of <x>_v0 <x>_v1 person`.
 
@@ -189,6 +296,10 @@ class Tokenizer:
         """Returns int32[K]: the tokens of the text alone, without begin, end and padding."""
         return np.array(self._encode(text).ids, np.int32)
 
+    def is_word(self, text: str) -> bool:
+        """Whether a text is one word of the vocabulary."""
+        return len(self.ids(text)) == 1
+
     def _encode(self, text: str) -> Any:
         try:
             text.encode()
@@ -200,6 +311,7 @@ class Tokenizer:
         """Returns int32[B, length]: begin, the tokens of each prompt, end, then padding.
 
         A prompt that is too long loses its tail, with a logged warning.
+
         Raises: TextError, if a token of a placeholder would be lost.
         """
         if isinstance(prompts, str):
@@ -219,6 +331,53 @@ class Tokenizer:
                 logger.warning("the prompt is too long; its end is ignored: %r", prompt[first:])
             row[: len(kept) + 2] = [self.bos, *kept, self.eos]
         return rows
+
+    def chunks(self, pieces: Sequence[tuple[str, float]]) -> Tokens:
+        """Returns the tokens of weighted text: as many chunks of `length` as it needs.
+
+        Each has a begin, up to `length - 2` tokens, an end and padding; the weight of these three
+        is 1. The tokens of a person stay in one chunk.
+
+        Raises: TextError, if there are more than `MAX_CHUNKS`, or a person has more tokens than fit
+        into one.
+        """
+        room = self.length - 2
+        units: list[list[tuple[int, float]]] = []  # what is not torn: a token, or a whole person
+        for piece, weight in pieces:
+            last = None
+            for token in self._encode(piece).ids:
+                person = token if token >= self.vocab_size else None
+                if person is not None and last == person - 1 and self._same(last, person):
+                    units[-1].append((token, weight))
+                else:
+                    units.append([(token, weight)])
+                last = person
+        rows: list[list[tuple[int, float]]] = [[]]
+        for unit in units:
+            if len(unit) > room:
+                raise TextError(f"a person of {len(unit)} tokens does not fit into {room}")
+            if len(rows[-1]) + len(unit) > room:
+                rows.append([])
+            rows[-1] += unit
+        if len(rows) > MAX_CHUNKS:
+            raise TextError(
+                f"the prompt has {sum(map(len, rows))} tokens, at most {MAX_CHUNKS * room} are "
+                f"read; shorten {''.join(text for text, _ in pieces)[:60]!r}..."
+            )
+        ids = np.full((len(rows), self.length), self.pad, np.int32)
+        weights = np.ones((len(rows), self.length), np.float32)
+        for row, own in enumerate(rows):
+            tokens = [token for token, _ in own]
+            ids[row, : len(own) + 2] = [self.bos, *tokens, self.eos]
+            weights[row, 1 : len(own) + 1] = [weight for _, weight in own]
+        return Tokens(ids, weights)
+
+    def _same(self, first: int, second: int) -> bool:
+        """Whether two tokens beyond the vocabulary are of the same person."""
+        ends = np.cumsum([0, *(known.n for known in self.placeholders)]) + self.vocab_size
+        return int(np.searchsorted(ends, first, "right")) == int(
+            np.searchsorted(ends, second, "right")
+        )
 
     def with_placeholder(self, token: str, n: int) -> "Tokenizer":
         """Returns a new tokenizer that also knows `{token}_v0 .. {token}_v{n-1}`.
@@ -256,20 +415,30 @@ def check_unknown(folder: Path, placeholder: Placeholder) -> None:
 
     Raises: TextError, if it is one, or there are no words to be read.
     """
+    known = word_check(folder)
+    taken = [name for name in (placeholder.token, *placeholder.tokens) if known(name)]
+    if taken:
+        raise _is_taken(placeholder, taken[0])
+
+
+def word_check(folder: Path) -> Callable[[str], bool]:
+    """Returns what tells whether a text is one word of a tokenizer; reads its file of words alone.
+
+    Of words with other letters than ASCII's it says no, since the file spells their bytes.
+
+    Raises: TextError, if there are no words to be read.
+    """
     folder = Path(folder)
     _tokenizer_config(folder)
     whole, words = folder / "tokenizer.json", folder / "vocab.json"
     try:
         if words.is_file():
-            known = json.loads(words.read_text(encoding="utf-8"))
+            known = frozenset(json.loads(words.read_text(encoding="utf-8")))
         else:
-            known = json.loads(whole.read_text(encoding="utf-8"))["model"]["vocab"]
-        names = (placeholder.token, *placeholder.tokens)
-        taken = [name for name in names if name in known or f"{name}</w>" in known]
+            known = frozenset(json.loads(whole.read_text(encoding="utf-8"))["model"]["vocab"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TextError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
-    if taken:
-        raise _is_taken(placeholder, taken[0])
+    return lambda text: text in known or f"{text.lower()}</w>" in known
 
 
 def _is_taken(placeholder: Placeholder, name: str) -> TextError:
@@ -312,7 +481,7 @@ def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:
             f"distinct; found the ids {bos}, {eos} and {pad}"
         )
     configured = config.get("model_max_length")
-    if configured is None:
+    if configured is None or (isinstance(configured, int | float) and configured > NO_LENGTH):
         logger.info("%s names no length; using the text encoder's, %d", folder, length)
     elif configured != length:
         raise TextError(
@@ -369,17 +538,29 @@ def read_names(path: Path) -> list[str]:
 
     Raises: TextError, if the file cannot be read or holds no name.
     """
+    return _lines(path, "name")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Returns the prompts in a UTF-8 text file, one per line; skips blank lines and # comments.
+
+    Raises: TextError, if the file cannot be read or holds no prompt.
+    """
+    return _lines(path, "prompt")
+
+
+def _lines(path: Path, what: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise TextError(f"the names file {path} cannot be read: {error.strerror}") from error
+        raise TextError(f"the {what}s file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TextError(f"the names file {path} is not a UTF-8 text file: {error}") from error
+        raise TextError(f"the {what}s file {path} is not a UTF-8 text file: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
-    names = [line for line in lines if line and not line.startswith("#")]
-    if not names:
-        raise TextError(f"the names file {path} holds no name; expected one per line")
-    return names
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise TextError(f"the {what}s file {path} holds no {what}; expected one per line")
+    return found
 
 
 def shipped_names() -> list[str]:

@@ -21,8 +21,12 @@ _SUPPORTED_VALUES = {
         f"{name}Scheduler"
         for name in (
             "DDIM",
+            "DDIMInverse",
+            "DDIMParallel",
             "DDPM",
+            "DDPMParallel",
             "PNDM",
+            "LCM",
             "LMSDiscrete",
             "EulerDiscrete",
             "EulerAncestralDiscrete",
@@ -30,9 +34,13 @@ _SUPPORTED_VALUES = {
             "KDPM2Discrete",
             "KDPM2AncestralDiscrete",
             "DPMSolverMultistep",
+            "DPMSolverMultistepInverse",
             "DPMSolverSinglestep",
             "DPMSolverSDE",
             "DEISMultistep",
+            "RePaint",
+            "SASolver",
+            "TCD",
             "UniPCMultistep",
         )
     ),
@@ -40,48 +48,62 @@ _SUPPORTED_VALUES = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": (None, *SPACINGS),
     "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
+    "rescale_betas_zero_snr": (None, False),
+    # A learned variance is predicted by channels that no network here has.
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "timestep_type": (None, "discrete"),
+    "use_flow_sigmas": (None, False),
+}
+
+# Then the settings of diffusers' solvers, which the caller replaces by naming a sampler of ours,
+# with the values that mean nothing there either; `notices` names the others.
+_SOLVER_SETTINGS: dict[str, tuple] = {
     # Clipping to [-1, 1] is for pixels; diffusers' Stable Diffusion pipelines turn it off, too.
     "clip_sample": (False,),
     "thresholding": (False,),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-    "timestep_type": ("discrete",),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
+    "use_karras_sigmas": (False,),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (),
+    "sigma_min": (),
+    "sigma_max": (),
     "lambda_min_clipped": (float("-inf"),),
     "final_sigmas_type": ("zero",),
-    "use_karras_sigmas": (None, False),
-    "use_exponential_sigmas": (None, False),
-    "use_beta_sigmas": (None, False),
-    "use_lu_lambdas": (None, False),
-    "use_flow_sigmas": (None, False),
-    "use_dynamic_shifting": (False,),
-    "shift_terminal": (None,),
 }
 
-# Then the keys that only choose among solvers, which the caller does here by naming a sampler, and
-# the settings of features that the table above requires to be off.
+# Last what only describes, chooses among solvers or belongs to features that are off.
 _HARMLESS_KEYS = frozenset(
     {
         "_diffusers_version",
         "algorithm_type",
         "clip_sample_range",
+        "corrector_order",
         "disable_corrector",
         "dynamic_thresholding_ratio",
+        "eta",
         "euler_at_final",
         "flow_shift",
         "interpolation_type",
         "lower_order_final",
         "noise_sampler_seed",
+        "original_inference_steps",
         "predict_x0",
+        "predictor_order",
         "sample_max_value",
         "skip_prk_steps",
         "solver_order",
         "solver_p",
         "solver_type",
+        "tau_func",
         "time_shift_type",
+        "timestep_scaling",
     }
 )
+
+# diffusers' Stable Diffusion pipelines set it, whatever the file says.
+_STEPS_OFFSET = 1
 
 
 class ScheduleError(ValueError):
@@ -120,17 +142,42 @@ class ScheduleConfig:
                 missing key; the message lists all of them.
         """
         known = {field.name for field in fields(cls)}
+        accepted = known | set(_SUPPORTED_VALUES) | set(_SOLVER_SETTINGS) | _HARMLESS_KEYS
         problems = [
             f"{field.name} is missing"
             for field in fields(cls)
             if field.default is MISSING and field.name not in values
         ]
         problems += _problems(values)
-        unknown = set(values) - known - set(_SUPPORTED_VALUES) - _HARMLESS_KEYS
-        problems += [f"unknown key {key!r} (value {values[key]!r})" for key in sorted(unknown)]
+        # An unknown key that says nothing switches nothing on; `notices` names it.
+        unknown = sorted(key for key in set(values) - accepted if values[key] is not None)
+        problems += [f"unknown key {key!r} (value {values[key]!r})" for key in unknown]
         if problems:
             raise ScheduleError(f"{where}: unsupported noise schedule: " + "; ".join(problems))
-        return cls(**{key: value for key, value in values.items() if key in known})
+        own = {key: value for key, value in values.items() if key in known}
+        return cls(**{**own, "steps_offset": _STEPS_OFFSET})
+
+
+def notices(values: dict) -> list[str]:
+    """What of a `scheduler_config.json` that `ScheduleConfig.from_dict` reads is not as it says."""
+    found = []
+    offset = values.get("steps_offset", _STEPS_OFFSET)
+    if offset != _STEPS_OFFSET:
+        found.append(
+            f"steps_offset is {offset}, of an old conversion; {_STEPS_OFFSET} is used, as by "
+            "diffusers"
+        )
+    unused = [
+        f"{key} = {values[key]!r}"
+        for key, nothing in _SOLVER_SETTINGS.items()
+        if values.get(key) not in (None, *nothing)
+    ]
+    if unused:
+        found.append(f"settings of a solver that is not used here: {', '.join(unused)}")
+    known = {field.name for field in fields(ScheduleConfig)} | set(_SUPPORTED_VALUES)
+    null = set(values) - known - set(_SOLVER_SETTINGS) - _HARMLESS_KEYS
+    found += [f"unknown key {key!r}, which is null, is ignored" for key in sorted(null)]
+    return found
 
 
 def _problems(values: dict) -> list[str]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from idea_jax import config, faces, group, results, sample, train
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write, check_writable
+from idea_jax.files import atomic_write, check_writable, say
 from idea_jax.method import shared
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
@@ -478,9 +478,9 @@ def main(argv: list[str] | None = None) -> int:
     except (faces.FaceError, *quality.INPUT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(markdown(scores))
+    say(markdown(scores))
     if apart := differences(scores):
-        print(f"\nDifferences of the same people:\n\n{apart}")
+        say(f"\nDifferences of the same people:\n\n{apart}")
     if args.json:
         with atomic_write(args.json) as path:
             values = {n: [s._asdict() for s in each] for n, each in scores.items()}

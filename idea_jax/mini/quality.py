@@ -20,7 +20,7 @@ from PIL import Image
 from idea_jax import config, faces, sample
 from idea_jax.data import text
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write, check_writable
+from idea_jax.files import atomic_write, check_writable, say
 from idea_jax.mini import captions, composites, drawings, networks, people, traits
 from idea_jax.models import hub, layers, sd, weights
 from idea_jax.models.unet import project_kv
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = table(mini, args.seed, args.people)
-    print(markdown(rows))
+    say(markdown(rows))
     if args.json:
         with atomic_write(args.json) as path:
             path.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")

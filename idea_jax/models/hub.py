@@ -1,16 +1,18 @@
 """Where a checkpoint lies: a local folder, the Hugging Face cache, or the Hugging Face Hub."""
 
+import functools
 import logging
 import os
 import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from idea_jax.models.weights import WeightsError, find_weights
+from idea_jax.models.weights import WeightsError, absent, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +42,13 @@ WEIGHTS = (
     ("vae", "diffusion_pytorch_model"),
 )
 
-# huggingface_hub itself retries for about 23 s before it says that there is no network.
-PROBE_SECONDS = 1.0
+# huggingface_hub itself retries for about 23 s before it says that there is no network. No network
+# is mostly told at once; a slow name server or proxy has as long as huggingface_hub gives it.
+PROBE_SECONDS = 10.0
+
+
+PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
+SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole checkpoint
 
 
 class CheckpointNotFound(FileNotFoundError):
@@ -94,9 +101,58 @@ def resolve(
     return _from_hub(name, revision, variant)
 
 
+def resolve_vae(name_or_path: str) -> Path:
+    """Returns the folder of an autoencoder: one of its own, or that in a whole checkpoint.
+
+    Args:
+        name_or_path: a local folder or a Hub id, such as stabilityai/sd-vae-ft-mse.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
+    folder = local_folder(name_or_path)
+    if not folder.is_dir():
+        folder = _vae_from_hub(name_or_path)
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointNotFound(
+        f"{name_or_path} is no autoencoder in diffusers layout: it lacks config.json"
+    )
+
+
+def _vae_from_hub(name: str) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    patterns = [
+        f"{place}{file}"
+        for place in ("", "vae/")
+        for file in ("config.json", "diffusion_pytorch_model.safetensors")
+    ]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except HFValidationError as error:
+        raise CheckpointNotFound(
+            f"there is no folder {name}, and a Hub id has the form owner/name"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+            raise CheckpointNotFound(
+                f"there is no folder {name}, the cache does not hold it, and {constants.ENDPOINT} "
+                "cannot be reached or HF_HUB_OFFLINE is set; pass the path of a local folder"
+            ) from error
+    return _fetch(name, None, patterns)
+
+
 def local_folder(name: str) -> Path:
     """The folder that a name means if it means one at all; it may not be there."""
-    return MINI_FOLDER if name == MINI else Path(name).expanduser()
+    # Not Path.expanduser, which fails where there is no home: this leaves the name as it is.
+    return MINI_FOLDER if name == MINI else Path(os.path.expanduser(name))
+
+
+def has_home() -> bool:
+    """Whether the user has a home folder; in some containers they have none."""
+    return os.path.expanduser("~") != "~"
 
 
 def _missing_configs(folder: Path) -> list[str]:
@@ -127,6 +183,11 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if name.startswith("~"):
+        raise CheckpointNotFound(
+            f"there is no folder {name}"
+            + ("" if has_home() else ", since there is no home folder: set HOME, or write it out")
+        )
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -134,6 +195,11 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"there is no folder {name}, and a Hub id has the form owner/name"
         ) from error
 
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, and no home folder for the cache of the Hub: set HOME, or "
+            "HF_HOME to a folder that can be written"
+        )
     # What the user has already wins over what would have to be fetched, the mirror included.
     mirror = MIRRORS.get(name)
     for repository in filter(None, (name, mirror)):
@@ -204,10 +270,26 @@ def _cached(repository: str, revision: str | None, variant: str | None) -> Path 
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    """Fetches what is read of a checkpoint."""
+    check = functools.partial(_check_listing, repository, variant)
+    return _fetch(repository, revision, _patterns(variant), check)
+
+
+def _fetch(
+    repository: str,
+    revision: str | None,
+    patterns: list[str],
+    check: Callable[[list[str]], None] = lambda files: None,
+) -> Path:
+    """Fetches files of a repository; `check` raises if its listing lacks what is needed."""
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=_patterns(variant))
+        # Before gigabytes are fetched: is all there that is read?
+        check(HfApi().list_repo_files(repository, revision=revision))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
+    except CheckpointNotFound:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointNotFound(
             f"{repository} asks for its terms to be accepted: do so on its page on the Hub, then "
@@ -225,13 +307,43 @@ def _download(repository: str, revision: str | None, variant: str | None) -> Pat
     return Path(folder)
 
 
+def _check_listing(repository: str, variant: str | None, files: list[str]) -> None:
+    """Raises CheckpointNotFound unless a repository has all that is read of a checkpoint."""
+    missing = [name for name in CONFIGS if name not in files]
+    if not any(name.startswith("tokenizer/") for name in files):
+        missing.append("tokenizer/")
+    if missing:
+        hint = ""
+        for alone in [name for name in files if "/" not in name and name.endswith(SINGLE_FILES)][
+            :1
+        ]:
+            hint = (
+                f". It has {alone}, all in one file: download that, and convert it with diffusers: "
+                "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+            )
+        raise CheckpointNotFound(
+            f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
+            f"layout: it lacks {', '.join(missing)}{hint}"
+        )
+    infix = f".{variant}" if variant else ""
+    problems = []
+    for part, stem in WEIGHTS:
+        present = sorted(f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/"))
+        single, index = f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"
+        if single not in present and index not in present:
+            problems.append(absent(single, f"{repository}/{part}", stem, present))
+    if problems:
+        raise CheckpointNotFound("\n".join(problems))
+
+
 def _reachable(endpoint: str) -> bool:
     """Whether the endpoint's host, or the proxy in front of it, answers within PROBE_SECONDS."""
     url = urlsplit(endpoint)
-    proxy = getproxies().get(url.scheme)
+    proxies = getproxies()  # those that huggingface_hub's HTTP library takes, too
+    proxy = proxies.get(url.scheme) or proxies.get("all")
     if proxy and not proxy_bypass(url.hostname):
         url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = (url.hostname, url.port or (443 if url.scheme == "https" else 80))
+    address = (url.hostname, url.port or PORTS.get(url.scheme, 80))
     answered = threading.Event()
 
     def connect():

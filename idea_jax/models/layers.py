@@ -6,8 +6,9 @@ convolutions; statistics of norms, softmax and the timestep sinusoid are float32
 A convolution of size 1x1 is written as `dense`, which is the same product.
 """
 
+import logging
 import math
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ import numpy as np
 from flax import linen as nn
 
 from idea_jax.models import flash
+
+log = logging.getLogger(__name__)
 
 
 class UnsupportedConfig(ValueError):
@@ -24,7 +27,18 @@ class UnsupportedConfig(ValueError):
 # diffusers' Transformer2DModel and BasicTransformerBlock
 TRANSFORMER_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
+# The bookkeeping of diffusers' EMAModel, which it saves among a network's settings.
+OF_AVERAGES = (
+    *("decay", "inv_gamma", "min_decay", "optimization_step", "power"),
+    *("update_after_step", "use_ema_warmup"),
+)
 _REQUIRED = object()
+
+
+@cache  # a run reads the configs of its checkpoint more than once
+def say_once(notice: str) -> None:
+    """Logs a notice, the first time it comes up in this process."""
+    log.warning(notice)
 
 
 def _has_type(value: object, kind: type) -> bool:
@@ -41,6 +55,7 @@ class ConfigReader:
     def __init__(self, values: dict, where: str):
         self.where = where
         self.problems: list[str] = []
+        self.notices: list[str] = []
         self._left = dict(values)
 
     def take(self, name: str, kind: type, default: object = _REQUIRED) -> object:
@@ -74,6 +89,8 @@ class ConfigReader:
     def expect(self, name: str, *allowed: object) -> None:
         """Accepts an absent key, or one whose value is among `allowed`."""
         value = self._left.pop(name, allowed[0])
+        if value is None and any(choice is False for choice in allowed):
+            return  # a switch that is null is off
         # In Python False == 0 and True == 1, but a file that says one does not mean the other.
         same = [value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed]
         if not any(same):
@@ -91,13 +108,23 @@ class ConfigReader:
             self.problems.append(problem)
 
     def close(self) -> None:
-        """Raises `UnsupportedConfig` with all problems, unknown keys included, if there are any."""
-        unknown = [f"{name} = {value!r}: unknown key" for name, value in self._left.items()]
+        """Says all notices, or raises `UnsupportedConfig` with all problems, if there are any.
+
+        An unknown key is a problem, but for one that is null: that switches nothing on.
+        """
+        unknown = []
+        for name, value in self._left.items():
+            if value is None:
+                self.notices.append(f"unknown key {name}, which is null, is ignored")
+            else:
+                unknown.append(f"{name} = {value!r}: unknown key")
         if problems := self.problems + unknown:
             listing = "".join(f"\n  {problem}" for problem in problems)
             raise UnsupportedConfig(
                 f"{self.where} describes a network not supported here:{listing}"
             )
+        for notice in self.notices:
+            say_once(f"{self.where}: {notice}")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

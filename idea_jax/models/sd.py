@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.files import atomic_write
 from idea_jax.models import weights
 from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from idea_jax.models.layers import UnsupportedConfig
+from idea_jax.models.layers import UnsupportedConfig, say_once
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.models.weights import WeightsError
@@ -110,15 +111,21 @@ def _parts(model: StableDiffusion) -> Iterator[_Part]:
     yield _Part("vae", stem, weights.vae_table(), ("vae",), model.vae.to_dict())
 
 
-def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusion:
+def read_configs(
+    folder: Path, compute_dtype: str = "float32", *, vae: Path | None = None, clip_skip: int = 0
+) -> StableDiffusion:
     """Reads the four config files of a checkpoint in diffusers layout.
+
+    Args:
+      vae: folder of another autoencoder, instead of the checkpoint's own.
+      clip_skip: layers that are left out at the end of the text encoder.
 
     Raises: WeightsError if one is absent or no JSON; UnsupportedConfig or ValueError naming every
     key and value that is not supported.
     """
 
     def read(kind: type, path: str) -> object:
-        file = Path(folder) / path
+        file = Path(folder) / path if isinstance(path, str) else path
         if not file.is_file():
             present = sorted(x.name for x in Path(folder).glob("*"))
             raise WeightsError(
@@ -131,12 +138,23 @@ def read_configs(folder: Path, compute_dtype: str = "float32") -> StableDiffusio
             raise WeightsError(f"{file} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise WeightsError(f"{file} holds no JSON object")
+        if kind is ScheduleConfig:
+            config = kind.from_dict(values, str(file))
+            for notice in schedule.notices(values):
+                say_once(f"{file}: {notice}")
+            return config
         return kind.from_dict(values, str(file))
 
+    text = read(CLIPTextConfig, "text_encoder/config.json")
+    if clip_skip >= text.num_hidden_layers:
+        raise UnsupportedConfig(
+            f"--clip_skip {clip_skip} leaves nothing of the {text.num_hidden_layers} layers of the "
+            f"text encoder in {folder}"
+        )
     return StableDiffusion(
-        text=read(CLIPTextConfig, "text_encoder/config.json"),
+        text=replace(text, num_hidden_layers=text.num_hidden_layers - clip_skip),
         unet=read(UNetConfig, "unet/config.json"),
-        vae=read(VAEConfig, "vae/config.json"),
+        vae=read(VAEConfig, "vae/config.json" if vae is None else vae / "config.json"),
         schedule=read(ScheduleConfig, "scheduler/scheduler_config.json"),
         compute_dtype=compute_dtype,
     )
@@ -174,24 +192,29 @@ def _shapes(model: StableDiffusion) -> Frozen:
 
 
 def load(
-    folder: Path, *, variant: str | None = None, compute_dtype: str = "float32"
+    folder: Path,
+    *,
+    variant: str | None = None,
+    compute_dtype: str = "float32",
+    vae: Path | None = None,
+    clip_skip: int = 0,
 ) -> tuple[StableDiffusion, Frozen]:
     """Reads a checkpoint in diffusers layout from a local folder.
 
     Returns the model and its weights in `compute_dtype` ("float32" or "bfloat16"). `variant`
-    ("fp16") chooses among weight files.
+    ("fp16") chooses among weight files; `vae` and `clip_skip` as of `read_configs`.
 
     Raises: WeightsError or UnsupportedConfig (both ValueError), saying which file and what in it.
     """
     folder = Path(folder)
-    model = read_configs(folder, compute_dtype)
+    model = read_configs(folder, compute_dtype, vae=vae, clip_skip=clip_skip)
     targets = shapes(model)._asdict()
     trees, problems = {}, []
     for part in _parts(model):
         try:
-            paths = weights.find_weights(folder / part.folder, part.stem, variant)
-            is_one = len(paths) == 1
-            where = str(paths[0]) if is_one else f"{folder / part.folder} ({len(paths)} files)"
+            own = vae if vae is not None and part.folder == "vae" else folder / part.folder
+            paths = weights.find_weights(own, part.stem, None if own == vae else variant)
+            where = str(paths[0]) if len(paths) == 1 else f"{own} ({len(paths)} files)"
             wanted = {tree: targets[tree] for tree in part.trees}
             tensors = weights.TensorFiles(paths)
             trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)

@@ -7,6 +7,8 @@ result. Both trees, and the keys and values, have the structure
 `down_blocks_i`, `mid_block` or `up_blocks_i`.
 """
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from idea_jax.models.layers import (
+    OF_AVERAGES,
     ConfigReader,
     Downsample2D,
     GroupNorm,
@@ -25,6 +28,9 @@ from idea_jax.models.layers import (
     dense,
     timestep_embedding,
 )
+
+# Conversions before diffusers 0.9 wrote any value; diffusers takes this one instead of a smaller.
+OLD_SAMPLE_SIZE = 64
 
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # type: has cross-attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -61,6 +67,7 @@ class UNetConfig:
         """
         read = ConfigReader(values, where)
         read.expect("_class_name", "UNet2DConditionModel", "FlaxUNet2DConditionModel")
+        written_by = read.take("_diffusers_version", str, "")
         channels = read.take_list("block_out_channels", int) or ()
         levels = len(channels)
         config = cls(
@@ -80,6 +87,13 @@ class UNetConfig:
             flip_sin_to_cos=read.take("flip_sin_to_cos", bool, True),
             freq_shift=read.take("freq_shift", float, 0),
         )
+        if not read.problems and is_old(written_by) and config.sample_size < OLD_SAMPLE_SIZE:
+            read.notices.append(
+                f"sample_size is {config.sample_size}, of an old conversion (diffusers "
+                f"{written_by}); {OLD_SAMPLE_SIZE} is used, as diffusers does. --resolution, or "
+                "--height and --width, ask for other sizes"
+            )
+            config = dataclasses.replace(config, sample_size=OLD_SAMPLE_SIZE)
         read.expect("act_fn", "silu", "swish")
         read.expect("only_cross_attention", False, [False] * levels)
         read.expect("mid_block_only_cross_attention", None, False)
@@ -169,19 +183,18 @@ _ONLY_DEFAULT = {
 # Keys that change nothing: origin, the precision of attention logits (always float32 here), a size
 # read only together with `addition_embed_type`, and the bookkeeping of diffusers' EMAModel.
 _HARMLESS = (
-    "_diffusers_version",
     "_name_or_path",
     "_commit_hash",
     "upcast_attention",
     "addition_embed_type_num_heads",
-    "decay",
-    "inv_gamma",
-    "min_decay",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
+    *OF_AVERAGES,
 )
+
+
+def is_old(version: str) -> bool:
+    """Whether a diffusers version is before 0.9; one that is no version is not."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return bool(numbers) and (int(numbers[1]), int(numbers[2])) < (0, 9)
 
 
 def _attention_blocks(cfg: UNetConfig) -> Iterator[tuple[str, int, int, int]]:

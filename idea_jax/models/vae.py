@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from idea_jax.models.layers import (
+    OF_AVERAGES,
     ConfigReader,
     Downsample2D,
     GroupNorm,
@@ -68,6 +69,7 @@ class VAEConfig:
             read.expect(name, None)
         # force_upcast guards float16, which is not a compute dtype here.
         read.ignore("_diffusers_version", "_name_or_path", "_commit_hash", "force_upcast")
+        read.ignore(*OF_AVERAGES)
         if not read.problems:
             for channels in config.block_out_channels:
                 read.refuse(

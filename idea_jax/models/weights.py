@@ -7,6 +7,8 @@ that lists everything that does not fit.
 """
 
 import json
+import logging
+import math
 import os
 import re
 from collections import defaultdict
@@ -20,7 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from idea_jax.files import is_lfs_pointer
 from idea_jax.pytrees import flatten, unflatten
+
+log = logging.getLogger(__name__)
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 READERS = min(8, os.cpu_count() or 1)  # threads
@@ -72,10 +77,14 @@ class Rule(NamedTuple):
 
 
 class Table(NamedTuple):
-    """All rules of one weight file, and the keys of older files that hold no weight."""
+    """All rules of one weight file, and the keys of older files that hold no weight.
+
+    `layers` begins the target of a layer of a network whose last ones may be left out (clip skip).
+    """
 
     rules: tuple[Rule, ...]
     skipped: tuple[str, ...] = ()
+    layers: str | None = None
 
 
 def _layer(source: str, target: str, transform: str, bias: bool = True) -> list[Rule]:
@@ -199,7 +208,7 @@ def text_table() -> Table:
     prefixed = [rule._replace(source=f"text_model.{rule.source}") for rule in rules]
     unprefixed = [rule._replace(legacy=True) for rule in rules]
     skipped = ("text_model.embeddings.position_ids", "embeddings.position_ids")
-    return Table((*prefixed, *unprefixed), skipped)
+    return Table((*prefixed, *unprefixed), skipped, "text/encoder/layers_")
 
 
 def vision_table() -> Table:
@@ -260,7 +269,7 @@ def match_keys(
     patterns = [(_pattern(rule.source), rule) for rule in table.rules]
     problems: dict[str, list[str]] = defaultdict(list)
     sources: dict[str, list[str]] = defaultdict(list)
-    plan = {}
+    plan, cut, spare = {}, set(), []
     for key in sorted(set(headers) - set(table.skipped)):
         shape, dtype = headers[key]
         matches = [(m, rule) for pattern, rule in patterns if (m := pattern.fullmatch(key))]
@@ -269,6 +278,14 @@ def match_keys(
             problems["keys matched by two rules"].append(f"{key} ({rules})")
             continue
         target = _fill(matches[0][1].target, matches[0][0].groups()) if matches else None
+        if target not in targets and table.layers and target and target.startswith(table.layers):
+            layer = target.removeprefix(table.layers).partition("/")[0]
+            if not any(path.startswith(f"{table.layers}{layer}/") for path in targets):
+                cut.add(int(layer))
+                continue
+        if not matches and math.prod(shape) <= 1:  # a counter, such as the decay of an average
+            spare.append(key)
+            continue
         if target not in targets:
             problems["keys unknown to the network"].append(f"{key} {list(shape)}")
             continue
@@ -293,6 +310,13 @@ def match_keys(
             f"{names[path]} (parameter {path} {list(targets[path].shape)})" for path in missing
         ]
     _raise_if_any(problems, where)
+    if cut:
+        log.warning(
+            "%s: layers %d to %d are left out (clip skip)",
+            *(where, min(cut), max(cut)),
+        )
+    if spare:
+        log.warning("%s: numbers without a meaning here: %s", where, ", ".join(spare[:5]))
     return plan
 
 
@@ -371,8 +395,13 @@ class TensorFiles(Mapping):
             try:
                 file = safe_open(path, framework="numpy")
             except SafetensorError as error:
+                if is_lfs_pointer(path):
+                    raise WeightsError(
+                        f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull "
+                        "in that folder, or hf download the repository"
+                    ) from error
                 raise WeightsError(
-                    f"{path} is not a complete safetensors file ({error}); download it again"
+                    f"{path} is not a complete safetensors file ({error}); {download_again(path)}"
                 ) from error
             for key in file.keys():  # noqa: SIM118 - safe_open is no dictionary
                 if key in self.headers:
@@ -413,12 +442,42 @@ def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Pa
                 raise WeightsError(f"{index} names {path.name}, which is not in {folder}")
         return paths
     present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    message = f"no {single.name} in {folder}; it holds {', '.join(present) or 'nothing'}"
-    if any(name.endswith(".safetensors") for name in present):
-        message += "; choose one of these with the variant, or without one"
+    raise WeightsError(absent(single.name, str(folder), stem, present))
+
+
+def download_again(path: Path) -> str:
+    """How to replace a damaged file; what the Hub's cache holds is not fetched anew unless told."""
+    parts = path.absolute().parts
+    if "snapshots" in parts:
+        at = len(parts) - 1 - parts[::-1].index("snapshots")
+        repository = parts[at - 1].removeprefix("models--").replace("--", "/")
+        file = "/".join(parts[at + 2 :])
+        return f"download it again: hf download {repository} {file} --force-download"
+    return "download it again"
+
+
+def absent(wanted: str, where: str, stem: str, present: list[str]) -> str:
+    """The message for weights that are not in a folder or repository, with what to take instead.
+
+    Args:
+      wanted: the file's name; `present` are the names that are there instead.
+      stem: as of `find_weights`.
+    """
+    message = f"no {wanted} in {where}; it holds {', '.join(present[:20]) or 'nothing'}"
+    variants = set()
+    for name in present:
+        own = re.fullmatch(rf"{stem}\.?([\w-]*?)(-\d+-of-\d+)?\.safetensors", name)
+        if own:
+            variants.add(own[1])
+    named = sorted(f"--variant {variant}" for variant in variants - {""})
+    if variants:
+        ways = [*named, *(["no --variant"] if "" in variants else [])]
+        message += f"; take {' or '.join(ways)}"
+    elif any(name.endswith(".safetensors") for name in present):
+        message += f"; these have other names than {wanted}: rename what are the weights"
     elif any(name.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack")) for name in present):
         message += (
             "; pickles (.bin, .ckpt) and Flax files are not read: convert them, for example with "
             "diffusers' save_pretrained(folder, safe_serialization=True)"
         )
-    raise WeightsError(message)
+    return message

@@ -1,0 +1,125 @@
+"""Every command line that the documents show is one that its program understands."""
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from idea_jax import config
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = {"train_jax.py": config.TrainConfig, "sample_jax.py": config.SampleConfig}
+# What a reader puts where a command has three dots; whatever the command says itself wins.
+REST = {
+    "train_jax.py": "--pretrained_model_name_or_path MODEL --train_data_dir PHOTOS",
+    "sample_jax.py": "--pretrained_model_name_or_path MODEL --identity FILE --prompt {}",
+    "idea_jax.faces": "PHOTOS",
+}
+
+
+def commands():
+    """(document, command) of every block of code and of every command within a sentence."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        content = path.read_text("utf-8")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", content, re.DOTALL | re.MULTILINE)
+        lines = [line for block in blocks for line in whole_lines(block)]
+        named = [" ".join(code.split()) for code in re.findall(r"`(python3? [^`]+)`", content)]
+        # In a sentence, a program without arguments is its name, and N is any number.
+        lines += [code.replace(" N", " 1") for code in named if len(code.split()) > 3]
+        for line in lines:
+            if re.match(r"\s*(?:\w+=\S+ )*(?:python3?|idea-\w+) ", line):
+                yield path.name, line.strip()
+
+
+def whole_lines(block):
+    """The lines of a shell, joined where one ends in a backslash or within quotation marks."""
+    joined = ""
+    for line in block.splitlines():
+        joined += line
+        if joined.endswith("\\"):
+            joined = joined[:-1] + " "
+        elif joined.count('"') % 2:
+            joined += "\n"
+        else:
+            yield joined
+            joined = ""
+    yield joined
+
+
+FOUND = sorted(set(commands()))
+
+
+class Parsed(Exception):
+    """The program has understood its arguments; what it would do then is not done."""
+
+
+def check(command, monkeypatch):
+    words = [
+        word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)
+    ]
+    program, *arguments = words[1:] if words[0].startswith("python") else words
+    program = {"idea-train": "train_jax.py", "idea-sample": "sample_jax.py"}.get(program, program)
+    if program == "-c":
+        ast.parse(arguments[0])
+        return
+    if program == "-m":
+        program, *arguments = arguments
+    if program in ("pytest", "pip"):
+        return
+    if "..." in arguments and program in REST:
+        arguments.remove("...")
+        rest = REST[program].split()
+        if "--dataset" in arguments or "--train_data_dir" in arguments:
+            rest = rest[:2] if program == "train_jax.py" else []
+        arguments += rest
+    if program in CLASSES:
+        config.parse(CLASSES[program], arguments)
+        return
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *given):
+        raise Parsed(parse(self, *given))
+
+    name = f"{program}.__main__" if (ROOT / program / "__main__.py").is_file() else program
+    module = importlib.import_module(name)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    with pytest.raises(Parsed):
+        module.main()
+
+
+def test_the_documents_have_commands():
+    assert {document for document, _ in FOUND} >= {"README.md", "faces.md", "guide.md", "scale.md"}
+    assert len(FOUND) > 25
+
+
+@pytest.mark.parametrize(("document", "command"), FOUND)
+def test_a_documented_command_is_understood(document, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check(command, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python train_jax.py --pretrained_model_name_or_path M --train_data_dir D --no_such_flag 1",
+        "python sample_jax.py --pretrained_model_name_or_path M --prompt {}",
+        "python -m idea_jax.faces photos --out x --no_such_flag",
+        "python -c 'this is no Python'",
+    ],
+)
+def test_a_command_that_no_program_understands_is_found(command, monkeypatch, capsys):
+    with pytest.raises((SystemExit, config.ConfigError, SyntaxError)):
+        check(command, monkeypatch)
+
+
+def test_every_flag_that_is_only_accepted_stands_in_the_guide():
+    guide = (ROOT / "docs" / "guide.md").read_text("utf-8")
+    for flags in config.FOREIGN_FLAGS.values():
+        for flag in flags:
+            assert f"`--{flag}`" in guide
