@@ -130,9 +130,8 @@ def test_tensors_that_are_missing_too_many_or_of_another_shape_are_named(whole, 
 
 def test_an_enhancer_of_another_family_recogniser_or_number_of_tokens_is_refused(whole):
     ours = enhancers.read(whole)
-    wide = random_sd.config("small", "sd2", vocab_size=100)
-    other = made.config(wide.text.hidden_size)
-    theirs = enhancers.Enhancer(other, made.tree(other, wide), made.about())
+    other = made.config(2 * CONFIG.dim)
+    theirs = enhancers.Enhancer(other, made.tree(other, MODEL), made.about())
     for enhancer, model, settings, says in (
         (theirs, MODEL, {}, f"its text width is {other.dim}, this checkpoint's is {CONFIG.dim}"),
         (ours, MODEL, {"face_model": "1" * 64}, f"the SHA-256 {'0' * 64}"),

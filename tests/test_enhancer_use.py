@@ -96,9 +96,11 @@ def test_all_of_the_face_gets_through(kind):
     faces_seen = rng.normal(size=(1000, 512)).astype(np.float32)
     faces_seen /= np.linalg.norm(faces_seen, axis=1, keepdims=True)
     params = network.init(jax.random.key(0), faces_seen[0], anchor, known)
-    see = jax.jit(jax.vmap(lambda face: network.apply(params, face, anchor, known)[1]))
-    enhanced = np.asarray(see(faces_seen)).reshape(1000, -1)
-    spectrum = np.linalg.svd(enhanced - enhanced.mean(axis=0), compute_uv=False)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.02, x.shape).astype(np.float32), params)
+    see = jax.jit(jax.vmap(lambda face: network.apply(params, face, anchor, known)))
+    said = see(faces_seen)[0 if kind == "linear" else 1]  # the linear one has tokens and no F
+    said = np.asarray(said).reshape(1000, -1)
+    spectrum = np.linalg.svd(said - said.mean(axis=0), compute_uv=False)
     assert (spectrum > 1e-3 * spectrum[0]).sum() > 64
 
 
@@ -115,7 +117,8 @@ def test_many_faces_at_once_are_as_one_by_one_and_all_begin_at_the_start(kind, l
         alone = shared.predict(cfg, tree, face)
         for name, value in alone.items():
             np.testing.assert_allclose(together[name][number], value, atol=1e-5)
-    assert np.abs(together["enhanced"][0] - together["enhanced"][1]).max() > 1e-3
+    if kind != "linear":
+        assert np.abs(together["enhanced"][0] - together["enhanced"][1]).max() > 1e-3
     assert np.abs(together["pseudo_tokens"][0] - together["pseudo_tokens"][1]).max() > 1e-4
     names = jnp.ones((made.NAMES, 2, cfg.dim))
     fresh = shared.init_shared(cfg, model, jax.random.key(0), tree["start"], 0.02, names)

@@ -64,7 +64,7 @@ def init_shared(
     D, N = config.dim, config.num_tokens
     start = jnp.asarray(start, jnp.float32)
     names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
-    known = (names - start) / scale if config.kind == "names" else names[:0]
+    known = (names - start[None]) / scale if config.kind == "names" else names[:0]
     shared = {"start": start, "scale": jnp.float32(scale), "names": known}
     faces = config.network.init(stream(key, "enhancer"), jnp.ones(512), _anchor(shared), known)
     adapter = IDAdapter(D, config.beta)
