@@ -38,6 +38,9 @@ CORES, SMALL = 8, 2**30
 GRACE = 20
 # Seconds between two looks at what the others have done, and for which they wait for process 0.
 PULSE, LISTING = 30, 300
+# Where processes take steps together: seconds between two signs of life, and without one until a
+# process counts as lost. A process that compiles still gives them: they are a thread's.
+BEAT, LOST = 2.0, 90.0
 
 
 # Settings of JAX that change numbers, as they are here whatever the environment says.
@@ -249,6 +252,77 @@ def watch_others() -> threading.Event:
 
     threading.Thread(target=wait, daemon=True).start()
     return are_gone
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ends this process, with one message, once another one has failed or was lost.
+
+    For processes that take every step together, where each would wait for a lost one for ever, in a
+    call that hears nothing. What they have written is whole, so nothing is lost but the steps since
+    the newest checkpoint.
+
+    Raises:
+        DevicesError: the block met an error of the devices, or of the network between them.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    client, own, is_over = global_state.client, jax.process_index(), threading.Event()
+    others = [number for number in range(jax.process_count()) if number != own]
+
+    def key(number):
+        return f"idea_jax/beat/{number}"
+
+    def watch():
+        seen = {number: ("", time.monotonic()) for number in others}
+        beat = 0
+        while not is_over.wait(BEAT):
+            beat += 1
+            for number in others:
+                said = ""
+                with suppress(jax.errors.JaxRuntimeError):  # of a lost process 0, too
+                    said = client.key_value_try_get(key(number))
+                if said and said != seen[number][0]:
+                    seen[number] = said, time.monotonic()
+                if said == "failed" or time.monotonic() - seen[number][1] > LOST:
+                    end_lost(number, said)
+                if said == "done":
+                    seen[number] = said, math.inf
+            with suppress(jax.errors.JaxRuntimeError):
+                client.key_value_set(key(own), str(beat), allow_overwrite=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    last = "failed"
+    try:
+        yield
+        last = "done"
+    except Interrupted:  # all stop after the same step
+        last = "done"
+        raise
+    except jax.errors.JaxRuntimeError as error:
+        raise DevicesError(
+            f"a step could not be taken ({str(error).splitlines()[0][:200]}); if another process "
+            "was lost, start all processes again with --resume_from_checkpoint latest"
+        ) from error
+    finally:
+        is_over.set()
+        thread.join(BEAT)
+        with suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(key(own), last, allow_overwrite=True)
+
+
+def end_lost(number: int, said: str) -> None:
+    """Ends this process because another one is gone."""
+    why = "failed" if said == "failed" else f"gave no sign of life for {LOST:g} seconds"
+    print(
+        f"error: process {number} {why}, and no step can be taken without it; start all processes "
+        "again with --resume_from_checkpoint latest",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def check_same_people(names: Sequence[str]) -> None:

@@ -107,7 +107,7 @@ def run(cfg: EnhancerTrainConfig) -> list[Path]:
     """
     with devices.joined() if cfg.distributed else nullcontext():
         out = Path(cfg.output_dir)
-        with jobs.only_run(out, jax.process_index()):
+        with devices.together(), jobs.only_run(out, jax.process_index()):
             return train_locked(cfg, out)
 
 
@@ -494,16 +494,7 @@ def loop(
         stack.callback(journal.close)
         if work.sitters and not first:
             validate(work, journal, state, 0)
-        try:
-            state = take_steps(work, state, kept, journal, stack)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            reason = str(error).splitlines()[0][:200]
-            raise devices.DevicesError(
-                f"a step could not be taken by all processes together ({reason}): one of them was "
-                f"probably lost; start all of them again with --resume_from_checkpoint latest"
-            ) from error
+        state = take_steps(work, state, kept, journal, stack)
         kept.close()
         if not work.first:
             return []

@@ -1,0 +1,532 @@
+"""Preparing the inputs of a shared ID-Enhancer, and training one."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import chaos
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_people import write_celeb_a
+
+from idea_jax import face_table, random_face, train_enhancer
+from idea_jax.data import text
+from idea_jax.enhancer import drawing, fit, prepare, samples, shards, sources
+from idea_jax.enhancer import step as steps
+from idea_jax.enhancer.shards import ShardsError
+from idea_jax.files import WriteError
+from idea_jax.formats import enhancer
+from idea_jax.method import shared
+from idea_jax.models import sd
+from idea_jax.results import Base
+
+SIDE = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(smallest_checkpoint, tmp_path_factory):
+    """The smallest checkpoint, with a recogniser and without a detector."""
+    folder = tmp_path_factory.mktemp("model") / "smallest"
+    shutil.copytree(smallest_checkpoint, folder)
+    random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint):
+    model, frozen = sd.load(checkpoint)
+    tokenizer = text.load_tokenizer(
+        checkpoint / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
+    )
+    return Base(model, frozen, tokenizer.with_placeholder("<person>", 2), "smallest", None)
+
+
+def unit(seed):
+    values = np.random.default_rng(seed).standard_normal(512).astype(np.float32)
+    return values / np.linalg.norm(values)
+
+
+def in_memory(counts=(2, 1, 3, 2, 2), named=False):
+    """People who bring their faces along: so many pictures each."""
+
+    def portrait(person, place):
+        rng = np.random.default_rng([person, place])
+        image = Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8))
+        box = np.array([2, 2, 18, 18], np.float32)
+        sight = face_table.Sight(box, None, 1.0, "0" * 64, unit([person, place]))
+        said = ("a photo of {}",) * (place % 2)
+        return sources.Portrait(sources.Drawn(f"{person}-{place}", image), said, sight)
+
+    def people(first):
+        for number in range(first, len(counts)):
+            name = np.array([number % 50 + 1, number % 7 + 1], np.int32) if named else None
+            portraits = [portrait(number, place) for place in range(counts[number])]
+            yield sources.Person(number, portraits, name)
+
+    return sources.Source("memory", "ours", len(counts), people, {}, "f" * 64)
+
+
+@pytest.fixture(scope="module")
+def studio(base):
+    return prepare.Studio(base, None, SIDE, crop="center", shard_pictures=3)
+
+
+@pytest.fixture(scope="module")
+def quiet(studio, tmp_path_factory):
+    """A folder that was prepared without any trouble."""
+    folder = tmp_path_factory.mktemp("quiet") / "data"
+    prepare.prepare(in_memory(), folder, studio)
+    return folder
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".lock")}
+
+
+# --- preparing ------------------------------------------------------------------------------------
+
+
+def test_prepared_pictures_are_those_of_the_source(quiet, base):
+    index = shards.read_index(quiet)
+    assert (index.people, index.pictures, index.rejected) == (5, 10, 0)
+    assert [shard.pictures for shard in index.shards] == [3, 3, 4]
+    assert index.is_complete and "biometric" in (quiet / "index.json").read_text()
+    assert all(path.stat().st_mode & 0o077 == 0 for path in quiet.glob("0*"))
+    folder = samples.open_folder(quiet)
+    assert folder.faces.person.tolist() == [0, 0, 1, 2, 2, 2, 3, 3, 4, 4]
+    np.testing.assert_array_equal(folder.faces.face[4], unit([2, 1]))
+    record = folder.pictures[4]
+    assert record.person == 2 and len(record.token_ids) == 1 and not len(folder.pictures[3][1])
+    placeholder = base.tokenizer.placeholder
+    expected = base.tokenizer([text.fill("a photo of {}", placeholder)])
+    np.testing.assert_array_equal(record.token_ids, expected)
+    rng = np.random.default_rng([2, 1])
+    pixels = rng.integers(0, 256, (20, 20, 3), np.uint8)
+    pixels = prepare.images.to_pixels(Image.fromarray(pixels), SIDE, center_crop=True)
+    mean, _ = sd.encode_image(base.model, base.frozen, np.stack([pixels, pixels[:, ::-1]]))
+    np.testing.assert_allclose(record.mean, mean, atol=2e-3)
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture
+def trouble(monkeypatch):
+    """Something happens when the picture of a person is looked at."""
+
+    def at(number, act):
+        look = prepare.look
+
+        def looked(studio, person):
+            if person.number == number:
+                act()
+            return look(studio, person)
+
+        monkeypatch.setattr(prepare, "look", looked)
+
+    return at
+
+
+def kill():
+    raise Killed
+
+
+def test_a_preparation_that_was_killed_goes_on_as_if_it_had_not(
+    quiet, studio, tmp_path, trouble, monkeypatch
+):
+    out = tmp_path / "data"
+    trouble(3, kill)
+    with pytest.raises(Killed):
+        prepare.prepare(in_memory(), out, studio)
+    (out / ".tmp-123.array_record").write_bytes(b"half")
+    with pytest.raises(ShardsError, match="has not ended: 2 people"):
+        samples.open_folder(out)
+    monkeypatch.undo()
+    before = (out / "00000.array_record").stat().st_mtime_ns
+    prepare.prepare(in_memory(), out, studio)
+    assert contents(out) == contents(quiet)
+    assert (out / "00000.array_record").stat().st_mtime_ns == before  # not made again
+
+
+def test_damaged_shards_are_named_and_made_again(quiet, studio, tmp_path):
+    out = tmp_path / "data"
+    shutil.copytree(quiet, out)
+    path = out / "00001.array_record"
+    raw = bytearray(path.read_bytes())
+    start = raw.index(samples.open_folder(quiet).pictures[4].mean.tobytes())
+    raw[start] ^= 1
+    path.write_bytes(raw)
+    folder = samples.open_folder(out)
+    assert folder.pictures[0].person == 0
+    with pytest.raises(ShardsError, match=r"00001.array_record is damaged"):
+        folder.pictures[4]
+    (out / "00002.safetensors").write_bytes(b"cut")
+    with pytest.raises(ShardsError, match=r"00002.safetensors is damaged"):
+        samples.open_folder(out)
+    prepare.prepare(in_memory(), out, studio)
+    assert contents(out) == contents(quiet)
+    (out / "index.json").write_text("{")
+    with pytest.raises(ShardsError, match=r"index.json is damaged.*--purge"):
+        samples.open_folder(out)
+
+
+def test_a_full_disk_costs_nothing_that_was_written(quiet, studio, tmp_path, trouble, monkeypatch):
+    out, (_, hard) = tmp_path / "data", resource.getrlimit(resource.RLIMIT_FSIZE)
+    trouble(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard)))
+    try:
+        with pytest.raises(WriteError, match=r"cannot write .*array_record: File too large"):
+            prepare.prepare(in_memory(), out, studio)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert shards.read_index(out).pictures == 3
+    monkeypatch.undo()
+    prepare.prepare(in_memory(), out, studio)
+    assert contents(out) == contents(quiet)
+
+
+def test_purge_deletes_what_was_prepared_and_nothing_else(quiet, tmp_path, capsys):
+    out = tmp_path / "data"
+    shutil.copytree(quiet, out)
+    (out / "notes.txt").write_text("mine")
+    assert train_enhancer.main(["--purge", str(out)]) == 0
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert train_enhancer.main(["--purge", str(out)]) == 1
+    assert "is no prepared folder" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, capsys):
+    """No face, unreadable, somebody without any; too few people is one message."""
+    good = in_memory((2, 2))
+    blind = sources.Portrait(sources.Drawn("blind.png", Image.new("RGB", (20, 20))))
+
+    def people(first):
+        for person in good.people(0):
+            yield person._replace(portraits=[blind, *person.portraits])
+        yield sources.Person(2, [blind])
+
+    index = prepare.prepare(replace(good, people=people, count=3), tmp_path / "a", studio)
+    assert (index.people, index.pictures, index.rejected) == (2, 4, 3)
+    said = capsys.readouterr().err
+    assert "3 pictures cannot be used" in said and said.count("blind.png") == 3
+    faceless = replace(good, people=lambda first: iter([sources.Person(0, [blind])]), count=1)
+    with pytest.raises(ShardsError, match=r"of the 1 people only 0 can be used.*two people"):
+        prepare.prepare(faceless, tmp_path / "b", studio)
+    with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
+        prepare.prepare(good, tmp_path / "b", replace(studio, seed=1))
+
+
+def test_folders_of_people_may_have_captions(tmp_path):
+    for person in "ab":
+        (tmp_path / person).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / person / "1.png")
+    captions = tmp_path / "a" / "captions.jsonl"
+    captions.write_text('{"file": "1.png", "text": "{} at sea"}\n\n')
+    one, two = sources.from_folders(tmp_path).people(0)
+    assert one.portraits[0].texts == ("{} at sea",) and two.portraits[0].texts == ()
+    captions.write_text('{"file": "1.png", "text": "somebody at sea"}')
+    with pytest.raises(ShardsError, match=r"captions.jsonl, line 1 .*does not mention the person"):
+        sources.from_folders(tmp_path)
+
+
+class Finder:
+    """Sees as many faces as the upper left pixel is red; each is the embedding of its green."""
+
+    detector = None
+
+    def look_at(self, image, name):
+        red, green, _ = image.getpixel((0, 0))
+        if red != 1:
+            raise prepare.faces.FaceError(f"{red} faces")
+        box = np.array([0, 0, 4, 4], np.float32)
+        near = unit(green // 10) + 0.2 * unit(1000 + green)
+        return face_table.Sight(box, None, 1.0, "", near / np.linalg.norm(near))
+
+
+def test_drawings_of_a_celebrity_count_if_they_are_alike():
+    def portrait(red, green):
+        image = Image.new("RGB", (20, 20), (red, green, 0))
+        return sources.Portrait(sources.Drawn(f"{green}", image))
+
+    shown = [portrait(1, 10), portrait(1, 11), portrait(1, 50), portrait(0, 12), portrait(1, 13)]
+    kept, rejected = sources.cast(Finder(), shown, 0.5)
+    assert [p.picture.name for p in kept] == ["10", "11", "13"]
+    assert sorted(picture.name for picture, _ in rejected) == ["12", "50"]
+    kept, rejected = sources.cast(Finder(), [portrait(1, 10), portrait(1, 20)], 0.5)
+    assert not kept and len(rejected) == 2
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+def test_samples_show_another_picture_of_the_same_person(quiet):
+    folder = samples.open_folder(quiet)
+    plan = samples.Plan(
+        *([folder], [1.0], [np.arange(5)]), size=5, seed=0, small=0.0, mean=0.0
+    )  # fmt: skip
+    owners = {folder.faces.face[i].tobytes(): i for i in range(10)}
+    means = {folder.pictures[i].mean[m].tobytes(): i for i in range(10) for m in range(2)}
+    for step in range(6):
+        drawn = [plan.sample(5 * step + row) for row in range(5)]
+        one = [owners[sample.face.tobytes()] for sample in drawn]
+        other = [means[sample.mean.tobytes()] for sample in drawn]
+        people = folder.faces.person
+        assert people[one].tolist() == people[other].tolist()
+        assert sorted(people[one].tolist()) == [0, 1, 2, 3, 4]
+        for a, b in zip(one, other, strict=True):
+            assert (a == b) == (people[a] == 1)  # who has a single picture
+
+
+def test_readers_share_out_the_samples_of_a_step_and_begin_anywhere(quiet):
+    folder = samples.open_folder(quiet)
+
+    def read(first, process, processes):
+        plan = samples.Plan(
+            *([folder, folder], [3.0, 1.0], [np.arange(5), np.arange(1, 3)]),
+            **{"size": 4, "seed": 1, "small": 0.5, "mean": 0.5},
+        )
+        reader = samples.Reader(plan, range(first, 4), process, processes)
+        batches = list(reader)
+        assert 0 <= reader.share_waited() <= 1
+        reader.close()
+        return batches
+
+    whole, later = read(0, 0, 1), read(2, 0, 1)
+    parts = [read(0, process, 2) for process in range(2)]
+    assert len(whole) == 4 and len(later) == 2
+    for step, batch in enumerate(whole):
+        together = [
+            np.concatenate(leaves) for leaves in zip(*(p[step] for p in parts), strict=True)
+        ]
+        order = np.argsort(together[0])
+        for leaf, joined in zip(batch, together, strict=True):
+            np.testing.assert_array_equal(leaf, joined[order])
+    for batch, same in zip(whole[2:], later, strict=True):
+        np.testing.assert_array_equal(batch.face, same.face)
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(base):
+    config = shared.EnhancerConfig("mlp", base.model.text.hidden_size, 2, 16)
+    start = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
+    key = jax.random.key(0)
+    return config, shared.init_shared(config, base.model, key, start, 1.0, start[None])
+
+
+def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=None):
+    """Weights and losses after three steps on so many devices."""
+    config, tree = begun
+    mesh = drawing.mesh_of(jax.devices()[:count])
+    folder = samples.open_folder(quiet)
+    plan = samples.Plan([folder], [1.0], [np.arange(5)], size=8, seed=0, small=0, mean=0.5)
+    optimizer = steps.make_optimizer(1e-3, warmup=2, steps=9, clip=1.0, beta2=0.99, epsilon=1e-6)
+    recipe = steps.Recipe(8, parts, 0.3, 5.0, 0.9)
+    specs = steps.shard_specs(base.frozen, count) if is_sharded else drawing.WHOLE
+    frozen = drawing.put(base.frozen, mesh, specs)
+    state = drawing.put(steps.init_state(optimizer, tree), mesh)
+    constants = {name: leaf for name, leaf in tree.items() if name not in shared.TRAINED}
+    losses = []
+    for number in range(3):
+        rows = [plan.sample(8 * number + row) for row in range(8)]
+        batch = samples.Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+        if number == poison:
+            batch = batch._replace(face=batch.face * np.nan)
+        inputs = {"key": jax.random.key(0), "step": np.int32(number)}
+        inputs["stop"] = np.zeros(count, np.int32)
+        state, metrics = steps.train_step(
+            *(base.model, config, recipe, optimizer, mesh, is_sharded),
+            *(frozen, state, constants, batch, inputs),
+        )
+        losses.append(float(metrics.loss))
+    return jax.device_get(state), losses
+
+
+@pytest.fixture(scope="module")
+def on_one(base, begun, quiet):
+    return three_steps(base, begun, quiet, 1)
+
+
+@pytest.mark.parametrize("layout", [{"count": 8}, {"count": 2, "parts": 2, "is_sharded": True}])
+def test_devices_and_parts_of_a_step_do_not_matter(base, begun, quiet, on_one, layout):
+    state, losses = three_steps(base, begun, quiet, **layout)
+    np.testing.assert_allclose(losses, on_one[1], rtol=1e-5)
+    assert int(state.step) == 3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, on_one[0])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.trained["enhancer"],
+                         jax.device_get(begun[1]["enhancer"]))  # fmt: skip
+    assert max(jax.tree.leaves(moved)) > 1e-4  # it learned
+
+
+def test_no_step_is_taken_from_one_that_is_not_finite_on(base, begun, quiet, on_one):
+    state, losses = three_steps(base, begun, quiet, 1, poison=1)
+    assert np.isnan(losses[1]) and np.isfinite(losses[2]) and int(state.step) == 1
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def celeb_a(checkpoint, tmp_path_factory):
+    """A set in CelebA's schema, prepared by the command."""
+    raw, data = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("celeb_a")
+    write_celeb_a(data, raw)
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    flags = ["--prepare", out, "--dataset", "celeb_a", "--dataset_dir", data, "--crop", "center"]
+    flags += ["--pretrained_model_name_or_path", checkpoint]
+    assert train_enhancer.main([*map(str, flags)]) == 0
+    index = shards.read_index(out)
+    assert (index.people, index.pictures) == (3, 8)
+    return out
+
+
+@pytest.fixture(scope="module")
+def flags(checkpoint, celeb_a):
+    """Of a training of three steps."""
+    given = f"--pretrained_model_name_or_path {checkpoint} --data {celeb_a} --width 16"
+    return [
+        *given.split(),
+        *"--max_train_steps 3 --train_batch_size 8 --warmup_steps 1 --adam_epsilon 1e-6".split(),
+        *"--validation_steps 0 --report_to none".split(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(flags, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    assert train_enhancer.main([*flags, "--output_dir", str(out)]) == 0
+    return out
+
+
+def same(one, other, atol):
+    one, other = (enhancer.read(out / fit.RESULT) for out in (one, other))
+    assert one.config == other.config and one.about == other.about
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), one.shared, other.shared)
+
+
+def test_result_says_what_it_is_of(straight):
+    found = enhancer.read(straight / fit.RESULT)
+    about = found.about
+    assert (about["people"], about["pictures"], about["steps"]) == (3, 8, 3)
+    assert about["sources"] == ["celeb_a"] and "non-commercial research" in about["licence"]
+    said = json.loads((straight / "run.json").read_text())
+    assert len(said["loss_curve"]) == 3 and 0 <= said["share_waited"] <= 1
+    tokens = [
+        shared.predict(found.config, found.shared, unit(seed))["pseudo_tokens"] for seed in range(2)
+    ]
+    assert np.abs(tokens[0] - tokens[1]).max() > 0
+
+
+def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, monkeypatch, capsys):
+    inputs_of = fit.inputs_of
+
+    def told_to_stop(work, batch, taken, stops):
+        if taken == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inputs_of(work, batch, taken, stops)
+
+    monkeypatch.setattr(fit, "inputs_of", told_to_stop)
+    out = ["--output_dir", str(tmp_path)]
+    assert train_enhancer.main([*flags, *out]) == 143
+    assert "stopped after step 2 of 3" in capsys.readouterr().err
+    assert not (tmp_path / fit.RESULT).exists()
+    monkeypatch.undo()
+    assert train_enhancer.main([*flags, *out]) == 1  # refused: it would mix with the checkpoint
+    resumed = [*flags, *out, "--resume_from_checkpoint", "latest"]
+    assert train_enhancer.main([*resumed, "--seed", "1"]) == 1
+    assert "other settings (seed: 0 -> 1)" in capsys.readouterr().err
+    assert train_enhancer.main(resumed) == 0
+    same(tmp_path, straight, 0)
+
+
+def test_two_processes_train_what_one_does(flags, straight, tmp_path):
+    command = [sys.executable, "-m", "idea_jax.train_enhancer", *flags, "--distributed"]
+    command += ["--output_dir", str(tmp_path)]
+    common = {"PYTHONPATH": str(chaos.ROOT), "XLA_FLAGS": chaos.XLA.format(1)}
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | variables,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
+        )
+        for variables in chaos.processes_of(2)
+    ]
+    try:
+        said = [process.communicate(timeout=chaos.PATIENCE)[0] for process in started]
+    finally:
+        for process in started:
+            chaos.end(process)
+    assert [process.returncode for process in started] == [0, 0], said
+    same(tmp_path, straight, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--train_batch_size", "6"], "--train_batch_size 6 cannot be divided over 8 devices"),
+        (["--data", "nowhere"], "nowhere is no prepared folder"),
+        (["--data", "{celeb_a}=0"], "--data is FOLDER or FOLDER=WEIGHT"),
+        (["--start", "ridge"], "nobody in --data has a name"),
+        (["--validation_steps", "1", "--face_model", "{other}"], "the recogniser of SHA-256"),
+    ],
+)
+def test_bad_input_is_one_message(flags, celeb_a, change, message, tmp_path, capsys):
+    other = tmp_path / "other.onnx"
+    random_face.write_random_recogniser(other, seed=1)
+    kept = flags[:2] + flags[4:] if change[0] == "--data" else flags
+    change = [word.format(celeb_a=celeb_a, other=other) for word in change]
+    assert train_enhancer.main([*kept, *change, "--output_dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_folder_of_another_checkpoint_is_refused(flags, checkpoint, base, tmp_path, capsys):
+    changed = tmp_path / "changed"
+    shutil.copytree(checkpoint, changed)
+    kernels = jax.tree.map(lambda leaf: leaf * 1.5, base.frozen.cross_kv)
+    sd.save(changed, base.model, base.frozen._replace(cross_kv=kernels))
+    swapped = [flags[0], str(changed), *flags[2:]]
+    assert train_enhancer.main([*swapped, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "was prepared for another checkpoint" in capsys.readouterr().err
+
+
+# --- ridge ----------------------------------------------------------------------------------------
+
+
+def test_regression_is_exact_in_the_file_and_needs_no_step(studio, checkpoint, flags, tmp_path):
+    prepare.prepare(in_memory((1, 2) * 10, named=True), tmp_path / "data", studio)
+    out = tmp_path / "out"
+    given = ["--data", str(tmp_path / "data"), "--output_dir", str(out), "--start", "ridge"]
+    given += ["--kind", "linear", "--max_train_steps", "0"]
+    given = [*flags[:2], *flags[4:], *given]
+    assert train_enhancer.main(given) == 0
+    found = enhancer.read(out / fit.RESULT)
+    folder = samples.open_folder(tmp_path / "data")
+    model, frozen = sd.load(checkpoint)
+    people = [np.arange(len(folder.people))]
+    faces, targets = fit.flat(*fit.ridge.examples([folder], people, model, frozen))
+    ridge = fit.ridge.fit(faces, targets)
+    assert found.about["ridge"]["names"] == 20 and found.about["steps"] == 0
+    face = unit(5)
+    expected = ridge.target_mean + (face - ridge.face_mean) @ ridge.kernel
+    predicted = shared.predict(found.config, found.shared, face)
+    np.testing.assert_allclose(predicted["pseudo_tokens"].ravel(), expected, atol=1e-5)
+
+
+def test_regression_finds_a_linear_map_and_says_how_good_it_is():
+    rng = np.random.default_rng(0)
+    faces = np.stack([unit(i) for i in range(600)])
+    kernel = rng.standard_normal((512, 6))
+    exact = fit.ridge.fit(faces, faces @ kernel + 3)
+    assert exact.r2 > 0.8
+    noise = fit.ridge.fit(faces, rng.standard_normal((600, 6)))
+    assert noise.r2 < 0.05
