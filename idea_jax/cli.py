@@ -15,6 +15,7 @@ from idea_jax import (
     files,
     jobs,
     learned_embeds,
+    publish,
     results,
     signals,
 )
@@ -41,11 +42,11 @@ INPUT_ERRORS = (
     checkpoint.CheckpointError,
     results.TrainingError,
     results.OccupiedError,
+    publish.PublishError,
     devices.DevicesError,
     jobs.JobsError,
     schedule.ScheduleError,
     shards.ShardsError,
-    enhancer.EnhancerError,
     OSError,
 )
 
@@ -53,6 +54,7 @@ INPUT_ERRORS = (
 SMALLER = {
     config.TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
     "--mixed_precision bf16, --shard_frozen with --mesh data=N, or a smaller --resolution",
+    None: "a smaller batch, --mixed_precision bf16, or --shard_frozen on several devices",
     config.SampleConfig: "a smaller --batch_size, --mixed_precision bf16, or a smaller --height "
     "and --width",
 }
@@ -113,7 +115,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
             raise
         needed = compile_cache.needs[-1] if compile_cache.needs else None
         about = devices.describe_memory(error, needed)
-        print(f"error: {about}. Try {SMALLER[cls]}", file=sys.stderr)
+        print(f"error: {about}. Try {SMALLER.get(cls, SMALLER[None])}", file=sys.stderr)
         return 1
     return 0
 

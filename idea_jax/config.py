@@ -68,6 +68,7 @@ FACE = {
 }
 FACE_PROVIDERS = ("cpu", "cuda")
 
+SECRETS = ("hub_token",)  # settings that no file keeps
 PRESET = "; as a flag it wins over what --config says"
 
 COMPUTE_DTYPES = {"no": "float32", "bf16": "bfloat16"}  # of the frozen networks, by precision
@@ -357,6 +358,19 @@ class TrainConfig:
     resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
     report_to: str = setting("tensorboard", "log of the losses", choices=("tensorboard", "none"))
     logging_dir: str = setting("logs", "folder of that log, inside output_dir")
+    # The Hugging Face Hub
+    push_to_hub: bool = setting(
+        False, "upload the person to a private repository of yours, with a card, at the end"
+    )
+    hub_model_id: str | None = setting(
+        None, "that repository, NAME or OWNER/NAME (default: the name of output_dir)"
+    )
+    hub_token: str | None = setting(
+        None, "token of the Hub (default: that of hf auth login); it is written nowhere"
+    )
+    publish_consent: bool = setting(
+        False, "the person on the photos agreed to being published, which --push_to_hub needs"
+    )
     # No setting: names of those that neither a file nor a flag has given; see `resolve`.
     unsaid: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
@@ -412,6 +426,7 @@ class TrainConfig:
                 )
 
         self.check_enhancer()
+        self.check_publishing()
         check_sources("--train_data_dir", self.train_data_dir, self.dataset, self.dataset_dir)
         self.check_face()
         shape = self.mesh_shape()
@@ -453,6 +468,18 @@ class TrainConfig:
             raise ConfigError(
                 f"--lr_warmup_steps {self.lr_warmup_steps} must be less than --max_train_steps "
                 f"{self.max_train_steps}"
+            )
+
+    def check_publishing(self) -> None:
+        """Raises unless nobody is published, or somebody who agreed to it."""
+        if not self.push_to_hub:
+            for name in ("hub_model_id", "hub_token", "publish_consent"):
+                if getattr(self, name):
+                    raise ConfigError(f"--{name} has no effect without --push_to_hub")
+        elif not self.publish_consent:
+            raise ConfigError(
+                "--push_to_hub publishes files that draw a person: give --publish_consent as well, "
+                "if that person agreed to it"
             )
 
     def own_parts(self) -> tuple[str, ...]:
@@ -837,15 +864,11 @@ FOREIGN_FLAGS: dict[type, dict[str, str]] = {
         "device": "JAX takes the accelerator that is there; JAX_PLATFORMS names another",
         "enable_xformers_memory_efficient_attention": "--attention chooses the kernel",
         "gradient_checkpointing": "a step keeps little in memory as it is",
-        "hub_model_id": "nothing is uploaded; hf upload ID OUTPUT_DIR does it",
-        "hub_token": "nothing is uploaded; hf auth login keeps the token for downloads",
         "learnable_property": "a person is learned",
         "local_rank": "--distributed joins processes: docs/scale.md",
         "lr_num_cycles": "no schedule of rates here has cycles",
         "no_safe_serialization": "results are safetensors always",
         "num_train_epochs": "--max_train_steps counts steps",
-        "push_to_hub": "nothing is uploaded; after the person has agreed to it, hf upload ID "
-        "OUTPUT_DIR does it",
         "repeats": "each step draws photos at random; --max_train_steps counts steps",
         "save_as_full_pipeline": "the checkpoint stays as it is; results load beside it",
         "tokenizer_name": "the checkpoint's own tokenizer is read",
@@ -1072,5 +1095,5 @@ def read_yaml(path: str) -> dict:
 def to_yaml(config: object) -> str:
     """The resolved settings as YAML that `--config` reads back to the same run."""
     named = {spec.name: getattr(config, spec.name) for spec in settings_of(type(config))}
-    values = {name: value for name, value in named.items() if value is not None}
+    values = {n: value for n, value in named.items() if value is not None and n not in SECRETS}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -203,9 +203,11 @@ class Results:
         The losses are those since the last start, which may have resumed an earlier one.
         """
         with atomic_write(folder / "config.yaml") as temporary:
-            # Without the way this run was resumed, or replaced another: the file says how to do
-            # all of it again.
-            again = replace(self.cfg, resume_from_checkpoint=None, overwrite=False)
+            # Without the way this run was resumed, replaced another, or was published: the file
+            # says how to learn the same again.
+            unpublished = {"push_to_hub": False, "publish_consent": False}
+            unpublished |= {"hub_model_id": None, "hub_token": None}
+            again = replace(self.cfg, resume_from_checkpoint=None, overwrite=False, **unpublished)
             temporary.write_text(to_yaml(again), "utf-8")
         if not self.losses and steps and (self.output_dir / "run.json").is_file():
             return  # nothing was left to do: what the file says of the run is still true

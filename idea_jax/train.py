@@ -29,6 +29,7 @@ from idea_jax import (
     jobs,
     learned_embeds,
     portraits,
+    publish,
     sample,
 )
 from idea_jax.config import COMPUTE_DTYPES, ConfigError, TrainConfig
@@ -86,6 +87,7 @@ FREE_ON_RESUME = frozenset(
         *("identities_per_step", "mesh", "shard_frozen", "distributed", "steps_per_call"),
         # Of the shared ID-Enhancer its file's digest counts; `unsaid` is no setting.
         *("enhancer", "unsaid"),
+        *("push_to_hub", "hub_model_id", "hub_token", "publish_consent"),
     }
 )
 # Settings that came later, with what they were for all who did not know them: what was begun before
@@ -207,6 +209,11 @@ def train_people(cfg: TrainConfig) -> list[Path]:
     is_single = list(everybody) == [""]
     alone = person_of(cfg, "", everybody[""]) if is_single else None
     own = devices.own_share(list(everybody))
+    if not is_single and cfg.push_to_hub:
+        raise ConfigError(
+            "--push_to_hub is for one person; of several, each has to be asked: upload their "
+            "folders one by one with hf upload"
+        )
     if is_single and cfg.distributed:
         raise ConfigError("--distributed is for several people: each process trains its own")
     if cfg.overwrite and not is_single:
@@ -467,6 +474,14 @@ def train_one(work: Work, person: people.Person, seen: Portraits, started: float
             f"stopped after step {step} of {last}, which is kept in {learner.checkpoints.folder}; "
             "add --resume_from_checkpoint latest to go on",
         )
+    if cfg.push_to_hub:
+        results = learner.results
+        card = publish.card(
+            *(results.token, work.base.name, work.method.profile, step),
+            holds_face=work.method.keeps_face,
+        )
+        token, name = cfg.hub_token, cfg.hub_model_id or folder.resolve().name
+        log.info("uploaded to %s", publish.push(folder, card, name, token))
     return folder / jobs.RESULT
 
 

@@ -31,6 +31,7 @@ ROWS = (
     ("learned_embeds", "files"),
     ("tensorboard", "files"),
     ("jobs", "files"),
+    ("publish", "files"),
     ("diffusion.schedule", "pytrees"),
     ("diffusion.samplers", "diffusion.schedule pytrees"),
     # level 2: Stable Diffusion; knows no person
@@ -69,7 +70,7 @@ ROWS = (
     (
         "train",
         "group results sample checkpoint train_step learned_embeds jobs devices signals faces "
-        "face_models portraits formats.enhancer "
+        "face_models portraits publish formats.enhancer "
         "face_table compile_cache config pytrees files data.* diffusion.* method.* models.*",
     ),
     # one enhancer for everybody
@@ -126,7 +127,8 @@ ROWS = (
     # level 6: the command line
     (
         "cli",
-        "train results jobs devices signals sample checkpoint learned_embeds face_models files "
+        "train results jobs devices signals sample checkpoint learned_embeds publish face_models "
+        "files "
         "compile_cache config data.* diffusion.* models.* enhancer.shards formats.enhancer",
     ),
     (
