@@ -52,13 +52,8 @@ def test_upload_is_private_and_leaves_out_what_has_paths_and_photo_names(tmp_pat
     (_, token), (_, name, made), (_, sent) = hub
     assert (token, name) == ("secret", "anna") and made["private"] is True
     assert sent["repo_id"] == "somebody/anna" and sent["folder_path"] == tmp_path
-    listed = [
-        "README.md",
-        "identity.safetensors",
-        "config.yaml",
-        "run.json",
-        "webui/anna.safetensors",
-    ]
+    wanted = ["README.md", "identity.safetensors", "webui/anna.safetensors"]
+    listed = [*wanted, "config.yaml", "run.json"]
     kept = list(
         huggingface_hub.utils.filter_repo_objects(listed, allow_patterns=sent["allow_patterns"])
     )
