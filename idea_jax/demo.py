@@ -21,7 +21,7 @@ from idea_jax.files import check_writable, say
 
 PERSON = 26  # of the people for testing; not one of those that the lab reports on
 PHOTO = Path(__file__).resolve().parent / "mini" / "photo.png"
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "mini_paper.yaml"
+CONFIG = Path(__file__).resolve().parent / "configs" / "mini_paper.yaml"
 MARGIN = 1.3  # around the face: what the mini learned from shows that much of a person
 PROMPTS = (3, 4, 6, 9)  # of captions.PROMPTS
 PICTURES = 4

@@ -389,8 +389,8 @@ def test_abbreviated_flags_are_refused(capsys):
 ORIGINAL = (
     "--allow_tf32 --center_crop --dataloader_num_workers 2 --device cuda "
     "--enable_xformers_memory_efficient_attention --gradient_accumulation_steps 4 "
-    "--gradient_checkpointing --learnable_property object --local_rank -1 --lr_num_cycles 1 --no_safe_serialization "
-    "--num_train_epochs 100 --repeats 100 --save_as_full_pipeline "
+    "--gradient_checkpointing --learnable_property object --local_rank -1 --lr_num_cycles 1 "
+    "--no_safe_serialization --num_train_epochs 100 --repeats 100 --save_as_full_pipeline "
     "--tokenizer_name t --validation_epochs 50 --validation_prompt_file p.txt"
 ).split()
 

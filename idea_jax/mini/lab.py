@@ -34,7 +34,7 @@ from idea_jax.pytrees import stream
 from idea_jax.train_step import IdentityState, draw_and_step, evaluate, init_state
 
 PROFILES = ("paper", "paper_alone", "official", "cross_init", "textual_inversion")
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 REFERENCES = 8  # true drawings of a person that pictures of them are compared with
 DRAWS = 2000  # of the bootstrap
 
