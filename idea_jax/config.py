@@ -804,7 +804,8 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
     parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
     for spec in settings_of(cls):
         add_flag(parser, spec)
-    for name, why in FOREIGN_FLAGS[cls].items():
+    foreign = FOREIGN_FLAGS.get(cls, {})
+    for name, why in foreign.items():
         parser.add_argument(
             f"--{name}",
             nargs="?",
@@ -814,9 +815,9 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
             help=f"accepted and ignored: {why}",
         )
     flags = vars(parser.parse_args(argv))
-    for name in FOREIGN_FLAGS[cls]:
+    for name, why in foreign.items():
         if flags.pop(name, None) is not None:
-            log.warning("--%s is ignored: %s", name, FOREIGN_FLAGS[cls][name])
+            log.warning("--%s is ignored: %s", name, why)
     path = flags.pop("config", None)
     return build(cls, read_yaml(path) if path else {}, flags, source=path)
 

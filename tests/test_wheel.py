@@ -1,0 +1,63 @@
+"""What is installed is whole: a wheel, unpacked in another folder, shows every `--help`."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_help import PROGRAMS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SHOW = """
+import runpy, sys
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    try:
+        runpy.run_module(program, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code in (0, None), (program, stop.code)
+    else:
+        raise AssertionError(program)
+import idea_jax
+print(idea_jax.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """The contents of a wheel of this checkout, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = ["bdist_wheel", "--dist-dir", folder, "--bdist-dir", folder / "built"]
+    apart = ["egg_info", "--egg-base", folder, "build", "--build-base", folder / "base"]
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", *apart, *built]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = folder.glob("*.whl")
+    target = folder / "installed"
+    zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+def test_a_wheel_has_all_that_is_read(unpacked):
+    files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    data = [*(ROOT / "idea_jax" / "configs").glob("*.yaml"), ROOT / "idea_jax/mini/photo.png"]
+    data += [path for path in (ROOT / "idea_jax/mini/checkpoint").rglob("*") if path.is_file()]
+    missing = {str(path.relative_to(ROOT)) for path in data} - files
+    assert not missing
+    assert {"train_jax.py", "sample_jax.py"} <= files
+
+
+def test_every_program_of_a_wheel_shows_its_help(unpacked, tmp_path):
+    names = [name.removesuffix(".py") for name in PROGRAMS if not name.startswith("benchmarks")]
+    shown = subprocess.run(
+        [sys.executable, "-c", SHOW, *names],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(unpacked), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.strip().endswith(str(unpacked / "idea_jax" / "__init__.py"))
+    assert shown.stdout.count("usage:") == len(names)
