@@ -6,11 +6,11 @@ import sys
 
 import chaos
 import jax
+import jax.numpy as jnp
 import pytest
 
-import sample_jax
 import train_jax
-from idea_jax import checkpoint, devices, jobs, train
+from idea_jax import checkpoint, cli, compile_cache, config, devices, jobs, train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
@@ -28,28 +28,41 @@ def learn(smallest_checkpoint, photo_folder, tmp_path, capsys):
     return command
 
 
-def test_too_little_memory_is_one_message_with_numbers(
-    learn, smallest_checkpoint, tmp_path, capsys
-):
-    """The batch is so large that the operating system refuses its memory at once."""
-    code, said = learn("--train_batch_size", 10**9, "--mesh", "data=1")
-    assert code == 1 and "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    for phrase in ("the memory is too small", "GiB", "this machine has", "--train_batch_size"):
-        assert phrase in line
+@pytest.mark.parametrize(
+    ("cls", "flags", "advice"),
+    [
+        (config.TrainConfig, ["--train_data_dir", "d"], "a smaller --train_batch_size"),
+        (config.SampleConfig, ["--identity", "i", "--prompt", "{}"], "a smaller --batch_size"),
+    ],
+)
+def test_too_little_memory_is_one_message_with_numbers(cls, flags, advice, monkeypatch, capsys):
+    """So much is asked for that the operating system refuses it at once."""
+    monkeypatch.setattr(compile_cache, "needs", [3 * 2**30])
 
-    assert learn()[0] == 0
-    code = sample_jax.main(
-        [
-            *("--pretrained_model_name_or_path", str(smallest_checkpoint)),
-            *("--identity", str(tmp_path / "out" / "identity.safetensors"), "--prompt", "{}"),
-            *("--save_dir", str(tmp_path / "pictures"), "--num_inference_steps", "1"),
-            *("--num_images_per_prompt", "1", "--height", "16384", "--width", "16384"),
-        ]
-    )
+    def run(cfg):
+        return [jnp.zeros((10**9, 4096)).block_until_ready()]
+
+    assert cli.main(cls, run, ["--pretrained_model_name_or_path", "m", *flags]) == 1
     said = capsys.readouterr().err
-    assert code == 1 and "Traceback" not in said
-    assert "the memory is too small" in said and "--batch_size" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    for phrase in (
+        "the memory is too small; 15,258.8 GiB were asked for at once",
+        "the program needs 3.0 GiB on each device",
+        "this machine has ",
+        advice,
+        "--mixed_precision bf16",
+    ):
+        assert phrase in line
+    assert "Traceback" not in said
+
+
+def test_an_error_that_is_none_of_memory_is_not_called_one():
+    def run(cfg):
+        raise RuntimeError("out of ideas")
+
+    flags = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
+    with pytest.raises(RuntimeError, match="out of ideas"):
+        cli.main(config.SampleConfig, run, flags)
 
 
 def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
