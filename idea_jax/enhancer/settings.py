@@ -153,7 +153,7 @@ class EnhancerTrainConfig:
     kv_rank: int = setting(4, "rank of the shared low-rank K/V delta")
     beta: float = setting(0.4, "scale of the ID-Adapter's contribution")
     start: str = setting(
-        "names",
+        "cross_init",
         "what the tokens start from: the names' mean input embedding, Cross Initialization's "
         "output, or a ridge regression from faces to names (for which --data has celebrities)",
         choices=STARTS,
