@@ -140,7 +140,8 @@ ENHANCER_ONLY = ("train_parts", "enhanced_learning_rate", "self_contained")
 NOT_WITH_ENHANCER = ("enhancer_learning_rate", "initialize_tokens", "celeb_path")
 # What happens between the first step and the last.
 ON_THE_WAY = (
-    *("validation_prompt", "save_steps", "checkpointing_steps", "resume_from_checkpoint"),
+    *("validation_prompt", "validation_prompt_file", "save_steps", "checkpointing_steps"),
+    "resume_from_checkpoint",
     *("lr_warmup_steps",),
 )
 

@@ -90,15 +90,17 @@ FREE_ON_RESUME = frozenset(
         *("push_to_hub", "hub_model_id", "hub_token", "publish_consent"),
     }
 )
-# Settings that came later, with what they were for all who did not know them: what was begun before
-# can go on.
+# Settings that came later, with what they were for all who did not know them. A fingerprint has
+# None for that, as one from before has for what it does not name: what was begun then can go on.
 SINCE = {
     "train_parts": None,
     "self_contained": False,
     "enhanced_learning_rate": None,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
+    "gradient_accumulation_steps": 1,
 }
+LATER = (*SINCE, "regulariser", "enhancer_sha256")
 # What of a fingerprint decides the person that a shared ID-Enhancer predicts.
 OF_PREDICTION = (
     *("base_model", "revision", "enhancer_sha256", "placeholder_token", "self_contained", "seed"),
@@ -504,10 +506,10 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     """
     cfg, out = work.cfg, Path(work.cfg.output_dir)
     board = jobs.Board(out, list(everybody), own, is_first=jax.process_index() == 0)
-    settings = jobs.digest(work.about)
+    settings = digest_of_settings(work.about)
     if work.enhancer is not None:
         # Who is as predicted can still be trained, whatever decides their steps.
-        predicted = jobs.digest({k: v for k, v in work.about.items() if k in OF_PREDICTION})
+        predicted = digest_of_settings({k: v for k, v in work.about.items() if k in OF_PREDICTION})
         settings = settings if cfg.max_train_steps else predicted
         board.check(settings, cfg.max_train_steps, before=predicted)
     else:
@@ -1077,18 +1079,14 @@ def fingerprint_of(
     method: condition.Method,
     base: Base,
     eyes: faces.Finder | face_table.Table | None,
-    enhancer: enhancers.Enhancer | None,
+    enhancer: enhancers.Enhancer | None = None,
 ) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""
-    settings = {
-        name: value
-        for name, value in asdict(cfg).items()
-        if name not in FREE_ON_RESUME and (name not in SINCE or value != SINCE[name])
-    }
+    settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
+    settings |= {name: None for name, value in SINCE.items() if settings[name] == value}
     if cfg.lr_scheduler != "constant":  # then the rate of every step depends on how many there are
         settings["max_train_steps"] = cfg.max_train_steps
-    if enhancer is not None:
-        settings["enhancer_sha256"] = enhancer.sha256
+    settings["enhancer_sha256"] = enhancer.sha256 if enhancer is not None else None
     if base.frozen is not None:
         settings["base_weights"] = checkpoint.tree_digest(base.frozen.cross_kv)
     names = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
@@ -1107,6 +1105,11 @@ def fingerprint_of(
         "base_model": base.name,
         "revision": base.revision,
     }
+
+
+def digest_of_settings(about: dict[str, object]) -> str:
+    """One SHA-256 of a fingerprint, hexadecimal; what is None and came later does not count."""
+    return jobs.digest({k: v for k, v in about.items() if k not in LATER or v is not None})
 
 
 def digest_of(pictures: list) -> str:

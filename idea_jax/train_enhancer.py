@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from idea_jax import cli, faces, sample, train
+from idea_jax import cli, faces, portraits, sample, train
 from idea_jax.config import COMPUTE_DTYPES
 from idea_jax.data import people, text
 from idea_jax.enhancer import fit, shards, sources
@@ -42,7 +42,7 @@ def run_prepare(cfg: PrepareConfig) -> list[Path]:
     tokenizer = text.load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     ).with_placeholder(fit.PLACEHOLDER, cfg.n_pseudo_tokens)
-    path = train.find_face_model(
+    path = portraits.find_face_model(
         cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
     )
     finder = faces.open_finder(

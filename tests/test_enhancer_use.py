@@ -18,7 +18,7 @@ from test_compile_cache import Called, Program, check_is_alike, learning
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint, config, faces, jobs, random_face, sample
+from idea_jax import checkpoint, config, faces, jobs, random_face, results, sample
 from idea_jax import train as train_steps
 from idea_jax.data import images, text
 from idea_jax.files import file_digest
@@ -276,7 +276,7 @@ def test_steps_begin_at_the_prediction(predicted, trained, enhancer):
 
 
 def test_resumed_is_as_straight_and_only_with_the_same_enhancer(
-    trained, folder, photo_folder, tmp_path, capsys
+    trained, folder, enhancer, photo_folder, tmp_path, capsys
 ):
     out = shutil.copytree(trained, tmp_path / "out")
     shutil.rmtree(out / "checkpoints" / "4")
@@ -289,10 +289,14 @@ def test_resumed_is_as_straight_and_only_with_the_same_enhancer(
     more = [*way[2:], "latest", "--max_train_steps", "6"]
     assert train(folder, photo_folder, out, *more) == 1
     assert "max_train_steps: 4 -> 6" in capsys.readouterr().err
+    assert train(folder, photo_folder, out, *way, "latest", "--lr_scheduler", "constant") == 1
+    assert "lr_scheduler: cosine -> None" in capsys.readouterr().err
     other = shutil.copytree(folder, tmp_path / "other")
     made.add_to(other, seed=1)
-    assert train(other, photo_folder, out, *way, "latest") == 1
-    assert "enhancer_sha256" in capsys.readouterr().err
+    for where, flags in ((other, []), (folder, ["--enhancer", "none"])):
+        assert train(where, photo_folder, out, *way, "latest", *flags) == 1
+        assert f"enhancer_sha256: {enhancer.sha256} -> " in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["2", "4"]
     assert file_digest(out / "identity.safetensors") == whole
 
 
@@ -483,7 +487,22 @@ def test_other_weights_of_the_same_kind_are_a_warning(
     assert "on other weights" not in caplog.text
 
 
-# --- files of before ------------------------------------------------------------------------------
+# --- runs and files of before ---------------------------------------------------------------------
+
+
+def test_what_was_begun_before_there_were_these_settings_can_go_on():
+    """Neither a checkpoint nor the record of a person of then names them."""
+    before = {"seed": 0, "profile": "cross_init", "revision": None}
+    now = {**before, **dict.fromkeys(train_steps.LATER)}
+    assert train_steps.digest_of_settings(now) == jobs.digest(before)
+    assert train_steps.digest_of_settings({**now, "lr_scheduler": "cosine"}) != jobs.digest(before)
+    cfg = config.parse(
+        config.TrainConfig,
+        "--pretrained_model_name_or_path m --train_data_dir d --profile cross_init".split(),
+    )
+    base = results.Base(None, None, None, "m", None)
+    about = train_steps.fingerprint_of(cfg, train_steps.method_of(cfg), base, None)
+    assert {name: about[name] for name in train_steps.LATER if about[name] is not None} == {}
 
 
 def test_without_an_enhancer_identities_are_written_and_read_as_ever(tmp_path):

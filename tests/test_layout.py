@@ -133,7 +133,7 @@ ROWS = (
     ),
     (
         "train_enhancer",
-        "cli enhancer.* train results sample faces config data.* models.*",
+        "cli enhancer.* train portraits results sample faces config data.* models.*",
     ),
     ("demo", "cli mini.* faces data.images files models.hub pytrees"),
 )

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-from idea_jax import demo, faces, train
+from idea_jax import demo, faces, portraits, train
 from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
 from idea_jax.mini import captions, drawings, lab, people, pretrain, quality, traits, world
@@ -226,7 +226,7 @@ def test_image_encoder_finds_the_caption_of_a_picture(mini):
 
 
 def test_learning_never_sees_the_recogniser_that_scores(mini):
-    assert train.find_face_model(None, mini.folder).name == "recogniser.onnx"
+    assert portraits.find_face_model(None, mini.folder).name == "recogniser.onnx"
     files = [mini.folder / "face" / f"{name}.onnx" for name in ("recogniser", "scoring")]
     assert len({hashlib.sha256(path.read_bytes()).digest() for path in files}) == 2
 
