@@ -217,6 +217,13 @@ class TrainConfig:
         "show more around a face",
     )
     # Method
+    regulariser: str | None = setting(
+        None,
+        "what ties the pseudo tokens to the anchor: the Mahalanobis distance with the exact "
+        "inverse, or truncated as in the published code; the Euclidean distance; or none (default: "
+        "by profile)",
+        choices=("exact", "truncated", "euclidean", "none"),
+    )
     reg_weight: float | None = setting(None, "weight of the regulariser (default: by profile)")
     beta: float = setting(0.4, "scale of the ID-Adapter's contribution")
     kv: str | None = setting(
@@ -303,10 +310,7 @@ class TrainConfig:
             )
         if not self.early_stopping and self.evaluation_steps != defaults["evaluation_steps"]:
             raise ConfigError("--evaluation_steps has no effect without --early_stopping")
-        if self.reg_weight and self.profile == "textual_inversion":
-            raise ConfigError(
-                "profile 'textual_inversion' has no regulariser; leave out --reg_weight"
-            )
+        self.check_regulariser()
         if self.initialize_tokens is not None and self.celeb_path is not None:
             raise ConfigError("give either --initialize_tokens or --celeb_path, not both")
         for name, profiles in PROFILE_PARTS.items():
@@ -323,6 +327,24 @@ class TrainConfig:
             raise ConfigError(
                 "--shard_frozen splits the weights over the devices on data; give --mesh with "
                 "data=N, N > 1"
+            )
+
+    def check_regulariser(self) -> None:
+        """Raises unless regulariser and weight have an effect, or neither is wanted."""
+        if self.reg_weight and self.regulariser == "none":
+            raise ConfigError(
+                f"--reg_weight {self.reg_weight:g} has no effect with --regulariser none; leave "
+                "one of them out, or set the weight to 0"
+            )
+        if self.reg_weight and self.regulariser is None and self.profile == "textual_inversion":
+            raise ConfigError(
+                "profile 'textual_inversion' has no regulariser of its own, so --reg_weight "
+                f"{self.reg_weight:g} has no effect; leave it out, or choose a --regulariser"
+            )
+        if self.regulariser not in (None, "none") and self.reg_weight == 0:
+            raise ConfigError(
+                f"--regulariser {self.regulariser} has no effect with a weight of 0; give a "
+                "--reg_weight too, such as 8e-4 for truncated or 1e-5 for euclidean"
             )
 
     def check_face(self) -> None:
@@ -619,7 +641,9 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
             raise ConfigError(
                 f"profile must be one of {', '.join(PROFILE_DEFAULTS)}, got {profile!r}"
             )
-        given = {**PROFILE_DEFAULTS[profile], **given}
+        # Whoever wants no regulariser need not set the profile's weight to zero as well.
+        unpulled = {"reg_weight": 0.0} if given.get("regulariser") == "none" else {}
+        given = {**PROFILE_DEFAULTS[profile], **unpulled, **given}
     preset, presets = given.get("preset"), PRESETS[cls]
     if preset is not None:
         if preset not in presets:

@@ -604,6 +604,7 @@ def method_of(cfg: TrainConfig) -> condition.Method:
     """The method that a config asks for."""
     return condition.make_method(
         cfg.profile,
+        regulariser=cfg.regulariser,
         kv=cfg.kv,
         kv_rank=cfg.kv_rank,
         num_tokens=cfg.n_pseudo_tokens,
@@ -916,6 +917,11 @@ def fingerprint_of(
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""
     settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
     names = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
+    # By what it is, since `paper` had another one before it could be chosen. The others' own goes
+    # without saying, as in the checkpoints from then; without a weight it does not matter.
+    own = condition.make_method(cfg.profile).regulariser
+    is_said = cfg.reg_weight and (cfg.profile == "paper" or method.regulariser != own)
+    settings["regulariser"] = method.regulariser if is_said else None
     seen = asdict(eyes.about) if eyes is not None else {}
     if not method.uses_face:  # then a recogniser is not loaded, but precomputed faces had one
         seen.pop("face_model", None)

@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is what was saved, or an earlier one, and never anything else."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from idea_jax import checkpoint
+from idea_jax.method import condition
 from idea_jax.train_step import init_state, make_optimizer
 
 SETTINGS = {"seed": 1, "rate": 0.1, "names": ["a", "caf\udce9"], "nothing": None}
@@ -60,6 +62,21 @@ def assert_is(got, step):
 
 def steps(folder):
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_identity_files_of_the_exact_regulariser_load(tmp_path):
+    """As `paper` wrote them before it took the truncated one."""
+    method = dataclasses.replace(
+        condition.make_method("paper", kv="none"), regulariser="mahalanobis"
+    )
+    tokens = np.ones((2, 8), np.float32)
+    written = checkpoint.Identity(
+        *(method, {"pseudo_tokens": tokens}, {"anchor": tokens}, "<a>", "m", None),
+        seed=0,
+        steps=1,
+    )
+    checkpoint.write_identity(tmp_path / "identity.safetensors", written)
+    assert checkpoint.read_identity(tmp_path / "identity.safetensors").method == method
 
 
 def test_newest_is_restored_and_an_earlier_one_by_its_path(folder):

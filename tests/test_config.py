@@ -62,6 +62,14 @@ def test_flag_chooses_the_profile_whose_defaults_apply(tmp_path):
     assert (cfg.learning_rate, cfg.kv, cfg.scale_lr) == (5e-4, "none", False)
 
 
+def test_without_a_regulariser_the_profile_has_no_weight(tmp_path):
+    cfg = parse(TrainConfig, [*REQUIRED, "--regulariser", "none"])
+    assert cfg.reg_weight == 0
+    assert parse(TrainConfig, write(tmp_path, to_yaml(cfg))) == cfg
+    for regulariser in ("exact", "truncated", "euclidean"):
+        assert parse(TrainConfig, [*REQUIRED, "--regulariser", regulariser]).reg_weight == 8e-4
+
+
 def test_commands_of_the_original_readme_parse():
     cfg = parse(
         TrainConfig,
@@ -124,7 +132,10 @@ def test_yaml_mistakes_are_named(tmp_path, yaml, message):
         ("--profile cross_init --kv full", "only the paper profile trains keys"),
         ("--profile official --kv_learning_rate 1", "--kv_learning_rate has no effect"),
         ("--profile cross_init --face_model f", "--face_model has no effect"),
-        ("--profile textual_inversion --reg_weight 1", "has no regulariser"),
+        ("--profile textual_inversion --reg_weight 1", "has no regulariser of its own"),
+        ("--regulariser none --reg_weight 1", "--reg_weight 1 has no effect with --regulariser no"),
+        ("--regulariser exact --reg_weight 0", "--regulariser exact has no effect with a weight"),
+        ("--profile textual_inversion --regulariser exact", "exact has no effect with a weight of"),
         ("--initialize_tokens a b --celeb_path c", "either --initialize_tokens or --celeb_path"),
         ("--train_batch_size 0", "must be greater than 0, got 0"),
         ("--learning_rate -1", "must not be negative, got -1"),

@@ -1,5 +1,8 @@
 """The method's parts against closed forms and torch; what starts at zero effect has none."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import reference
 import torch
 
+from idea_jax import config, train
 from idea_jax.method import anchor, condition, loss
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
@@ -111,6 +115,84 @@ def test_one_token_has_the_ridge_alone():
     delta = np.full((1, D), 0.1, np.float32)
     expected = [np.sqrt(D * 0.01 / 2e-5)]
     np.testing.assert_allclose(loss.mahalanobis(delta, metric), expected, rtol=1e-5)
+
+
+def test_one_token_has_nothing_left_of_the_truncated_form():
+    metric = loss.anchor_metric(np.ones((1, D), np.float32), truncated=True)
+    value, gradient = jax.value_and_grad(lambda x: loss.mahalanobis(x, metric).sum())(
+        jnp.full((1, D), 0.1)
+    )
+    assert value == pytest.approx(1e-4)  # the floor's root
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def added_loss(cfg, squared_distance, away, seed):
+    """What a run's regulariser adds to its loss where the anchor rows of width 1024 have that
+    squared distance and each token lies `away` from its own, in a random direction."""
+    rng = np.random.default_rng(seed)
+    # The adapter's networks need a model, and have no part in this.
+    method = dataclasses.replace(train.method_of(cfg), adapter=False)
+
+    def of_length(length, rows):
+        steps = rng.normal(size=(rows, 1024))
+        return length * steps / np.linalg.norm(steps, axis=1, keepdims=True)
+
+    rows = np.concatenate([np.zeros((1, 1024)), of_length(np.sqrt(squared_distance), 1)])
+    rows = np.float32(rows + rng.normal(size=1024))
+    given = condition.init_given(method, None, jax.random.key(0), rows, None)
+    tokens = jnp.float32(rows + of_length(away, 2))
+    return float(
+        method.reg_weight * condition.regulariser(method, {"pseudo_tokens": tokens}, given)
+    )
+
+
+def settings(*flags):
+    needed = ("--pretrained_model_name_or_path", "m", "--train_data_dir", "d")
+    return config.parse(config.TrainConfig, [*needed, *flags])
+
+
+DENOISING = (0.1, 0.2)  # mean squared error of Stable Diffusion's noise prediction
+
+
+@pytest.mark.parametrize("squared_distance", [1000, 1300, 1600])  # of SD 2.1's anchor rows
+def test_paper_does_not_pin_tokens_where_published_identities_lie(squared_distance):
+    for seed, away in enumerate((11, 12, 16)):  # published SD 2.1 identities lie 11 to 16 away
+        pull = added_loss(settings(), squared_distance, away, seed)
+        assert 0 < pull < 1e-3 * DENOISING[0]
+    exact = added_loss(settings("--regulariser", "exact"), squared_distance, 12, 0)
+    assert exact > 10 * DENOISING[1]
+
+
+@pytest.mark.parametrize("profile", condition.PROFILES)
+@pytest.mark.parametrize("name", condition.REGULARISERS)
+def test_any_profile_takes_any_regulariser(profile, name):
+    weight = () if name == "none" else ("--reg_weight", "0.5")
+    cfg = settings("--profile", profile, "--regulariser", name, *weight)
+    # Along the rows' difference a random direction has about a thirty-second of its length.
+    along, across = 12 * np.sqrt(2 / 1300 / 1024), 12 / np.sqrt(2e-5)
+    least, most = {
+        "exact": (0.99 * across, 1.01 * across),
+        "truncated": (0.2 * along, 3 * along),
+        "euclidean": (11.99, 12.01),
+        "none": (0, 0),
+    }[name]
+    assert 0.5 * least <= added_loss(cfg, 1300, 12, seed=3) <= 0.5 * most
+
+
+def test_a_checkpoint_of_another_regulariser_is_not_gone_on_from():
+    """`paper` had the exact one before it could be chosen; its checkpoints do not name it."""
+    base = SimpleNamespace(name="m", revision=None, frozen=SimpleNamespace(cross_kv={}))
+
+    def said(*flags):
+        cfg = settings(*flags)
+        return train.fingerprint_of(cfg, train.method_of(cfg), base, None).get("regulariser")
+
+    assert said() == "mahalanobis_truncated"
+    assert said("--regulariser", "exact") == "mahalanobis"
+    assert said("--profile", "cross_init", "--regulariser", "exact") == "mahalanobis"
+    # These may go on from checkpoints that do not name it.
+    assert said("--reg_weight", "0") is said("--profile", "official") is None
+    assert said("--profile", "cross_init", "--regulariser", "euclidean") is None
 
 
 def test_euclidean_is_torch_pairwise_distance():

@@ -32,8 +32,9 @@ def anchor_metric(anchor: np.ndarray, *, truncated: bool) -> AnchorMetric:
       truncated: what the published code computes: the pseudo-inverse in float32 with torch's
         default cut-off sets every direction to zero whose eigenvalue is at most
         d * 2**-23 * (largest eigenvalue). For anchors of real size that removes the ridge, so
-        only the directions between the anchor rows keep a precision. False: the exact inverse,
-        as the paper defines it.
+        only the directions between the anchor rows keep a precision. With one row there are no
+        such directions, and nothing costs anything. False: the exact inverse, as the paper
+        defines it.
 
     Source: arXiv 2507.11990 (regulariser); `torch.linalg.pinv` (rtol of a d x d float32 matrix).
     """
@@ -42,14 +43,16 @@ def anchor_metric(anchor: np.ndarray, *, truncated: bool) -> AnchorMetric:
     centred = rows - rows.mean(axis=0)
     _, singular, directions = np.linalg.svd(centred, full_matrices=False)
     # n centred rows span at most n - 1 directions; the last singular value is rounding. With one
-    # row torch.cov (ddof 1) is undefined; the covariance is taken as the ridge alone.
+    # row torch.cov (ddof 1) is undefined; the covariance is taken as the ridge alone, and what
+    # truncation leaves of it as nothing, as for all real anchors of two rows.
     variances = singular**2 / max(n - 1, 1)
     is_between = np.arange(len(singular)) < n - 1
     variances = np.where(is_between, variances, 0.0)
     eigenvalues = variances + ZETA
     cutoff = d * 2.0**-23 * max(eigenvalues.max(), ZETA) if truncated else 0.0
     precisions = np.where(is_between & (eigenvalues > cutoff), 1 / eigenvalues, 0.0)
-    ridge = 1 / ZETA if cutoff < ZETA else 0.0
+    is_cut = truncated and (n == 1 or cutoff >= ZETA)
+    ridge = 0.0 if is_cut else 1 / ZETA
     directions = np.where(is_between[:, None], directions, 0.0)
     return AnchorMetric(np.float32(directions), np.float32(precisions), np.float32(ridge))
 
