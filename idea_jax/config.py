@@ -575,19 +575,25 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
             f"--{switch}",
             action=argparse.BooleanOptionalAction,
             default=argparse.SUPPRESS,
-            help=f"the same as --{spec.name} {on}; --no-{switch} as --{spec.name} {off}",
+            help=plain(f"the same as --{spec.name} {on}; --no-{switch} as --{spec.name} {off}"),
         )
     names = [f"--{name}" for name in (spec.name, *spec.metadata["aliases"])]
     # Absent flags stay absent (SUPPRESS), so that the YAML file and the profile can speak.
-    options: dict = {"dest": spec.name, "default": argparse.SUPPRESS, "help": spec.metadata["help"]}
+    text = spec.metadata["help"]
     if "required" not in spec.metadata and spec.default is not None:
-        options["help"] += f" (default: {spec.default})"
+        text += f" (default: {spec.default})"
+    options: dict = {"dest": spec.name, "default": argparse.SUPPRESS, "help": plain(text)}
     if kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return
     if is_list:
         options |= {"nargs": "+", "action": "extend"}
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
+
+
+def plain(text: str) -> str:
+    """A help text as argparse prints it unchanged: it would take a bare % for a format."""
+    return text.replace("%", "%%")
 
 
 # Settings that trade a little quality for time. Flags win over them, and so does a file that names

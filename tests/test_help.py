@@ -1,0 +1,86 @@
+"""`--help` of everything that has a command line, and help texts that say what they were given."""
+
+import ast
+import contextlib
+import dataclasses
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from idea_jax import config
+
+ROOT = Path(__file__).resolve().parent.parent
+# Started by the benchmark alone, with a fixed number of arguments.
+WORKERS = {
+    *("benchmarks.stack_jax", "benchmarks.stack_torch", "benchmarks.torch_job"),
+    "benchmarks.workloads",
+}
+
+
+def is_main_block(node):
+    return isinstance(node, ast.If) and "'__main__'" in ast.unparse(node.test)
+
+
+def programs():
+    """Every file with a `__main__` block: scripts by their file's name, modules by their own."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("idea_jax/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]
+    for file in sorted(files):
+        if any(map(is_main_block, ast.parse(file.read_text(encoding="utf-8")).body)):
+            name = file.relative_to(ROOT)
+            yield str(name) if len(name.parts) == 1 else ".".join(name.with_suffix("").parts)
+
+
+PROGRAMS = sorted(programs())
+
+
+def test_programs_are_found():
+    assert {"train_jax.py", "sample_jax.py", "idea_jax.faces", "benchmarks.__main__"} < {*PROGRAMS}
+    assert {*PROGRAMS} >= WORKERS
+
+
+@contextlib.contextmanager
+def signals_kept():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in WORKERS])
+def test_help_is_shown(program, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with signals_kept(), pytest.raises(SystemExit) as stop:
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=False)
+    told = capsys.readouterr()
+    assert stop.value.code in (0, None)
+    assert told.out.startswith("usage:") and "--help" in told.out
+    assert told.err == ""
+
+
+def test_help_texts_are_told_as_they_are(capsys):
+    """argparse expands them: a bare % was a traceback, or from Python 3.14 on an earlier one."""
+    texts = ("100% of %s", "%(prog)s", "half %")
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        number: int = config.setting(3, texts[0])
+        word: str = config.setting("5%d", texts[1], choices=("5%d", "y"), switch=("on", "5%d", "y"))
+        yes: bool = config.setting(False, texts[2])
+        words: list[str] | None = config.setting(None, texts[0])
+
+    with pytest.raises(SystemExit) as stop:
+        config.parse(Settings, ["--help"], prog="program")
+    told = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert told.count(f"{texts[0]}") == 2 and f"{texts[0]} (default: 3)" in told
+    assert f"{texts[1]} (default: 5%d)" in told and texts[2] in told
+    assert "the same as --word 5%d" in told
