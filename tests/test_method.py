@@ -11,7 +11,7 @@ import reference
 import torch
 
 from idea_jax import config, train
-from idea_jax.method import anchor, condition, loss
+from idea_jax.method import anchor, condition, loss, modules
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
 
@@ -61,6 +61,32 @@ def test_exact_regulariser_equals_the_inverted_covariance(rows):
     metric = loss.anchor_metric(np.float32(anchor_rows), truncated=False)
     got = loss.mahalanobis(jnp.float32(delta), metric)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_enhancer_passes_eight_numbers_of_the_face_for_each_anchor_row_but_one(n):
+    """Each of its 8 heads can do no more than weigh n fixed values."""
+    rng = np.random.default_rng(n)
+    faces = rng.normal(size=(300, 512))
+    faces /= np.linalg.norm(faces, axis=1, keepdims=True)
+    width = 128
+    rows = jnp.float32(rng.normal(size=(n, width)))
+    enhancer = modules.IDEnhancer(width)
+    params = enhancer.init(jax.random.key(0), jnp.zeros(512), rows)
+    # A random start hardly looks at the face; after training it may, so its queries are larger.
+    params["params"]["attention"]["to_q"]["kernel"] *= 20
+    with jax.enable_x64():
+        params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        enhanced = jax.vmap(lambda face: enhancer.apply(params, face, rows))(jnp.asarray(faces))
+    enhanced = np.asarray(enhanced)
+    assert enhanced.dtype == np.float64 and enhanced.shape == (300, n, 2 * width)
+    for row in range(n):
+        np.testing.assert_array_equal(enhanced[:, row], enhanced[:, 0])
+    centred = enhanced.reshape(300, -1) - enhanced.reshape(300, -1).mean(axis=0)
+    size = np.linalg.svd(centred, compute_uv=False)
+    passed = 8 * (n - 1)
+    assert (size[passed:] < 1e-9).all()
+    assert passed == 0 or size[passed - 1] > 1e-4
 
 
 # A step within the span of the anchor rows: |delta|^2 / zeta minus nearly the same number. The
