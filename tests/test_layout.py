@@ -84,6 +84,7 @@ ROWS = (
         "mini.pretrain",
         "mini.* models.* diffusion.schedule data.text config devices files pytrees random_sd",
     ),
+    ("mini.looks", "mini.* faces config models.hub pytrees"),
     ("mini.quality", "mini.* sample faces models.* data.* config files pytrees"),
     (
         "mini.lab",
