@@ -17,7 +17,7 @@ from idea_jax.face_models import WIDTH, FaceError
 from idea_jax.files import write_tensors
 
 _KEY = "idea_jax.faces"
-_VERSION = 1
+_VERSION = 2  # version 1 did not say how often a face was looked at: once
 _SHAPES = {
     "embeddings": ((WIDTH,), np.float32),
     "boxes": ((4,), np.float32),
@@ -55,6 +55,7 @@ class About:
     detector: str | None  # SHA-256 of the detector, if there was one
     face_select: str
     pre_aligned: bool
+    looks: int  # 2 if each face was looked at again after it was cut out (`faces.look_again`)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def read(path: str | Path) -> Table:
         raise FaceError(
             f"{path} is damaged or no safetensors file ({error}); delete it and write it again"
         ) from error
+    if isinstance(about, dict) and about.get("format_version") == 1:
+        about = {**about, "format_version": _VERSION, "looks": 1}
     expected = {"format_version": int, "names": list, **get_type_hints(About)}
     is_table = (
         isinstance(about, dict)
@@ -120,8 +123,8 @@ def read(path: str | Path) -> Table:
     )
     if not is_table or about["format_version"] != _VERSION:
         raise FaceError(
-            f"{path} holds no face embeddings of format version {_VERSION}; expected a file that "
-            "python -m idea_jax.faces wrote"
+            f"{path} holds no face embeddings of format version 1 or {_VERSION}; expected a file "
+            "that python -m idea_jax.faces wrote"
         )
     count = len(about["names"])
     for name, (shape, dtype) in _SHAPES.items():

@@ -1096,6 +1096,8 @@ def fingerprint_of(
     is_said = cfg.reg_weight and (cfg.profile == "paper" or method.regulariser != own)
     settings["regulariser"] = method.regulariser if is_said else None
     seen = asdict(eyes.about) if eyes is not None else {}
+    if seen.get("looks") == 1:  # as in checkpoints from before there was a second look
+        seen["looks"] = None
     if not method.uses_face:  # then a recogniser is not loaded, but precomputed faces had one
         seen.pop("face_model", None)
     return {

@@ -1,5 +1,7 @@
 """Finding, choosing and aligning a face: insightface's code around a detector of fixed answers."""
 
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import insightface
@@ -124,8 +126,8 @@ def dotted(matrix, size=(700, 600)):
 
 
 def dots(crop):
-    """Where the discs are in a crop: [5, 2]."""
-    x, y = np.meshgrid(np.arange(112), np.arange(112))
+    """Where the discs are in a picture: [5, 2]."""
+    x, y = np.meshgrid(np.arange(crop.shape[1]), np.arange(crop.shape[0]))
     places = []
     for colour in COLOURS:
         inside = ((crop > 127) == (colour > 0)).all(axis=2)
@@ -193,6 +195,124 @@ def test_degenerate_points_of_a_detector_name_the_picture(make, tmp_path):
         picture = save(tmp_path, Image.new("RGB", (640, 640), "red"))
         with pytest.raises(faces.FaceError, match=r"photo\.png: the five points of the face"):
             finder.look(picture)
+
+
+# --- looking twice --------------------------------------------------------------------------------
+
+
+class Model:
+    """Stands for insightface's SCRFD: `see(pixels RGB, number of the look)` -> faces, or raises."""
+
+    static_input_size = None
+
+    def __init__(self, see):
+        self.see, self.looks = see, 0
+
+    def detect(self, pixels, input_size, det_thresh):
+        self.looks += 1
+        found = self.see(pixels[:, :, ::-1], self.looks)
+        boxes = [np.append(box, score) for box, _, score in found]
+        points = [five for _, five, _ in found]
+        return np.float32(boxes).reshape(-1, 5), np.float32(points).reshape(-1, 5, 2)
+
+
+def finder_that(see):
+    return faces.Finder(None, face_models.Detector(Model(see), Path("d.onnx"), "0" * 64, "cpu"))
+
+
+def sees_discs(pixels, look):
+    """Finds the face of `dotted`: points askew unless it is upright and large, as detectors do."""
+    points = dots(pixels)
+    across = points[1] - points[0]
+    turned = np.degrees(np.arctan2(across[1], across[0]))
+    if abs(turned) > 12 or np.hypot(*across) < 30:
+        points = points + 0.12 * np.hypot(*across) * np.array(
+            [[1, 0], [-1, 1], [0, -1], [1, 1], [-1, 0]]
+        )
+    box = np.concatenate([points.min(axis=0), points.max(axis=0)])
+    return [(box, points, 0.5 + 0.25 * (look - 1))]
+
+
+@pytest.mark.parametrize(
+    ("angle", "scale", "middle"),
+    [
+        (25, 1.0, (350, 300)),
+        (-40, 2.4, (350, 300)),
+        (0, 0.25, (600, 90)),
+        (100, 1.0, (350, 300)),
+        (-30, 1.0, (60, 540)),  # the square reaches beyond the picture
+        (35, 4.4, (350, 300)),  # it is larger than the picture, and made smaller
+    ],
+)
+def test_second_look_places_the_points_of_a_turned_or_small_face(angle, scale, middle):
+    turn = scrfd.similarity(angle, scale, (0, 0))
+    image, true = dotted(scrfd.similarity(angle, scale, middle - scrfd.apply(turn, [[56, 56]])[0]))
+    finder = finder_that(sees_discs)
+    (first,) = faces.detect(finder.detector, image)
+    across = np.linalg.norm(true[1] - true[0])
+    assert np.linalg.norm(first.points - true, axis=1).min() > 0.1 * across
+    finder.detector.model.looks = 0
+    sight = finder.look_at(image, "the picture")
+    assert finder.detector.model.looks == 2
+    np.testing.assert_allclose(sight.points, true, atol=0.02 * across)
+    assert sight.score == 0.75  # the second look's
+    # The box is that of the oval around the points, which is no larger when it is turned.
+    centre = (sight.box[:2] + sight.box[2:]) / 2
+    assert np.linalg.norm(centre - true.mean(axis=0)) < 0.2 * across
+    assert (sight.box[2:] - sight.box[:2] < 1.25 * across).all()
+    # The crop is taken from the picture itself, by the better points.
+    pixels = np.ascontiguousarray(faces.align(image, sight.points))
+    assert sight.crop_sha256 == hashlib.sha256(pixels.tobytes()).hexdigest()
+    np.testing.assert_allclose(dots(pixels), scrfd.TEMPLATE, atol=1)
+
+
+def raises(*_):
+    raise RuntimeError("a shape that it cannot process")
+
+
+MIDDLE, THERE = 319.5, 640 / faces.LOOK_SIDE  # of the square, and the side of the face's crop in it
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda *_: [],
+        lambda *_: [scrfd.face(MIDDLE + 0.4 * THERE, MIDDLE, THERE)],  # somebody else
+        lambda *_: [scrfd.face(MIDDLE, MIDDLE, THERE / 2)],
+        lambda *_: [scrfd.face(MIDDLE, MIDDLE, THERE * 2)],
+        lambda *_: [(*scrfd.face(MIDDLE, MIDDLE, THERE)[:1], np.full((5, 2), MIDDLE), 0.9)],
+        lambda *_: [(*scrfd.face(MIDDLE, MIDDLE, THERE)[:1], np.full((5, 2), np.nan), 0.9)],
+        raises,
+    ],
+)
+def test_first_look_stands_where_the_second_sees_nothing_or_somebody_else(again):
+    one = scrfd.face(300, 200, 80, 0.6, angle=30)
+    finder = finder_that(lambda pixels, look: [one] if look == 1 else again(pixels, look))
+    sight = finder.look_at(Image.new("RGB", (640, 640)), "the picture")
+    assert finder.detector.model.looks == 2
+    np.testing.assert_allclose(sight.points, one[1], atol=1e-3)
+    np.testing.assert_allclose(sight.box, one[0], atol=1e-3)
+    assert sight.score == pytest.approx(0.6)
+
+
+def test_second_look_keeps_to_the_face_that_was_chosen():
+    """Of several in the square it is the nearest, and not the largest or the surest."""
+
+    def see(_, look):
+        if look == 1:
+            return [scrfd.face(200, 200, 80), scrfd.face(290, 200, 90)]
+        near, other = MIDDLE + 0.05 * THERE, MIDDLE + 0.28 * THERE
+        return [
+            scrfd.face(near, MIDDLE, THERE, 0.6),
+            scrfd.face(other, MIDDLE, 1.4 * THERE, 0.99),
+        ]
+
+    finder = dataclasses.replace(finder_that(see), select="left")
+    sight = finder.look_at(Image.new("RGB", (640, 640)), "the picture")
+    # `scrfd.face` has its middle at 56 of the 112 pixels, and the crop at 55.5.
+    half = 0.5 * 80 / 112
+    expected = scrfd.face(200 + 0.05 * 80 - half, 200 - half, 80)[1]
+    np.testing.assert_allclose(sight.points, expected, atol=0.05)
 
 
 # --- trying harder --------------------------------------------------------------------------------
@@ -329,7 +449,7 @@ def test_8000_by_8000(make, tmp_path):
 
     finder.detector.model.detect = noted
     sight = finder.look(save(tmp_path, Image.new("RGB", (8000, 8000), "navy")))
-    assert shapes == [(1280, 1280, 3), (2560, 2560, 3)]
+    assert shapes == [(1280, 1280, 3), (2560, 2560, 3), (640, 640, 3)]  # the last: a second look
     np.testing.assert_allclose(sight.box, [3600, 3600, 4400, 4400], rtol=2e-3)
 
 
@@ -342,7 +462,7 @@ def test_a_detector_of_one_fixed_size_is_given_no_more_than_twice_that(make, tmp
         shapes.append(pixels.shape) or detect(pixels, **settings)
     )
     sight = finder.look(save(tmp_path, Image.new("RGB", (1600, 1200), "navy")))
-    assert shapes == [(480, 640, 3)]
+    assert shapes == [(480, 640, 3), (320, 320, 3)]  # the second: the face cut out
     np.testing.assert_allclose(sight.box, [720, 420, 880, 580], rtol=2e-3)
 
 
@@ -368,7 +488,9 @@ def test_a_detector_of_one_fixed_size_sees_a_smaller_face_within_a_wider_border(
     # Of four megapixels, which must not be put into the border as they are.
     sight = finder.look(save(tmp_path, Image.new("RGB", (2000, 2000), "navy")))
     assert model.static_input_size == (640, 640)
-    np.testing.assert_allclose(shares, [1, 0.5, 0.25, 0.125][: len(shares)], atol=0.01)
+    *tried, again = shares  # the last is the second look, at a square inside the picture
+    np.testing.assert_allclose(tried, [1, 0.5, 0.25, 0.125][: len(tried)], atol=0.01)
+    assert again == 1
     assert max(sides) <= 4 * 640
     assert f"detection size 640, threshold 0.5, border {border}; see" in caplog.text
     np.testing.assert_allclose(sight.box / 5, [214, 84, 286, 156], atol=1)

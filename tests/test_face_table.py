@@ -232,7 +232,7 @@ def test_embeddings_are_in_no_metadata_and_no_message(run, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda arrays: arrays.pop("boxes"), "holds no face embeddings of format version 1"),
+        (lambda arrays: arrays.pop("boxes"), "holds no face embeddings of format version 1 or 2"),
         (lambda arrays: arrays.update(boxes=arrays["boxes"][:1]), "expected boxes to be float32"),
         (lambda arrays: arrays.update(scores=arrays["scores"] * np.nan), "not finite"),
         (lambda arrays: arrays.update(embeddings=arrays["embeddings"] * 2), "not of unit norm"),
@@ -250,6 +250,43 @@ def test_tables_that_cannot_be_used(run, tmp_path, change, says):
         face_table.read(path)
 
 
+def made_before_the_second_look(path):
+    """Rewrites a table as the version did that looked once."""
+    with safe_open(path, "numpy") as file:
+        about = json.loads(file.metadata()["idea_jax.faces"])
+    del about["looks"]
+    save_file(load_file(path), path, {"idea_jax.faces": json.dumps({**about, "format_version": 1})})
+
+
+def test_a_table_of_one_look_is_read_but_gets_no_rows_of_two(run, photos, tmp_path):
+    run()
+    path = tmp_path / "faces.safetensors"
+    assert face_table.read(path).about.looks == 2
+    made_before_the_second_look(path)
+    table = face_table.read(path)
+    assert table.about.looks == 1 and len(table.rows) == 3
+    assert table.look(images.PictureFile(photos / "b.jpg")).embed.shape == (512,)
+    before = path.read_bytes()
+    code, printed = run()
+    assert code == 1 and "looks=1" in printed.err and "looks=2" in printed.err
+    assert path.read_bytes() == before
+
+
+def test_a_table_of_aligned_crops_goes_on_as_before(run, photos, tmp_path):
+    """Nobody looks for a face on them, once or twice."""
+    Image.effect_noise((112, 112), 60).convert("RGB").save(photos / "crop.png")
+    assert run("--pre_aligned")[0] == 0
+    path = tmp_path / "faces.safetensors"
+    whole = path.read_bytes()
+    made_before_the_second_look(path)
+    Image.effect_noise((112, 112), 90).convert("RGB").save(photos / "other.png")
+    assert run("--pre_aligned")[0] == 0
+    assert len(face_table.read(path).rows) == 2
+    (photos / "other.png").unlink()
+    path.unlink()
+    assert run("--pre_aligned")[0] == 0 and path.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -260,7 +297,12 @@ def test_tables_that_cannot_be_used(run, tmp_path, change, says):
         ),
         *(
             (lambda about, wrong=wrong: json.dumps({**json.loads(about), **wrong}), "holds")
-            for wrong in ({"face_model": []}, {"face_select": None}, {"pre_aligned": "no"})
+            for wrong in (
+                {"face_model": []},
+                {"face_select": None},
+                {"pre_aligned": "no"},
+                {"looks": "2"},
+            )
         ),
     ],
 )
@@ -332,7 +374,7 @@ def test_table_that_is_absent_or_something_else(tmp_path):
         face_table.read(tmp_path / "none")
     for metadata in (None, {"idea_jax.faces": "[1]"}, {"idea_jax.faces": '{"format_version": 1}'}):
         save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", metadata)
-        with pytest.raises(faces.FaceError, match="no face embeddings of format version 1"):
+        with pytest.raises(faces.FaceError, match="no face embeddings of format version 1 or 2"):
             face_table.read(tmp_path / "other.safetensors")
 
 

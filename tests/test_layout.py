@@ -118,6 +118,7 @@ ROWS = (
         "mini.* models.* diffusion.schedule data.text config devices signals files pytrees "
         "random_sd",
     ),
+    ("mini.looks", "mini.* faces config models.hub pytrees"),
     ("mini.quality", "mini.* sample faces models.* data.* config files pytrees"),
     (
         "mini.lab",

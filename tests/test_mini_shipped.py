@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 from idea_jax import demo, faces, portraits, train
 from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
-from idea_jax.mini import captions, drawings, lab, people, pretrain, quality, traits, world
+from idea_jax.mini import captions, drawings, lab, looks, people, pretrain, quality, traits, world
 from idea_jax.models import hub
 
 QUALITY = Path(__file__).resolve().parent.parent / "docs" / "mini_quality.json"
@@ -165,6 +165,35 @@ def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
     points = mini.finder().look_at(Image.fromarray(pixels), "the photo").points
     (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])  # without margin
     assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
+
+
+def test_second_look_recognises_the_person_of_the_demo(mini):
+    """By the first look the small, turned face is nearer to a stranger than to its own drawings."""
+    finder = mini.finder()
+    set_ = drawings.portraits(people.unnamed("test", demo.PERSON + 1), 8, jax.random.key(0))
+    rows = np.flatnonzero(set_.who == demo.PERSON)
+    pictures = [Image.fromarray(set_.images[row]) for row in rows]
+    crops = [faces.align(p, set_.points[row]) for p, row in zip(pictures, rows, strict=True)]
+    true = faces.mean_embedding(faces.embed_faces(finder.recogniser, crops))
+    with Image.open(demo.PHOTO) as photo:
+        photo = photo.convert("RGB")
+    (once,) = faces.find_faces(finder.detector, photo, "the photo")
+    first = faces.embed_faces(finder.recogniser, [faces.align(photo, once.points)])[0] @ true
+    second = finder.look_at(photo, "the photo").embed @ true
+    assert first < 0.88 and second > 0.95
+
+
+def test_table_of_looks_says_what_was_seen(mini):
+    seen = looks.look(mini.finder(), "validation", 1)
+    assert {(s.degrees, s.side) for s in seen} <= {
+        (d, s) for d in looks.DEGREES for s in looks.SIDES
+    }
+    rows = {row.name: row for row in looks.table(seen)}
+    assert len(rows) == 1 + len(looks.DEGREES) + len(looks.SIDES)
+    assert rows["all"].faces == len(seen) >= 25
+    assert rows["all"].second > rows["all"].first and rows["all"].best > 0.9
+    assert rows["36 pixels"].second > rows["36 pixels"].first
+    assert len(looks.markdown(list(rows.values())).splitlines()) == 2 + len(rows)
 
 
 def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):

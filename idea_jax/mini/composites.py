@@ -82,6 +82,30 @@ def compose(rng: np.random.Generator, alone: Drawn, pairs: Drawn) -> Composite:
     return Composite(pixels, known, state)
 
 
+def placed(
+    rng: np.random.Generator, image: np.ndarray, points: np.ndarray, *, side: float, degrees: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a picture with one face of known size and turn, and that face's points, in pixels.
+
+    Args:
+        image: uint8[S, S, 3], a drawing of one person; its background goes on to all sides.
+        points: float32[5, 2], of the drawing.
+        side: of the face's crop, which lies inside the picture.
+        degrees: by which it is turned, clockwise.
+
+    Returns:
+        uint8[SIZE, SIZE, 3], of some light, perhaps blurred or noisy; float32[5, 2].
+    """
+    centre = rng.uniform(side / 2, SIZE - side / 2, 2)
+    picture, (five,) = _moved(
+        Image.fromarray(image),
+        points[None].astype(float) + 0.5,
+        *(side, np.radians(degrees), centre),
+        endless=True,
+    )
+    return _as_taken(rng, picture), (five - 0.5).astype(np.float32)
+
+
 _drawn: list[Drawn] = []
 
 

@@ -1,0 +1,147 @@
+"""What the second look at a face is worth: small and turned faces, with it and without.
+
+    python -m idea_jax.mini.looks [--checkpoint mini|FOLDER] [--people N] [--split validation|test]
+
+One drawing of each person is put into larger pictures, of every size and turned by every angle of
+the table, and its face is found and embedded there. Reported is the similarity to the mean of the
+recogniser's embeddings of other drawings of the same person, upright and aligned by their true
+points. The second look's settings were chosen on the split validation.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from idea_jax import config, faces
+from idea_jax.mini import composites, drawings, people
+from idea_jax.models import hub
+from idea_jax.pytrees import stream
+
+DEGREES = (0, 10, 20, 30, 40, 50)
+SIDES = (36, 50, 70, 110, 220)  # of the face's crop, in pixels of a picture of composites.SIZE
+EACH = 6  # drawings of a person: one that is looked at, the others to compare with
+
+
+class Seen(NamedTuple):
+    """One face on one picture, and its similarities."""
+
+    degrees: int
+    side: int
+    person: int
+    first: float  # as the first look sees it
+    second: float  # after the second look
+    best: float  # by its true points
+
+
+class Row(NamedTuple):
+    """Of some of the faces: means, and 1.96 standard errors of the mean gain."""
+
+    name: str
+    faces: int
+    first: float
+    second: float
+    best: float
+    uncertain: float
+
+
+def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Seen]:
+    """Looks at the first `count` people of a split, once for each size and angle.
+
+    Faces that are not found at all are left out.
+    """
+    key = stream(jax.random.key(seed), f"looks {split}")
+    set_ = drawings.portraits(people.unnamed(split, count), EACH, key)
+    rng = np.random.default_rng([seed, *b"looks"])
+
+    def embed(image: Image.Image, points: np.ndarray) -> np.ndarray:
+        return faces.embed_faces(finder.recogniser, [faces.align(image, points)])[0]
+
+    seen = []
+    for person in range(count):
+        rows = np.flatnonzero(set_.who == person)
+        own = [embed(Image.fromarray(set_.images[row]), set_.points[row]) for row in rows]
+        for degrees in DEGREES:
+            for side in SIDES:
+                number = rng.integers(len(rows))
+                others = faces.mean_embedding(np.delete(own, number, axis=0))
+                image, true = composites.placed(
+                    *(rng, set_.images[rows[number]], set_.points[rows[number]]),
+                    side=side,
+                    degrees=degrees * rng.choice([-1, 1]),
+                )
+                picture, name = Image.fromarray(image), f"a picture of person {person}"
+                try:
+                    found = faces.find_faces(finder.detector, picture, name)
+                except faces.FaceError:
+                    continue
+                first = faces.choose(found, finder.select, picture.size, name)
+                each = [first.points, finder.look_at(picture, name).points, true]
+                likeness = [float(embed(picture, points) @ others) for points in each]
+                seen.append(Seen(degrees, side, person, *likeness))
+    return seen
+
+
+def table(seen: Sequence[Seen]) -> list[Row]:
+    """Returns the rows: all faces, those turned by each angle, those of each size."""
+    parts = {"all": seen}
+    parts |= {f"turned {d}°": [s for s in seen if s.degrees == d] for d in DEGREES}
+    parts |= {f"{side} pixels": [s for s in seen if s.side == side] for side in SIDES}
+    rows = []
+    for name, them in parts.items():
+        first, second, best = np.array([[s.first, s.second, s.best] for s in them]).T
+        # Somebody's pictures are not independent of each other: people are what varies.
+        who = np.array([s.person for s in them])
+        gains = [np.mean((second - first)[who == person]) for person in np.unique(who)]
+        uncertain = 1.96 * np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
+        means = (float(values.mean()) for values in (first, second, best))
+        rows.append(Row(name, len(them), *means, float(uncertain)))
+    return rows
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the table as Markdown."""
+    lines = ["| faces | pictures | first look | second look | gain | true points |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows:
+        gain = f"{row.second - row.first:+.3f} ± {row.uncertain:.3f}"
+        lines.append(
+            f"| {row.name} | {row.faces} | {row.first:.3f} | {row.second:.3f} | {gain} | "
+            f"{row.best:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m idea_jax.mini.looks",
+        description="Measures what the second look at small and turned faces is worth.",
+    )
+    parser.add_argument("--checkpoint", default=hub.MINI, help="default: the shipped one")
+    parser.add_argument(
+        "--people", type=int, default=24, help=f"{len(DEGREES) * len(SIDES)} pictures of each"
+    )
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.people < 1:
+        parser.error(f"--people: expected at least 1, got {args.people}")
+    try:
+        config.check_seed(args.seed)
+        folder = hub.resolve(args.checkpoint).folder
+        finder = faces.open_finder(Path(folder) / "face" / "recogniser.onnx")
+    except (config.ConfigError, faces.FaceError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(markdown(table(look(finder, args.split, args.people, args.seed))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
