@@ -141,8 +141,7 @@ NOT_WITH_ENHANCER = ("enhancer_learning_rate", "initialize_tokens", "celeb_path"
 # What happens between the first step and the last.
 ON_THE_WAY = (
     *("validation_prompt", "validation_prompt_file", "save_steps", "checkpointing_steps"),
-    "resume_from_checkpoint",
-    *("lr_warmup_steps",),
+    *("resume_from_checkpoint", "lr_warmup_steps"),
 )
 
 # Settings of parts that only some profiles have; a profile that would ignore one refuses it.
