@@ -476,7 +476,7 @@ def test_weights_that_are_no_file(training, broken):
         pretrained_model_name_or_path=broken,
         says=["no diffusion_pytorch_model.safetensors in", "it holds config.json"],
     )
-    training.refuses(variant="fp16", says=["no model.fp16.safetensors", "with the variant, or"])
+    training.refuses(variant="fp16", says=["no model.fp16.safetensors", "take no --variant"])
 
 
 def test_checkpoints_that_are_none(training, tmp_path):

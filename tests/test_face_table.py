@@ -364,9 +364,9 @@ def test_no_source_of_pictures(tmp_path, capsys):
 
 
 def test_files_that_are_skipped_are_reported(run, photos, caplog):
-    (photos / "anna" / "phone.heic").write_text("x")
+    (photos / "anna" / "phone.tiff").write_text("x")
     assert run()[0] == 0
-    assert "phone.heic: suffix .heic" in caplog.text
+    assert "phone.tiff: suffix .tiff" in caplog.text
 
 
 def test_table_that_is_absent_or_something_else(tmp_path):

@@ -267,9 +267,9 @@ def test_two_rules_for_one_key_are_refused():
 
 def test_dots_of_a_rule_match_dots_only():
     table = weights.Table((weights.Rule("a.b", "x/y", "as_is"),))
-    targets = {"x": {"y": jax.ShapeDtypeStruct((1,), jnp.float32)}}
+    targets = {"x": {"y": jax.ShapeDtypeStruct((2,), jnp.float32)}}
     with pytest.raises(WeightsError, match="unknown to the network"):
-        weights.to_params(table, {"a_b": np.zeros(1)}, targets, "somewhere")
+        weights.to_params(table, {"a_b": np.zeros(2)}, targets, "somewhere")
 
 
 def test_absent_weights_say_what_is_there(folder):
