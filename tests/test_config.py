@@ -14,7 +14,6 @@ from idea_jax.config import (
     resolve,
     to_yaml,
 )
-from idea_jax.enhancer.settings import EnhancerTrainConfig
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
 SAMPLE = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
@@ -103,16 +102,6 @@ def test_shipped_config_names_its_profile_and_has_a_command(profile, request):
     assert cfg.profile == profile
     parts = {"paper": 4, "official": 2}.get(profile, 1)
     assert len(cfg.rates()) == parts
-
-
-def test_shipped_configs_of_the_enhancer_can_be_read_and_have_a_command(request):
-    paths = sorted((request.config.rootpath / "configs").glob("enhancer_*.yaml"))
-    assert len(paths) == 4
-    for path in paths:
-        command = path.read_text().splitlines()[0].split()
-        assert command[:4] == "# python -m idea_jax.train_enhancer".split()
-        cfg = parse(EnhancerTrainConfig, command[4:])
-        assert cfg.data == ["PREPARED"] and cfg.train_batch_size % 64 == 0
 
 
 def test_resolved_config_reads_back_to_the_same_run(tmp_path):

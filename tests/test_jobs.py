@@ -115,7 +115,7 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
     root, out = tmp_path / "root", tmp_path / "out"
     chaos.write_people(root, 2)
     (root / "person-01" / "0.png").rename(tmp_path / "0.png")
-    (root / "person-01" / "1.png").rename(root / "person-01" / "phone.heic")
+    (root / "person-01" / "1.png").rename(root / "person-01" / "phone.tiff")
     (root / "person-02").mkdir()
 
     def records():
@@ -123,7 +123,7 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
 
     assert run(root, out) == 1
     message = capsys.readouterr().err
-    assert "2 of 3 people failed" in message and "found phone.heic (suffix .heic)" in message
+    assert "2 of 3 people failed" in message and "found phone.tiff (suffix .tiff)" in message
     assert sorted(digests(out)) == ["person-00"]
     assert {r.person: (r.status, r.attempts) for r in records().values()} == {
         "person-00": ("done", 1), "person-01": ("failed", 2), "person-02": ("failed", 2)

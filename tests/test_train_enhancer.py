@@ -17,8 +17,9 @@ from PIL import Image
 from test_people import write_celeb_a
 
 from idea_jax import face_table, random_face, train_enhancer
+from idea_jax.config import parse
 from idea_jax.data import text
-from idea_jax.enhancer import drawing, fit, prepare, samples, shards, sources
+from idea_jax.enhancer import drawing, fit, likeness, prepare, samples, settings, shards, sources
 from idea_jax.enhancer import step as steps
 from idea_jax.enhancer.shards import ShardsError
 from idea_jax.files import WriteError
@@ -143,11 +144,11 @@ def test_a_preparation_that_was_killed_goes_on_as_if_it_had_not(
     quiet, studio, tmp_path, trouble, monkeypatch
 ):
     out = tmp_path / "data"
-    trouble(3, kill)
+    trouble(4, kill)
     with pytest.raises(Killed):
         prepare.prepare(in_memory(), out, studio)
     (out / ".tmp-123.array_record").write_bytes(b"half")
-    with pytest.raises(ShardsError, match="has not ended: 2 people"):
+    with pytest.raises(ShardsError, match="has not ended: 3 people"):
         samples.open_folder(out)
     monkeypatch.undo()
     before = (out / "00000.array_record").stat().st_mtime_ns
@@ -180,13 +181,13 @@ def test_damaged_shards_are_named_and_made_again(quiet, studio, tmp_path):
 
 def test_a_full_disk_costs_nothing_that_was_written(quiet, studio, tmp_path, trouble, monkeypatch):
     out, (_, hard) = tmp_path / "data", resource.getrlimit(resource.RLIMIT_FSIZE)
-    trouble(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard)))
+    trouble(4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard)))
     try:
         with pytest.raises(WriteError, match=r"cannot write .*array_record: File too large"):
             prepare.prepare(in_memory(), out, studio)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert shards.read_index(out).pictures == 3
+    assert shards.read_index(out).pictures == 6
     monkeypatch.undo()
     prepare.prepare(in_memory(), out, studio)
     assert contents(out) == contents(quiet)
@@ -261,6 +262,49 @@ def test_drawings_of_a_celebrity_count_if_they_are_alike():
     assert sorted(picture.name for picture, _ in rejected) == ["12", "50"]
     kept, rejected = sources.cast(Finder(), [portrait(1, 10), portrait(1, 20)], 0.5)
     assert not kept and len(rejected) == 2
+
+
+class Red:
+    """Finds a face on every picture; its embedding says how red the picture is."""
+
+    detector = None
+
+    def look_at(self, image, name):
+        pixels = np.asarray(image, np.float32)
+        near = unit(0) + 0.1 * unit(int(pixels[..., 0].sum()))
+        box = np.array([0, 0, 4, 4], np.float32)
+        return face_table.Sight(box, None, 1.0, "", near / np.linalg.norm(near))
+
+
+def test_celebrities_are_the_same_from_whatever_place_on(base):
+    names = ["Ada Lovelace", "Alan Turing", "Grace Hopper", "Emmy Noether", "Marie Curie"]
+    casting = sources.Casting(pictures=2, steps=2, batch=1)
+    source = sources.celebrities(base, Red(), names, casting, side=SIDE)
+    everybody, later = list(source.people(0)), list(source.people(3))
+    assert [person.number for person in everybody] == [0, 1, 2, 3, 4]
+    assert everybody[3].portraits[0].texts != everybody[3].portraits[1].texts
+    for person, again in zip(everybody[3:], later, strict=True):
+        np.testing.assert_array_equal(person.name_ids, again.name_ids)
+        for one, other in zip(person.portraits, again.portraits, strict=True):
+            assert one.picture.image.tobytes() == other.picture.image.tobytes()
+    pictures = {p.picture.image.tobytes() for person in everybody for p in person.portraits}
+    assert len(pictures) == 10
+
+
+def test_held_out_people_are_drawn_from_one_picture(base, begun, quiet, monkeypatch):
+    folder = samples.open_folder(quiet)
+    (left,), sitters = likeness.hold_out([folder], 4, 0)
+    assert len(sitters) == 1 and len(left) == 4  # a quarter of five people
+    monkeypatch.setattr(likeness, "STEPS", 2)
+    config, tree = begun
+    mesh = drawing.mesh_of(jax.devices())
+    placed = replace(base, frozen=drawing.put(base.frozen, mesh))
+    about = {"prompt": "a photo of {}", "count": 2, "guidance": 3.0, "side": SIDE, "seed": 0}
+    found = likeness.measure(
+        config, drawing.put(tree, mesh), placed, mesh, sitters * 4, Red(), **about
+    )
+    assert found.found == 1 and -1 <= found.worst <= found.mean <= 1
+    assert found.grid.shape == (SIDE, SIDE * 8, 3)
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -487,6 +531,17 @@ def test_bad_input_is_one_message(flags, celeb_a, change, message, tmp_path, cap
     assert train_enhancer.main([*kept, *change, "--output_dir", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("data", ["celeba", "celebrities"])
+@pytest.mark.parametrize("model", ["sd15", "sd21"])
+def test_shipped_configs_have_commands(model, data, request):
+    path = request.config.rootpath / "configs" / f"enhancer_{model}_{data}.yaml"
+    prepares, trains = (line.split()[4:] for line in path.read_text().splitlines()[:2])
+    cfg = parse(settings.PrepareConfig, prepares)
+    assert (cfg.people == "celebrities") == (data == "celebrities")
+    trained = parse(settings.EnhancerTrainConfig, trains)
+    assert trained.pretrained_model_name_or_path == cfg.pretrained_model_name_or_path
 
 
 def test_folder_of_another_checkpoint_is_refused(flags, checkpoint, base, tmp_path, capsys):

@@ -257,6 +257,8 @@ def turned(
     if studio.finder is None:
         return np.zeros(shards.WIDTH, np.float32)
     side = float(max(sight.box[2:] - sight.box[:2]))
+    if sight.points is not None:  # of what the recogniser is given, in pixels of the picture
+        side = faces.SIZE / float(np.hypot(*faces.alignment(sight.points)[:, 0]))
     scale = min(1.0, size / max(side, 1.0))
     small = image.resize([max(images.MIN_SIDE, round(n * scale)) for n in image.size])
     try:

@@ -76,7 +76,8 @@ def make_optimizer(
     rates = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, 0.0)
     # The first step would otherwise be taken at a rate of zero.
     adam = optax.adam(lambda count: rates(count + 1), b2=beta2, eps=epsilon)
-    return optax.chain(optax.clip_by_global_norm(clip), adam)
+    # Over one vector: many small leaves would be many small programs.
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(clip), adam))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,13 +122,9 @@ def errors(
     """
 
     def draws(row):
-        own = jax.random.fold_in(key, row)
-
-        def normal(name):
-            return jax.random.normal(stream(own, name), batch.mean.shape[1:])
-
-        time, kept = (jax.random.uniform(stream(own, name)) for name in ("time", "drop"))
-        return normal("posterior"), normal("noise"), time, kept
+        normal, uniform = jax.random.split(jax.random.fold_in(key, row))
+        posterior, noise = jax.random.normal(normal, (2, *batch.mean.shape[1:]))
+        return posterior, noise, *jax.random.uniform(uniform, (2,))
 
     posterior, noise, time, kept = jax.vmap(draws)(batch.row)
     latents = batch.mean.astype(jnp.float32) + batch.std.astype(jnp.float32) * posterior
