@@ -117,6 +117,7 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
     (root / "person-01" / "0.png").rename(tmp_path / "0.png")
     (root / "person-01" / "1.png").rename(root / "person-01" / "phone.tiff")
     (root / "person-02").mkdir()
+    (root / "person-02" / "notes.txt").write_text("x")
 
     def records():
         return {record.person: record for record in jobs.read(out)}
