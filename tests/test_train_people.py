@@ -198,7 +198,7 @@ def test_photo_of_somebody_else_is_reported_and_left_out_if_asked(
     assert "--drop_outliers leaves it out" in caplog.text
     assert int(seen["photos"].count) == 5
     with_stranger = np.asarray(seen["state"].given["id_embed"])
-    assert run(*flags, "--drop_outliers") == 0
+    assert run(*flags, "--drop_outliers", "--overwrite") == 0
     assert "It is left out" in caplog.text
     assert int(seen["photos"].count) == 4
     (photos / "stranger.png").unlink()
