@@ -385,7 +385,7 @@ def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=Non
         batch = samples.Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
         if number == poison:
             batch = batch._replace(face=batch.face * np.nan)
-        inputs = {"key": jax.random.key(0), "step": np.int32(number)}
+        inputs = {"seed": np.uint32(0), "step": np.int32(number)}
         inputs["stop"] = np.zeros(count, np.int32)
         state, metrics = steps.train_step(
             *(base.model, config, recipe, optimizer, mesh, is_sharded),

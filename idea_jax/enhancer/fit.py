@@ -118,7 +118,8 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
       as `run`.
     """
     started = time.monotonic()
-    check_writable(out)
+    if jax.process_index() == 0:  # they would delete each other's proof
+        check_writable(out)
     checkpoints = out / "checkpoints"
     if not cfg.resume_from_checkpoint and jax.process_index() == 0:
         checkpoint.refuse_checkpoints(checkpoints)
@@ -518,6 +519,8 @@ def take_steps(
     """
     cfg, first = work.cfg, int(state.step)
     steps, alone = range(first, cfg.max_train_steps), jax.process_count() == 1
+    if not steps:
+        return state
     reader = Reader(work.plan, steps, jax.process_index(), jax.process_count())
     stack.callback(reader.close)
     signals: list[int] = []
@@ -585,7 +588,7 @@ def inputs_of(work: Work, own: Batch, taken: int, stops: bool) -> tuple[Batch, d
         return jax.make_array_from_process_local_data(spread, np.asarray(leaf))
 
     inputs = {
-        "key": jax.random.key(work.cfg.seed),
+        "seed": np.uint32(work.cfg.seed),
         "step": np.int32(taken),
         "stop": everywhere(np.full(jax.local_device_count(), stops, np.int32)),
     }

@@ -88,6 +88,11 @@ def _keys_values(config, model, tree, frozen, face, token_ids, empty):
     return drawing.beside(kv, drawing.empty_keys_values(model, frozen, empty))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gathered(mesh, frozen):
+    return jax.lax.with_sharding_constraint(frozen, NamedSharding(mesh, P()))
+
+
 def measure(
     config: shared.EnhancerConfig,
     tree: shared.Shared,
@@ -115,7 +120,8 @@ def measure(
     rows = np.repeat(np.stack([sitter.face for sitter in sitters]), count, axis=0)
     numbers = np.array([(seed, i) for i in range(len(rows))], np.uint32)
     # Whole on every device: without gradients there is room for it.
-    frozen = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(base.frozen)
+    is_split = any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(base.frozen))
+    frozen = _gathered(mesh, base.frozen) if is_split else base.frozen
     own = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen)
     near = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 

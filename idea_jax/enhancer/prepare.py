@@ -200,8 +200,13 @@ def write_range(
         records, seen = encode(studio, held)
         about = shards.write_shard(out, number, records, seen) if records else None
         rejected.extend(bad)
-        if about is None:  # its pictures are all bad; the next shard counts them
-            return index
+        if about is None and number < len(index.shards):
+            raise ShardsError(
+                f"shard {number} of {out} is damaged, and its pictures can no longer be used; "
+                "bring them back, or delete the folder with --purge and prepare it again"
+            )
+        if about is None:  # nobody is left who could be in a shard of their own
+            return with_rejected(out, index, place, len(bad))
         shard = Shard(until=place, rejected=len(bad), **about)
         kept = [other for other in index.shards if other.number != number]
         index = replace(index, shards=sorted([*kept, shard], key=lambda shard: shard.number))
@@ -223,6 +228,17 @@ def write_range(
                 held, bad, number = [], [], number + 1
         place = last
         return write(index)
+
+
+def with_rejected(out: Path, index: Index, until: int, count: int) -> Index:
+    """The index once the rest of the source, up to a place, has only pictures that are bad."""
+    if not index.shards:
+        return index
+    *earlier, last = index.shards
+    last = replace(last, until=until, rejected=last.rejected + count)
+    index = replace(index, shards=[*earlier, last])
+    shards.write_index(out, index)
+    return index
 
 
 def look(studio: Studio, person: Person) -> tuple[list, list[tuple[object, str]]]:

@@ -212,8 +212,8 @@ def train_step(
       state: donated.
       constants: the other parts of the shared tree.
       batch: leaves [size, ...], split over `data`, in any order of rows.
-      inputs: "key", the run's; "step", int32[], how many steps were taken before; "stop",
-        int32[devices], split over `data`: whether a device's process was asked to stop.
+      inputs: "seed", uint32[], of the run; "step", int32[], how many steps were taken before;
+        "stop", int32[devices], split over `data`: whether a device's process was asked to stop.
     """
     gather = gatherer(frozen, mesh) if is_sharded else None
 
@@ -235,7 +235,8 @@ def train_step(
         out_specs=P(),
         check_vma=False,  # Pallas' kernels do not say over which axes their results vary
     )
-    key = jax.random.fold_in(stream(inputs["key"], "enhancer step"), inputs["step"])
+    key = stream(jax.random.key(inputs["seed"]), "enhancer step")
+    key = jax.random.fold_in(key, inputs["step"])
     loss, stop, grads = spread(frozen, state.trained, constants, batch, key, inputs["stop"])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
