@@ -20,8 +20,10 @@ from safetensors.numpy import load_file, save_file
 from idea_jax import faces
 from idea_jax.config import ConfigError
 from idea_jax.data import text
+from idea_jax.files import file_digest
+from idea_jax.formats import enhancer
 from idea_jax.mini import captions, drawings, lab, networks, people, pretrain, quality, traits
-from idea_jax.models import hub
+from idea_jax.models import hub, sd
 from idea_jax.random_sd import write_tokenizer
 
 # People and their names
@@ -827,6 +829,11 @@ def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path, monkeypatch
     assert all(0.35 < shares[name] < 0.6 for name in ("unet_names", "unet_again"))
     monkeypatch.setattr(pretrain, "STAGES", dict.fromkeys(pretrain.STAGES))  # none can be called
     pretrain.pretrain(run)
+    # Its shared enhancer fits it, and its recogniser.
+    made = enhancer.read(run.folder / enhancer.FILE)
+    recogniser = file_digest(run.folder / "face" / "recogniser.onnx")
+    enhancer.check(made, sd.read_configs(run.folder), "it", face_model=recogniser)
+    assert made.about["people"] == 8 and made.about["steps"] == 4
     # It is a checkpoint like any other: it can be drawn with.
     mini = quality.load(str(run.folder))
     drawn = quality.draw(mini, "a photo of a face", 2, steps=2, batch_size=2)

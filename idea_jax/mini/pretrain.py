@@ -965,7 +965,7 @@ def train_enhancer(run: Run) -> dict:
     """Trains the shared ID-Enhancer on drawn people of a split of their own."""
     drawn = enhancer.World(run.budget.enhancer_people, run.budget.enhancer_each, run.seed)
     found = enhancer.train(run.folder, run.work, drawn, *run.budget.enhancer)
-    return {"losses": [loss for _, loss in found["loss_curve"]]}
+    return {name: found[name] for name in ("people", "pictures", "loss_curve", "share_waited")}
 
 
 _CARD = """\
