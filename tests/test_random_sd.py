@@ -73,9 +73,12 @@ def test_families_differ_as_the_real_ones_do():
 )
 def test_real_sizes_are_those_of_the_real_checkpoints(size, family, parameters):
     frozen = sd.shapes(random_sd.config(size, family, random_sd.CLIP_VOCAB_SIZE))
-    count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in frozen]
-    text, unet, cross_kv, vae = count
-    assert (text, unet + cross_kv, vae) == parameters
+    count = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for name, tree in frozen._asdict().items()
+    }
+    assert count.pop("shared") == 0
+    assert (count["text"], count["unet"] + count["cross_kv"], count["vae"]) == parameters
 
 
 def test_every_word_is_one_token(checkpoint):

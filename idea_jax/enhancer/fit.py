@@ -148,7 +148,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     plan = Plan(
         *(folders, [weight for _, weight in weights], left),
         **{"size": cfg.train_batch_size, "seed": cfg.seed},
-        **{"small": cfg.small_faces, "mean": cfg.mean_faces},
+        **{"small": cfg.small_faces, "mean": cfg.mean_faces, "flip": cfg.random_flip},
     )
     specs = shard_specs(frozen, mesh.size) if cfg.shard_frozen else P()
     work = Work(

@@ -101,6 +101,7 @@ class Plan:
       people: numbers of the people of each folder to train on.
       size: samples of a step, over all processes.
       small, mean: how often the face is that of a small or turned version, or a mean of several.
+      flip: whether every other picture is mirrored.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class Plan:
         seed: int,
         small: float,
         mean: float,
+        flip: bool = True,
     ):
         self.folders, self.people, self.size, self.seed = folders, people, size, seed
+        self.flip = flip
         self.shares = np.cumsum(weights) / np.sum(weights)
         self.small, self.mean = small, mean
         self.known: dict[int, list] = {}
@@ -159,7 +162,7 @@ class Plan:
         target = int(u[0] * len(records))
         shown = folder.pictures[int(records[target])]
         face = self.face_of(folder, np.delete(records, target), records[target], u)
-        mirror = int(u[1] < 0.5)
+        mirror = int(self.flip and u[1] < 0.5)
         texts = shown.token_ids if len(shown.token_ids) else folder.texts
         ids = texts[int(u[2] * len(texts))]
         return Batch(np.int32(row), face, shown.mean[mirror], shown.std[mirror], ids)

@@ -166,6 +166,9 @@ class EnhancerTrainConfig:
         0.3, "how often the face is that of a small or turned version of the picture"
     )
     mean_faces: float = setting(0.2, "how often it is the mean of several pictures")
+    random_flip: bool = setting(
+        True, "mirror every other picture; false where left and right are told apart"
+    )
     drop_adapter: float = setting(
         0.1, "how often adapter and K/V are off, so that tokens alone carry the person"
     )

@@ -48,6 +48,7 @@ SETTINGS = {
     "ema_decay": 0.99,
     "small_faces": 0.2,
     "mean_faces": 0.2,
+    "random_flip": False,  # a parting, the light and a turned head have a side
     "drop_adapter": 0.2,
 }
 
