@@ -43,9 +43,10 @@ def commands():
         content = path.read_text("utf-8")
         blocks = re.findall(r"^```\w*\n(.*?)^```", content, re.DOTALL | re.MULTILINE)
         lines = [line for block in blocks for line in whole_lines(block)]
-        named = [" ".join(code.split()) for code in re.findall(r"`((?:python3?|idea-[\w-]+) [^`]+)`", content)]
+        named = re.findall(r"`((?:python3?|idea-[\w-]+) [^`]+)`", content)
         # In a sentence, a program without arguments is its name, and N is any number.
-        lines += [code.replace(" N", " 1") for code in named if len(code.split()) > 3]
+        words = [code.split() for code in named]
+        lines += [" ".join(code).replace(" N", " 1") for code in words if len(code) > 3]
         for line in lines:
             if re.match(r"\s*(?:\w+=\S+ )*(?:python3?|idea-[\w-]+) ", line):
                 yield path.name, line.strip()
