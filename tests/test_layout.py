@@ -51,7 +51,7 @@ ROWS = (
     ("method.loss", "pytrees"),
     ("method.condition", "method.* models.sd models.unet pytrees"),
     ("method.shared", "method.* models.sd pytrees"),
-    ("formats.enhancer", "method.* models.sd pytrees files"),
+    ("formats.enhancer", "method.* models.sd models.hub pytrees files"),
     # level 4: one step, one person on disk, one prompt drawn
     ("train_step", "method.* models.sd diffusion.schedule pytrees"),
     ("checkpoint", "train_step method.* models.sd pytrees files"),

@@ -23,9 +23,9 @@ from idea_jax import pytrees
 from idea_jax.files import write_tensors
 from idea_jax.method import condition, shared
 from idea_jax.method.modules import IDAdapter
-from idea_jax.models import sd
+from idea_jax.models import hub, sd
 
-FILE = Path("enhancer") / "enhancer.safetensors"  # inside a checkpoint's folder
+FILE = Path(hub.ENHANCER)  # inside a checkpoint's folder
 FORMAT, FORMAT_VERSION = "idea_jax.enhancer", 1
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 WRITTEN_AS = ("float32", "float16", "bfloat16")
