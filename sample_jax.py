@@ -5,10 +5,12 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from idea_jax import cli, config, sample
+    from idea_jax import cli
+    from idea_jax.config.settings import SampleConfig
+    from idea_jax.sampling import run as sample
 
     return cli.main(
-        config.SampleConfig,
+        SampleConfig,
         sample.run,
         argv,
         prog="sample_jax.py",

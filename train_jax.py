@@ -5,10 +5,12 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from idea_jax import cli, config, train
+    from idea_jax import cli
+    from idea_jax.config.settings import TrainConfig
+    from idea_jax.training import run as train
 
     return cli.main(
-        config.TrainConfig,
+        TrainConfig,
         train.run,
         argv,
         prog="train_jax.py",

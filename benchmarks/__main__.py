@@ -19,8 +19,6 @@ not be measured at all writes nothing.
 import argparse
 import contextlib
 import os
-import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -28,23 +26,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import jobs, report
+from benchmarks.machine import DeviceError, check_device, environment, machine
+from benchmarks.options import MODES, parse
 from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, drawing, read
 from benchmarks.worker import StackError, Worker
-from idea_jax.files import WriteError, check_writable
+from idea_jax.runtime.files import WriteError, check_writable
 
-STACKS = ("jax", "published", "eager", "compiled")
-PARTS = ("train", "sampling", "people", "ablations", "kernels", "convolutions")
-# Of torch.compile. On a CPU max-autotune tries its kernels for hours.
-MODES = {"cpu": "default", "gpu": "max-autotune"}
 # The profile that each stack trains; the published step is compared with the same arithmetic here.
 PROFILES = {"jax": ("paper", "official"), "published": ("official",)}
+
 # Tokens after a few steps of Adam, whose first steps turn rounding of small gradients into steps:
 # the cosine between the changes. Losses: relative. Pictures: mean difference of [-1, 1].
 TOLERANCES = {
@@ -55,10 +51,6 @@ TOLERANCES = {
 
 class InputsError(ValueError):
     """The folder of inputs holds those of another workload."""
-
-
-class DeviceError(ValueError):
-    """The device that is asked for is not there."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -157,220 +149,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in failed.items():
         print(f"error: {name}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
     return int(bool(failed))
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__.splitlines()[0]
-    )
-    names = dict.fromkeys(name for name, _ in WORKLOADS)
-    parser.add_argument("--workload", choices=names, default="mini")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument(
-        "--stacks", nargs="+", choices=STACKS, help="(default: all that the parts and jobs measure)"
-    )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, help="what is measured (default: all that can be)"
-    )
-    parser.add_argument(
-        "--people",
-        nargs="+",
-        type=positive,
-        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 8)",
-    )
-    parser.add_argument(
-        "--ablations",
-        nargs="+",
-        choices=tuple({name: None for own in ABLATIONS.values() for name in own}),
-        help="measures that the part ablations takes back (default: all that there are)",
-    )
-    parser.add_argument(
-        "--torch_compile",
-        metavar="MODE",
-        help="mode of the stack compiled (default: "
-        + ", ".join(f"{mode} on {device}" for device, mode in MODES.items())
-        + ")",
-    )
-    parser.add_argument(
-        "--repeats", type=positive, help="measurements of each (default: by workload)"
-    )
-    parser.add_argument(
-        "--jobs", type=positive, help="measure whole jobs, this many times each (default: not)"
-    )
-    parser.add_argument(
-        "--patience",
-        type=positive_seconds,
-        nargs=2,
-        metavar=("TRAIN", "SAMPLING"),
-        help="seconds that each of PyTorch's stacks may take for its first calls of these parts; "
-        "one that takes longer is left out (default: no limit)",
-    )
-    parser.add_argument(
-        "--inputs",
-        help="folder of checkpoint and inputs, which are written there if they are not there yet "
-        "(default: a temporary one)",
-    )
-    parser.add_argument(
-        "--out",
-        default="outputs/benchmarks",
-        help="folder of the results (default: %(default)s; those of the documentation are in "
-        "benchmarks/results)",
-    )
-    parser.add_argument(
-        "--name",
-        help="name of the report's files, for one that should not replace that of another run "
-        "(default: WORKLOAD-DEVICE)",
-    )
-    args = parser.parse_args(argv)
-    if args.name is not None and not re.fullmatch(r"\w[\w.-]*", args.name):
-        parser.error(
-            f"--name must be letters, digits, underscores, dots and dashes, got {args.name!r}"
-        )
-    refuse_unread(parser, args)
-    if "jax" not in args.stacks:
-        parser.error("--stacks must hold jax: the others are compared with it")
-    if len(args.stacks) > 1 and len(installed(("torch", "diffusers"))) < 2:
-        parser.error(
-            "PyTorch's stacks need torch and diffusers, which are not installed: python -m pip "
-            "install -e '.[test]', or take --stacks jax"
-        )
-    return args
-
-
-def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fills in parts, stacks and ablations, and refuses flags that nothing would read.
-
-    Raises: SystemExit, from argparse.
-    """
-    measured = WORKLOADS[args.workload, args.device].ablations
-    possible = {
-        "parts": PARTS if measured else ("train", "sampling"),
-        "ablations": list(ABLATIONS[args.device]),
-    }
-    for flag, values in possible.items():
-        if unknown := [x for x in getattr(args, flag) or () if x not in values]:
-            parser.error(
-                f"--{flag} {' '.join(unknown)}: not measured with --workload {args.workload} "
-                f"--device {args.device}; take some of {' '.join(values)}"
-            )
-    args.parts = args.parts or possible["parts"]
-    compares = not {"train", "sampling"}.isdisjoint(args.parts)
-    takes_turns = compares or not {"people", "ablations"}.isdisjoint(args.parts)
-    # The published code draws no pictures and has no whole jobs.
-    is_measured = {"jax": True, "published": "train" in args.parts}
-    is_measured |= dict.fromkeys(("eager", "compiled"), compares or args.jobs is not None)
-    if unread := [name for name in args.stacks or () if not is_measured[name]]:
-        parser.error(
-            f"--stacks {' '.join(unread)}: not measured with --parts {' '.join(args.parts)}; leave "
-            "it out, or add --parts train"
-        )
-    args.stacks = args.stacks or [name for name in STACKS if is_measured[name]]
-    is_patient = compares and len(args.stacks) > 1
-    readers = {
-        "people": ("--parts people", "people" in args.parts),
-        "ablations": ("--parts ablations", "ablations" in args.parts),
-        "repeats": ("--parts train, sampling, people and ablations", takes_turns),
-        "torch_compile": ("--stacks compiled", "compiled" in args.stacks),
-        "patience": ("PyTorch's --stacks in --parts train and sampling", is_patient),
-    }
-    for flag, (reader, is_there) in readers.items():
-        if getattr(args, flag) is not None and not is_there:
-            parser.error(f"--{flag} is for {reader}, which this run does not measure; leave it out")
-    args.ablations = args.ablations or possible["ablations"]
-
-
-def positive(text: str) -> int:
-    """A number of times, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def positive_seconds(text: str) -> float:
-    """A time to wait, for argparse; no longer than Python's timers can."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
-
-
-def check_device(device: str) -> None:
-    """Raises DeviceError if JAX has no such device, before anything is written for it."""
-    if device == "cpu":
-        return
-    look = "import jax; jax.devices()"
-    variables = {**os.environ, **environment(device)}
-    seen = subprocess.run([sys.executable, "-c", look], env=variables, capture_output=True)
-    if seen.returncode:
-        (*_, last) = seen.stderr.decode(errors="replace").strip().splitlines() or ["no reason told"]
-        raise DeviceError(f"--device {device}: JAX finds no NVIDIA GPU here: {last}")
-
-
-def machine() -> dict:
-    """What the numbers were measured with."""
-    packages = ("jax", "flax", "optax", "torch", "diffusers", "transformers", "numpy")
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": len(cores()),
-        "busy": busy_share(),
-        "python": platform.python_version(),
-        "versions": installed(packages),
-    }
-
-
-def cores() -> set[int]:
-    """Numbers of the cores that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    return os.sched_getaffinity(0) if has_affinity else set(range(os.cpu_count() or 1))
-
-
-def busy_share(stat: Path = Path("/proc/stat")) -> float:
-    """Share of its cores' time that other programs take while this one waits for two seconds.
-
-    The load average would still hold what ran a minute ago, such as the benchmark before this one.
-    It is taken where the kernel does not tell the times (macOS).
-    """
-    if not stat.is_file():
-        return min(1.0, os.getloadavg()[0] / len(cores()))
-    own = {f"cpu{number}" for number in cores()}
-
-    def read_times() -> tuple[int, int]:
-        # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
-        lines = (line.split() for line in stat.read_text().splitlines())
-        times = [[int(x) for x in line[1:9]] for line in lines if line and line[0] in own]
-        return sum(map(sum, times)), sum(idle + waiting for _, _, _, idle, waiting, *_ in times)
-
-    total, idle = read_times()
-    time.sleep(2)
-    total_after, idle_after = read_times()
-    return 1 - (idle_after - idle) / max(1, total_after - total)
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def environment(device: str) -> dict[str, str]:
-    """Variables that every process of a run gets."""
-    if device == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
-    # PyTorch's stacks use one device, so this project has no more than that one.
-    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    # Several stacks hold the device at once, each only what it needs.
-    preallocate = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": one} | preallocate
 
 
 def prepare(workload: Workload, device: str, folder: Path) -> dict:

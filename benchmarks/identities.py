@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.__main__ import positive
+from benchmarks.options import positive
 
 STEPS = 320  # of a person, from which people/hour is computed; nothing else of a run is in it
 
@@ -37,17 +37,13 @@ def measure(args: argparse.Namespace) -> None:
     from jax.sharding import PartitionSpec as P
 
     from benchmarks import flops
-    from idea_jax import checkpoint, random_sd
-    from idea_jax.config import COMPUTE_DTYPES, PROFILE_DEFAULTS
+    from idea_jax import random_sd
+    from idea_jax.config.settings import COMPUTE_DTYPES, PROFILE_DEFAULTS
+    from idea_jax.formats.identity import versions
     from idea_jax.method import condition
     from idea_jax.models import flash, hub, sd
-    from idea_jax.train_step import (
-        Photos,
-        draw_and_step,
-        init_state,
-        make_optimizer,
-        step_people,
-    )
+    from idea_jax.training.program import step_people
+    from idea_jax.training.step import Photos, draw_and_step, init_state, make_optimizer
 
     dtype = COMPUTE_DTYPES[args.mixed_precision]
     attention = flash.resolve(args.attention, jax.local_devices()[0], dtype)
@@ -121,7 +117,7 @@ def measure(args: argparse.Namespace) -> None:
             "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
             "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
             "load_average": round(os.getloadavg()[0], 1),
-            "versions": checkpoint.versions(),
+            "versions": versions(),
         }
         print(json.dumps(line), flush=True)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.__main__ import positive
-from idea_jax import checkpoint, sample
-from idea_jax.files import atomic_write, check_writable
+from benchmarks.options import positive
+from idea_jax.formats.identity import versions
 from idea_jax.mini import captions, drawings, people, quality
 from idea_jax.pytrees import stream
+from idea_jax.runtime.files import atomic_write, check_writable
+from idea_jax.sampling import programs
 
 SETTINGS = {
     "DDIM, 50 steps": {"scheduler": "ddim", "steps": 50},
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| setting | seconds a picture | against the first | likeness | prompt kept |")
     print("|---|---|---|---|---|")
     about = {"people": args.people, "each": args.each, "guidance_scale": quality.GUIDANCE}
-    result = {**about, "versions": checkpoint.versions(), "settings": {}}
+    result = {**about, "versions": versions(), "settings": {}}
     for name, settings in SETTINGS.items():
         found = measure(mini, scoring, chosen, likeness_to, args.each, settings)
         result["settings"][name] = found
@@ -96,7 +97,7 @@ def measure(mini, scoring, chosen, likeness_to, each, settings):
         name = people.full_name(person, person)
         kv = quality.plain_keys_values(mini, prompt.text.format(name))
         started = time.perf_counter()
-        pictures = sample.draw_prompt(
+        pictures = programs.draw_prompt(
             mini.model,
             mini.frozen,
             kv,

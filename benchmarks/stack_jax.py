@@ -20,17 +20,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
-from idea_jax import devices, pytrees, sample
-from idea_jax.data import images, text
+from idea_jax import pytrees
+from idea_jax.data import images
+from idea_jax.data.tokenizer import Tokens
 from idea_jax.models import flash, sd
-from idea_jax.train import place_frozen
-from idea_jax.train_step import (
+from idea_jax.runtime import devices
+from idea_jax.sampling import programs
+from idea_jax.training.program import place_frozen, step_people
+from idea_jax.training.step import (
     Metrics,
     Photos,
     draw_batch,
     init_state,
     make_optimizer,
-    step_people,
     train_step,
     training_loss,
 )
@@ -211,7 +213,7 @@ class Stack:
             indices = jnp.arange(pictures, dtype=jnp.int32)
             about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE)
             kv, more = self.keys_values(self.frozen), self.sampling(steps)
-            return sample.draw(self.model, self.frozen, kv, *about, is_guided=True, **more)
+            return programs.draw(self.model, self.frozen, kv, *about, is_guided=True, **more)
 
         return {
             "train_step": flops.needed(step, self.frozen, state, drawn),
@@ -277,7 +279,7 @@ class Stack:
     def keys_values(self, frozen: sd.Frozen) -> dict:
         """Keys and values of the prompt and of the negative one, as sample_jax.py computes them."""
         method, trainable, given = self.identity
-        return sample.cast_keys_values(
+        return programs.cast_keys_values(
             (method,),
             self.model,
             frozen,
@@ -287,10 +289,10 @@ class Stack:
             jnp.float32(1),
         )
 
-    def tokens(self, name: str) -> text.Tokens:
+    def tokens(self, name: str) -> Tokens:
         """A prompt of one chunk whose tokens all weigh 1."""
         ids = np.asarray(self.inputs[name])[None]
-        return text.Tokens(ids, np.ones(ids.shape, np.float32))
+        return Tokens(ids, np.ones(ids.shape, np.float32))
 
     def sampling(self, steps: int) -> dict:
         """What is set of the sampler."""
@@ -303,13 +305,15 @@ class Stack:
         The first call of a number of pictures places the weights on the devices that draw them, and
         the others find them there: they take as long as the second prompt of a run.
         """
-        assert sample.DECODED == settings.DECODED, "PyTorch's stacks decode another number at once"
+        assert programs.DECODED == settings.DECODED, (
+            "PyTorch's stacks decode another number at once"
+        )
 
         def keys_values(frozen, _):
             self.placed[pictures] = frozen
             return self.keys_values(frozen)
 
-        (drawn,) = sample.draw_all(
+        (drawn,) = programs.draw_all(
             self.model,
             self.placed.get(pictures, self.frozen),
             keys_values,
@@ -381,7 +385,7 @@ class Stack:
 
 
 class Training:
-    """The program that train_jax.py runs, `train_step.step_people`, on the devices it would use."""
+    """The program that train_jax.py runs, `program.step_people`, on the devices it would use."""
 
     def __init__(
         self, stack: Stack, profile: str, batch: int, room: int, people: int, changes: dict

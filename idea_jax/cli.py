@@ -6,40 +6,35 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from idea_jax import (
-    checkpoint,
-    compile_cache,
-    config,
-    devices,
-    face_models,
-    files,
-    jobs,
-    learned_embeds,
-    publish,
-    results,
-    signals,
-)
+from idea_jax import jobs
+from idea_jax.config import reading
+from idea_jax.config.settings import ConfigError, SampleConfig, TrainConfig
 from idea_jax.data import images, people, text
 from idea_jax.diffusion import schedule
 from idea_jax.enhancer import shards
-from idea_jax.formats import enhancer
+from idea_jax.faces import models as face_models
+from idea_jax.formats import enhancer, pickles
+from idea_jax.formats.identity import IdentityError
 from idea_jax.models import flash, hub, layers, weights
+from idea_jax.runtime import compile_cache, devices, files, signals
+from idea_jax.training import publish, results
+from idea_jax.training.resume import CheckpointError
 
 # Mistakes of the input, not of the program: one message, no traceback.
 INPUT_ERRORS = (
-    config.ConfigError,
+    ConfigError,
     images.ImageError,
     people.PeopleError,
     face_models.FaceError,
     text.TextError,
-    learned_embeds.EmbedsError,
+    pickles.EmbedsError,
     enhancer.EnhancerError,
     layers.UnsupportedConfig,
     flash.UnsupportedAttention,
     weights.WeightsError,
     hub.CheckpointNotFound,
-    checkpoint.IdentityError,
-    checkpoint.CheckpointError,
+    IdentityError,
+    CheckpointError,
     results.TrainingError,
     results.OccupiedError,
     publish.PublishError,
@@ -52,10 +47,10 @@ INPUT_ERRORS = (
 
 # What to try where the memory is too small.
 SMALLER = {
-    config.TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
+    TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
     "--mixed_precision bf16, --shard_frozen with --mesh data=N, or a smaller --resolution",
     None: "a smaller batch, --mixed_precision bf16, or --shard_frozen on several devices",
-    config.SampleConfig: "a smaller --batch_size, --mixed_precision bf16, or a smaller --height "
+    SampleConfig: "a smaller --batch_size, --mixed_precision bf16, or a smaller --height "
     "and --width",
 }
 
@@ -89,8 +84,8 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     for name in ("absl", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        settings = config.parse(cls, sys.argv[1:] if argv is None else argv, **about)
-    except config.ConfigError as error:
+        settings = reading.parse(cls, sys.argv[1:] if argv is None else argv, **about)
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

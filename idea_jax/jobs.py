@@ -23,7 +23,7 @@ from pathlib import Path
 
 import filelock
 
-from idea_jax.files import atomic_write, cannot_write, file_digest, say
+from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, say
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -75,3 +76,12 @@ def abstract(tree: object, shardings: object, dtype: object = None) -> object:
 def count(tree: object) -> int:
     """Number of values in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def tree_digest(tree: dict) -> str:
+    """SHA-256 of the names and values of all leaves, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, leaf in flatten(tree).items():
+        digest.update(name.encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -17,11 +17,11 @@ import jax
 
 from idea_jax.data.text import TEMPLATES, shipped_names
 from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.files import atomic_write, say
 from idea_jax.models import sd
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
+from idea_jax.runtime.files import atomic_write, say
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408

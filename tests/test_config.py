@@ -2,17 +2,13 @@
 
 import pytest
 
-from idea_jax.config import (
+from idea_jax.config.reading import SCALED, build, parse, resolve, to_yaml
+from idea_jax.config.settings import (
     ENHANCER_DEFAULTS,
     PROFILE_DEFAULTS,
-    SCALED,
     ConfigError,
     SampleConfig,
     TrainConfig,
-    build,
-    parse,
-    resolve,
-    to_yaml,
 )
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from idea_jax import config
+from idea_jax.config import reading
+from idea_jax.config.settings import ConfigError, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = {"train_jax.py": config.TrainConfig, "sample_jax.py": config.SampleConfig}
+CLASSES = {"train_jax.py": TrainConfig, "sample_jax.py": SampleConfig}
 # What a reader puts where a command has three dots; whatever the command says itself wins.
 REST = {
     "train_jax.py": "--pretrained_model_name_or_path MODEL --train_data_dir PHOTOS",
@@ -78,14 +79,15 @@ def check(command, monkeypatch):
             rest = rest[:2] if program == "train_jax.py" else []
         arguments += rest
     if program in CLASSES:
-        config.parse(CLASSES[program], arguments)
+        reading.parse(CLASSES[program], arguments)
         return
     parse = argparse.ArgumentParser.parse_args
 
     def stop(self, *given):
         raise Parsed(parse(self, *given))
 
-    name = f"{program}.__main__" if (ROOT / program / "__main__.py").is_file() else program
+    is_package = (ROOT / program.replace(".", "/") / "__main__.py").is_file()
+    name = f"{program}.__main__" if is_package else program
     module = importlib.import_module(name)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [program, *arguments])
@@ -114,12 +116,12 @@ def test_a_documented_command_is_understood(document, command, monkeypatch):
     ],
 )
 def test_a_command_that_no_program_understands_is_found(command, monkeypatch, capsys):
-    with pytest.raises((SystemExit, config.ConfigError, SyntaxError)):
+    with pytest.raises((SystemExit, ConfigError, SyntaxError)):
         check(command, monkeypatch)
 
 
 def test_every_flag_that_is_only_accepted_stands_in_the_guide():
     guide = (ROOT / "docs" / "guide.md").read_text("utf-8")
-    for flags in config.FOREIGN_FLAGS.values():
+    for flags in reading.FOREIGN_FLAGS.values():
         for flag in flags:
             assert f"`--{flag}`" in guide

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from idea_jax import random_sd
-from idea_jax.files import write_tensors
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import shared
+from idea_jax.runtime.files import write_tensors
 
 MODEL = random_sd.config("tiny", "sd2", vocab_size=100)
 CONFIG = made.config(MODEL.text.hidden_size)

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 import train_jax
-from idea_jax import checkpoint, cli, compile_cache, config, devices, jobs, train
+from idea_jax import cli, jobs
+from idea_jax.config.settings import SampleConfig, TrainConfig
+from idea_jax.formats.identity import read_identity
+from idea_jax.runtime import compile_cache, devices
+from idea_jax.training import group
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
@@ -31,8 +35,8 @@ def learn(smallest_checkpoint, photo_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("cls", "flags", "advice"),
     [
-        (config.TrainConfig, ["--train_data_dir", "d"], "a smaller --train_batch_size"),
-        (config.SampleConfig, ["--identity", "i", "--prompt", "{}"], "a smaller --batch_size"),
+        (TrainConfig, ["--train_data_dir", "d"], "a smaller --train_batch_size"),
+        (SampleConfig, ["--identity", "i", "--prompt", "{}"], "a smaller --batch_size"),
     ],
 )
 def test_too_little_memory_is_one_message_with_numbers(cls, flags, advice, monkeypatch, capsys):
@@ -62,14 +66,14 @@ def test_an_error_that_is_none_of_memory_is_not_called_one():
 
     flags = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
     with pytest.raises(RuntimeError, match="out of ideas"):
-        cli.main(config.SampleConfig, run, flags)
+        cli.main(SampleConfig, run, flags)
 
 
 def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
     learn, tmp_path, monkeypatch
 ):
     chaos.write_people(tmp_path / "people", 5)
-    together, sizes = train.train_together, []
+    together, sizes = group.train_together, []
 
     def with_memory_for_two(cfg, mesh, places, *rest):
         sizes.append(places)
@@ -79,7 +83,7 @@ def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
             )
         return together(cfg, mesh, places, *rest)
 
-    monkeypatch.setattr(train, "train_together", with_memory_for_two)
+    monkeypatch.setattr(group, "train_together", with_memory_for_two)
     in_fours = ["--identities_per_step", "4", "--mesh", "identity=1,data=1"]
     code, said = learn(*in_fours, photos=tmp_path / "people")
     assert code == 0, said
@@ -88,7 +92,7 @@ def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
     assert said.count("the memory is too small for 4 people in a step") <= 1
 
     # Where each device has one person there is nothing left to halve.
-    monkeypatch.setattr(train, "train_together", lambda *_: with_memory_for_two(None, None, 9))
+    monkeypatch.setattr(group, "train_together", lambda *_: with_memory_for_two(None, None, 9))
     alone = ["--identities_per_step", "1", "--mesh", "identity=1,data=1", "--seed", "1"]
     code, said = learn(*alone, photos=tmp_path / "people", out=tmp_path / "other")
     assert code == 1 and "the memory is too small" in said and "Traceback" not in said
@@ -115,7 +119,7 @@ def test_settings_of_jax_that_change_numbers_are_harmless(learn, tmp_path, caplo
         assert f"{name.upper()} is " in caplog.text
     calm, other = (tmp_path / out / jobs.RESULT for out in ("calm", "foreign"))
     assert calm.read_bytes() == other.read_bytes()
-    assert checkpoint.read_identity(other).steps == 2
+    assert read_identity(other).steps == 2
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])

@@ -15,8 +15,10 @@ import chaos
 import pytest
 
 import train_jax
-from idea_jax import devices, jobs, train
-from idea_jax.files import WriteError
+from idea_jax import jobs
+from idea_jax.runtime import devices
+from idea_jax.runtime.files import WriteError
+from idea_jax.training import group, many
 
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
 IN_PAIRS = [*TWO, "--identities_per_step", "2", "--mesh", "identity=1,data=1"]
@@ -51,7 +53,7 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
 
     for path, whole in zip(photos_of_one, good, strict=True):
         path.write_bytes(whole[:60])
-    begin, broken, followed = train.begin, [], []
+    begin, broken, followed = many.begin, [], []
 
     def begin_with_a_fault(work, person, *rest):
         learner = begin(work, person, *rest)
@@ -62,7 +64,7 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
             learner.photos = photos._replace(mean=photos.mean * float("nan"))
         return learner
 
-    monkeypatch.setattr(train, "begin", begin_with_a_fault)
+    monkeypatch.setattr(many, "begin", begin_with_a_fault)
     capsys.readouterr()
     gc.disable()
     try:
@@ -158,7 +160,7 @@ def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys
         return signal.SIGTERM  # before anybody is done
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_together", train_together)
+        patch.setattr(group, "train_together", train_together)
         assert run(root, out) == 143
     before = (out / jobs.MANIFEST).read_text()
     assert run(root, out, "--seed", "7") == 1
@@ -322,7 +324,7 @@ CORES = """
 import os, sys
 from pathlib import Path
 os.sched_getaffinity = lambda process: set(range(int(sys.argv[2])))
-from idea_jax import devices
+from idea_jax.runtime import devices
 devices.use_cores(Path(sys.argv[1]))
 import jax
 print(jax.device_count())

@@ -10,10 +10,13 @@ import pytest
 import reference
 import torch
 
-from idea_jax import config, train
+from idea_jax.config import reading
+from idea_jax.config.settings import TrainConfig
 from idea_jax.method import anchor, condition, loss, modules
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
+from idea_jax.training.fingerprint import fingerprint_of
+from idea_jax.training.start import method_of
 
 D = 32
 
@@ -157,7 +160,7 @@ def added_loss(cfg, squared_distance, away, seed):
     squared distance and each token lies `away` from its own, in a random direction."""
     rng = np.random.default_rng(seed)
     # The adapter's networks need a model, and have no part in this.
-    method = dataclasses.replace(train.method_of(cfg), adapter=False)
+    method = dataclasses.replace(method_of(cfg), adapter=False)
 
     def of_length(length, rows):
         steps = rng.normal(size=(rows, 1024))
@@ -174,7 +177,7 @@ def added_loss(cfg, squared_distance, away, seed):
 
 def settings(*flags):
     needed = ("--pretrained_model_name_or_path", "m", "--train_data_dir", "d")
-    return config.parse(config.TrainConfig, [*needed, *flags])
+    return reading.parse(TrainConfig, [*needed, *flags])
 
 
 DENOISING = (0.1, 0.2)  # mean squared error of Stable Diffusion's noise prediction
@@ -211,7 +214,7 @@ def test_a_checkpoint_of_another_regulariser_is_not_gone_on_from():
 
     def said(*flags):
         cfg = settings(*flags)
-        return train.fingerprint_of(cfg, train.method_of(cfg), base, None).get("regulariser")
+        return fingerprint_of(cfg, method_of(cfg), base, None).get("regulariser")
 
     assert said() == "mahalanobis_truncated"
     assert said("--regulariser", "exact") == "mahalanobis"

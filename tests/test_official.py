@@ -17,7 +17,7 @@ from torch import nn
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.train_step import Photos, draw_batch, init_state, make_optimizer, train_step
+from idea_jax.training.step import Photos, draw_batch, init_state, make_optimizer, train_step
 
 STEPS, BATCH, LR, REG_WEIGHT = 5, 4, 1.5e-3 * 8, 8e-4
 D = 32  # text width of the small sd2 models

@@ -15,16 +15,8 @@ from test_train_step import PAPER, optimizer_for, person
 from idea_jax import pytrees, random_sd
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.train_step import (
-    EVALUATION_SAMPLES,
-    Plateau,
-    draw_batch,
-    evaluate_people,
-    shard_axes,
-    shard_specs,
-    step_people,
-    training_loss,
-)
+from idea_jax.training.program import evaluate_people, shard_axes, shard_specs, step_people
+from idea_jax.training.step import EVALUATION_SAMPLES, Plateau, draw_batch, training_loss
 
 PLACES, BATCH = 4, 2
 ALL = np.full(PLACES, 100, np.int32)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from benchmarks import flops
-from idea_jax import pytrees, random_sd, sample
+from idea_jax import pytrees, random_sd
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
-from idea_jax.train_step import Photos, draw_batch, init_state, make_optimizer, train_step
+from idea_jax.sampling import programs
+from idea_jax.training.step import Photos, draw_batch, init_state, make_optimizer, train_step
 
 GIGA, SAMPLES = 1e9, 8
 
@@ -117,7 +118,7 @@ def test_full_size_picture_of_fifty_guided_steps_needs_exactly_the_known_flops(s
     def draw(frozen, kv, indices):
         options = {"size": (512, 512), "scheduler": "ddim", "steps": 50, "is_guided": True}
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return programs.draw(model, frozen, kv, *parts, **options, eta=0.0)
 
     counted = flops.needed(draw, shapes, kv, abstract(1, dtype=jnp.int32)) / GIGA
     np.testing.assert_allclose(counted, 82600, rtol=1e-3)
@@ -169,7 +170,7 @@ def test_sampler_reads_neither_text_encoder_nor_cross_attention_kernels(tiny):
         options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
         indices = jnp.arange(3, dtype=jnp.int32)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return programs.draw(model, frozen, kv, *parts, **options, eta=0.0)
 
     used = reads(draw, shapes, kv)
     assert set(jax.tree.leaves((used.text, used.cross_kv))) == {False}
@@ -189,7 +190,7 @@ def test_loop_of_the_sampler_embeds_no_timestep(tiny, interval):
     def draw(frozen, kv, indices):
         options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0, interval=interval)
+        return programs.draw(model, frozen, kv, *parts, **options, eta=0.0, interval=interval)
 
     jaxpr = jax.make_jaxpr(draw)(shapes, kv, abstract(3, dtype=jnp.int32)).jaxpr
     (call,) = [e for e in jaxpr.eqns if "jaxpr" in e.params]

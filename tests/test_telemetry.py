@@ -26,8 +26,8 @@ print(json.dumps({"package": __name__, "switches": {n: os.environ.get(n) for n i
 raise ImportError("that was all")
 """
 REACH = {
-    "onnxruntime": "from idea_jax import faces; faces.load_recogniser('face.onnx')",
-    "insightface": "from idea_jax import faces; faces.alignment([[0.0, 0.0]] * 5)",
+    "onnxruntime": "from idea_jax.faces import models; models.load_recogniser('face.onnx')",
+    "insightface": "from idea_jax.faces import crops; crops.alignment([[0.0, 0.0]] * 5)",
     "huggingface_hub": "from idea_jax.models import hub; hub.resolve('somebody/something')",
 }
 
@@ -77,9 +77,9 @@ FIND = """
 from pathlib import Path
 from PIL import Image
 import idea_jax
-from idea_jax import faces
+from idea_jax.faces import finding
 mini = Path(idea_jax.__file__).parent / "mini"
-finder = faces.open_finder(mini / "checkpoint" / "face" / "recogniser.onnx")
+finder = finding.open_finder(mini / "checkpoint" / "face" / "recogniser.onnx")
 with Image.open(mini / "photo.png") as photo:
     print(finder.look_at(photo.convert("RGB"), "the photo").embed.shape)
 """

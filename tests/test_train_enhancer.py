@@ -16,17 +16,23 @@ import pytest
 from PIL import Image
 from test_people import write_celeb_a
 
-from idea_jax import face_table, random_face, train_enhancer
-from idea_jax.config import parse
+from idea_jax import train_enhancer
+from idea_jax.config.reading import parse
 from idea_jax.data import text
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, fit, likeness, prepare, samples, settings, shards, sources
+from idea_jax.enhancer import ridge as ridges
 from idea_jax.enhancer import step as steps
+from idea_jax.enhancer.beginning import flat
 from idea_jax.enhancer.shards import ShardsError
-from idea_jax.files import WriteError
+from idea_jax.faces import models as face_models
+from idea_jax.faces import random_model
+from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
 from idea_jax.models import sd
-from idea_jax.results import Base
+from idea_jax.runtime.files import WriteError
+from idea_jax.training.results import Base
 
 SIDE = 8
 
@@ -36,14 +42,14 @@ def checkpoint(smallest_checkpoint, tmp_path_factory):
     """The smallest checkpoint, with a recogniser and without a detector."""
     folder = tmp_path_factory.mktemp("model") / "smallest"
     shutil.copytree(smallest_checkpoint, folder)
-    random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    random_model.write_random_recogniser(folder / "face" / "arcface.onnx")
     return folder
 
 
 @pytest.fixture(scope="module")
 def base(checkpoint):
     model, frozen = sd.load(checkpoint)
-    tokenizer = text.load_tokenizer(
+    tokenizer = load_tokenizer(
         checkpoint / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
     return Base(model, frozen, tokenizer.with_placeholder("<person>", 2), "smallest", None)
@@ -245,7 +251,7 @@ class Finder:
     def look_at(self, image, name):
         red, green, _ = image.getpixel((0, 0))
         if red != 1:
-            raise prepare.faces.FaceError(f"{red} faces")
+            raise face_models.FaceError(f"{red} faces")
         box = np.array([0, 0, 4, 4], np.float32)
         near = unit(green // 10) + 0.2 * unit(1000 + green)
         return face_table.Sight(box, None, 1.0, "", near / np.linalg.norm(near))
@@ -525,7 +531,7 @@ def test_two_processes_train_what_one_does(flags, straight, tmp_path):
 )
 def test_bad_input_is_one_message(flags, celeb_a, change, message, tmp_path, capsys):
     other = tmp_path / "other.onnx"
-    random_face.write_random_recogniser(other, seed=1)
+    random_model.write_random_recogniser(other, seed=1)
     kept = flags[:2] + flags[4:] if change[0] == "--data" else flags
     change = [word.format(celeb_a=celeb_a, other=other) for word in change]
     assert train_enhancer.main([*kept, *change, "--output_dir", str(tmp_path / "out")]) == 1
@@ -568,8 +574,8 @@ def test_regression_is_exact_in_the_file_and_needs_no_step(studio, checkpoint, f
     folder = samples.open_folder(tmp_path / "data")
     model, frozen = sd.load(checkpoint)
     people = [np.arange(len(folder.people))]
-    faces, targets = fit.flat(*fit.ridge.examples([folder], people, model, frozen))
-    ridge = fit.ridge.fit(faces, targets)
+    faces, targets = flat(*ridges.examples([folder], people, model, frozen))
+    ridge = ridges.fit(faces, targets)
     assert found.about["ridge"]["names"] == 20 and found.about["steps"] == 0
     face = unit(5)
     expected = ridge.target_mean + (face - ridge.face_mean) @ ridge.kernel
@@ -581,7 +587,7 @@ def test_regression_finds_a_linear_map_and_says_how_good_it_is():
     rng = np.random.default_rng(0)
     faces = np.stack([unit(i) for i in range(600)])
     kernel = rng.standard_normal((512, 6))
-    exact = fit.ridge.fit(faces, faces @ kernel + 3)
+    exact = ridges.fit(faces, faces @ kernel + 3)
     assert exact.r2 > 0.8
-    noise = fit.ridge.fit(faces, rng.standard_normal((600, 6)))
+    noise = ridges.fit(faces, rng.standard_normal((600, 6)))
     assert noise.r2 < 0.05

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from idea_jax import pytrees, random_sd
 from idea_jax.method import condition
 from idea_jax.models import sd
-from idea_jax.train_step import (
+from idea_jax.training.step import (
     Photos,
     draw_batch,
     init_state,

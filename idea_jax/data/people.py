@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax.data import images
+from idea_jax.data import folders, images
 
 LICENCE = "CelebA is for non-commercial research only; do not pass its pictures on"
 HOW_TO_PREPARE = (
@@ -106,10 +106,10 @@ def from_folders(root: str | Path) -> dict[str, list[images.PictureFile | NoPict
     out is reported.
 
     Raises:
-        ImageError: as `images.list_people`.
+        ImageError: as `folders.list_people`.
     """
-    people, skipped = images.list_people(root)
-    images.report_skipped(skipped)
+    people, skipped = folders.list_people(root)
+    folders.report_skipped(skipped)
     return {
         name: [NoPictures(found)]
         if isinstance(found, images.ImageError)

@@ -10,10 +10,10 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from idea_jax import sample
 from idea_jax.data.images import to_uint8
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
+from idea_jax.sampling import programs
 
 WHOLE = P()  # on every device
 
@@ -69,7 +69,7 @@ def draw_rows(
 
     def one(frozen, kv, numbers, guidance_scale):
         def row(kv, number):
-            return sample.draw(
+            return programs.draw(
                 *(model, frozen, kv, number[0], number[1:].astype(jnp.int32), guidance_scale),
                 **{"size": size, "scheduler": scheduler, "steps": steps},
                 **{"is_guided": True, "eta": 0.0},

@@ -11,12 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from idea_jax import face_models, faces
 from idea_jax.data import images, text
 from idea_jax.enhancer import drawing
 from idea_jax.enhancer.samples import Folder
+from idea_jax.faces import embedding, finding, packs
+from idea_jax.faces import models as face_models
 from idea_jax.method import shared
-from idea_jax.results import Base
+from idea_jax.training.results import Base
 
 STEPS = 25
 DRAWN = 4  # pictures that a device draws at once
@@ -70,7 +71,7 @@ def hold_out(
     for place, number in chosen:
         folder = folders[place]
         records = folder.people[number]
-        others = faces.mean_embedding(folder.faces.face[records[1:]])
+        others = embedding.mean_embedding(folder.faces.face[records[1:]])
         sitters.append(Sitter(folder.faces.face[records[0]], others))
     left = [
         np.array([n for n in range(len(folder.people)) if (place, n) not in out], int)
@@ -99,7 +100,7 @@ def measure(
     base: Base,
     mesh: Mesh,
     sitters: Sequence[Sitter],
-    finder: faces.Finder | None,
+    finder: finding.Finder | None,
     *,
     prompt: str,
     count: int,
@@ -147,7 +148,7 @@ def measure(
             embed = finder.look_at(Image.fromarray(picture), "a drawing").embed
             similar[row] = embed @ sitters[row // count].others
             is_found[row] = True
-        except faces.FaceError:
+        except face_models.FaceError:
             pass
     each = similar.reshape(-1, count).mean(axis=1)
     grid = images.image_grid(list(drawn), count * max(1, COLUMNS // count))
@@ -156,18 +157,16 @@ def measure(
 
 def find_face_model(
     face_model: str | None, face_model_dir: str | None, folder, wanted: str
-) -> faces.Finder:
+) -> finding.Finder:
     """The finder whose recogniser has prepared the data.
 
     Raises:
       FaceError: there is none, or it is another one.
     """
-    path = face_models.find_recogniser(
-        face_model, face_model_dir, folder / "face", accept_licence=False
-    )
-    finder = faces.open_finder(path, needs_detector=False)
+    path = packs.find_recogniser(face_model, face_model_dir, folder / "face", accept_licence=False)
+    finder = finding.open_finder(path, needs_detector=False)
     if finder.about.face_model != wanted:
-        raise faces.FaceError(
+        raise face_models.FaceError(
             f"--data was prepared with the recogniser of SHA-256 {wanted}, and {path.name} has "
             f"{finder.about.face_model}; name the other one with --face_model, or leave the "
             "validation out with --validation_steps 0"

@@ -14,17 +14,19 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import faces, jobs
-from idea_jax.checkpoint import tree_digest
+from idea_jax import jobs
 from idea_jax.data import images, text
 from idea_jax.enhancer import drawing, shards
 from idea_jax.enhancer.shards import Faces, Index, Record, Shard, ShardsError
 from idea_jax.enhancer.sources import Person, Portrait, Source
-from idea_jax.face_table import Sight
-from idea_jax.files import check_writable
+from idea_jax.faces import finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import alignment, training_square
+from idea_jax.faces.table import Sight
 from idea_jax.models import sd
-from idea_jax.pytrees import cast
-from idea_jax.results import Base
+from idea_jax.pytrees import cast, tree_digest
+from idea_jax.runtime.files import check_writable
+from idea_jax.training.results import Base
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ SMALL = (36, 160)  # pixels of the face's crop
 ENCODED = 8  # pictures that a device encodes at once
 
 # What can be wrong with one picture, and does not concern the others.
-PICTURE_ERRORS = (faces.FaceError, images.ImageError, OSError)
+PICTURE_ERRORS = (face_models.FaceError, images.ImageError, OSError)
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ class Studio:
       finder: what finds and embeds faces; None if every picture brings its face along. A picture
         that does not bring that of its small or turned version is then not embedded so.
       side: of the training pictures, in pixels.
-      crop, crop_margin: what of a picture is trained on; as in `config.TrainConfig`.
+      crop, crop_margin: what of a picture is trained on; as in `TrainConfig`.
       seed: of the small and turned versions.
       shard_pictures: at least so many pictures make a shard.
     """
 
     base: Base
-    finder: faces.Finder | None
+    finder: finding.Finder | None
     side: int
     crop: str = "face"
     crop_margin: float = 1.0
@@ -251,10 +253,10 @@ def look(studio: Studio, person: Person) -> tuple[list, list[tuple[object, str]]
             sight = portrait.sight
             if sight is None:
                 if studio.finder is None:
-                    raise faces.FaceError("its face is not known, and nothing finds faces")
+                    raise face_models.FaceError("its face is not known, and nothing finds faces")
                 sight = studio.finder.look_at(image, picture)
             if studio.crop == "face" and sight.points is None:
-                raise faces.FaceError("nobody looked for its eyes, which --crop face needs")
+                raise face_models.FaceError("nobody looked for its eyes, which --crop face needs")
             other = portrait.turned
             if other is None:
                 rng = np.random.default_rng([studio.seed, person.number, place])
@@ -274,7 +276,7 @@ def turned(
         return np.zeros(shards.WIDTH, np.float32)
     side = float(max(sight.box[2:] - sight.box[:2]))
     if sight.points is not None:  # of what the recogniser is given, in pixels of the picture
-        side = faces.SIZE / float(np.hypot(*faces.alignment(sight.points)[:, 0]))
+        side = face_models.SIZE / float(np.hypot(*alignment(sight.points)[:, 0]))
     scale = min(1.0, size / max(side, 1.0))
     small = image.resize([max(images.MIN_SIDE, round(n * scale)) for n in image.size])
     try:
@@ -282,7 +284,7 @@ def turned(
             small.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor=(127,) * 3),
             "a small version",
         )
-    except faces.FaceError:
+    except face_models.FaceError:
         return np.zeros(shards.WIDTH, np.float32)
     return np.asarray(found.embed, np.float32)
 
@@ -291,7 +293,7 @@ def pixels_of(studio: Studio, portrait: Portrait, sight: Sight) -> np.ndarray:
     """What of a picture is trained on: float32[side, side, 3] in [-1, 1]."""
     image = portrait.picture.read()
     if studio.crop == "face":
-        centre, width, angle = faces.training_square(sight.points, image.size, studio.crop_margin)
+        centre, width, angle = training_square(sight.points, image.size, studio.crop_margin)
         image = images.crop_turned(image, centre, width, angle)
     return images.to_pixels(image, studio.side, center_crop=studio.crop == "center")
 

@@ -1,8 +1,8 @@
-"""What preparing and training the shared enhancer are; filled as `idea_jax.config` says."""
+"""What preparing and training the shared enhancer are; filled as `idea_jax.config.reading` says."""
 
 from dataclasses import dataclass
 
-from idea_jax.config import (
+from idea_jax.config.settings import (
     ATTENTION,
     ATTENTIONS,
     COMPILE_CACHE,

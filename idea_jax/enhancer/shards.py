@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idea_jax.files import atomic_write, cannot_write, file_digest, write_tensors
+from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, write_tensors
 
 INDEX = "index.json"
 FORMAT, FORMAT_VERSION = "idea_jax.enhancer.data", 1

@@ -15,12 +15,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import faces
-from idea_jax.data import images, people, text
+from idea_jax.data import folders, images, people, text
+from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import drawing
 from idea_jax.enhancer.shards import ShardsError
-from idea_jax.face_table import Sight
-from idea_jax.results import Base
+from idea_jax.faces import finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.table import Sight
+from idea_jax.training.results import Base
 
 log = logging.getLogger(__name__)
 
@@ -108,12 +110,12 @@ def from_folders(root: str | Path, identities: str | None = None) -> Source:
     text of a picture, with {} for the person.
 
     Raises:
-      ImageError: as `images.list_people`.
+      ImageError: as `folders.list_people`.
       PeopleError: `identities` holds nobody.
       ShardsError: a captions file is damaged.
     """
-    found, skipped = images.list_people(root)
-    images.report_skipped([(path, why) for path, why in skipped if path.name != CAPTIONS])
+    found, skipped = folders.list_people(root)
+    folders.report_skipped([(path, why) for path, why in skipped if path.name != CAPTIONS])
     chosen = people.choose(found, identities)
     texts = {name: read_captions(Path(root) / name / CAPTIONS) for name in chosen}
 
@@ -213,7 +215,7 @@ class Casting:
 
 def celebrities(
     base: Base,
-    finder: faces.Finder,
+    finder: finding.Finder,
     names: Sequence[str],
     casting: Casting,
     *,
@@ -230,7 +232,7 @@ def celebrities(
       side: of the pictures, in pixels.
     """
     tokenizer, N = base.tokenizer, base.tokenizer.placeholder.n
-    name_ids = text.name_token_ids(tokenizer, names, N)
+    name_ids = name_token_ids(tokenizer, names, N)
     mesh = drawing.mesh_of(jax.local_devices())
     frozen = drawing.put(base.frozen, mesh)
     empty = tokenizer([""])[0]
@@ -280,18 +282,18 @@ def celebrities(
 
 
 def cast(
-    finder: faces.Finder, portraits: Sequence[Portrait], likeness: float
+    finder: finding.Finder, portraits: Sequence[Portrait], likeness: float
 ) -> tuple[list[Portrait], list[tuple[object, str]]]:
     """Those of a name's pictures that count, with their faces; and the others, with the reasons."""
     seen, rejected = [], []
     for portrait in portraits:
         image, name = portrait.picture.read(), portrait.picture.name
         try:
-            count = len(faces.find_faces(finder.detector, image, name)) if finder.detector else 1
+            count = len(finding.find_faces(finder.detector, image, name)) if finder.detector else 1
             if count != 1:
-                raise faces.FaceError(f"{count} faces, expected one")
+                raise face_models.FaceError(f"{count} faces, expected one")
             seen.append(portrait._replace(sight=finder.look_at(image, name)))
-        except faces.FaceError as error:
+        except face_models.FaceError as error:
             rejected.append((portrait.picture, str(error)))
     while len(seen) > 1:
         embeds = np.stack([portrait.sight.embed for portrait in seen])

@@ -21,7 +21,7 @@ from idea_jax.enhancer.samples import Batch
 from idea_jax.method import shared
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.train_step import gatherer, shard_specs
+from idea_jax.training.program import gatherer, shard_specs
 
 
 class EnhancerState(NamedTuple):
@@ -208,7 +208,7 @@ def train_step(
     Args:
       mesh: of all devices, with the axis `data`; `recipe.size` is a multiple of its devices times
         `recipe.parts`.
-      is_sharded: the frozen weights are split over `data` as `train_step.shard_specs` says.
+      is_sharded: the frozen weights are split over `data` as `program.shard_specs` says.
       state: donated.
       constants: the other parts of the shared tree.
       batch: leaves [size, ...], split over `data`, in any order of rows.

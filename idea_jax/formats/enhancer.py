@@ -8,6 +8,7 @@ from the tensors.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator
@@ -20,10 +21,15 @@ import numpy as np
 import safetensors
 
 from idea_jax import pytrees
-from idea_jax.files import write_tensors
 from idea_jax.method import condition, shared
 from idea_jax.method.modules import IDAdapter
 from idea_jax.models import sd
+from idea_jax.pytrees import tree_digest
+from idea_jax.runtime.files import (
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
 
 FILE = Path("enhancer") / "enhancer.safetensors"  # inside a checkpoint's folder
 FORMAT, FORMAT_VERSION = "idea_jax.enhancer", 1
@@ -62,7 +68,7 @@ class Enhancer:
     Attributes:
       config: what its networks look like.
       shared: the tree of float32 NumPy arrays.
-      about: keys of `ABOUT`: the checkpoint (`base_weights` is `checkpoint.tree_digest` of its
+      about: keys of `ABOUT`: the checkpoint (`base_weights` is `pytrees.tree_digest` of its
         `cross_kv`) and the recogniser (SHA-256 of its file) that it was trained for, on how many
         people and pictures from where, and under what licence.
       sha256: of its file, hexadecimal; None before it is written.
@@ -245,7 +251,7 @@ def is_for_weights(enhancer: Enhancer, digests: Collection[str]) -> bool:
     """Whether it was trained on these weights; on others of the same kind it can be used, too.
 
     Args:
-      digests: `checkpoint.tree_digest` of the `cross_kv`, of each compute type that it may have
+      digests: `pytrees.tree_digest` of the `cross_kv`, of each compute type that it may have
         been trained with.
     """
     return enhancer.about["base_weights"] in digests
@@ -390,3 +396,32 @@ def is_path(text: str) -> bool:
 def listed(problems: list[str]) -> str:
     more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     return "; ".join(problems[:LISTED]) + more
+
+
+def introduce(path: Path, enhancer: Enhancer) -> str:
+    """What a user should know of a shared ID-Enhancer, in a line."""
+    about = enhancer.about
+    return (
+        f"shared ID-Enhancer: {path}, trained on {about['people']} people for "
+        f"{about['base_model']}; {about['licence']}"
+    )
+
+
+def warn_of_weights(enhancer: Enhancer, frozen: sd.Frozen, name: str) -> None:
+    """Says if a shared ID-Enhancer was trained on other weights than these.
+
+    Args:
+      frozen: in bfloat16 nothing is said, as its digest may be that of the float32 weights.
+      name: of the checkpoint.
+    """
+    kernels = jax.device_get(frozen.cross_kv)
+    if jax.tree.leaves(kernels)[0].dtype != np.float32:
+        return
+    types = (kernels, pytrees.cast(kernels, jnp.bfloat16))
+    if not is_for_weights(enhancer, [tree_digest(tree) for tree in types]):
+        log.warning(
+            "the shared ID-Enhancer was trained for %s, on other weights than those of %s: people "
+            "may be less like themselves",
+            enhancer.about["base_model"],
+            name,
+        )

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write
 from idea_jax.mini import captions, people, world
 from idea_jax.mini.traits import Identity, Scene, random_scene
 from idea_jax.pytrees import stream
+from idea_jax.runtime.files import atomic_write
 
 SIZE = 64
 PART = 2048  # drawings a file

@@ -24,14 +24,32 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import config, faces, group, results, sample, train
+from idea_jax.config import reading
+from idea_jax.config.settings import TrainConfig, check_seed
+from idea_jax.data import text
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write, check_writable, say
+from idea_jax.faces import embedding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.portraits import Portraits
 from idea_jax.method import shared
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
-from idea_jax.train_step import IdentityState, draw_and_step, evaluate, init_state
+from idea_jax.runtime.files import atomic_write, check_writable, say
+from idea_jax.sampling import programs
+from idea_jax.training import group, results
+from idea_jax.training.photos import encode_pixels, training_pixels
+from idea_jax.training.start import (
+    first_values,
+    known_names,
+    method_of,
+    optimizer_of,
+    placeholder_of,
+    settle,
+    starting_ids,
+    starting_tokens,
+)
+from idea_jax.training.step import IdentityState, Photos, draw_and_step, evaluate, init_state
 
 PROFILES = ("paper", "paper_alone", "official", "cross_init", "textual_inversion")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -126,26 +144,26 @@ class Picture(NamedTuple):
 class Learner:
     """Trains people one after the other with one config; compiles once for all of them."""
 
-    def __init__(self, mini: quality.Mini, cfg: config.TrainConfig):
-        cfg, self.enhancer = train.settle(cfg, mini.folder)
+    def __init__(self, mini: quality.Mini, cfg: TrainConfig):
+        cfg, self.enhancer = settle(cfg, mini.folder)
         self.mini, self.cfg = mini, cfg
-        self.method = train.method_of(cfg, self.enhancer)
-        placeholder = train.placeholder_of(cfg)
+        self.method = method_of(cfg, self.enhancer)
+        placeholder = placeholder_of(cfg)
         tokenizer = mini.tokenizer.with_placeholder(placeholder.token, placeholder.n)
         self.frozen, self.start = mini.frozen, None
         self.base = results.Base(mini.model, mini.frozen, tokenizer, hub.MINI, None)
         if self.enhancer is None:
-            names = train.known_names(mini.folder)
-            ids = train.starting_ids(cfg, self.method, tokenizer, names)
-            self.start = train.starting_tokens(cfg, self.method, self.base, ids)
+            names = known_names(mini.folder)
+            ids = starting_ids(cfg, self.method, tokenizer, names)
+            self.start = starting_tokens(cfg, self.method, self.base, ids)
         else:
             self.frozen = mini.frozen._replace(shared=shared.frozen_part(self.enhancer.shared))
         if cfg.max_train_steps:
-            self.optimizer = train.optimizer_of(cfg, self.method)
+            self.optimizer = optimizer_of(cfg, self.method)
         needs_finder = self.method.uses_face or cfg.crop == "face"
         self.finder = mini.finder() if needs_finder else None
 
-    def begin(self, photos: np.ndarray) -> tuple[IdentityState, train.Photos | None]:
+    def begin(self, photos: np.ndarray) -> tuple[IdentityState, Photos | None]:
         """Returns the state before the first step, and what is trained on, if there are steps.
 
         Args:
@@ -158,14 +176,12 @@ class Learner:
         ]
         sights = [self.finder.look_at(p.image, p.name) for p in pictures] if self.finder else []
         uses_face = self.method.uses_face
-        face = faces.mean_embedding(np.stack([s.embed for s in sights])) if uses_face else None
-        trainable, given = train.first_values(
-            self.method, model, key, self.enhancer, self.start, face
-        )
+        face = embedding.mean_embedding(np.stack([s.embed for s in sights])) if uses_face else None
+        trainable, given = first_values(self.method, model, key, self.enhancer, self.start, face)
         if not cfg.max_train_steps:
             return IdentityState(trainable, given, (), jnp.int32(0), None), None
-        seen = train.Portraits(pictures, sights, face)
-        moments = train.encode_pixels(self.base, train.training_pixels(cfg, seen, drawings.SIZE))
+        seen = Portraits(pictures, sights, face)
+        moments = encode_pixels(self.base, training_pixels(cfg, seen, drawings.SIZE))
         return init_state(self.optimizer, trainable, given), moments
 
     def learn(
@@ -213,7 +229,7 @@ class Learner:
           strength: of adapter and K/V delta; 0 draws with the tokens alone, as other programs do.
         """
         mini, tokenizer = self.mini, self.base.tokenizer
-        filled = [train.text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
+        filled = [text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
         empty, *ids = tokenizer(["", *filled])
         kv = _keys_values(
             self.method,
@@ -231,7 +247,7 @@ class Learner:
 
 # Of several prompts, leaf by leaf as of one.
 _keys_values = jax.jit(
-    jax.vmap(sample.prompt_keys_values, in_axes=(None,) * 5 + (0, None, None)),
+    jax.vmap(programs.prompt_keys_values, in_axes=(None,) * 5 + (0, None, None)),
     static_argnums=(0, 1),
 )
 
@@ -241,7 +257,7 @@ def _draw(model, frozen, kv, seed, count):
     """float32[prompts, count, 64, 64, 3]; together the rows cost a CPU a third of one by one."""
 
     def one(kv):
-        return sample.draw(
+        return programs.draw(
             model,
             frozen,
             kv,
@@ -260,7 +276,7 @@ def _draw(model, frozen, kv, seed, count):
 
 def judge_pictures(
     mini: quality.Mini,
-    scoring: faces.Recogniser,
+    scoring: face_models.Recogniser,
     person: Person,
     pictures: np.ndarray,
     prompts: Sequence[captions.Prompt] = captions.PROMPTS,
@@ -302,7 +318,7 @@ class Protocol(NamedTuple):
 
 def experiment(
     mini: quality.Mini,
-    configs: dict[str, config.TrainConfig],
+    configs: dict[str, TrainConfig],
     protocol: Protocol,
     progress: Callable = iter,
 ) -> dict[str, list[Score]]:
@@ -316,7 +332,7 @@ def experiment(
     """
     split, count, photos, pictures, strength, seed = protocol
     met = meet(mini, split, range(count), pictures, seed, photos=photos)
-    if any(train.method_of(cfg).uses_face for cfg in configs.values()):
+    if any(method_of(cfg).uses_face for cfg in configs.values()):
         check_faces(mini, met)
     scoring = mini.scoring()
     scores: dict[str, list[Score]] = {}
@@ -344,7 +360,7 @@ def check_faces(mini: quality.Mini, met: Sequence[Person]) -> None:
     found = np.array([quality.look(finder, person.photos)[0].all() for person in met])
     if not found.all():
         numbers = ", ".join(map(str, np.flatnonzero(~found)))
-        raise faces.FaceError(
+        raise face_models.FaceError(
             f"no face is found on the photos of {(~found).sum()} of {len(met)} people (counted "
             f"from 0: {numbers}); take another --seed, fewer --people, or --profiles cross_init "
             "textual_inversion, which need no face"
@@ -405,7 +421,7 @@ def differences(scores: dict[str, list[Score]]) -> str:
 
 def swept(
     profiles: Sequence[str], overrides: dict, sweep: tuple[str, list] | None
-) -> dict[str, config.TrainConfig]:
+) -> dict[str, TrainConfig]:
     """Returns the configs of an experiment by what the table calls them.
 
     Args:
@@ -421,13 +437,13 @@ def swept(
     }
 
 
-def read_config(profile: str, overrides: dict) -> config.TrainConfig:
+def read_config(profile: str, overrides: dict) -> TrainConfig:
     """Reads configs/mini_PROFILE.yaml with some settings replaced."""
     path, photos = CONFIGS / f"mini_{profile}.yaml", {"train_data_dir": "."}
-    values = config.read_yaml(str(path))
+    values = reading.read_yaml(str(path))
     # Names and types are looked at in what a file says, so once as if the file said them.
-    config.build(config.TrainConfig, values | overrides, photos, source=f"{path} or --set")
-    return config.build(config.TrainConfig, values, photos | overrides)
+    reading.build(TrainConfig, values | overrides, photos, source=f"{path} or --set")
+    return reading.build(TrainConfig, values, photos | overrides)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -469,13 +485,13 @@ def main(argv: list[str] | None = None) -> int:
         args.split, args.people, args.photos, args.pictures, args.id_strength, args.seed
     )
     try:
-        config.check_seed(args.seed)
+        check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
         mini = quality.load(args.checkpoint)
         configs = swept(args.profiles, overrides, sweep or None)
         scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))
-    except (faces.FaceError, *quality.INPUT_ERRORS) as error:
+    except (face_models.FaceError, *quality.INPUT_ERRORS) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     say(markdown(scores))

@@ -18,7 +18,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import config, faces
+from idea_jax.config.settings import ConfigError, check_seed
+from idea_jax.faces import embedding, finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import align
 from idea_jax.mini import composites, drawings, people
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
@@ -50,7 +53,7 @@ class Row(NamedTuple):
     uncertain: float
 
 
-def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Seen]:
+def look(finder: finding.Finder, split: str, count: int, seed: int = 0) -> list[Seen]:
     """Looks at the first `count` people of a split, once for each size and angle.
 
     Faces that are not found at all are left out.
@@ -60,7 +63,7 @@ def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Se
     rng = np.random.default_rng([seed, *b"looks"])
 
     def embed(image: Image.Image, points: np.ndarray) -> np.ndarray:
-        return faces.embed_faces(finder.recogniser, [faces.align(image, points)])[0]
+        return embedding.embed_faces(finder.recogniser, [align(image, points)])[0]
 
     seen = []
     for person in range(count):
@@ -69,7 +72,7 @@ def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Se
         for degrees in DEGREES:
             for side in SIDES:
                 number = rng.integers(len(rows))
-                others = faces.mean_embedding(np.delete(own, number, axis=0))
+                others = embedding.mean_embedding(np.delete(own, number, axis=0))
                 image, true = composites.placed(
                     *(rng, set_.images[rows[number]], set_.points[rows[number]]),
                     side=side,
@@ -77,10 +80,10 @@ def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Se
                 )
                 picture, name = Image.fromarray(image), f"a picture of person {person}"
                 try:
-                    found = faces.find_faces(finder.detector, picture, name)
-                except faces.FaceError:
+                    found = finding.find_faces(finder.detector, picture, name)
+                except face_models.FaceError:
                     continue
-                first = faces.choose(found, finder.select, picture.size, name)
+                first = finding.choose(found, finder.select, picture.size, name)
                 each = [first.points, finder.look_at(picture, name).points, true]
                 likeness = [float(embed(picture, points) @ others) for points in each]
                 seen.append(Seen(degrees, side, person, *likeness))
@@ -133,10 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.people < 1:
         parser.error(f"--people: expected at least 1, got {args.people}")
     try:
-        config.check_seed(args.seed)
+        check_seed(args.seed)
         folder = hub.resolve(args.checkpoint).folder
-        finder = faces.open_finder(Path(folder) / "face" / "recogniser.onnx")
-    except (config.ConfigError, faces.FaceError, OSError) as error:
+        finder = finding.open_finder(Path(folder) / "face" / "recogniser.onnx")
+    except (ConfigError, face_models.FaceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(table(look(finder, args.split, args.people, args.seed))))

@@ -17,19 +17,24 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import config, faces, sample
+from idea_jax.config.settings import ConfigError, check_seed
 from idea_jax.data import text
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write, check_writable, say
+from idea_jax.data.tokenizer import Tokenizer, load_tokenizer
+from idea_jax.faces import embedding, finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import face_crop
 from idea_jax.mini import captions, composites, drawings, networks, people, traits
 from idea_jax.models import hub, layers, sd, weights
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import stream
+from idea_jax.runtime.files import atomic_write, check_writable, say
+from idea_jax.sampling import programs
 
 STEPS, GUIDANCE = 50, 3.0
 # Mistakes of the input or the disk: one message, no traceback.
 INPUT_ERRORS = (
-    config.ConfigError,
+    ConfigError,
     text.TextError,
     weights.WeightsError,
     layers.UnsupportedConfig,
@@ -59,23 +64,23 @@ class Mini:
 
     model: sd.StableDiffusion
     frozen: sd.Frozen
-    tokenizer: text.Tokenizer
+    tokenizer: Tokenizer
     folder: Path
 
-    def scoring(self) -> faces.Recogniser:
+    def scoring(self) -> face_models.Recogniser:
         """The recogniser that scores whole pictures, and that personalisation never sees."""
-        return faces.load_recogniser(self.folder / "face" / "scoring.onnx")
+        return face_models.load_recogniser(self.folder / "face" / "scoring.onnx")
 
-    def finder(self) -> faces.Finder:
+    def finder(self) -> finding.Finder:
         """What personalisation sees of a picture: a face is found, aligned and embedded."""
-        return faces.open_finder(self.folder / "face" / "recogniser.onnx")
+        return finding.open_finder(self.folder / "face" / "recogniser.onnx")
 
 
 def load(name_or_path: str = hub.MINI) -> Mini:
     """Loads the shipped mini, or one from a folder that `pretrain` wrote."""
     folder = hub.resolve(name_or_path).folder
     model, frozen = sd.load(folder)
-    tokenizer = text.load_tokenizer(
+    tokenizer = load_tokenizer(
         folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
     return Mini(model, frozen, tokenizer, folder)
@@ -84,18 +89,18 @@ def load(name_or_path: str = hub.MINI) -> Mini:
 # Reading pictures
 
 
-def embed(recogniser: faces.Recogniser, images: np.ndarray) -> np.ndarray:
+def embed(recogniser: face_models.Recogniser, images: np.ndarray) -> np.ndarray:
     """Returns float32[N, 512] of unit norm for pictures uint8[N, H, W, 3] with one face each."""
-    crops = [faces.face_crop(Image.fromarray(image), pre_aligned=False) for image in images]
-    return faces.embed_faces(recogniser, crops)
+    crops = [face_crop(Image.fromarray(image), pre_aligned=False) for image in images]
+    return embedding.embed_faces(recogniser, crops)
 
 
-def look(finder: faces.Finder, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def look(finder: finding.Finder, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns on which pictures uint8[N, H, W, 3] a face is found, bool[N], and float32[M, 512]:
     the embeddings of these, of unit norm."""
-    found, embeds = np.zeros(len(images), bool), [np.zeros((0, faces.WIDTH), np.float32)]
+    found, embeds = np.zeros(len(images), bool), [np.zeros((0, face_models.WIDTH), np.float32)]
     for number, image in enumerate(images):
-        with contextlib.suppress(faces.FaceError):
+        with contextlib.suppress(face_models.FaceError):
             embeds.append(finder.look_at(Image.fromarray(image), f"picture {number}").embed[None])
             found[number] = True
     return found, np.concatenate(embeds)
@@ -138,7 +143,7 @@ def draw(
 ) -> np.ndarray:
     """Draws a prompt without a person of the user's: uint8[count, 64, 64, 3]."""
     side = drawings.SIZE
-    return sample.draw_prompt(
+    return programs.draw_prompt(
         mini.model,
         mini.frozen,
         plain_keys_values(mini, prompt),
@@ -231,7 +236,7 @@ class Detection(NamedTuple):
     points: list[float]  # of each right one: mean distance of the points, in distances of the eyes
 
 
-def detect(detector: faces.Detector, pictures: Sequence[composites.Composite]) -> Detection:
+def detect(detector: face_models.Detector, pictures: Sequence[composites.Composite]) -> Detection:
     """Runs a detector as training does at first.
 
     A finding belongs to the face whose crop's middle is nearest, if that is less than half the
@@ -245,7 +250,7 @@ def detect(detector: faces.Detector, pictures: Sequence[composites.Composite]) -
         centre, side = composites.crop_square(there.astype(float))
         taken = np.zeros(len(there), bool)
         count += int(sure.sum())
-        for face in faces.detect(detector, Image.fromarray(picture.image)):
+        for face in finding.detect(detector, Image.fromarray(picture.image)):
             middle, _ = composites.crop_square(face.points.astype(float))
             apart = np.linalg.norm(centre - middle, axis=-1) / side
             if not len(there) or apart.min() > 0.5 or taken[apart.argmin()]:
@@ -270,15 +275,19 @@ def composed_pictures(
     return [composites.compose(rng, alone, pairs) for _ in range(count)]
 
 
-def gallery(recogniser: faces.Recogniser, count: int, each: int, key: jax.Array) -> np.ndarray:
+def gallery(
+    recogniser: face_models.Recogniser, count: int, each: int, key: jax.Array
+) -> np.ndarray:
     """Returns float32[count, 512]: the mean embedding of true drawings of the named people."""
     who = people.named(np.arange(count), np.arange(count))
     set_ = drawings.portraits(who, each, key)
     embeds = embed(recogniser, set_.images).reshape(count, each, -1)
-    return np.stack([faces.mean_embedding(them) for them in embeds])
+    return np.stack([embedding.mean_embedding(them) for them in embeds])
 
 
-def detection(detector: faces.Detector, pictures: Sequence[composites.Composite]) -> list[Row]:
+def detection(
+    detector: face_models.Detector, pictures: Sequence[composites.Composite]
+) -> list[Row]:
     """Returns how well the faces on larger pictures are found."""
     done = detect(detector, pictures)
     return [
@@ -425,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
             f"got {args.people}"
         )
     try:
-        config.check_seed(args.seed)
+        check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
         mini = load(args.checkpoint)

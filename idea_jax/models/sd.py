@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 
 from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.files import atomic_write
 from idea_jax.models import weights
 from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from idea_jax.models.layers import UnsupportedConfig, say_once
@@ -27,6 +26,7 @@ from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shap
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.models.weights import WeightsError
 from idea_jax.pytrees import flatten, unflatten
+from idea_jax.runtime.files import atomic_write
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DIFFUSERS_VERSION = "0.42.1"  # whose layout `save` writes

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from idea_jax.files import is_lfs_pointer
 from idea_jax.pytrees import flatten, unflatten
+from idea_jax.runtime.files import is_lfs_pointer
 
 log = logging.getLogger(__name__)
 

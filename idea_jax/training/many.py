@@ -1,0 +1,229 @@
+"""Training many people: group after group, each person in a folder of their own."""
+
+import functools
+import gc
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from idea_jax import jobs
+from idea_jax.data import images, people
+from idea_jax.faces import models as face_models
+from idea_jax.runtime import devices
+from idea_jax.runtime.files import WriteError
+from idea_jax.runtime.signals import Interrupted
+from idea_jax.training import group
+from idea_jax.training.fingerprint import OF_PREDICTION, digest_of_settings
+from idea_jax.training.learner import (
+    Work,
+    begin,
+    clean,
+    closed_on_error,
+    resume,
+    write_results,
+)
+from idea_jax.training.photos import digest_of, person_of, portraits_of
+from idea_jax.training.results import (
+    Occupant,
+    OccupiedError,
+    TrainingError,
+    refuse_another,
+)
+from idea_jax.training.resume import CheckpointError
+from idea_jax.training.start import placeholder_of
+
+log = logging.getLogger(__name__)
+
+# What can be wrong with one person of many, and does not concern the others.
+PERSON_ERRORS = (
+    images.ImageError,
+    people.PeopleError,
+    face_models.FaceError,
+    CheckpointError,
+    TrainingError,
+    OccupiedError,
+    OSError,
+)
+
+
+def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> list[Path]:
+    """Trains people in groups, each in a folder of their own; returns their identity files.
+
+    Who is done already is left alone, and who was interrupted goes on from the last checkpoint.
+    Somebody whose photos cannot be used or whose loss is no number is taken out of the group and
+    tried once more alone, after all others.
+
+    Args:
+      everybody: the pictures of each person of the run.
+      own: those whom this process trains.
+
+    Raises:
+      JobsError: the folder holds the work of other settings, or results of more steps.
+      TrainingError: some people failed; `jobs.jsonl` says why. All others are done.
+      Interrupted: SIGINT or SIGTERM; the same command goes on.
+      WriteError: the disk is full; the same command goes on.
+    """
+    cfg, out = work.cfg, Path(work.cfg.output_dir)
+    board = jobs.Board(out, list(everybody), own, is_first=jax.process_index() == 0)
+    settings = digest_of_settings(work.about)
+    if work.enhancer is not None:
+        # Who is as predicted can still be trained, whatever decides their steps.
+        predicted = digest_of_settings({k: v for k, v in work.about.items() if k in OF_PREDICTION})
+        settings = settings if cfg.max_train_steps else predicted
+        board.check(settings, cfg.max_train_steps, before=predicted)
+    else:
+        board.check(settings, cfg.max_train_steps)
+    todo = [name for name in own if not board.is_done(name, cfg.max_train_steps)]
+    # Of a choice of people the others are not missed.
+    gone = board.gone if board.is_first and cfg.identities is None else []
+    why = (
+        f"photos are gone: {cfg.train_data_dir or cfg.dataset_dir} has nobody of this name; bring "
+        f"them back, or delete this person's folder in {out}"
+    )
+    board.note(gone, status="failed", why=why, ended=time.time())
+    board.plan(todo, settings)
+    log.info(
+        "%d people, %d of them done; %d in a step, %d steps of %d samples, profile %s",
+        *(len(own), len(own) - len(todo), work.layout.places),
+        *(cfg.max_train_steps, cfg.train_batch_size, work.method.profile),
+    )
+    done = len(own) - len(todo)
+
+    def train(names, size):
+        nonlocal work
+        failed = train_group(work, board, everybody, names, size, bar)
+        if failed is None:  # and so would be the next group
+            work = replace(work, layout=work.layout.halved())
+        # The traceback of a failure holds the group's frames, and these all of its arrays.
+        if failed is not False:
+            gc.collect()
+
+    with tqdm(total=len(own), initial=done, desc="people", unit="person", disable=None) as bar:
+        waiting = deque(todo)
+        while waiting:
+            train(waiting, work.layout.places)
+        for name in [name for name in own if board.records[name].status == "failed"]:
+            log.warning("once more, alone: %s", name)
+            alone = deque([name])
+            while alone:
+                train(alone, 1)
+    devices.await_others(meanwhile=board.publish)
+    board.publish()
+    mine = [board.records[name] for name in (*own, *gone)]
+    failed = [record for record in mine if record.status == "failed"]
+    if failed:
+        reasons = "; ".join(f"{record.person}: {record.why}" for record in failed[:5])
+        raise TrainingError(
+            f"{len(failed)} of {len(mine)} people failed, the others are done; the same command "
+            f"tries them again. {out / jobs.MANIFEST} says who failed and why. {reasons}"
+        )
+    return [out / name / jobs.RESULT for name in own]
+
+
+def train_group(
+    work: Work,
+    board: jobs.Board,
+    everybody: dict[str, list],
+    waiting: deque[str],
+    size: int,
+    bar: tqdm,
+) -> bool | None:
+    """Takes up to `size` people whose photos can be used from `waiting` and trains them together.
+
+    Returns:
+      Whether any of them failed; None if the memory was too small for so many in a step, and could
+      do for half of them. They are in `waiting` again then, and go on from their checkpoints.
+
+    Raises:
+      Interrupted, WriteError: as `train_many`.
+    """
+    cfg, out, started = work.cfg, Path(work.cfg.output_dir), time.monotonic()
+    before, learners, failed = {}, [], []
+
+    # People of a group are done at the same moment, however long their results take to write.
+    end = functools.cache(time.time)
+
+    def seconds_of(name):
+        return round(before[name] + time.monotonic() - started, 1)
+
+    def fail(name, error):
+        failed.append(name)
+        why, now = str(error), time.time()
+        log.warning("%s is taken out: %s", name, why)
+        board.note([name], status="failed", why=why, seconds=seconds_of(name), ended=now)
+
+    def finish(learner):
+        name = learner.person.name
+        write_results(learner, out / name, seconds_of(name))
+        board.note(
+            [name],
+            status="done",
+            why=None,
+            steps=cfg.max_train_steps,
+            seconds=seconds_of(name),
+            ended=end(),
+            result=board.finished(name),
+        )
+        bar.update()
+        speed = jobs.people_per_hour(list(board.records.values()))
+        if speed is not None:
+            bar.set_postfix_str(f"{speed:.1f} people/hour")
+
+    while waiting and len(learners) < size:
+        name = waiting.popleft()
+        record = board.records[name]
+        before[name] = record.seconds
+        board.note([name], status="running", attempts=record.attempts + 1)
+        try:
+            clean(out / name)
+            person = person_of(cfg, name, everybody[name])
+            seen = portraits_of(cfg, work.method, work.eyes, person)
+            if record.result is None:  # otherwise what lies there is of this very run
+                token = placeholder_of(cfg).token
+                new = Occupant(token, digest_of(seen.pictures), cfg.train_data_dir)
+                refuse_another(out / name, new)
+            learner = begin(work, person, seen, out / name)
+            with closed_on_error(learner):
+                if cfg.max_train_steps:
+                    resume(learner, cfg, "latest")
+        except WriteError:
+            raise
+        except PERSON_ERRORS as error:
+            fail(name, error)
+        else:
+            learners.append(learner)
+    board.publish()
+    if not learners:
+        return bool(failed)
+    places, pictures = work.layout.places, work.pictures
+    calls = work.room, work.step, work.evaluate
+    try:
+        signum = group.train_together(
+            cfg, work.layout.mesh, places, pictures, *calls, learners, finish
+        )
+    except Exception as error:
+        if not devices.is_out_of_memory(error) or work.layout.halved() is None:
+            raise
+        log.warning("the memory is too small for %d people in a step: half of them", places)
+        names = [learner.person.name for learner in learners]
+        names = [name for name in names if board.records[name].status == "running"]
+        board.note(names, status="waiting")
+        waiting.extendleft(reversed(names))
+        return None
+    for learner in learners:
+        name = learner.person.name
+        if learner.error is not None:
+            fail(name, learner.error)
+        elif board.records[name].status != "done":
+            board.note([name], status="waiting", seconds=seconds_of(name))
+    board.publish()
+    left = [name for name in board.own if board.records[name].status != "done"]
+    if signum is not None and left:
+        raise Interrupted(signum, f"stopped with {len(left)} people left; the same command goes on")
+    return bool(failed)
