@@ -42,8 +42,8 @@ def measure(args: argparse.Namespace) -> None:
     from idea_jax.formats.identity import versions
     from idea_jax.method import condition
     from idea_jax.models import flash, hub, sd
-    from idea_jax.training.program import step_people
-    from idea_jax.training.step import Photos, draw_and_step, init_state, make_optimizer
+    from idea_jax.training.program import Program, draw_and_step, step_people
+    from idea_jax.training.step import Photos, init_state, make_optimizer
 
     dtype = COMPUTE_DTYPES[args.mixed_precision]
     attention = flash.resolve(args.attention, jax.local_devices()[0], dtype)
@@ -74,9 +74,8 @@ def measure(args: argparse.Namespace) -> None:
     one = jax.device_get(
         (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
     )
-    needed = flops.needed(
-        functools.partial(draw_and_step, model, method, optimizer, args.batch), frozen, *one, key
-    )
+    program = Program(model, method, optimizer, args.batch, mesh)
+    needed = flops.needed(functools.partial(draw_and_step, program), frozen, *one, key)
     for people in args.people:
         if people % groups:
             continue
@@ -86,10 +85,9 @@ def measure(args: argparse.Namespace) -> None:
 
         states, photos = put(jax.tree.map(lambda leaf, n=people: np.stack([leaf] * n), one))
         last = put(np.full(people, 10**9, np.int32))
-        about = (model, method, optimizer, args.batch, mesh, False, 1)
         began = time.perf_counter()
         given = photos, key, last, jnp.int32(1)
-        compiled = step_people.lower(*about, frozen, states, *given).compile()
+        compiled = step_people.lower(program, frozen, states, *given).compile()
         compiling = time.perf_counter() - began
         times = []
         for _ in range(args.repeats + 1):  # the first one is not counted

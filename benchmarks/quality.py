@@ -101,12 +101,11 @@ def measure(mini, scoring, chosen, likeness_to, each, settings):
             mini.model,
             mini.frozen,
             kv,
+            programs.Sampling((drawings.SIZE,) * 2, **settings),
             seed=0,
             count=each,
             batch_size=each,
-            size=(drawings.SIZE,) * 2,
             guidance_scale=quality.GUIDANCE,
-            **settings,
         )
         times.append(time.perf_counter() - started)
         likeness.append(np.mean(quality.embed(scoring, pictures) @ likeness_to[number]))

@@ -26,7 +26,7 @@ from idea_jax.data.tokenizer import Tokens
 from idea_jax.models import flash, sd
 from idea_jax.runtime import devices
 from idea_jax.sampling import programs
-from idea_jax.training.program import place_frozen, step_people
+from idea_jax.training.program import Program, place_frozen, step_people
 from idea_jax.training.step import (
     Metrics,
     Photos,
@@ -211,9 +211,8 @@ class Stack:
 
         def draw_pictures():
             indices = jnp.arange(pictures, dtype=jnp.int32)
-            about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE)
-            kv, more = self.keys_values(self.frozen), self.sampling(steps)
-            return programs.draw(self.model, self.frozen, kv, *about, is_guided=True, **more)
+            about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE), self.sampling(steps)
+            return programs.draw(self.model, self.frozen, self.keys_values(self.frozen), *about)
 
         return {
             "train_step": flops.needed(step, self.frozen, state, drawn),
@@ -294,10 +293,9 @@ class Stack:
         ids = np.asarray(self.inputs[name])[None]
         return Tokens(ids, np.ones(ids.shape, np.float32))
 
-    def sampling(self, steps: int) -> dict:
+    def sampling(self, steps: int) -> programs.Sampling:
         """What is set of the sampler."""
-        size = (self.about["pixels"],) * 2
-        return {"size": size, "scheduler": "ddim", "steps": steps, "eta": 0.0}
+        return programs.Sampling((self.about["pixels"],) * 2, "ddim", steps)
 
     def draw(self, pictures: int, steps: int) -> np.ndarray:
         """Pictures uint8[N, H, W, 3] of the prompt, drawn as sample_jax.py does on all devices.
@@ -309,20 +307,19 @@ class Stack:
             "PyTorch's stacks decode another number at once"
         )
 
-        def keys_values(frozen, _):
+        def keys_values(frozen):
             self.placed[pictures] = frozen
             return self.keys_values(frozen)
 
         (drawn,) = programs.draw_all(
             self.model,
             self.placed.get(pictures, self.frozen),
-            keys_values,
-            1,
+            [keys_values],
+            self.sampling(steps),
             seed=0,
             count=pictures,
             batch_size=pictures,
             guidance_scale=settings.GUIDANCE,
-            **self.sampling(steps),
         )
         return drawn
 
@@ -401,9 +398,9 @@ class Training:
         last = jax.device_put(np.full(people, 10**9, np.int32), self._spread)
         self._given = photos, jax.random.key(0), last
         self.restart()
-        about = (model, method, optimizer, batch, mesh, False, room)
+        program = Program(model, method, optimizer, batch, mesh, steps_per_call=room)
         arguments = self.weights(), self.states, *self._given, jnp.int32(1)
-        self._run = step_people.lower(*about, *arguments).compile()
+        self._run = step_people.lower(program, *arguments).compile()
 
     def weights(self) -> sd.Frozen:
         """The frozen weights, in another type if that is what was changed."""

@@ -149,7 +149,7 @@ def no_steps(monkeypatch):
     """Leaves the training steps out, and keeps what they would have been given."""
     seen = {}
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         (learner,) = learners
         seen.update(photos=learner.photos, state=learner.state, base=learner.results.base)
         learner.results.losses.append((1, 1.0))
@@ -692,7 +692,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_identity(
 def test_values_that_overflow_are_not_saved(training, monkeypatch, is_reported):
     """A step may be finite and leave values that are not: seen at the next step, or at the end."""
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         (learner,) = learners
         overflown = {"pseudo_tokens": learner.state.trainable["pseudo_tokens"] * np.inf}
         learner.state = learner.state._replace(trainable=overflown, step=np.int32(6))

@@ -18,7 +18,7 @@ from idea_jax.models import flash, sd
 from idea_jax.models.layers import attention
 from idea_jax.sampling import programs
 from idea_jax.training import run as train
-from idea_jax.training.program import step_people
+from idea_jax.training.program import Program, step_people
 from idea_jax.training.step import Photos, init_state, make_optimizer
 
 
@@ -170,8 +170,8 @@ def test_step_of_people_takes_the_kernel_of_each_accelerator(kind, platform, dat
     mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
     last = jax.ShapeDtypeStruct((2,), np.int32)
-    about = model, method, optimizer, 2, mesh, is_sharded, 3
-    traced = step_people.trace(*about, shapes, *people, key, last, number)
+    program = Program(model, method, optimizer, 2, mesh, is_sharded, 3)
+    traced = step_people.trace(program, shapes, *people, key, last, number)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert {"cudnn": "__cudnn$fmha", "splash": "tpu_custom_call"}[kind] in text
     assert "1024x1024x" not in text

@@ -75,13 +75,13 @@ def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
     chaos.write_people(tmp_path / "people", 5)
     together, sizes = group.train_together, []
 
-    def with_memory_for_two(cfg, mesh, places, *rest):
-        sizes.append(places)
-        if places > 2:
+    def with_memory_for_two(work, *rest):
+        sizes.append(work.layout.places)
+        if work.layout.places > 2:
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
             )
-        return together(cfg, mesh, places, *rest)
+        return together(work, *rest)
 
     monkeypatch.setattr(group, "train_together", with_memory_for_two)
     in_fours = ["--identities_per_step", "4", "--mesh", "identity=1,data=1"]
@@ -91,8 +91,11 @@ def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
     assert {record.status for record in jobs.read(tmp_path / "out")} == {"done"}
     assert said.count("the memory is too small for 4 people in a step") <= 1
 
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
     # Where each device has one person there is nothing left to halve.
-    monkeypatch.setattr(group, "train_together", lambda *_: with_memory_for_two(None, None, 9))
+    monkeypatch.setattr(group, "train_together", too_large)
     alone = ["--identities_per_step", "1", "--mesh", "identity=1,data=1", "--seed", "1"]
     code, said = learn(*alone, photos=tmp_path / "people", out=tmp_path / "other")
     assert code == 1 and "the memory is too small" in said and "Traceback" not in said

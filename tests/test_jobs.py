@@ -156,7 +156,7 @@ def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys
     root, out = tmp_path / "root", tmp_path / "out"
     chaos.write_people(root, 3)
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         return signal.SIGTERM  # before anybody is done
 
     with monkeypatch.context() as patch:

@@ -90,10 +90,13 @@ def draw(
     interval=None,
 ):
     drawn = programs.draw(
-        loaded[0], loaded[1], kv, jnp.uint32(7), jnp.asarray(indices, jnp.int32),
-        jnp.float32(guidance_scale), size=(32, 32), scheduler=scheduler, steps=4,
-        is_guided=is_guided, eta=eta, interval=interval,
-    )  # fmt: skip
+        *loaded[:2],
+        kv,
+        jnp.uint32(7),
+        jnp.asarray(indices, jnp.int32),
+        jnp.float32(guidance_scale) if is_guided else None,
+        programs.Sampling((32, 32), scheduler, 4, eta, interval),
+    )
     return np.asarray(drawn)
 
 
@@ -148,22 +151,24 @@ def test_devices_draw_while_pictures_are_taken_away_and_prompts_are_read_once(lo
     """Two prompts, four pictures each, in calls of two on one device."""
     happened = []
 
-    def pretend(mesh, model, frozen, kv, seed, indices, guidance_scale, **settings):
+    def pretend(mesh, model, frozen, kv, seed, indices, guidance_scale, sampling):
         happened.append("call")
-        assert settings == {"size": (2, 2), "is_guided": True}
+        assert (guidance_scale, sampling.size) == (3.0, (2, 2))
         prompt = np.asarray(kv)[:, 0, 0, 0]
         level = (10 * prompt[:, None] + np.asarray(indices)) / 127.5 - 1
         return np.broadcast_to(level[..., None, None, None], (*indices.shape, 2, 2, 3))
 
-    def keys_values(frozen, number):
+    def keys_values(number, frozen):
         happened.append(f"text {number}")
         return jnp.full((2, 1, 1), number, jnp.float32)
 
     monkeypatch.setattr(programs, "draw_everywhere", pretend)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    settings = {"seed": 0, "count": 4, "batch_size": 2, "guidance_scale": 3.0, "size": (2, 2)}
+    settings = {"seed": 0, "count": 4, "batch_size": 2, "guidance_scale": 3.0}
+    prompts = [functools.partial(keys_values, number) for number in range(2)]
+    sampling = programs.Sampling((2, 2), "ddim", 4)
     drawn = []
-    for pictures in programs.draw_all(loaded[0], {}, keys_values, 2, **settings):
+    for pictures in programs.draw_all(loaded[0], {}, prompts, sampling, **settings):
         happened.append("taken")
         drawn.append(pictures[:, 0, 0, 0].tolist())
     assert drawn == [[0, 1, 2, 3], [10, 11, 12, 13]]

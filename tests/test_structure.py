@@ -116,9 +116,9 @@ def test_full_size_picture_of_fifty_guided_steps_needs_exactly_the_known_flops(s
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
 
     def draw(frozen, kv, indices):
-        options = {"size": (512, 512), "scheduler": "ddim", "steps": 50, "is_guided": True}
+        sampling = programs.Sampling((512, 512), "ddim", 50)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return programs.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return programs.draw(model, frozen, kv, *parts, sampling)
 
     counted = flops.needed(draw, shapes, kv, abstract(1, dtype=jnp.int32)) / GIGA
     np.testing.assert_allclose(counted, 82600, rtol=1e-3)
@@ -167,10 +167,10 @@ def test_sampler_reads_neither_text_encoder_nor_cross_attention_kernels(tiny):
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
 
     def draw(frozen, kv):
-        options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
+        sampling = programs.Sampling((32, 32), "ddim", 4)
         indices = jnp.arange(3, dtype=jnp.int32)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return programs.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return programs.draw(model, frozen, kv, *parts, sampling)
 
     used = reads(draw, shapes, kv)
     assert set(jax.tree.leaves((used.text, used.cross_kv))) == {False}
@@ -188,9 +188,9 @@ def test_loop_of_the_sampler_embeds_no_timestep(tiny, interval):
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
 
     def draw(frozen, kv, indices):
-        options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
+        sampling = programs.Sampling((32, 32), "ddim", 4, interval=interval)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return programs.draw(model, frozen, kv, *parts, **options, eta=0.0, interval=interval)
+        return programs.draw(model, frozen, kv, *parts, sampling)
 
     jaxpr = jax.make_jaxpr(draw)(shapes, kv, abstract(3, dtype=jnp.int32)).jaxpr
     (call,) = [e for e in jaxpr.eqns if "jaxpr" in e.params]

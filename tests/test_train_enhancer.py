@@ -305,9 +305,9 @@ def test_held_out_people_are_drawn_from_one_picture(base, begun, quiet, monkeypa
     config, tree = begun
     mesh = drawing.mesh_of(jax.devices())
     placed = replace(base, frozen=drawing.put(base.frozen, mesh))
-    about = {"prompt": "a photo of {}", "count": 2, "guidance": 3.0, "side": SIDE, "seed": 0}
+    sitting = likeness.Sitting("a photo of {}", count=2, guidance=3.0, side=SIDE, seed=0)
     found = likeness.measure(
-        config, drawing.put(tree, mesh), placed, mesh, sitters * 4, Red(), **about
+        config, drawing.put(tree, mesh), placed, mesh, sitters * 4, Red(), sitting
     )
     assert found.found == 1 and -1 <= found.worst <= found.mean <= 1
     assert found.grid.shape == (SIDE, SIDE * 8, 3)
@@ -394,8 +394,12 @@ def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=Non
         inputs = {"seed": np.uint32(0), "step": np.int32(number)}
         inputs["stop"] = np.zeros(count, np.int32)
         state, metrics = steps.train_step(
-            *(base.model, config, recipe, optimizer, mesh, is_sharded),
-            *(frozen, state, constants, batch, inputs),
+            steps.EnhancerProgram(base.model, config, recipe, optimizer, mesh, is_sharded),
+            frozen,
+            state,
+            constants,
+            batch,
+            inputs,
         )
         losses.append(float(metrics.loss))
     return jax.device_get(state), losses

@@ -55,7 +55,7 @@ def seen(monkeypatch):
     """Leaves the steps out, and keeps what they would have been given."""
     kept = {"pixels": []}
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         for learner in learners:
             about = learner.checkpoints.fingerprint
             kept.update(state=learner.state, photos=learner.photos, fingerprint=about)

@@ -16,14 +16,13 @@ from jax.sharding import Mesh
 from idea_jax.data import text
 from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import likeness, ridge, samples
-from idea_jax.enhancer.samples import Batch, Folder, Plan
+from idea_jax.enhancer.samples import Folder, Plan
 from idea_jax.enhancer.settings import EnhancerTrainConfig
 from idea_jax.enhancer.shards import ShardsError
 from idea_jax.enhancer.step import (
+    EnhancerProgram,
     EnhancerState,
-    Recipe,
     make_optimizer,
-    train_step,
 )
 from idea_jax.faces import finding
 from idea_jax.formats.identity import versions
@@ -62,26 +61,16 @@ class Work:
     """
 
     cfg: EnhancerTrainConfig
-    config: shared.EnhancerConfig
     base: Base
     folders: list[Folder]
     constants: dict
     plan: Plan
-    recipe: Recipe
-    optimizer: optax.GradientTransformation
-    mesh: Mesh
+    program: EnhancerProgram
     sitters: list
     finder: finding.Finder | None
     side: int
     about: dict
     first: bool
-
-    def step(self, state: EnhancerState, batch: Batch, inputs: dict):
-        """`train_step` with all bound that is the same for every step."""
-        return train_step(
-            *(self.base.model, self.config, self.recipe, self.optimizer, self.mesh),
-            *(self.cfg.shard_frozen, self.base.frozen, state, self.constants, batch, inputs),
-        )
 
 
 def check_batch(cfg: EnhancerTrainConfig, mesh: Mesh) -> None:

@@ -38,9 +38,11 @@ from idea_jax.enhancer.prepare import weights_digests
 from idea_jax.enhancer.samples import Batch, Plan, Reader
 from idea_jax.enhancer.settings import EnhancerTrainConfig
 from idea_jax.enhancer.step import (
+    EnhancerProgram,
     EnhancerState,
     Recipe,
     init_state,
+    train_step,
 )
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
@@ -112,31 +114,38 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     left, sitters = hold_out(cfg, folders)
     config, tree, fitted = beginning(cfg, base, names, folders, left)
     plan = Plan(
-        *(folders, [weight for _, weight in weights], left),
-        **{"size": cfg.train_batch_size, "seed": cfg.seed},
-        **{"small": cfg.small_faces, "mean": cfg.mean_faces, "flip": cfg.random_flip},
+        folders,
+        [weight for _, weight in weights],
+        left,
+        size=cfg.train_batch_size,
+        seed=cfg.seed,
+        small=cfg.small_faces,
+        mean=cfg.mean_faces,
+        flip=cfg.random_flip,
     )
     specs = shard_specs(frozen, mesh.size) if cfg.shard_frozen else P()
+    recipe = Recipe(
+        cfg.train_batch_size,
+        cfg.gradient_accumulation_steps,
+        drop=cfg.drop_adapter,
+        min_snr=cfg.min_snr_gamma,
+        ema=cfg.ema_decay,
+    )
+    program = EnhancerProgram(model, config, recipe, optimizer_of(cfg), mesh, cfg.shard_frozen)
     work = Work(
         cfg=cfg,
-        config=config,
         base=replace(base, frozen=drawing.put(frozen, mesh, specs)),
         folders=folders,
         constants=drawing.put({k: v for k, v in tree.items() if k not in shared.TRAINED}, mesh),
         plan=plan,
-        recipe=Recipe(
-            *(cfg.train_batch_size, cfg.gradient_accumulation_steps),
-            **{"drop": cfg.drop_adapter, "min_snr": cfg.min_snr_gamma, "ema": cfg.ema_decay},
-        ),
-        optimizer=optimizer_of(cfg),
-        mesh=mesh,
+        program=program,
         sitters=sitters,
         finder=finder if jax.process_index() == 0 else None,
         side=folders[0].index.settings["side"],
         about=about_of(base, folders, left, digests[str(frozen_dtype(frozen))], fitted),
         first=jax.process_index() == 0,
     )
-    state = init_state(work.optimizer, tree)
+    state = init_state(program.optimizer, tree)
     marks = fingerprint_of(cfg, work, names)
     kept = Checkpoints(checkpoints, marks, limit=cfg.checkpoints_total_limit)
     state = resume(cfg, kept, state)
@@ -212,7 +221,9 @@ def take_steps(
 
     for taken in steps:
         batch, inputs = inputs_of(work, next(reader), taken, bool(signals))
-        state, metrics = work.step(state, batch, inputs)
+        state, metrics = train_step(
+            work.program, work.base.frozen, state, work.constants, batch, inputs
+        )
         if taken == first:
             # Not earlier: compiling may take minutes, and until now nothing could be lost.
             signals = stack.enter_context(noted_signals())
@@ -250,7 +261,7 @@ def inputs_of(work: Work, own: Batch, taken: int, stops: bool) -> tuple[Batch, d
       taken: steps before this one.
       stops: whether this process was asked to stop.
     """
-    spread = NamedSharding(work.mesh, P("data"))
+    spread = NamedSharding(work.program.mesh, P("data"))
 
     def everywhere(leaf):
         return jax.make_array_from_process_local_data(spread, np.asarray(leaf))
@@ -266,11 +277,16 @@ def inputs_of(work: Work, own: Batch, taken: int, stops: bool) -> tuple[Batch, d
 def validate(work: Work, journal: "Journal", state: EnhancerState, number: int) -> None:
     """Measures likeness at 0 steps; all processes do it together."""
     cfg = work.cfg
+    sitting = likeness.Sitting(
+        cfg.validation_prompt,
+        cfg.num_validation_images,
+        cfg.validation_guidance,
+        work.side,
+        cfg.seed,
+    )
+    tree = state.average | work.constants
     found = likeness.measure(
-        *(work.config, state.average | work.constants, work.base, work.mesh),
-        *(work.sitters, work.finder),
-        **{"prompt": cfg.validation_prompt, "count": cfg.num_validation_images},
-        **{"guidance": cfg.validation_guidance, "side": work.side, "seed": cfg.seed},
+        work.program.config, tree, work.base, work.program.mesh, work.sitters, work.finder, sitting
     )
     if found is not None:
         journal.validation(number, found)
@@ -288,7 +304,9 @@ def write(work: Work, journal: "Journal", state: EnhancerState, out: Path, secon
     about = {**work.about, "steps": steps}
     with write_together(out) as temporary:
         try:
-            enhancer.write(temporary / RESULT, work.config, tree, about, dtype=cfg.save_dtype)
+            enhancer.write(
+                temporary / RESULT, work.program.config, tree, about, dtype=cfg.save_dtype
+            )
         except enhancer.EnhancerError as error:
             raise TrainingError(f"{error}; train with a lower learning rate") from error
         with atomic_write(temporary / "config.yaml") as path:
@@ -300,7 +318,7 @@ def write(work: Work, journal: "Journal", state: EnhancerState, out: Path, secon
             "likeness_at_0_steps": journal.likeness,
             "share_waited": round(float(np.mean(journal.waited or [0.0])), 4),
             "seconds": round(seconds, 1),
-            "devices": work.mesh.size,
+            "devices": work.program.mesh.size,
             "device": jax.devices()[0].device_kind,
         }
         files.write_json(temporary / "run.json", found)

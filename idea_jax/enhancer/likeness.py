@@ -17,6 +17,7 @@ from idea_jax.enhancer.samples import Folder
 from idea_jax.faces import embedding, finding, packs
 from idea_jax.faces import models as face_models
 from idea_jax.method import shared
+from idea_jax.sampling.programs import Sampling
 from idea_jax.training.results import Base
 
 STEPS = 25
@@ -80,6 +81,16 @@ def hold_out(
     return left, sitters
 
 
+class Sitting(NamedTuple):
+    """How held-out people are drawn: each `count` times, `side` pixels wide and high."""
+
+    prompt: str
+    count: int
+    guidance: float
+    side: int
+    seed: int
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _keys_values(config, model, tree, frozen, face, token_ids, empty):
     """Leaves [R, 2, T, inner] for R faces and one text."""
@@ -101,14 +112,9 @@ def measure(
     mesh: Mesh,
     sitters: Sequence[Sitter],
     finder: finding.Finder | None,
-    *,
-    prompt: str,
-    count: int,
-    guidance: float,
-    side: int,
-    seed: int,
+    sitting: Sitting,
 ) -> Likeness | None:
-    """Draws everybody who is held out `count` times. All processes of a mesh call it together.
+    """Draws everybody who is held out, as a sitting says. All processes of a mesh call it together.
 
     Args:
       base: its frozen weights lie on the mesh, whole or split.
@@ -117,9 +123,10 @@ def measure(
     Raises:
       TextError: the prompt does not name the person.
     """
-    empty, ids = base.tokenizer(["", text.fill(prompt, base.tokenizer.placeholder)])
+    empty, ids = base.tokenizer(["", text.fill(sitting.prompt, base.tokenizer.placeholder)])
+    count = sitting.count
     rows = np.repeat(np.stack([sitter.face for sitter in sitters]), count, axis=0)
-    numbers = np.array([(seed, i) for i in range(len(rows))], np.uint32)
+    numbers = np.array([(sitting.seed, i) for i in range(len(rows))], np.uint32)
     # Whole on every device: without gradients there is room for it.
     is_split = any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(base.frozen))
     frozen = _gathered(mesh, base.frozen) if is_split else base.frozen
@@ -129,16 +136,17 @@ def measure(
     def keys_values(chosen):
         return _keys_values(config, base.model, near, own, rows[chosen], ids, empty)
 
-    settings = {"size": (side, side), "scheduler": "dpmpp_2m", "steps": STEPS}
-    drawn = np.concatenate(
-        list(
-            drawing.draw_in_batches(
-                *(mesh, base.model, frozen, keys_values, numbers, DRAWN),
-                **settings,
-                guidance_scale=guidance,
-            )
-        )
+    batches = drawing.draw_in_batches(
+        mesh,
+        base.model,
+        frozen,
+        keys_values,
+        numbers,
+        DRAWN,
+        Sampling((sitting.side,) * 2, "dpmpp_2m", STEPS),
+        sitting.guidance,
     )
+    drawn = np.concatenate(list(batches))
     if finder is None:
         return None
     similar = np.zeros(len(drawn))

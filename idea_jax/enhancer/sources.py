@@ -22,6 +22,7 @@ from idea_jax.enhancer.shards import ShardsError
 from idea_jax.faces import finding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.table import Sight
+from idea_jax.sampling.programs import Sampling
 from idea_jax.training.results import Base
 
 log = logging.getLogger(__name__)
@@ -250,9 +251,14 @@ def celebrities(
             return drawing.plain_keys_values(base.model, base.frozen, ids[rows], empty)
 
         drawn = drawing.draw_in_batches(
-            *(mesh, base.model, frozen, keys_values, seeds, casting.batch),
-            **{"size": (side, side), "scheduler": "dpmpp_2m", "steps": casting.steps},
-            guidance_scale=casting.guidance_scale,
+            mesh,
+            base.model,
+            frozen,
+            keys_values,
+            seeds,
+            casting.batch,
+            Sampling((side, side), "dpmpp_2m", casting.steps),
+            casting.guidance_scale,
         )
         pictures = np.concatenate(list(drawn))
         return pictures.reshape(len(numbers), casting.pictures, *pictures.shape[1:])

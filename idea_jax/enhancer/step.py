@@ -6,6 +6,7 @@ so that one device, many, and many processes compute the same numbers.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -185,14 +186,27 @@ def gradients(
     return jax.tree.map(lambda leaf: leaf / recipe.size, total)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=7)
+@dataclass(frozen=True)
+class EnhancerProgram:
+    """All that the step is compiled for, besides the shapes of its arrays.
+
+    Attributes:
+      mesh: of all devices, with the axis `data`; `recipe.size` is a multiple of its devices times
+        `recipe.parts`.
+      shard_frozen: the frozen weights are split over `data` as `program.shard_specs` says.
+    """
+
+    model: sd.StableDiffusion
+    config: shared.EnhancerConfig
+    recipe: Recipe
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    shard_frozen: bool = False
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def train_step(
-    model: sd.StableDiffusion,
-    config: shared.EnhancerConfig,
-    recipe: Recipe,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    is_sharded: bool,
+    program: EnhancerProgram,
     frozen: sd.Frozen,
     state: EnhancerState,
     constants: dict,
@@ -206,16 +220,14 @@ def train_step(
     however late, still holds the last good state.
 
     Args:
-      mesh: of all devices, with the axis `data`; `recipe.size` is a multiple of its devices times
-        `recipe.parts`.
-      is_sharded: the frozen weights are split over `data` as `program.shard_specs` says.
       state: donated.
       constants: the other parts of the shared tree.
       batch: leaves [size, ...], split over `data`, in any order of rows.
       inputs: "seed", uint32[], of the run; "step", int32[], how many steps were taken before;
         "stop", int32[devices], split over `data`: whether a device's process was asked to stop.
     """
-    gather = gatherer(frozen, mesh) if is_sharded else None
+    model, config, recipe, mesh = program.model, program.config, program.recipe, program.mesh
+    gather = gatherer(frozen, mesh) if program.shard_frozen else None
 
     def of_device(frozen, trained, constants, batch, key, stop):
         loss, grads = gradients(
@@ -225,20 +237,18 @@ def train_step(
         flat, unravel = ravel_pytree((loss, stop[0].astype(jnp.float32), grads))
         return unravel(jax.lax.psum(flat, "data"))
 
+    of_frozen = shard_specs(frozen, mesh.shape["data"]) if gather else P()
     spread = jax.shard_map(
         of_device,
         mesh=mesh,
-        in_specs=(
-            shard_specs(frozen, mesh.shape["data"]) if gather else P(),
-            *(P(), P(), P("data"), P(), P("data")),
-        ),
+        in_specs=(of_frozen, P(), P(), P("data"), P(), P("data")),
         out_specs=P(),
         check_vma=False,  # Pallas' kernels do not say over which axes their results vary
     )
     key = stream(jax.random.key(inputs["seed"]), "enhancer step")
     key = jax.random.fold_in(key, inputs["step"])
     loss, stop, grads = spread(frozen, state.trained, constants, batch, key, inputs["stop"])
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

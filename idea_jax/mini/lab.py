@@ -39,6 +39,7 @@ from idea_jax.runtime.files import atomic_write, check_writable, say
 from idea_jax.sampling import programs
 from idea_jax.training import group, results
 from idea_jax.training.photos import encode_pixels, training_pixels
+from idea_jax.training.program import Program, draw_and_step
 from idea_jax.training.start import (
     first_values,
     known_names,
@@ -49,7 +50,7 @@ from idea_jax.training.start import (
     starting_ids,
     starting_tokens,
 )
-from idea_jax.training.step import IdentityState, Photos, draw_and_step, evaluate, init_state
+from idea_jax.training.step import IdentityState, Photos, check_plateau, init_state
 
 PROFILES = ("paper", "paper_alone", "official", "cross_init", "textual_inversion")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -57,8 +58,8 @@ REFERENCES = 8  # true drawings of a person that pictures of them are compared w
 DRAWS = 2000  # of the bootstrap
 
 # One program for everybody who is learned with the same method and optimiser object.
-_step = jax.jit(draw_and_step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-_evaluate = jax.jit(evaluate, static_argnums=(0, 1), donate_argnums=3)
+_step = jax.jit(draw_and_step, static_argnums=0, donate_argnums=2)
+_check_plateau = jax.jit(check_plateau, static_argnums=(0, 1), donate_argnums=3)
 
 
 class Person(NamedTuple):
@@ -195,21 +196,13 @@ class Learner:
         """
         state, moments = self.begin(photos)
         mini, cfg, key = self.mini, self.cfg, jax.random.key(self.cfg.seed)
+        program = Program(mini.model, self.method, self.optimizer, cfg.train_batch_size)
         losses = []
         for number in range(1, 1 + (cfg.max_train_steps if steps is None else steps)):
-            state, metrics = _step(
-                mini.model,
-                self.method,
-                self.optimizer,
-                cfg.train_batch_size,
-                self.frozen,
-                state,
-                moments,
-                key,
-            )
+            state, metrics = _step(program, self.frozen, state, moments, key)
             losses.append(metrics.loss)
             if group.is_evaluated(cfg, number):
-                state = _evaluate(mini.model, self.method, self.frozen, state, moments, key)
+                state = _check_plateau(mini.model, self.method, self.frozen, state, moments, key)
                 if group.has_plateau(cfg, state):
                     break
         return jax.block_until_ready(state), [float(loss) for loss in losses]
@@ -264,11 +257,7 @@ def _draw(model, frozen, kv, seed, count):
             seed,
             jnp.arange(count, dtype=jnp.int32),
             jnp.float32(quality.GUIDANCE),
-            size=(drawings.SIZE,) * 2,
-            scheduler="ddim",
-            steps=quality.STEPS,
-            is_guided=True,
-            eta=0.0,
+            programs.Sampling((drawings.SIZE,) * 2, "ddim", quality.STEPS),
         )
 
     return jax.vmap(one)(kv)

@@ -147,12 +147,10 @@ def draw(
         mini.model,
         mini.frozen,
         plain_keys_values(mini, prompt),
+        programs.Sampling((side, side), "ddim", steps),
         seed=seed,
         count=count,
         batch_size=batch_size,
-        size=(side, side),
-        scheduler="ddim",
-        steps=steps,
         guidance_scale=guidance,
     )
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -93,40 +94,46 @@ def cast_keys_values(
     )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "size", "scheduler", "steps", "is_guided", "eta", "interval"),
-)
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn, as far as the program that draws them depends on it.
+
+    Attributes:
+      size: height and width in pixels.
+      scheduler: a name in `samplers.SAMPLERS`.
+      eta: share of fresh noise in DDIM.
+      interval: where there is guidance, see `samplers.guided_between`; None for everywhere.
+    """
+
+    size: tuple[int, int]
+    scheduler: str
+    steps: int
+    eta: float = 0.0
+    interval: tuple[float, float] | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
 def draw(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
     kv: dict,
     seed: jax.Array,
     indices: jax.Array,
-    guidance_scale: jax.Array,
-    *,
-    size: tuple[int, int],
-    scheduler: str,
-    steps: int,
-    is_guided: bool,
-    eta: float,
-    interval: tuple[float, float] | None = None,
+    guidance_scale: jax.Array | None,
+    sampling: Sampling,
 ) -> jax.Array:
     """Draws the pictures `indices` of a seed: float32[B, height, width, 3] in [-1, 1].
 
     Args:
       kv: leaves [2, T, inner], from `prompt_keys_values`.
       seed: uint32[]; indices: int32[B]; picture i of a seed depends on nothing else in the call.
-      size: height and width in pixels.
-      is_guided: False leaves the unguided half of the work out (guidance scale 1).
-      eta: share of fresh noise in DDIM.
-      interval: where there is guidance, see `samplers.guided_between`; None for everywhere.
+      guidance_scale: float32[]; None for 1, which leaves the unguided half of the work out.
     """
     B = indices.shape[0]
-    latent_size = tuple(side // model.vae.downscale for side in size)
+    latent_size = tuple(side // model.vae.downscale for side in sampling.size)
     x, keys = samplers.initial_noise(seed, indices, (*latent_size, model.unet.in_channels))
 
-    visited = samplers.visited_timesteps(scheduler, model.schedule, steps)
+    visited = samplers.visited_timesteps(sampling.scheduler, model.schedule, sampling.steps)
     embedded = sd.embed_times(model, frozen, jnp.asarray(visited))
 
     def predict_from(first):
@@ -140,14 +147,15 @@ def draw(
         return predict
 
     predict = predict_from(1)
-    if is_guided:
-        both = samplers.guided(predict_from(0), guidance_scale)
+    if guidance_scale is not None:
+        both, interval = samplers.guided(predict_from(0), guidance_scale), sampling.interval
         if interval is None:
             predict = both
         else:
             predict = samplers.guided_between(both, predict, interval, model.schedule)
-    fresh_noise = {"eta": eta, "keys": keys} if scheduler == "ddim" else {}
-    x = samplers.SAMPLERS[scheduler](predict, x, model.schedule, steps, **fresh_noise)
+    fresh_noise = {"eta": sampling.eta, "keys": keys} if sampling.scheduler == "ddim" else {}
+    sample = samplers.SAMPLERS[sampling.scheduler]
+    x = sample(predict, x, model.schedule, sampling.steps, **fresh_noise)
     return decode(model, frozen, x)
 
 
@@ -162,50 +170,34 @@ def decode(model: sd.StableDiffusion, frozen: sd.Frozen, latents: jax.Array) -> 
     return jax.lax.map(lambda x: sd.decode(model, frozen, x[None])[0], latents, batch_size=DECODED)
 
 
+def scale_of(guidance_scale: float) -> jax.Array | None:
+    """A guidance scale as `draw` takes it."""
+    return None if guidance_scale == 1 else jnp.float32(guidance_scale)
+
+
 def draw_prompt(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
     kv: dict,
+    sampling: Sampling,
     *,
     seed: int,
     count: int,
     batch_size: int,
-    size: tuple[int, int],
-    scheduler: str,
-    steps: int,
     guidance_scale: float,
-    eta: float = 0.0,
-    interval: tuple[float, float] | None = None,
-    progress: bool = False,
 ) -> np.ndarray:
     """Draws pictures 0..count-1 of a seed in calls of one shape: uint8[count, height, width, 3]."""
     batch_size = min(batch_size, count)
-    pictures = []
-    calls = range(0, count, batch_size)
-    for first in tqdm(calls, unit="batch", disable=None if progress else True, leave=False):
+    seed, scale, pictures = jnp.uint32(seed), scale_of(guidance_scale), []
+    for first in range(0, count, batch_size):
         # The last call is filled up with further pictures, so that one program serves all calls.
-        drawn = draw(
-            model,
-            frozen,
-            kv,
-            jnp.uint32(seed),
-            jnp.arange(first, first + batch_size, dtype=jnp.int32),
-            jnp.float32(guidance_scale),
-            size=size,
-            scheduler=scheduler,
-            steps=steps,
-            is_guided=guidance_scale != 1,
-            eta=eta,
-            interval=interval,
-        )
+        indices = jnp.arange(first, first + batch_size, dtype=jnp.int32)
+        drawn = draw(model, frozen, kv, seed, indices, scale, sampling)
         pictures.append(images.to_uint8(np.asarray(drawn)))
     return np.concatenate(pictures)[:count]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("mesh", "model", "size", "scheduler", "steps", "is_guided", "eta", "interval"),
-)
+@functools.partial(jax.jit, static_argnames=("mesh", "model", "sampling"))
 def draw_everywhere(
     mesh: Mesh,
     model: sd.StableDiffusion,
@@ -213,15 +205,14 @@ def draw_everywhere(
     kv: dict,
     seed: jax.Array,
     indices: jax.Array,
-    guidance_scale: jax.Array,
-    **settings,
+    guidance_scale: jax.Array | None,
+    sampling: Sampling,
 ) -> jax.Array:
     """`draw` on every device of a mesh, each with a prompt and picture numbers of its own.
 
     Args:
       mesh: of D devices, with the axis `pictures`.
       kv: leaves [D, 2, T, inner]; indices: int32[D, B].
-      settings: as of `draw`.
 
     Returns:
       float32[D, B, height, width, 3] in [-1, 1].
@@ -229,7 +220,7 @@ def draw_everywhere(
 
     def one(frozen, kv, seed, indices, guidance_scale):
         own = jax.tree.map(lambda leaf: leaf[0], kv)
-        return draw(model, frozen, own, seed, indices[0], guidance_scale, **settings)[None]
+        return draw(model, frozen, own, seed, indices[0], guidance_scale, sampling)[None]
 
     each = P("pictures")
     # Nothing is communicated, so there is nothing that checking replication could find.
@@ -261,16 +252,16 @@ def arrange(prompts: int, count: int, batch_size: int) -> tuple[Mesh, list[tuple
 def lower_drawing(
     model: sd.StableDiffusion,
     prompts: int,
-    chunks: int = 1,
+    chunks: int,
+    sampling: Sampling,
     *,
     count: int,
     batch_size: int,
     guidance_scale: float,
-    **settings,
 ) -> jax.stages.Lowered:
     """The program of `draw_all` with these arguments, from shapes alone: weights may be missing.
 
-    One program draws all seeds. The prompts have `chunks` chunks each.
+    One program draws all seeds. There are so many prompts, with `chunks` chunks each.
     """
     mesh, _, batch_size = arrange(prompts, count, batch_size)
     each, shapes = NamedSharding(mesh, P("pictures")), sd.shapes(model)
@@ -280,6 +271,7 @@ def lower_drawing(
         shapes.cross_kv,
     )
     numbers = jax.ShapeDtypeStruct((mesh.size, batch_size), jnp.int32)
+    scale = None if guidance_scale == 1 else jax.ShapeDtypeStruct((), jnp.float32)
     return draw_everywhere.lower(
         mesh,
         model,
@@ -287,35 +279,31 @@ def lower_drawing(
         abstract(kv, each),
         jax.ShapeDtypeStruct((), jnp.uint32),  # of the seed
         abstract(numbers, each),
-        jax.ShapeDtypeStruct((), jnp.float32),  # of the guidance
-        is_guided=guidance_scale != 1,
-        **settings,
+        scale,
+        sampling,
     )
 
 
 def draw_all(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
-    keys_values: Callable[[sd.Frozen, int], dict],
-    prompts: int,
+    keys_values: Sequence[Callable[[sd.Frozen], dict]],
+    sampling: Sampling,
     *,
     seed: int,
     count: int,
     batch_size: int,
     guidance_scale: float,
-    **settings,
 ) -> Iterator[np.ndarray]:
     """Yields pictures 0..count-1 of a seed for each prompt: uint8[count, height, width, 3].
 
     The pictures are spread over all devices of the process, in calls of one shape.
 
     Args:
-      keys_values: (frozen, prompt's number) -> leaves [2, T, inner].
-      prompts: number of prompts.
+      keys_values: of each prompt a function of the frozen weights, to leaves [2, T, inner].
       batch_size: pictures of one prompt that a device draws at once, at most.
-      settings: as of `draw`.
     """
-    mesh, units, batch_size = arrange(prompts, count, batch_size)
+    mesh, units, batch_size = arrange(len(keys_values), count, batch_size)
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
     each = NamedSharding(mesh, P("pictures"))
     known: dict[int, dict] = {}  # keys and values of the prompts under way
@@ -334,7 +322,7 @@ def draw_all(
     for start in range(0, len(units), mesh.size):
         now = units[start : start + mesh.size]
         known = {
-            n: known[n] if n in known else jax.device_get(keys_values(frozen, n)) for n, _ in now
+            n: known[n] if n in known else jax.device_get(keys_values[n](frozen)) for n, _ in now
         }
         filled = [*now, *[now[-1]] * (mesh.size - len(now))]
         kv = jax.tree.map(lambda *leaves: np.stack(leaves), *(known[n] for n, _ in filled))
@@ -346,9 +334,8 @@ def draw_all(
             jax.device_put(kv, each),
             jnp.uint32(seed),
             jax.device_put(numbers, each),
-            jnp.float32(guidance_scale),
-            is_guided=guidance_scale != 1,
-            **settings,
+            scale_of(guidance_scale),
+            sampling,
         )
         # While the devices draw the one just called, the pictures of the one before are fetched
         # here, and written to the disk by whoever takes them.

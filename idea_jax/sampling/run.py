@@ -29,6 +29,7 @@ from idea_jax.runtime.files import (
     write_json,
     write_together,
 )
+from idea_jax.sampling import programs
 from idea_jax.sampling.plan import (
     NOBODY,
     Sitter,
@@ -38,7 +39,7 @@ from idea_jax.sampling.plan import (
     read_prompts,
     read_sitters,
 )
-from idea_jax.sampling.programs import cast_keys_values, draw_all, lower_drawing, picture_size
+from idea_jax.sampling.programs import cast_keys_values, picture_size
 
 log = logging.getLogger(__name__)
 
@@ -93,18 +94,22 @@ def run(cfg: SampleConfig) -> list[Path]:
         "count": cfg.num_images_per_prompt * cfg.n_iter,
         "batch_size": cfg.batch_size,
         "guidance_scale": cfg.guidance_scale,
-        "size": size,
-        "scheduler": cfg.scheduler,
-        "steps": cfg.num_inference_steps,
-        "eta": cfg.eta,
-        "interval": tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
     }
+    sampling = programs.Sampling(
+        size,
+        cfg.scheduler,
+        cfg.num_inference_steps,
+        cfg.eta,
+        tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
+    )
     for sitter in sitters:
         check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
     sd.shapes(model)  # once, before two threads ask for them
     first = next(iter(groups))
-    lower = functools.partial(lower_drawing, model, len(groups[first]), first, **settings)
+    lower = functools.partial(
+        programs.lower_drawing, model, len(groups[first]), first, sampling, **settings
+    )
     with compile_cache.ahead(lower):
         _, frozen = sd.load(
             found.folder, variant=cfg.variant, compute_dtype=compute_dtype, **changes
@@ -114,8 +119,7 @@ def run(cfg: SampleConfig) -> list[Path]:
         warn_of_weights(enhancer, frozen, found.name)
         ours = jax.tree.map(jnp.asarray, shared.frozen_part(enhancer.shared))
 
-    def keys_values(numbers, frozen, index):
-        number = numbers[index]
+    def keys_values(number, frozen):
         cast = [sitters[k].identity for k in drawings[number].cast]
         return cast_keys_values(
             tuple(identity.method for identity in cast),
@@ -130,8 +134,8 @@ def run(cfg: SampleConfig) -> list[Path]:
 
     folders = {}
     for numbers in groups.values():
-        own = functools.partial(keys_values, numbers)
-        pictures = draw_all(model, frozen, own, len(numbers), seed=cfg.seed, **settings)
+        own = [functools.partial(keys_values, number) for number in numbers]
+        pictures = programs.draw_all(model, frozen, own, sampling, seed=cfg.seed, **settings)
         for number, drawn in zip(numbers, pictures, strict=True):
             drawing = drawings[number]
             about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])

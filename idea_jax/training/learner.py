@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 
 from idea_jax import jobs
 from idea_jax.config.settings import TrainConfig
@@ -23,8 +22,8 @@ from idea_jax.method import condition
 from idea_jax.pytrees import count
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import write_together
-from idea_jax.training import program
 from idea_jax.training.photos import digest_of, encode_pixels, training_pixels
+from idea_jax.training.program import Program
 from idea_jax.training.results import (
     Base,
     Results,
@@ -66,55 +65,22 @@ class Learner:
 class Work:
     """What the training of every person of a run has in common.
 
-    Without a step to take there is no `optimizer`, `start` or frozen model in `base`.
+    Without a step to take there is no `program`, `start` or frozen model in `base`.
     """
 
     cfg: TrainConfig
     method: condition.Method
     base: Base
-    optimizer: optax.GradientTransformation | None
+    program: Program | None
     enhancer: enhancers.Enhancer | None  # the shared one, if people begin with it
     start: jax.Array | None  # float32[N, D], the pseudo tokens' first value without it
     side: int  # of the training images, in pixels
     eyes: finding.Finder | face_table.Table | None
     validation: list[str]
     layout: devices.Layout
-    pictures: int  # that the compiled step has places for
-    room: int  # steps that one call takes at most
+    photo_slots: int  # photos of a person that the compiled step has room for
     about: dict  # the fingerprint of a person, but for their photos
     is_word: Callable[[str], bool]  # whether the vocabulary has a text as one word
-
-    def step(self, states: IdentityState, photos: Photos, last: jax.Array, count: jax.Array):
-        """`step_people` with all bound that is the same for every group."""
-        return program.step_people(
-            self.base.model,
-            self.method,
-            self.optimizer,
-            self.cfg.train_batch_size,
-            self.layout.mesh,
-            self.cfg.shard_frozen,
-            self.room,
-            self.base.frozen,
-            states,
-            photos,
-            jax.random.key(self.cfg.seed),
-            last,
-            count,
-        )
-
-    def evaluate(self, states: IdentityState, photos: Photos, due: jax.Array) -> IdentityState:
-        """`evaluate_people` with all bound that is the same for every group."""
-        return program.evaluate_people(
-            self.base.model,
-            self.method,
-            self.layout.mesh,
-            self.cfg.shard_frozen,
-            self.base.frozen,
-            states,
-            photos,
-            jax.random.key(self.cfg.seed),
-            due,
-        )
 
 
 @contextmanager
@@ -151,7 +117,7 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
     who = f"{person.name}: " if person.name else ""
     if cfg.max_train_steps:
         photos = encode_pixels(base, training_pixels(cfg, seen, work.side))
-        state = init_state(work.optimizer, trainable, given)
+        state = init_state(work.program.optimizer, trainable, given)
         log.info(
             "%sprofile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: "
             "%s",

@@ -201,15 +201,12 @@ def train_group(
     board.publish()
     if not learners:
         return bool(failed)
-    places, pictures = work.layout.places, work.pictures
-    calls = work.room, work.step, work.evaluate
     try:
-        signum = group.train_together(
-            cfg, work.layout.mesh, places, pictures, *calls, learners, finish
-        )
+        signum = group.train_together(work, learners, finish)
     except Exception as error:
         if not devices.is_out_of_memory(error) or work.layout.halved() is None:
             raise
+        places = work.layout.places
         log.warning("the memory is too small for %d people in a step: half of them", places)
         names = [learner.person.name for learner in learners]
         names = [name for name in names if board.records[name].status == "running"]

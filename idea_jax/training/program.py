@@ -5,6 +5,7 @@ It is lowered from shapes alone, and the frozen weights are placed where it want
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from idea_jax.config.settings import TrainConfig
 from idea_jax.data import text
 from idea_jax.faces import models as face_models
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import sd
 from idea_jax.pytrees import abstract
-from idea_jax.runtime import devices
 from idea_jax.training.start import first_values
 from idea_jax.training.step import (
     IdentityState,
     Metrics,
     Photos,
-    draw_and_step,
-    evaluate,
+    check_plateau,
+    draw_batch,
     init_state,
+    train_step,
 )
 
 
@@ -58,15 +58,59 @@ def shard_specs(frozen: sd.Frozen, parts: int) -> sd.Frozen:
     return jax.tree.map(spec, shard_axes(frozen, parts))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnums=8)
+@dataclass(frozen=True)
+class Program:
+    """All that the step of people is compiled for, besides the shapes of its arrays.
+
+    Attributes:
+      batch_size: samples of a step of one person; a multiple of the mesh's `data`.
+      mesh: of devices, with the axes `identity` and `data`; None for a person alone, without one.
+      shard_frozen: the frozen weights are split over `data` as `shard_specs` says, and put together
+        where they are used.
+      steps_per_call: how many steps one call takes at most; all of them are one program, for which
+        the devices need the host once.
+    """
+
+    model: sd.StableDiffusion
+    method: condition.Method
+    optimizer: optax.GradientTransformation
+    batch_size: int
+    mesh: Mesh | None = None
+    shard_frozen: bool = False
+    steps_per_call: int = 1
+
+
+def draw_and_step(
+    program: Program,
+    frozen: sd.Frozen,
+    state: IdentityState,
+    photos: Photos,
+    key: jax.Array,
+    *,
+    data_axis: str | None = None,
+    gather: Callable[[sd.Frozen], sd.Frozen] | None = None,
+) -> tuple[IdentityState, Metrics]:
+    """Draws the batch of the state's step and takes the step: one program, one dispatch.
+
+    Args:
+      data_axis, gather: as in `train_step`; the program's samples are those over all devices of
+        that axis, and the batch is cut to this device's part here.
+    """
+    model, size = program.model, program.batch_size
+    batch = draw_batch(model, photos, key, state.step, size)
+    if data_axis is not None:
+        # Each device draws all samples, which costs next to nothing, and keeps its own: the
+        # numbers are then those of one device.
+        part = size // jax.lax.axis_size(data_axis)
+        first = jax.lax.axis_index(data_axis) * part
+        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, part), batch)
+    step = functools.partial(train_step, model, program.method, program.optimizer)
+    return step(frozen, state, batch, data_axis=data_axis, gather=gather)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step_people(
-    model: sd.StableDiffusion,
-    method: condition.Method,
-    optimizer: optax.GradientTransformation,
-    size: int,
-    mesh: Mesh,
-    is_sharded: bool,
-    room: int,
+    program: Program,
     frozen: sd.Frozen,
     states: IdentityState,
     photos: Photos,
@@ -84,54 +128,38 @@ def step_people(
     Compiled once for all people who are trained with the same method and optimiser object.
 
     Args:
-      size: samples of a step of one person; a multiple of the mesh's `data`.
-      is_sharded: the frozen weights are split over `data` as `shard_specs` says, and put together
-        where they are used.
-      room: how many steps one call takes at most; all of them are one program, for which the
-        devices need the host once.
       states, photos: of all people, stacked; donated and read respectively. I is a multiple of the
         mesh's `identity`.
       key: of the run; what is drawn for a person depends on it and on their step alone.
       last: int32[I]; whose state has taken as many steps already keeps it, so 0 is an empty place.
-      count: int32[], steps that this call takes, from 1 to `room`.
+      count: int32[], steps that this call takes, from 1 to the program's `steps_per_call`.
 
-    Returns: the states, and metrics with leaves [room, I], of which `count` rows are filled.
+    Returns: the states, and metrics with leaves [steps_per_call, I], of which `count` rows are
+      filled.
     """
-    parts = mesh.shape["data"]
-    gather = gatherer(frozen, mesh) if is_sharded else None
-    step = functools.partial(
-        *(draw_and_step, model, method, optimizer, size),
-        data_axis="data" if parts > 1 else None,
-        gather=gather,
-    )
+    gather = gatherer(frozen, program.mesh) if program.shard_frozen else None
+    data_axis = "data" if program.mesh.shape["data"] > 1 else None
 
     def step_one(frozen, state, photos, key, last):
-        taken, metrics = step(frozen, state, photos, key)
+        taken, metrics = draw_and_step(
+            program, frozen, state, photos, key, data_axis=data_axis, gather=gather
+        )
         is_open = state.step < last
         return jax.tree.map(lambda new, old: jnp.where(is_open, new, old), taken, state), metrics
 
-    of_people = P("identity")
-    spread = jax.shard_map(
-        jax.vmap(step_one, in_axes=(None, 0, 0, None, 0)),
-        mesh=mesh,
-        in_specs=(
-            shard_specs(frozen, parts) if gather else P(),
-            *(of_people, of_people, P(), of_people),
-        ),
-        out_specs=of_people,
-        check_vma=False,  # Pallas' kernels do not say over which axes their results vary
-    )
+    spread = over_people(program, frozen, step_one)
 
     def take(states):
         return spread(frozen, states, photos, key, last)
 
-    if room == 1:
+    if program.steps_per_call == 1:
         states, metrics = take(states)
         return states, jax.tree.map(lambda leaf: leaf[None], metrics)
-    of_rows = NamedSharding(mesh, P(None, "identity"))
+    of_rows = NamedSharding(program.mesh, P(None, "identity"))
 
     def rows_for(leaf):
-        return jax.lax.with_sharding_constraint(jnp.zeros((room, *leaf.shape), leaf.dtype), of_rows)
+        rows = jnp.zeros((program.steps_per_call, *leaf.shape), leaf.dtype)
+        return jax.lax.with_sharding_constraint(rows, of_rows)
 
     def take_next(number, carry):
         states, rows = carry
@@ -142,42 +170,43 @@ def step_people(
     return jax.lax.fori_loop(0, count, take_next, (states, rows))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-def evaluate_people(
-    model: sd.StableDiffusion,
-    method: condition.Method,
-    mesh: Mesh,
-    is_sharded: bool,
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def check_plateaus(
+    program: Program,
     frozen: sd.Frozen,
     states: IdentityState,
     photos: Photos,
     key: jax.Array,
     due: jax.Array,
 ) -> IdentityState:
-    """`evaluate` of many people, as `step_people` is the step of many.
+    """`check_plateau` of many people, as `step_people` is the step of many.
 
     Args:
-      due: bool[I], who is evaluated; the others stay as they are. The rest as in `step_people`.
+      due: bool[I], who is looked at; the others stay as they are. The rest as in `step_people`.
     """
-    gather = gatherer(frozen, mesh) if is_sharded else None
+    gather = gatherer(frozen, program.mesh) if program.shard_frozen else None
 
-    def evaluate_one(frozen, state, photos, key, due):
+    def check_one(frozen, state, photos, key, due):
         whole = gather(frozen) if gather else frozen
-        evaluated = evaluate(model, method, whole, state, photos, key)
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), evaluated, state)
+        checked = check_plateau(program.model, program.method, whole, state, photos, key)
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), checked, state)
 
-    of_people = P("identity")
-    spread = jax.shard_map(
-        jax.vmap(evaluate_one, in_axes=(None, 0, 0, None, 0)),
-        mesh=mesh,
-        in_specs=(
-            shard_specs(frozen, mesh.shape["data"]) if gather else P(),
-            *(of_people, of_people, P(), of_people),
-        ),
+    return over_people(program, frozen, check_one)(frozen, states, photos, key, due)
+
+
+def over_people(program: Program, frozen: sd.Frozen, one: Callable) -> Callable:
+    """A function of (frozen, state, photos, key, number) of one person, for many over the mesh."""
+    parts, of_people = program.mesh.shape["data"], P("identity")
+    of_frozen = shard_specs(frozen, parts) if program.shard_frozen and parts > 1 else P()
+    return jax.shard_map(
+        jax.vmap(one, in_axes=(None, 0, 0, None, 0)),
+        mesh=program.mesh,
+        in_specs=(of_frozen, of_people, of_people, P(), of_people),
         out_specs=of_people,
-        check_vma=False,  # every device on `data` evaluates all samples: what they share is equal
+        # Pallas' kernels do not say over which axes their results vary; and where every device on
+        # `data` computes the same, what they share is equal.
+        check_vma=False,
     )
-    return spread(frozen, states, photos, key, due)
 
 
 def gatherer(frozen: sd.Frozen, mesh: Mesh) -> Callable[[sd.Frozen], sd.Frozen] | None:
@@ -219,55 +248,42 @@ def frozen_shapes(model: sd.StableDiffusion, enhancer: enhancers.Enhancer | None
 
 
 def lower_step(
-    cfg: TrainConfig,
-    method: condition.Method,
-    model: sd.StableDiffusion,
-    optimizer: optax.GradientTransformation,
-    layout: devices.Layout,
-    pictures: int,
+    program: Program,
+    places: int,
+    photo_slots: int,
     side: int,
-    room: int,
-    *,
-    enhancer: enhancers.Enhancer | None = None,
+    seed: int,
+    enhancer: enhancers.Enhancer | None,
 ) -> jax.stages.Lowered:
-    """The program of `Work.step`, from shapes alone: before there are weights.
+    """`step_people`, lowered from shapes alone: before there are weights.
 
     The states are those that `begin` makes, the photos those of `encode_pixels` and `group.fill`.
 
     Args:
-      method, ..., room, enhancer: as in `Work`.
+      places: people in a step.
+      photo_slots: photos of a person that there is room for.
+      side: of the training images, in pixels.
+      seed: of the run.
+      enhancer: the shared one, if people begin with it.
     """
-    shapes, mesh = frozen_shapes(model, enhancer), layout.mesh
+    model, method = program.model, program.method
+    shapes = frozen_shapes(model, enhancer)
 
     def one() -> tuple[IdentityState, Photos]:
         start = np.zeros((method.num_tokens, model.text.hidden_size))
         trainable, given = first_values(
             method, model, jax.random.key(0), enhancer, start, np.zeros(face_models.WIDTH)
         )
-        latents = np.zeros(
-            (pictures, 2, *(side // model.vae.downscale,) * 2, model.vae.latent_channels),
-            np.float32,
-        )
+        height = side // model.vae.downscale
+        latents = np.zeros((photo_slots, 2, height, height, model.vae.latent_channels), np.float32)
         ids = np.zeros((len(text.TEMPLATES), model.text.max_position_embeddings), np.int32)
-        return init_state(optimizer, trainable, given), Photos(latents, latents, np.int32(0), ids)
+        state = init_state(program.optimizer, trainable, given)
+        return state, Photos(latents, latents, np.int32(0), ids)
 
     of_one = (*jax.eval_shape(one), jax.ShapeDtypeStruct((), np.int32))
-    stacked = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((layout.places, *x.shape), x.dtype), of_one
-    )
-    states, photos, last = abstract(stacked, NamedSharding(mesh, P("identity")))
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((places, *x.shape), x.dtype), of_one)
+    states, photos, last = abstract(stacked, NamedSharding(program.mesh, P("identity")))
+    frozen = abstract(shapes, frozen_shardings(shapes, program.mesh, program.shard_frozen))
     return step_people.lower(
-        model,
-        method,
-        optimizer,
-        cfg.train_batch_size,
-        mesh,
-        cfg.shard_frozen,
-        room,
-        abstract(shapes, frozen_shardings(shapes, mesh, cfg.shard_frozen)),
-        states,
-        photos,
-        jax.random.key(cfg.seed),
-        last,
-        np.int32(1),
+        program, frozen, states, photos, jax.random.key(seed), last, np.int32(1)
     )

@@ -137,6 +137,7 @@ class Results:
     def validate(self, step: int, state: IdentityState) -> None:
         """Draws the validation prompts with the current state, one grid per prompt."""
         cfg, base = self.cfg, self.base
+        size = programs.picture_size(base.model, cfg.resolution, cfg.resolution)
         for prompt, ids in zip(cfg.validation_prompt, self.validation_ids[:-1], strict=True):
             kv = programs.prompt_keys_values(
                 self.method,
@@ -152,12 +153,10 @@ class Results:
                 base.model,
                 base.frozen,
                 kv,
+                programs.Sampling(size, "dpmpp_2m", steps=25),
                 seed=cfg.seed,
                 count=cfg.num_validation_images,
                 batch_size=cfg.num_validation_images,
-                size=programs.picture_size(base.model, cfg.resolution, cfg.resolution),
-                scheduler="dpmpp_2m",
-                steps=25,
                 guidance_scale=7.5,
             )
             grid = images.image_grid(list(drawn), len(drawn))

@@ -31,6 +31,7 @@ from idea_jax.training.learner import Work, begin, has_checkpoints, resume, writ
 from idea_jax.training.many import train_many
 from idea_jax.training.photos import digest_of, open_eyes, people_of, person_of, portraits_of
 from idea_jax.training.program import (
+    Program,
     lower_step,
     place_frozen,
 )
@@ -152,13 +153,12 @@ def run_locked(
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype), attention=attention)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer, optimizer, start, frozen = None, None, None, None
+    tokenizer, start, frozen = None, None, None
     if is_trained:
         tokenizer = load_tokenizer(
             found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
         ).with_placeholder(placeholder.token, placeholder.n)
         training_ids(tokenizer)  # here: what is too long is said before weights are read
-        optimizer = optimizer_of(cfg, method)
         is_word = tokenizer.is_word
     else:
         check_unknown(found.folder / "tokenizer", placeholder)
@@ -182,16 +182,23 @@ def run_locked(
             new = Occupant(placeholder.token, digest_of(seen.pictures), cfg.train_data_dir)
             refuse_another(Path(cfg.output_dir), new)
 
-    room = cfg.steps_per_call or devices.steps_per_call()
     # Of all people, also of those who are done or in another process: one program for all.
     counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in everybody.values()]
-    pictures = max(counts)
+    photo_slots, program = max(counts), None
 
     if is_trained:
+        program = Program(
+            model,
+            method,
+            optimizer_of(cfg, method),
+            cfg.train_batch_size,
+            layout.mesh,
+            cfg.shard_frozen,
+            cfg.steps_per_call or devices.steps_per_call(),
+        )
         sd.shapes(model)  # once, before two threads ask for them
         lower = functools.partial(
-            *(lower_step, cfg, method, model, optimizer, layout, pictures, side, room),
-            enhancer=enhancer,
+            lower_step, program, layout.places, photo_slots, side, cfg.seed, enhancer
         )
         with compile_cache.ahead(lower) if own else nullcontext():
             frozen = load_frozen(cfg, found.folder, layout.mesh, enhancer)
@@ -204,15 +211,14 @@ def run_locked(
         cfg=cfg,
         method=method,
         base=base,
-        optimizer=optimizer,
+        program=program,
         enhancer=enhancer,
         start=start,
         side=side,
         eyes=eyes,
         validation=validation,
         layout=layout,
-        pictures=pictures,
-        room=room,
+        photo_slots=photo_slots,
         about=fingerprint_of(cfg, method, base, eyes, enhancer),
         is_word=is_word,
     )
@@ -256,13 +262,7 @@ def train_one(work: Work, person: people.Person, seen: Portraits, started: float
     if cfg.resume_from_checkpoint:
         resume(learner, cfg, cfg.resume_from_checkpoint)
     signum = group.train_together(
-        cfg,
-        work.layout.mesh,
-        work.layout.places,
-        work.pictures,
-        work.room,
-        work.step,
-        work.evaluate,
+        work,
         [learner],
         lambda learner: write_results(learner, folder, time.monotonic() - started),
     )

@@ -21,7 +21,7 @@ LEAST_GAIN = 0.01  # of the best evaluation
 
 
 class Plateau(NamedTuple):
-    """Whether training still gains anything; see `evaluate`.
+    """Whether training still gains anything; see `check_plateau`.
 
     best: float32[], the lowest evaluation so far that counted as a gain.
     since: int32[], evaluations since then.
@@ -252,38 +252,7 @@ def _is_no_gathering(primitive, *_, **__) -> bool:
     return primitive is not jax.lax.all_gather_p
 
 
-def draw_and_step(
-    model: sd.StableDiffusion,
-    method: condition.Method,
-    optimizer: optax.GradientTransformation,
-    size: int,
-    frozen: sd.Frozen,
-    state: IdentityState,
-    photos: Photos,
-    key: jax.Array,
-    *,
-    data_axis: str | None = None,
-    gather: Callable[[sd.Frozen], sd.Frozen] | None = None,
-) -> tuple[IdentityState, Metrics]:
-    """Draws the batch of the state's step and takes the step: one program, one dispatch.
-
-    Args:
-      size: samples of the step, over all devices of `data_axis`.
-      data_axis, gather: as in `train_step`; `batch` is cut to this device's part here.
-    """
-    batch = draw_batch(model, photos, key, state.step, size)
-    if data_axis is not None:
-        # Each device draws all samples, which costs next to nothing, and keeps its own: the
-        # numbers are then those of one device.
-        part = size // jax.lax.axis_size(data_axis)
-        first = jax.lax.axis_index(data_axis) * part
-        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, part), batch)
-    return train_step(
-        model, method, optimizer, frozen, state, batch, data_axis=data_axis, gather=gather
-    )
-
-
-def evaluate(
+def check_plateau(
     model: sd.StableDiffusion,
     method: condition.Method,
     frozen: sd.Frozen,

@@ -132,16 +132,18 @@ def train_detector(run: Run) -> dict:
         return detector.loss(found, batch.points, batch.state)
 
     batch = functools.partial(composites.composed, size)
-    train = functools.partial(fit.fit, run, "detector", start, loss, batch, steps)
     optimizer = fit.muon(start, steps, 0.02)
     # A picture takes the host longer than it takes a GPU, and threads would wait for each other.
     workers = min(COMPOSERS, devices.cores() // 2)
     if workers > 1:
         with fit.processes(workers, composites.share, alone, pairs) as pool:
-            params, losses = train(optimizer, ema=0.99, pool=pool, ahead=2 * workers)
+            batches = fit.Batches(batch, pool, ahead=2 * workers)
+            params, losses = fit.fit(
+                run, "detector", start, loss, batches, steps, optimizer, ema=0.99
+            )
     else:
         composites.share(alone, pairs)
-        params, losses = train(optimizer, ema=0.99)
+        params, losses = fit.fit(run, "detector", start, loss, batch, steps, optimizer, ema=0.99)
     detector.write_onnx(run.folder / "face" / "detector.onnx", net, params)
     return {"losses": losses}
 

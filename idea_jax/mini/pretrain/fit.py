@@ -98,33 +98,72 @@ def muon(
     )
 
 
-def fit(
-    run: Run,
-    name: str,
-    params: dict,
-    loss: Callable,
-    batch: Callable,
-    steps: int,
-    optimizer: optax.GradientTransformation,
-    *,
-    ema: float = 0.0,
-    pool: Executor | None = None,
-    ahead: int = AHEAD,
-) -> tuple[dict, list[float]]:
-    """Minimises loss(params, batch, key); returns the averaged parameters and the mean losses.
+class Batches(NamedTuple):
+    """What makes the batches of a training, where a thread would be too slow.
 
-    Step i depends on the seed, the name and i alone, so that a run that was interrupted goes on as
-    if it had not been. Its state is in the work folder, saved every two minutes.
-
-    Args:
-        batch: rng -> arrays.
-        ema: decay of the moving average that is returned; 0 returns the last parameters.
-        pool: what makes the batches; a thread if None.
-        ahead: batches that are made while one is learned from.
-
-    Returns: the losses as at most 50 means over equal parts of the run.
+    make: rng -> arrays; pool: of processes, with JAX in none of them; ahead: how many batches are
+    made while one is learned from.
     """
-    key = stream(stream(run.key, "training"), name)
+
+    make: Callable
+    pool: Executor
+    ahead: int
+
+
+class Progress:
+    """How far a part of the training is, in the work folder, too: losses, seconds, its state."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.name = run, name
+        self.file = run.work / f"{name}.state.safetensors"
+        self.losses: list[float] = []
+        self.started, self.before = time.monotonic(), 0.0
+
+    def restored(self, state: Training) -> Training:
+        """A state as it was saved, or itself if none was."""
+        if not self.file.is_file():
+            return state
+        saved = load_file(self.file)
+        self.losses, self.before = saved["losses"].tolist(), float(saved.get("seconds", 0.0))
+        self.run.before += self.before
+        leaves, structure = jax.tree.flatten(state)
+        leaves = [jnp.asarray(saved[f"{i}"]) for i in range(len(leaves))]
+        return jax.tree.unflatten(structure, leaves)
+
+    def save(self, state: Training) -> None:
+        """Writes a state and what led to it. Raises: FloatingPointError if it is not finite."""
+        # The loss tells of the weights before a step only.
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            raise FloatingPointError(
+                f"weights of {self.name} are not finite at step {len(self.losses)}"
+            )
+        tensors = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        tensors["losses"] = np.array(self.losses, np.float64)
+        tensors["seconds"] = np.array(self.before + time.monotonic() - self.started)
+        with atomic_write(self.file) as path:
+            save_file(tensors, path)
+
+    def read(self, value: jax.Array, bar: tqdm) -> None:
+        """Waits for a step and notes its loss. Raises: FloatingPointError if it is not finite."""
+        self.losses.append(float(value))
+        if not np.isfinite(self.losses[-1]):
+            raise FloatingPointError(
+                f"the loss of {self.name} is {self.losses[-1]} at step {len(self.losses) - 1}"
+            )
+        bar.update()
+        if len(self.losses) % 20 == 1:
+            bar.set_postfix_str(f"loss {np.mean(self.losses[-100:]):.4f}")
+
+    def means(self) -> list[float]:
+        """The losses as at most 50 means over equal parts of the run."""
+        parts = np.array_split(np.array(self.losses), min(50, len(self.losses)))
+        return [round(float(part.mean()), 5) for part in parts]
+
+
+def averaged_step(
+    key: jax.Array, loss: Callable, optimizer: optax.GradientTransformation, ema: float
+) -> Callable:
+    """A compiled function (state, index, data) -> (state, loss) that keeps a moving average."""
 
     def step(state, index, data):
         value, gradient = jax.value_and_grad(loss)(
@@ -136,67 +175,60 @@ def fit(
         average = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), state.average, params)
         return Training(params, average, opt_state), value
 
-    step = jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0)
+
+
+def fit(
+    run: Run,
+    name: str,
+    params: dict,
+    loss: Callable,
+    batch: Callable | Batches,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: float = 0.0,
+) -> tuple[dict, list[float]]:
+    """Minimises loss(params, batch, key); returns the averaged parameters and the mean losses.
+
+    Step i depends on the seed, the name and i alone, so that a run that was interrupted goes on as
+    if it had not been. Its state is in the work folder, saved every two minutes.
+
+    Args:
+        batch: rng -> arrays, in a thread; or what makes them otherwise.
+        ema: decay of the moving average that is returned; 0 returns the last parameters.
+
+    Returns: the losses as at most 50 means over equal parts of the run.
+    """
+    step = averaged_step(stream(stream(run.key, "training"), name), loss, optimizer, ema)
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)  # to be donated
     state = Training(params, jax.tree.map(jnp.copy, params), optimizer.init(params))
-    leaves, structure = jax.tree.flatten(state)
-    file = run.work / f"{name}.state.safetensors"
-    losses: list[float] = []
-    started, before = time.monotonic(), 0.0
-    if file.is_file():
-        saved = load_file(file)
-        losses, before = saved["losses"].tolist(), float(saved.get("seconds", 0.0))
-        run.before += before
-        leaves = [jnp.asarray(saved[f"{i}"]) for i in range(len(leaves))]
-        state = jax.tree.unflatten(structure, leaves)
-
-    state = on_all_devices(state)
-
-    def save():
-        # The loss tells of the weights before a step only.
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
-            raise FloatingPointError(f"weights of {name} are not finite at step {len(losses)}")
-        tensors = {f"{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        tensors["losses"] = np.array(losses, np.float64)
-        tensors["seconds"] = np.array(before + time.monotonic() - started)
-        with atomic_write(file) as path:
-            save_file(tensors, path)
-
-    def rng_of(index):
-        return np.random.default_rng([run.seed, index, *name.encode()])
-
-    def read(value):
-        losses.append(float(value))  # waits for the step
-        if not np.isfinite(losses[-1]):
-            raise FloatingPointError(
-                f"the loss of {name} is {losses[-1]} at step {len(losses) - 1}"
-            )
-        bar.update()
-        if len(losses) % 20 == 1:
-            bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}")
+    progress = Progress(run, name)
+    state = on_all_devices(progress.restored(state))
+    first = len(progress.losses)
 
     last, begun = time.monotonic(), None  # `begun`: the loss of a step whose end nobody awaited
-    rngs = (rng_of(index) for index in range(len(losses), steps))
+    rngs = (np.random.default_rng([run.seed, i, *name.encode()]) for i in range(first, steps))
     with (
-        tqdm(total=steps, initial=len(losses), desc=name, disable=run.quiet) as bar,
+        tqdm(total=steps, initial=first, desc=name, disable=run.quiet) as bar,
         ThreadPoolExecutor(1) as own,
-        closing(made_ahead(pool or own, batch, rngs, ahead)) as batches,
     ):
-        for index, data in enumerate(batches, len(losses)):
-            state, value = step(state, np.int32(index), on_all_devices(data, split=True))
-            if begun is not None:  # the device has the next step already while the host waits
-                read(begun)
-            begun = value
-            if time.monotonic() - last > SAVE_SECONDS:
-                read(begun)
-                begun = None
-                save()
-                last = time.monotonic()
+        source = batch if isinstance(batch, Batches) else Batches(batch, own, AHEAD)
+        with closing(made_ahead(source.pool, source.make, rngs, source.ahead)) as batches:
+            for index, data in enumerate(batches, first):
+                state, value = step(state, np.int32(index), on_all_devices(data, split=True))
+                if begun is not None:  # the device has the next step already while the host waits
+                    progress.read(begun, bar)
+                begun = value
+                if time.monotonic() - last > SAVE_SECONDS:
+                    progress.read(begun, bar)
+                    begun = None
+                    progress.save(state)
+                    last = time.monotonic()
         if begun is not None:
-            read(begun)
-    save()
-    parts = np.array_split(np.array(losses), min(50, len(losses)))
-    return state.average, [round(float(part.mean()), 5) for part in parts]
+            progress.read(begun, bar)
+    progress.save(state)
+    return state.average, progress.means()
 
 
 def made_ahead(pool: Executor, make: Callable, inputs: Iterator, ahead: int) -> Iterator:
