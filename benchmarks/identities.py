@@ -65,8 +65,8 @@ def measure(args: argparse.Namespace) -> None:
     key, width, vocab = jax.random.key(0), model.text.hidden_size, model.text.vocab_size
     start = rng.normal(size=(2, width)).astype(np.float32)
     face = rng.normal(size=512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, key, start)
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(model, method, key, start)
     side, channels = model.unet.sample_size, model.unet.in_channels
     moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
     ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)

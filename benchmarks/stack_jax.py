@@ -279,8 +279,8 @@ class Stack:
         """Keys and values of the prompt and of the negative one, as sample_jax.py computes them."""
         method, trainable, given = self.identity
         return programs.cast_keys_values(
-            (method,),
             self.model,
+            (method,),
             frozen,
             (trainable,),
             (given,),
@@ -358,7 +358,7 @@ class Stack:
 
             def loss(trainable, unet):
                 frozen_too = frozen._replace(unet=unet)
-                parts = (trainable, frozen_too, state.given, drawn)
+                parts = (frozen_too, trainable, state.given, drawn)
                 return training_loss(self.model, method, *parts)[0]
 
             total, (grads, others) = jax.value_and_grad(loss, argnums=(0, 1))(

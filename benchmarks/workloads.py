@@ -163,8 +163,8 @@ def person(model: sd.StableDiffusion, profile: str, rng: np.random.Generator) ->
     width = model.text.hidden_size
     start = 0.1 * rng.standard_normal((2, width), np.float32)
     face = rng.standard_normal(512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, key, start)
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(model, method, key, start)
     trainable["adapter"]["gamma"] = jnp.float32(0.5)
     if "kv" in trainable:
         trainable["kv"] = jax.tree.map(

@@ -277,7 +277,7 @@ def test_what_precedes_the_first_step_is_one_program_each(smallest_checkpoint, c
     jax.clear_caches()
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     start = anchor.from_words(model, frozen, ids, bos=1, eos=2)
-    condition.init_given(method, model, key, start, np.ones(512, np.float32))
+    condition.init_given(model, method, key, start, np.ones(512, np.float32))
     names = compiled_names(caplog)
     assert names.count("from_words") == names.count("init_enhancer") == 1
     assert len(names) <= 8, names

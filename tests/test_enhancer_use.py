@@ -142,7 +142,7 @@ def somebody(enhancer, model, seed=0, **settings):
     face = rng.normal(size=512).astype(np.float32)
     face /= np.linalg.norm(face)
     key = jax.random.key(seed)
-    person, given = shared.begin_person(enhancer.config, method, model, enhancer.shared, key, face)
+    person, given = shared.begin_person(enhancer.config, model, method, enhancer.shared, key, face)
     np.testing.assert_array_equal(given["anchor"], person["pseudo_tokens"])
     assert "id_embed" not in given and set(person) == set(method.parts())
     person = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), person)
@@ -162,7 +162,7 @@ def together(loaded, *people, frozen=None, strength=1.0):
     methods, persons, givens = zip(*people, strict=True)
     ids = prompt_ids(model, *people)
     return condition.keys_values_together(
-        methods, model, frozen or ours, persons, givens, ids, strength=strength
+        model, methods, frozen or ours, persons, givens, ids, strength=strength
     )
 
 
@@ -201,7 +201,7 @@ def test_strength_zero_is_the_tokens_alone(loaded, enhancer):
     encoded = sd.encode_text(model, frozen, ids, person["pseudo_tokens"])
     tokens = project_kv(frozen.cross_kv, encoded, model.dtype)
     for got in (
-        condition.drawing_keys_values(method, model, frozen, person, given, ids, strength=0.0),
+        condition.drawing_keys_values(model, method, frozen, person, given, ids, strength=0.0),
         together(loaded, (method, person, given), strength=0.0),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, tokens)

@@ -154,9 +154,9 @@ def test_step_of_people_takes_the_kernel_of_each_accelerator(kind, platform, dat
 
     def state():
         key = jax.random.key(0)
-        trainable = condition.init_trainable(method, model, key, start)
+        trainable = condition.init_trainable(model, method, key, start)
         return init_state(
-            optimizer, trainable, condition.init_given(method, model, key, start, face)
+            optimizer, trainable, condition.init_given(model, method, key, start, face)
         )
 
     def of_two(tree):

@@ -54,10 +54,10 @@ def identity(loaded):
     rng = np.random.default_rng(0)
     start = rng.normal(size=(2, 32)).astype(np.float32)
     key = jax.random.key(0)
-    trainable = condition.init_trainable(method, model, key, start)
+    trainable = condition.init_trainable(model, method, key, start)
     trainable = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), trainable)
     face = rng.normal(size=512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
     return Identity(
         method=method,
         trainable=jax.tree.map(np.float32, trainable),
@@ -74,7 +74,7 @@ def keys_values(loaded, identity, prompt="a photo of {}", negative="", strength=
     model, frozen, tokenizer = loaded
     ids = tokenizer([text.fill(prompt, tokenizer.placeholders[0]), negative])
     return programs.prompt_keys_values(
-        identity.method, model, frozen, identity.trainable, identity.given, *ids,
+        model, identity.method, frozen, identity.trainable, identity.given, *ids,
         jnp.float32(strength),
     )  # fmt: skip
 
@@ -325,7 +325,7 @@ def test_weights_and_chunks_equal_the_rule_computed_by_hand(loaded, identity):
     named = weighted_tokens(tokenizer, prompt, {"{}": tokenizer.placeholder.text})
     empty = tokenizer.chunks([("", 1.0)])
     negative = padded(empty, empty, 2)
-    people = ((method,), model, frozen, (trainable,), ({},))
+    people = (model, (method,), frozen, (trainable,), ({},))
     kv = programs.cast_keys_values(*people, named, negative, jnp.float32(1))
 
     tokens = tokenizer.ids(

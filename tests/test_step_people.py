@@ -230,7 +230,7 @@ def test_evaluation_is_the_loss_on_samples_that_never_change(loaded, everybody, 
     drawn = draw_batch(model, photos, stream(key, "evaluation"), 0, EVALUATION_SAMPLES)
     steps = np.arange(1, 2 * EVALUATION_SAMPLES, 2) * 1000 // (2 * EVALUATION_SAMPLES)
     drawn = drawn._replace(timesteps=jnp.asarray(steps, jnp.int32))
-    _, (loss, _) = training_loss(model, PAPER, state.trainable, frozen, state.given, drawn)
+    _, (loss, _) = training_loss(model, PAPER, frozen, state.trainable, state.given, drawn)
 
     def with_plateau(best, since):
         return state._replace(plateau=Plateau(np.float32(best), np.int32(since)))

@@ -43,8 +43,8 @@ def person_of(model, kv):
 
     def state():
         key = jax.random.key(0)
-        trainable = condition.init_trainable(method, model, key, start)
-        given = condition.init_given(method, model, key, start, face)
+        trainable = condition.init_trainable(model, method, key, start)
+        given = condition.init_given(model, method, key, start, face)
         return init_state(optimizer, trainable, given)
 
     side, T = model.unet.sample_size, model.text.max_position_embeddings

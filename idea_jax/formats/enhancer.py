@@ -219,7 +219,7 @@ def check(
     else:
         method = shared.person_method(config, kv="low_rank", kv_rank=config.kv_rank)
         wanted = jax.eval_shape(
-            lambda key: condition.init_kv(method, model, key), jax.random.key(0)
+            lambda key: condition.init_kv(model, method, key), jax.random.key(0)
         )
         want = {name: leaf.shape for name, leaf in pytrees.flatten(wanted).items()}
         got = {name: leaf.shape for name, leaf in pytrees.flatten(enhancer.shared["kv"]).items()}

@@ -194,7 +194,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None
 
     def fresh(key):
         start = np.zeros(tokens.shape, np.float32)
-        return condition.init_trainable(identity.method, model, key, start)
+        return condition.init_trainable(model, identity.method, key, start)
 
     expected = {"trainable": jax.eval_shape(fresh, jax.random.key(0))}
     if identity.method.keeps_face and not identity.embeds_only:
@@ -204,7 +204,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None
         }
         if not identity.method.train_enhancer:
             expected["given"]["enhancer"] = jax.eval_shape(
-                lambda key: condition.init_enhancer(identity.method, model, key),
+                lambda key: condition.init_enhancer(model, identity.method, key),
                 jax.random.key(0),
             )
     want = {k: v.shape for k, v in pytrees.flatten(expected).items()}

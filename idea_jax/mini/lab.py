@@ -178,7 +178,7 @@ class Learner:
         sights = [self.finder.look_at(p.image, p.name) for p in pictures] if self.finder else []
         uses_face = self.method.uses_face
         face = embedding.mean_embedding(np.stack([s.embed for s in sights])) if uses_face else None
-        trainable, given = first_values(self.method, model, key, self.enhancer, self.start, face)
+        trainable, given = first_values(model, self.method, key, self.enhancer, self.start, face)
         if not cfg.max_train_steps:
             return IdentityState(trainable, given, (), jnp.int32(0), None), None
         seen = Portraits(pictures, sights, face)
@@ -225,8 +225,8 @@ class Learner:
         filled = [text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
         empty, *ids = tokenizer(["", *filled])
         kv = _keys_values(
-            self.method,
             mini.model,
+            self.method,
             self.frozen,
             state.trainable,
             state.given,

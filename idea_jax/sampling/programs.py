@@ -26,8 +26,8 @@ DECODED = 8  # pictures that the autoencoder decodes at once
 
 @functools.partial(jax.jit, static_argnames=("method", "model"))
 def prompt_keys_values(
-    method: condition.Method,
     model: sd.StableDiffusion,
+    method: condition.Method,
     frozen: sd.Frozen,
     trainable: condition.Trainable,
     given: condition.Given,
@@ -46,7 +46,7 @@ def prompt_keys_values(
       strength: float32[], scales adapter and K/V delta.
     """
     prompt = condition.drawing_keys_values(
-        method, model, frozen, trainable, given, prompt_ids[None], strength=strength
+        model, method, frozen, trainable, given, prompt_ids[None], strength=strength
     )
     negative = project_kv(
         frozen.cross_kv, sd.encode_text(model, frozen, negative_ids[None]), model.dtype
@@ -56,8 +56,8 @@ def prompt_keys_values(
 
 @functools.partial(jax.jit, static_argnames=("methods", "model"))
 def cast_keys_values(
-    methods: tuple[condition.Method, ...],
     model: sd.StableDiffusion,
+    methods: tuple[condition.Method, ...],
     frozen: sd.Frozen,
     trainables: Sequence[condition.Trainable],
     givens: Sequence[condition.Given],
@@ -84,7 +84,7 @@ def cast_keys_values(
         return jax.tree.map(weighted, kv)
 
     named = condition.keys_values_together(
-        methods, model, frozen, trainables, givens, prompt.ids, strength=strength
+        model, methods, frozen, trainables, givens, prompt.ids, strength=strength
     )
     plain = project_kv(frozen.cross_kv, sd.encode_text(model, frozen, negative.ids), model.dtype)
     return jax.tree.map(

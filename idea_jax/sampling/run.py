@@ -122,8 +122,8 @@ def run(cfg: SampleConfig) -> list[Path]:
     def keys_values(number, frozen):
         cast = [sitters[k].identity for k in drawings[number].cast]
         return cast_keys_values(
-            tuple(identity.method for identity in cast),
             model,
+            tuple(identity.method for identity in cast),
             frozen._replace(shared=ours),
             tuple(identity.trainable for identity in cast),
             tuple(identity.given for identity in cast),

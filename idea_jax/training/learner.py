@@ -111,7 +111,11 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
     """
     cfg, method, base = work.cfg, work.method, work.base
     trainable, given = first_values(
-        *(method, base.model, jax.random.key(cfg.seed), work.enhancer, work.start),
+        base.model,
+        method,
+        jax.random.key(cfg.seed),
+        work.enhancer,
+        work.start,
         seen.id_embed,
     )
     who = f"{person.name}: " if person.name else ""

@@ -272,7 +272,7 @@ def lower_step(
     def one() -> tuple[IdentityState, Photos]:
         start = np.zeros((method.num_tokens, model.text.hidden_size))
         trainable, given = first_values(
-            method, model, jax.random.key(0), enhancer, start, np.zeros(face_models.WIDTH)
+            model, method, jax.random.key(0), enhancer, start, np.zeros(face_models.WIDTH)
         )
         height = side // model.vae.downscale
         latents = np.zeros((photo_slots, 2, height, height, model.vae.latent_channels), np.float32)

@@ -140,8 +140,8 @@ class Results:
         size = programs.picture_size(base.model, cfg.resolution, cfg.resolution)
         for prompt, ids in zip(cfg.validation_prompt, self.validation_ids[:-1], strict=True):
             kv = programs.prompt_keys_values(
-                self.method,
                 base.model,
+                self.method,
                 base.frozen,
                 state.trainable,
                 state.given,

@@ -128,8 +128,8 @@ def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTr
 
 
 def first_values(
-    method: condition.Method,
     model: sd.StableDiffusion,
+    method: condition.Method,
     key: jax.Array,
     enhancer: enhancers.Enhancer | None,
     start: jax.Array | None,
@@ -144,6 +144,6 @@ def first_values(
       id_embed: float32[512] of unit norm; None where the method needs none.
     """
     if enhancer is not None:
-        return shared.begin_person(enhancer.config, method, model, enhancer.shared, key, id_embed)
-    given = condition.init_given(method, model, key, start, id_embed)
-    return condition.init_trainable(method, model, key, start), given
+        return shared.begin_person(enhancer.config, model, method, enhancer.shared, key, id_embed)
+    given = condition.init_given(model, method, key, start, id_embed)
+    return condition.init_trainable(model, method, key, start), given

@@ -164,8 +164,8 @@ def draw_batch(
 def training_loss(
     model: sd.StableDiffusion,
     method: condition.Method,
-    trainable: condition.Trainable,
     frozen: sd.Frozen,
+    trainable: condition.Trainable,
     given: condition.Given,
     batch: Batch,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -173,8 +173,8 @@ def training_loss(
 
     Source: arXiv 2507.11990, training objective; `Whslee/ID-EA` train.py.
     """
-    text = condition.context(method, model, frozen, trainable, given, batch.token_ids)
-    kv = condition.keys_values(method, model, frozen, trainable, text)
+    text = condition.context(model, method, frozen, trainable, given, batch.token_ids)
+    kv = condition.keys_values(model, method, frozen, trainable, text)
     noisy = schedule.add_noise(model.schedule, batch.latents, batch.noise, batch.timesteps)
     prediction = sd.predict(model, frozen, noisy, batch.timesteps, kv)
     target = schedule.training_target(model.schedule, batch.latents, batch.noise, batch.timesteps)
@@ -214,8 +214,8 @@ def train_step(
         # Where a shard_map checks what varies, gradients of values that the devices share would be
         # summed leaf by leaf, inside autodiff.
         trainable = jax.lax.pcast(trainable, data_axis, to="varying")
-    grad = jax.value_and_grad(_loss_of_shards(gather), argnums=2, has_aux=True)
-    (total, (error, pull)), grads = grad(model, method, trainable, frozen, state.given, batch)
+    grad = jax.value_and_grad(_loss_of_shards(gather), argnums=3, has_aux=True)
+    (total, (error, pull)), grads = grad(model, method, frozen, trainable, state.given, batch)
     if data_axis is not None:
         flat, unravel = ravel_pytree((total, error, pull, grads))
         total, error, pull, grads = unravel(jax.lax.pmean(flat, data_axis))
@@ -237,12 +237,12 @@ def _loss_of_shards(gather: Callable[[sd.Frozen], sd.Frozen] | None) -> Callable
     if gather is None:
         return training_loss
 
-    def loss(model, method, trainable, shards, given, batch):
+    def loss(model, method, shards, trainable, given, batch):
         @functools.partial(jax.checkpoint, policy=_is_no_gathering)
-        def inner(trainable, shards):
-            return training_loss(model, method, trainable, gather(shards), given, batch)
+        def inner(shards, trainable):
+            return training_loss(model, method, gather(shards), trainable, given, batch)
 
-        return inner(trainable, shards)
+        return inner(shards, trainable)
 
     return loss
 
@@ -273,7 +273,7 @@ def check_plateau(
     steps = model.schedule.num_train_timesteps
     spread = (jnp.arange(EVALUATION_SAMPLES) + 0.5) * (steps / EVALUATION_SAMPLES)
     batch = batch._replace(timesteps=spread.astype(jnp.int32))
-    _, (loss, _) = training_loss(model, method, state.trainable, frozen, state.given, batch)
+    _, (loss, _) = training_loss(model, method, frozen, state.trainable, state.given, batch)
     best, since = state.plateau
     gained = loss < best * (1 - LEAST_GAIN)
     plateau = Plateau(jnp.where(gained, loss, best), jnp.where(gained, 0, since + 1))
