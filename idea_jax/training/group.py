@@ -54,7 +54,7 @@ class Group:
             self.key = jax.random.key(cfg.seed)
             self.states = self.stacked([jax.device_get(learner.state) for learner in learners])
             photos = [jax.device_get(learner.photos) for learner in learners]
-            self.photos = self.stacked([fill(each, work.photo_slots) for each in photos])
+            self.photos = self.stacked([fill(each, work.shape.photo_slots) for each in photos])
 
     def put(self, tree: object) -> object:
         """A tree with an axis of people, spread over the devices."""

@@ -23,7 +23,7 @@ from idea_jax.pytrees import count
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import write_together
 from idea_jax.training.photos import digest_of, encode_pixels, training_pixels
-from idea_jax.training.program import Program
+from idea_jax.training.program import Program, Shape
 from idea_jax.training.results import (
     Base,
     Results,
@@ -74,11 +74,10 @@ class Work:
     program: Program | None
     enhancer: enhancers.Enhancer | None  # the shared one, if people begin with it
     start: jax.Array | None  # float32[N, D], the pseudo tokens' first value without it
-    side: int  # of the training images, in pixels
+    shape: Shape  # of the compiled step
     eyes: finding.Finder | face_table.Table | None
     validation: list[str]
     layout: devices.Layout
-    photo_slots: int  # photos of a person that the compiled step has room for
     about: dict  # the fingerprint of a person, but for their photos
     is_word: Callable[[str], bool]  # whether the vocabulary has a text as one word
 
@@ -120,7 +119,7 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
     )
     who = f"{person.name}: " if person.name else ""
     if cfg.max_train_steps:
-        photos = encode_pixels(base, training_pixels(cfg, seen, work.side))
+        photos = encode_pixels(base, training_pixels(cfg, seen, work.shape.side))
         state = init_state(work.program.optimizer, trainable, given)
         log.info(
             "%sprofile %s, %d photo(s), %s trained values, %d steps of %d samples, learning rates: "
@@ -147,7 +146,7 @@ def begin(work: Work, person: people.Person, seen: Portraits, folder: Path) -> L
             limit=cfg.checkpoints_total_limit,
         ),
         results=Results(
-            *(cfg, method, base, folder, work.validation, work.is_word), enhancer=work.enhancer
+            cfg, method, base, folder, work.validation, work.is_word, enhancer=work.enhancer
         ),
     )
 
@@ -206,5 +205,7 @@ def write_results(learner: Learner, folder: Path, seconds: float) -> None:
     log.info(
         "%sin AUTOMATIC1111 the word is %s, in ComfyUI embedding:%s, with the file in %s",
         f"{learner.person.name}: " if learner.person.name else "",
-        *(trigger, trigger, folder / "webui"),
+        trigger,
+        trigger,
+        folder / "webui",
     )

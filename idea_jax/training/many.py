@@ -21,6 +21,7 @@ from idea_jax.runtime.signals import Interrupted
 from idea_jax.training import group
 from idea_jax.training.fingerprint import OF_PREDICTION, digest_of_settings
 from idea_jax.training.learner import (
+    Learner,
     Work,
     begin,
     clean,
@@ -90,8 +91,12 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     board.plan(todo, settings)
     log.info(
         "%d people, %d of them done; %d in a step, %d steps of %d samples, profile %s",
-        *(len(own), len(own) - len(todo), work.layout.places),
-        *(cfg.max_train_steps, cfg.train_batch_size, work.method.profile),
+        len(own),
+        len(own) - len(todo),
+        work.layout.places,
+        cfg.max_train_steps,
+        cfg.train_batch_size,
+        work.method.profile,
     )
     done = len(own) - len(todo)
 
@@ -126,6 +131,87 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     return [out / name / jobs.RESULT for name in own]
 
 
+class Turn:
+    """One group's turn at being trained: how long each was at it, who has failed, who is done."""
+
+    def __init__(self, work: Work, board: jobs.Board, bar: tqdm):
+        self.work, self.board, self.bar = work, board, bar
+        self.out, self.started = Path(work.cfg.output_dir), time.monotonic()
+        self.before: dict[str, float] = {}  # seconds that earlier turns took, by name
+        self.failed: list[str] = []
+
+    @functools.cached_property
+    def ended(self) -> float:
+        """When the group was done, by the clock; however long its results then take to write."""
+        return time.time()
+
+    def seconds_of(self, name: str) -> float:
+        """How long a person has been trained, all turns together."""
+        return round(self.before[name] + time.monotonic() - self.started, 1)
+
+    def begin(self, name: str, pictures: list) -> Learner | None:
+        """A person before the next step that they take; None if they have failed.
+
+        Raises:
+          WriteError: the disk is full.
+        """
+        work, cfg, folder = self.work, self.work.cfg, self.out / name
+        record = self.board.records[name]
+        self.before[name] = record.seconds
+        self.board.note([name], status="running", attempts=record.attempts + 1)
+        try:
+            clean(folder)
+            person = person_of(cfg, name, pictures)
+            seen = portraits_of(cfg, work.method, work.eyes, person)
+            if record.result is None:  # otherwise what lies there is of this very run
+                token = placeholder_of(cfg).token
+                new = Occupant(token, digest_of(seen.pictures), cfg.train_data_dir)
+                refuse_another(folder, new)
+            learner = begin(work, person, seen, folder)
+            with closed_on_error(learner):
+                if cfg.max_train_steps:
+                    resume(learner, cfg, "latest")
+        except WriteError:
+            raise
+        except PERSON_ERRORS as error:
+            self.fail(name, error)
+            return None
+        return learner
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Notes that a person has failed, and why."""
+        self.failed.append(name)
+        why, now = str(error), time.time()
+        log.warning("%s is taken out: %s", name, why)
+        seconds = self.seconds_of(name)
+        self.board.note([name], status="failed", why=why, seconds=seconds, ended=now)
+
+    def finish(self, learner: Learner) -> None:
+        """Writes a person's results, and notes that they are done."""
+        name, board = learner.person.name, self.board
+        write_results(learner, self.out / name, self.seconds_of(name))
+        board.note(
+            [name],
+            status="done",
+            why=None,
+            steps=self.work.cfg.max_train_steps,
+            seconds=self.seconds_of(name),
+            ended=self.ended,
+            result=board.finished(name),
+        )
+        self.bar.update()
+        speed = jobs.people_per_hour(list(board.records.values()))
+        if speed is not None:
+            self.bar.set_postfix_str(f"{speed:.1f} people/hour")
+
+    def put_back(self, learners: list[Learner], waiting: deque[str]) -> None:
+        """Lets those who are not done wait for another turn, before all others."""
+        names = [learner.person.name for learner in learners]
+        names = [name for name in names if self.board.records[name].status == "running"]
+        self.board.note(names, status="waiting")
+        waiting.extendleft(reversed(names))
+
+
 def train_group(
     work: Work,
     board: jobs.Board,
@@ -143,84 +229,32 @@ def train_group(
     Raises:
       Interrupted, WriteError: as `train_many`.
     """
-    cfg, out, started = work.cfg, Path(work.cfg.output_dir), time.monotonic()
-    before, learners, failed = {}, [], []
-
-    # People of a group are done at the same moment, however long their results take to write.
-    end = functools.cache(time.time)
-
-    def seconds_of(name):
-        return round(before[name] + time.monotonic() - started, 1)
-
-    def fail(name, error):
-        failed.append(name)
-        why, now = str(error), time.time()
-        log.warning("%s is taken out: %s", name, why)
-        board.note([name], status="failed", why=why, seconds=seconds_of(name), ended=now)
-
-    def finish(learner):
-        name = learner.person.name
-        write_results(learner, out / name, seconds_of(name))
-        board.note(
-            [name],
-            status="done",
-            why=None,
-            steps=cfg.max_train_steps,
-            seconds=seconds_of(name),
-            ended=end(),
-            result=board.finished(name),
-        )
-        bar.update()
-        speed = jobs.people_per_hour(list(board.records.values()))
-        if speed is not None:
-            bar.set_postfix_str(f"{speed:.1f} people/hour")
-
+    turn, learners = Turn(work, board, bar), []
     while waiting and len(learners) < size:
         name = waiting.popleft()
-        record = board.records[name]
-        before[name] = record.seconds
-        board.note([name], status="running", attempts=record.attempts + 1)
-        try:
-            clean(out / name)
-            person = person_of(cfg, name, everybody[name])
-            seen = portraits_of(cfg, work.method, work.eyes, person)
-            if record.result is None:  # otherwise what lies there is of this very run
-                token = placeholder_of(cfg).token
-                new = Occupant(token, digest_of(seen.pictures), cfg.train_data_dir)
-                refuse_another(out / name, new)
-            learner = begin(work, person, seen, out / name)
-            with closed_on_error(learner):
-                if cfg.max_train_steps:
-                    resume(learner, cfg, "latest")
-        except WriteError:
-            raise
-        except PERSON_ERRORS as error:
-            fail(name, error)
-        else:
+        learner = turn.begin(name, everybody[name])
+        if learner is not None:
             learners.append(learner)
     board.publish()
     if not learners:
-        return bool(failed)
+        return bool(turn.failed)
     try:
-        signum = group.train_together(work, learners, finish)
+        signum = group.train_together(work, learners, turn.finish)
     except Exception as error:
         if not devices.is_out_of_memory(error) or work.layout.halved() is None:
             raise
         places = work.layout.places
         log.warning("the memory is too small for %d people in a step: half of them", places)
-        names = [learner.person.name for learner in learners]
-        names = [name for name in names if board.records[name].status == "running"]
-        board.note(names, status="waiting")
-        waiting.extendleft(reversed(names))
+        turn.put_back(learners, waiting)
         return None
     for learner in learners:
         name = learner.person.name
         if learner.error is not None:
-            fail(name, learner.error)
+            turn.fail(name, learner.error)
         elif board.records[name].status != "done":
-            board.note([name], status="waiting", seconds=seconds_of(name))
+            board.note([name], status="waiting", seconds=turn.seconds_of(name))
     board.publish()
     left = [name for name in board.own if board.records[name].status != "done"]
     if signum is not None and left:
         raise Interrupted(signum, f"stopped with {len(left)} people left; the same command goes on")
-    return bool(failed)
+    return bool(turn.failed)

@@ -6,6 +6,7 @@ It is lowered from shapes alone, and the frozen weights are placed where it want
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -247,22 +248,26 @@ def frozen_shapes(model: sd.StableDiffusion, enhancer: enhancers.Enhancer | None
     return shapes._replace(shared=as_type(ours, np.float32))
 
 
+class Shape(NamedTuple):
+    """Sizes of the arrays that a step is compiled for.
+
+    places: people in a step; photo_slots: photos of a person that there is room for; side: of the
+    training images, in pixels.
+    """
+
+    places: int
+    photo_slots: int
+    side: int
+
+
 def lower_step(
-    program: Program,
-    places: int,
-    photo_slots: int,
-    side: int,
-    seed: int,
-    enhancer: enhancers.Enhancer | None,
+    program: Program, shape: Shape, seed: int, enhancer: enhancers.Enhancer | None
 ) -> jax.stages.Lowered:
     """`step_people`, lowered from shapes alone: before there are weights.
 
     The states are those that `begin` makes, the photos those of `encode_pixels` and `group.fill`.
 
     Args:
-      places: people in a step.
-      photo_slots: photos of a person that there is room for.
-      side: of the training images, in pixels.
       seed: of the run.
       enhancer: the shared one, if people begin with it.
     """
@@ -274,14 +279,18 @@ def lower_step(
         trainable, given = first_values(
             model, method, jax.random.key(0), enhancer, start, np.zeros(face_models.WIDTH)
         )
-        height = side // model.vae.downscale
-        latents = np.zeros((photo_slots, 2, height, height, model.vae.latent_channels), np.float32)
+        height = shape.side // model.vae.downscale
+        latents = np.zeros(
+            (shape.photo_slots, 2, height, height, model.vae.latent_channels), np.float32
+        )
         ids = np.zeros((len(text.TEMPLATES), model.text.max_position_embeddings), np.int32)
         state = init_state(program.optimizer, trainable, given)
         return state, Photos(latents, latents, np.int32(0), ids)
 
     of_one = (*jax.eval_shape(one), jax.ShapeDtypeStruct((), np.int32))
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((places, *x.shape), x.dtype), of_one)
+    stacked = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((shape.places, *x.shape), x.dtype), of_one
+    )
     states, photos, last = abstract(stacked, NamedSharding(program.mesh, P("identity")))
     frozen = abstract(shapes, frozen_shardings(shapes, program.mesh, program.shard_frozen))
     return step_people.lower(

@@ -3,9 +3,9 @@
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -14,11 +14,17 @@ from jax.sharding import Mesh
 from idea_jax import jobs
 from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, TrainConfig
 from idea_jax.data import people, text
-from idea_jax.data.tokenizer import check_unknown, load_tokenizer, training_ids, word_check
+from idea_jax.data.tokenizer import (
+    Tokenizer,
+    check_unknown,
+    load_tokenizer,
+    training_ids,
+    word_check,
+)
 from idea_jax.faces import models as face_models
 from idea_jax.faces.portraits import Portraits
 from idea_jax.formats import enhancer as enhancers
-from idea_jax.method import shared
+from idea_jax.method import condition, shared
 from idea_jax.models import flash, hub, sd
 from idea_jax.runtime import compile_cache, devices
 from idea_jax.runtime.files import check_writable
@@ -32,6 +38,7 @@ from idea_jax.training.many import train_many
 from idea_jax.training.photos import digest_of, open_eyes, people_of, person_of, portraits_of
 from idea_jax.training.program import (
     Program,
+    Shape,
     lower_step,
     place_frozen,
 )
@@ -73,6 +80,21 @@ def run(cfg: TrainConfig) -> list[Path]:
         return train_people(cfg)
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """The people of a run.
+
+    Attributes:
+      everybody: the pictures of each, by name; the only person of a run has an empty name.
+      own: names of those whom this process trains.
+      alone: the only person of the run; None if there may be several.
+    """
+
+    everybody: dict[str, list]
+    own: list[str]
+    alone: people.Person | None
+
+
 def train_people(cfg: TrainConfig) -> list[Path]:
     """`run`, once the processes are joined.
 
@@ -90,7 +112,7 @@ def train_people(cfg: TrainConfig) -> list[Path]:
     devices.check_same_people(list(everybody))
     is_single = list(everybody) == [""]
     alone = person_of(cfg, "", everybody[""]) if is_single else None
-    own = devices.own_share(list(everybody))
+    crowd = Crowd(everybody, devices.own_share(list(everybody)), alone)
     if not is_single and cfg.push_to_hub:
         raise ConfigError(
             "--push_to_hub is for one person; of several, each has to be asked: upload their "
@@ -104,48 +126,43 @@ def train_people(cfg: TrainConfig) -> list[Path]:
             f"replace in {cfg.output_dir}"
         )
     layout = devices.layout(
-        cfg.mesh_shape(), cfg.identities_per_step, max(len(own), 1), cfg.train_batch_size
+        cfg.mesh_shape(), cfg.identities_per_step, max(len(crowd.own), 1), cfg.train_batch_size
     )
     if is_single and layout.places > 1:
         raise ConfigError(
             f"{cfg.train_data_dir} holds the photos of one person; --identities_per_step and "
             "--mesh identity=N are for several"
         )
+    # Then all that people have in common, and each of them.
     with jobs.only_run(Path(cfg.output_dir), jax.process_index()):
-        return run_locked(cfg, everybody, own, alone, layout, started)
+        work, seen = prepare(cfg, crowd, layout)
+        if is_single:
+            return [train_one(work, alone, seen, started)]
+        return train_many(work, everybody, crowd.own)
 
 
-def run_locked(
-    cfg: TrainConfig,
-    everybody: dict[str, list],
-    own: Sequence[str],
-    alone: people.Person | None,
-    layout: devices.Layout,
-    started: float,
-) -> list[Path]:
-    """`run` once it is known who is trained, and that no other run uses the folder.
-
-    Args:
-      own: those of everybody whom this process trains.
-      alone: the only person of the run; None if there may be several.
-      started: when the run did, by the monotonic clock.
+def prepare(
+    cfg: TrainConfig, crowd: Crowd, layout: devices.Layout
+) -> tuple[Work, Portraits | None]:
+    """What the training of all people has in common; and the photos of the only one, looked at.
 
     Raises:
       as `run`.
     """
-    is_single = alone is not None
-    for name in own:
-        check_writable(Path(cfg.output_dir) / name)
+    alone, out = crowd.alone, Path(cfg.output_dir)
+    # The folders that are written to, and the texts with the person's name.
+    for name in crowd.own:
+        check_writable(out / name)
     placeholder = placeholder_of(cfg)
     validation = cfg.validation_prompt or []
     for prompt in validation:
         text.fill(prompt, placeholder)
     given_names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
-    if is_single and not cfg.resume_from_checkpoint and not cfg.overwrite:
-        refuse_checkpoints(Path(cfg.output_dir) / "checkpoints")
+    if alone and not cfg.resume_from_checkpoint and not cfg.overwrite:
+        refuse_checkpoints(out / "checkpoints")
+    # The checkpoint, and what it says of the method.
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     cfg, enhancer = settle(cfg, found.folder)
-    is_trained = cfg.max_train_steps > 0
     method = method_of(cfg, enhancer)
     placeholder = replace(placeholder, n=cfg.n_pseudo_tokens)
     validation = [text.fill(prompt, placeholder) for prompt in validation]
@@ -153,20 +170,12 @@ def run_locked(
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype), attention=attention)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer, start, frozen = None, None, None
-    if is_trained:
-        tokenizer = load_tokenizer(
-            found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-        ).with_placeholder(placeholder.token, placeholder.n)
-        training_ids(tokenizer)  # here: what is too long is said before weights are read
-        is_word = tokenizer.is_word
-    else:
-        check_unknown(found.folder / "tokenizer", placeholder)
-        is_word = word_check(found.folder / "tokenizer")
+    tokenizer, is_word = read_tokenizer(cfg, found.folder, model, placeholder)
     if enhancer is None:
         names = given_names or known_names(found.folder)
         start_ids = starting_ids(cfg, method, tokenizer, names)
-    eyes = open_eyes(cfg, method, found.folder)
+    # The face models, and the photos of a person who is alone.
+    eyes, seen = open_eyes(cfg, method, found.folder), None
     if enhancer is not None:
         enhancers.check(
             enhancer,
@@ -175,56 +184,78 @@ def run_locked(
             face_model=eyes.about.face_model,
             num_tokens=placeholder.n,
         )
-    if is_single:
+    if alone:
         seen = portraits_of(cfg, method, eyes, alone)
         # A checkpoint says for itself whether it is this person's.
         if not cfg.overwrite and not (cfg.resume_from_checkpoint and has_checkpoints(cfg)):
             new = Occupant(placeholder.token, digest_of(seen.pictures), cfg.train_data_dir)
-            refuse_another(Path(cfg.output_dir), new)
-
+            refuse_another(out, new)
+    # The step and the weights, and with them what people begin with.
     # Of all people, also of those who are done or in another process: one program for all.
-    counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in everybody.values()]
-    photo_slots, program = max(counts), None
-
-    if is_trained:
-        program = Program(
-            model,
-            method,
-            optimizer_of(cfg, method),
-            cfg.train_batch_size,
-            layout.mesh,
-            cfg.shard_frozen,
-            cfg.steps_per_call or devices.steps_per_call(),
-        )
-        sd.shapes(model)  # once, before two threads ask for them
-        lower = functools.partial(
-            lower_step, program, layout.places, photo_slots, side, cfg.seed, enhancer
-        )
-        with compile_cache.ahead(lower) if own else nullcontext():
+    counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in crowd.everybody.values()]
+    shape = Shape(layout.places, max(counts), side)
+    program, frozen, start = None, None, None
+    if cfg.max_train_steps:
+        program = program_of(cfg, method, model, layout.mesh)
+        lower = functools.partial(lower_step, program, shape, cfg.seed, enhancer)
+        with compile_cache.ahead(lower) if crowd.own else nullcontext():
             frozen = load_frozen(cfg, found.folder, layout.mesh, enhancer)
         if enhancer is not None:
             enhancers.warn_of_weights(enhancer, frozen, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     if enhancer is None:
         start = starting_tokens(cfg, method, base, start_ids)
-    work = Work(
+    about = fingerprint_of(cfg, method, base, eyes, enhancer)
+    return Work(
         cfg=cfg,
         method=method,
         base=base,
         program=program,
         enhancer=enhancer,
         start=start,
-        side=side,
+        shape=shape,
         eyes=eyes,
         validation=validation,
         layout=layout,
-        photo_slots=photo_slots,
-        about=fingerprint_of(cfg, method, base, eyes, enhancer),
+        about=about,
         is_word=is_word,
+    ), seen
+
+
+def read_tokenizer(
+    cfg: TrainConfig, checkpoint: Path, model: sd.StableDiffusion, placeholder: text.Placeholder
+) -> tuple[Tokenizer | None, Callable[[str], bool]]:
+    """The tokenizer, which knows the placeholder; None where no step is taken. And what tells
+    whether the vocabulary has a text as one word.
+
+    Raises:
+      TextError: the tokenizer or the placeholder cannot be used.
+    """
+    folder = checkpoint / "tokenizer"
+    if not cfg.max_train_steps:
+        check_unknown(folder, placeholder)
+        return None, word_check(folder)
+    tokenizer = load_tokenizer(
+        folder, model.text.vocab_size, model.text.max_position_embeddings
+    ).with_placeholder(placeholder.token, placeholder.n)
+    training_ids(tokenizer)  # here: what is too long is said before weights are read
+    return tokenizer, tokenizer.is_word
+
+
+def program_of(
+    cfg: TrainConfig, method: condition.Method, model: sd.StableDiffusion, mesh: Mesh
+) -> Program:
+    """What the step of a run is compiled for."""
+    sd.shapes(model)  # once, before two threads ask for them
+    return Program(
+        model,
+        method,
+        optimizer_of(cfg, method),
+        cfg.train_batch_size,
+        mesh,
+        cfg.shard_frozen,
+        cfg.steps_per_call or devices.steps_per_call(),
     )
-    if is_single:
-        return [train_one(work, alone, seen, started)]
-    return train_many(work, everybody, own)
 
 
 def load_frozen(
@@ -278,7 +309,10 @@ def train_one(work: Work, person: people.Person, seen: Portraits, started: float
     if cfg.push_to_hub:
         results = learner.results
         card = publish.card(
-            *(results.token, work.base.name, work.method.profile, step),
+            results.token,
+            work.base.name,
+            work.method.profile,
+            step,
             holds_face=work.method.keeps_face,
         )
         token, name = cfg.hub_token, cfg.hub_model_id or folder.resolve().name
