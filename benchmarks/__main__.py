@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
     workload = WORKLOADS[args.workload, args.device]
-    repeats = args.repeats or workload.repeats
     name_of_report = args.name or f"{args.workload}-{args.device}"
     mode = args.torch_compile or MODES[args.device]
     out = Path(args.out)
@@ -80,56 +79,24 @@ def main(argv: list[str] | None = None) -> int:
         except InputsError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        stacks, alone = {}, report.Measurements()
+        stacks: dict[str, Worker] = {}
         failed = result["failed"] = {}
+
+        def write():
+            report.write(out, name_of_report, result)
+
         try:
             start(stacks, args.stacks, args.device, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device, failed)
             close_failed(stacks, failed)
-            measurements = report.Measurements()
-            wanted = comparisons(stacks, workload)
-            patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
-            for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
-                if part not in args.parts:
-                    continue
-                plan, compared = plan_of(stacks, workload), wanted[part]
-                files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
-                result.setdefault("compared", {})
-                compare(files, folder, args.device, result["compared"], failed)
-                close_failed(stacks, failed)
-                take_turns(stacks, plan, repeats, measurements, failed)
-                result["times"] = measurements.summary()
-                report.write(out, name_of_report, result)
-                if part == "train":
-                    result["memory"] = memory(stacks, workload, failed)
-                    report.write(out, name_of_report, result)
-            if "kernels" in args.parts:
-                sizes = {"batch": workload.batch, "steps": workload.block}
-                sizes |= {"profile": "paper", "room": workload.room}
-                beside(stacks["jax"], "kernels", sizes, result, failed)
-                report.write(out, name_of_report, result)
+            side_by_side(stacks, args, folder, result, write)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
-            for part, plan_of in {"people": people, "ablations": ablations}.items():
-                if part not in args.parts:
-                    continue
-                plan = plan_of(workload, args)
-                first_calls(stacks, {}, plan, alone, failed, None)
-                take_turns(stacks, plan, repeats, alone, failed)
-                result["inside"] = alone.summary()
-                report.write(out, name_of_report, result)
-            sizes = {"batch": workload.batch, "pictures": workload.pictures}
-            sizes |= {"steps": workload.steps}
-            beside(stacks["jax"], "flops", sizes, result, failed)
-            report.write(out, name_of_report, result)
-            if "convolutions" in args.parts:
-                sizes = {"batch": workload.batch}
-                beside(stacks["jax"], "convolutions", sizes, result, failed)
-                report.write(out, name_of_report, result)
+            this_project_alone(stacks, args, result, write)
         except StackError as error:  # of this project: there is nothing to compare the others with
             failed["jax"] = str(error)
-            report.write(out, name_of_report, result)
+            write()
         except (KeyboardInterrupt, SystemExit):
             for stack in stacks.values():
                 stack.kill()
@@ -149,6 +116,74 @@ def main(argv: list[str] | None = None) -> int:
     for name, reason in failed.items():
         print(f"error: {name}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
     return int(bool(failed))
+
+
+def side_by_side(
+    stacks: dict[str, Worker],
+    args: argparse.Namespace,
+    folder: Path,
+    result: dict,
+    write: Callable[[], None],
+) -> None:
+    """Compares and times all stacks, and this project's kernels while they are there.
+
+    Args:
+        write: writes the report as far as it is.
+
+    Raises: StackError if it is this project.
+    """
+    workload = WORKLOADS[args.workload, args.device]
+    repeats, failed = args.repeats or workload.repeats, result["failed"]
+    measurements, wanted = report.Measurements(), comparisons(stacks, workload)
+    patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
+    for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
+        if part not in args.parts:
+            continue
+        plan, compared = plan_of(stacks, workload), wanted[part]
+        files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
+        result.setdefault("compared", {})
+        compare(files, folder, args.device, result["compared"], failed)
+        close_failed(stacks, failed)
+        take_turns(stacks, plan, repeats, measurements, failed)
+        result["times"] = measurements.summary()
+        write()
+        if part == "train":
+            result["memory"] = memory(stacks, workload, failed)
+            write()
+    if "kernels" in args.parts:
+        sizes = {"batch": workload.batch, "steps": workload.block}
+        sizes |= {"profile": "paper", "room": workload.room}
+        beside(stacks["jax"], "kernels", sizes, result, failed)
+        write()
+
+
+def this_project_alone(
+    stacks: dict[str, Worker],
+    args: argparse.Namespace,
+    result: dict,
+    write: Callable[[], None],
+) -> None:
+    """Times several people in a step and steps without a measure, and counts FLOPs.
+
+    Arguments as in `side_by_side`.
+    """
+    workload = WORKLOADS[args.workload, args.device]
+    repeats, failed = args.repeats or workload.repeats, result["failed"]
+    alone = report.Measurements()
+    for part, plan_of in {"people": people, "ablations": ablations}.items():
+        if part not in args.parts:
+            continue
+        plan = plan_of(workload, args)
+        first_calls(stacks, {}, plan, alone, failed, None)
+        take_turns(stacks, plan, repeats, alone, failed)
+        result["inside"] = alone.summary()
+        write()
+    sizes = {"batch": workload.batch, "pictures": workload.pictures, "steps": workload.steps}
+    beside(stacks["jax"], "flops", sizes, result, failed)
+    write()
+    if "convolutions" in args.parts:
+        beside(stacks["jax"], "convolutions", {"batch": workload.batch}, result, failed)
+        write()
 
 
 def prepare(workload: Workload, device: str, folder: Path) -> dict:

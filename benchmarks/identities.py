@@ -28,6 +28,26 @@ from benchmarks.options import positive
 STEPS = 320  # of a person, from which people/hour is computed; nothing else of a run is in it
 
 
+def figures(compiled, times: list[float], needed: float, devices: int, people: int) -> dict:
+    """What is reported of a compiled step of people.
+
+    Args:
+        times: seconds of steps.
+        needed: FLOPs of a step.
+    """
+    step, memory, text = min(times), compiled.memory_analysis(), compiled.as_text()
+    return {
+        "step_min_ms": round(1e3 * step, 2),
+        "step_median_ms": round(1e3 * statistics.median(times), 2),
+        "people_per_hour_320_steps": round(3600 * people / (STEPS * step), 2),
+        "tflops_per_device": round(needed / step / devices / 1e12, 4),
+        "collectives": len(re.findall(r" (?:all-reduce|all-gather)(?:-start)?\(", text)),
+        "device_arguments_mb": round(memory.argument_size_in_bytes / 1e6, 1),
+        "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
+        "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+    }
+
+
 def measure(args: argparse.Namespace) -> None:
     """Prints one line for each number of people, on the devices of this process."""
     import jax
@@ -76,6 +96,14 @@ def measure(args: argparse.Namespace) -> None:
     )
     program = Program(model, method, optimizer, args.batch, mesh)
     needed = flops.needed(functools.partial(draw_and_step, program), frozen, *one, key)
+    about = {
+        "model": args.model,
+        "device": jax.devices()[0].device_kind,
+        "devices": count,
+        "devices_on_data": args.data,
+        "mixed_precision": args.mixed_precision,
+        "batch": args.batch,
+    }
     for people in args.people:
         if people % groups:
             continue
@@ -94,26 +122,12 @@ def measure(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             states, _ = jax.block_until_ready(compiled(frozen, states, *given))
             times.append(time.perf_counter() - began)
-        step, memory = min(times[1:]), compiled.memory_analysis()
-        text = compiled.as_text()
         line = {
-            "model": args.model,
-            "device": jax.devices()[0].device_kind,
-            "devices": count,
-            "devices_on_data": args.data,
-            "mixed_precision": args.mixed_precision,
+            **about,
             "attention": attention,
             "people": people,
-            "batch": args.batch,
             "compile_s": round(compiling, 2),
-            "step_min_ms": round(1e3 * step, 2),
-            "step_median_ms": round(1e3 * statistics.median(times[1:]), 2),
-            "people_per_hour_320_steps": round(3600 * people / (STEPS * step), 2),
-            "tflops_per_device": round(people * needed / step / count / 1e12, 4),
-            "collectives": len(re.findall(r" (?:all-reduce|all-gather)(?:-start)?\(", text)),
-            "device_arguments_mb": round(memory.argument_size_in_bytes / 1e6, 1),
-            "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
-            "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+            **figures(compiled, times[1:], people * needed, count, people),
             "load_average": round(os.getloadavg()[0], 1),
             "versions": versions(),
         }

@@ -126,6 +126,7 @@ _GLOBALS: dict[str, object] = {
     "torch BFloat16Storage": "BF16",
 }
 
+_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 _NUMBERS_AND_TEXT = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
@@ -175,13 +176,7 @@ def _interpret(stream: io.BytesIO) -> tuple[object, dict[str, _Storage]]:
         elif name in _NUMBERS_AND_TEXT:
             stack.append(argument)
         elif name == "GLOBAL":
-            if argument not in _GLOBALS:
-                asked_for = argument.replace(" ", ".")[:MAX_NAME]
-                raise EmbedsError(
-                    f"it asks for {asked_for}, which pseudo tokens never need and which may run "
-                    "foreign code; refused, nothing was run"
-                )
-            stack.append(_GLOBALS[argument])
+            stack.append(_global(argument))
         elif name == "BINPERSID":
             storage = _storage(*pop(1))
             if storages.setdefault(storage.key, storage) != storage:
@@ -192,12 +187,8 @@ def _interpret(stream: io.BytesIO) -> tuple[object, dict[str, _Storage]]:
             if not callable(function) or not isinstance(arguments, tuple):
                 raise EmbedsError("damaged pickle (a call of something that is no function)")
             stack.append(function(*arguments))
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "EMPTY_TUPLE":
-            stack.append(())
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             stack.append(pop(int(name[-1])))
         elif name == "TUPLE":
@@ -218,6 +209,17 @@ def _interpret(stream: io.BytesIO) -> tuple[object, dict[str, _Storage]]:
     raise EmbedsError("damaged pickle (no end)")
 
 
+def _global(name: str) -> object:
+    """What a pickle names, if it is one of the few things that it may name."""
+    if name not in _GLOBALS:
+        asked_for = name.replace(" ", ".")[:MAX_NAME]
+        raise EmbedsError(
+            f"it asks for {asked_for}, which pseudo tokens never need and which may run foreign "
+            "code; refused, nothing was run"
+        )
+    return _GLOBALS[name]
+
+
 def _set_items(target: object, items: list | tuple) -> None:
     keys, values = items[0::2], items[1::2]
     # Only text as keys: hashing a nested tuple can take for ever.
@@ -228,11 +230,12 @@ def _set_items(target: object, items: list | tuple) -> None:
 
 def _storage(reference: object) -> _Storage:
     """Reads torch's `("storage", type, key, device, number of values[, view])`."""
+    if isinstance(reference, tuple) and len(reference) == 6 and reference[5] is None:
+        reference = reference[:5]
     match reference:
-        case ("storage", str(dtype), str(key), str(), int(numel)) | (
-            "storage", str(dtype), str(key), str(), int(numel), None
-        ) if dtype in DTYPES and 0 <= numel <= MAX_BYTES:  # fmt: skip
-            return _Storage(dtype, key, numel)
+        case ("storage", str(dtype), str(key), str(), int(numel)):
+            if dtype in DTYPES and 0 <= numel <= MAX_BYTES:
+                return _Storage(dtype, key, numel)
     raise EmbedsError("a reference to something else than a float tensor's storage")
 
 

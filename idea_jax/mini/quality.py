@@ -301,6 +301,59 @@ def detection(
     ]  # fmt: skip
 
 
+def found_by_name(
+    mini: Mini,
+    scoring: face_models.Recogniser,
+    known: np.ndarray,
+    chosen: np.ndarray,
+    starts: Sequence[int],
+    each: int,
+) -> float:
+    """Returns the share of pictures of named people that are most like the person of that name.
+
+    Args:
+        known: as of `gallery`.
+        chosen: int[P], numbers of people, with a seed for each in `starts`.
+        each: pictures of a person.
+    """
+    drawn = np.concatenate(
+        [
+            draw(mini, f"a photo of {people.full_name(i, i)}", each, seed=start, batch_size=each)
+            for i, start in zip(chosen, starts, strict=True)
+        ]
+    )
+    found = (embed(scoring, drawn) @ known.T).argmax(axis=1)
+    return float(np.mean(found == np.repeat(chosen, each)))
+
+
+def as_prompted(
+    mini: Mini,
+    held_out: drawings.Portraits,
+    chosen: np.ndarray,
+    starts: Sequence[int],
+    each: int,
+) -> list[Row]:
+    """Returns how often the pictures show what their prompts ask for, a row for each thing.
+
+    The ceiling is how often the judge reads it off true drawings. Arguments as in `found_by_name`.
+    """
+    hits: dict[str, list] = {}
+    for number, person in enumerate(chosen):
+        prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
+        name = people.full_name(person, person)
+        pictures = draw(mini, prompt.text.format(name), each, seed=starts[number], batch_size=each)
+        for field, is_kept in kept(prompt.asks, read_scenes(mini.folder, pictures)).items():
+            hits.setdefault(field, []).extend(is_kept)
+    seen, rows = read_scenes(mini.folder, held_out.images), []
+    for field in REPORTED:
+        right = seen[field] == getattr(held_out.scenes, field)
+        if field == "hat_colour":
+            right = right[held_out.scenes.hat > 0]
+        value, ceiling = 100 * float(np.mean(hits[field])), 100 * float(right.mean())
+        rows.append(Row(f"{field.replace('_', ' ')} as prompted", value, ceiling, 85.0, "%"))
+    return rows
+
+
 def table(
     mini: Mini,
     seed: int = 0,
@@ -345,7 +398,7 @@ def table(
         value = auc(*verification(embeds, who, pairs, rng))
         rows.append(Row(f"face/{name}.onnx, AUC of {pairs:,} pairs", value, None, 0.99, ""))
 
-    # Named people, found again among all names
+    # Named people, found again among all names, and what prompts ask for, on the same people
     known = gallery(scoring, people.NAMES, each, stream(key, "gallery"))
     chosen = np.sort(rng.choice(people.NAMES, named, replace=False))
     true = drawings.portraits(people.named(chosen, chosen), each, stream(key, "true drawings"))
@@ -354,40 +407,10 @@ def table(
     ceiling = 100 * float(np.mean(found == chosen[true.who[photos]]))
     # Noise of their own for everybody: few starts that all share say little about the others.
     starts = [(seed * people.NAMES + int(person)) % 2**32 for person in chosen]
-    drawn = np.concatenate(
-        [
-            draw(mini, f"a photo of {people.full_name(i, i)}", each, seed=start, batch_size=each)
-            for i, start in zip(chosen, starts, strict=True)
-        ]
-    )
-    found = (embed(scoring, drawn) @ known.T).argmax(axis=1)
-    value = 100 * float(np.mean(found == np.repeat(chosen, each)))
-    rows.append(
-        Row(f"named people found first of {people.NAMES:,}", value, ceiling, 0.7 * ceiling, "%")
-    )
-
-    # Prompts, on the same people
-    hits: dict[str, list] = {}
-    for number, person in enumerate(chosen):
-        prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
-        name = people.full_name(person, person)
-        pictures = draw(mini, prompt.text.format(name), each, seed=starts[number], batch_size=each)
-        for field, is_kept in kept(prompt.asks, read_scenes(mini.folder, pictures)).items():
-            hits.setdefault(field, []).extend(is_kept)
-    seen = read_scenes(mini.folder, held_out.images)
-    for field in REPORTED:
-        right = seen[field] == getattr(held_out.scenes, field)
-        if field == "hat_colour":
-            right = right[held_out.scenes.hat > 0]
-        rows.append(
-            Row(
-                f"{field.replace('_', ' ')} as prompted",
-                100 * float(np.mean(hits[field])),
-                100 * float(right.mean()),
-                85.0,
-                "%",
-            )
-        )
+    value = 100 * found_by_name(mini, scoring, known, chosen, starts, each)
+    what = f"named people found first of {people.NAMES:,}"
+    rows.append(Row(what, value, ceiling, 0.7 * ceiling, "%"))
+    rows += as_prompted(mini, held_out, chosen, starts, each)
 
     draw(mini, "a photo", 16)
     started = time.perf_counter()

@@ -58,11 +58,12 @@ def check_guidance(cfg: SampleConfig, schedule: ScheduleConfig) -> None:
         )
 
 
-def run(cfg: SampleConfig) -> list[Path]:
-    """Draws every prompt of a run; returns the folders written, one per prompt and person."""
-    prompts = read_prompts(cfg)
-    sitters = [] if cfg.photo else read_sitters(cfg)
-    # All prompts are read before anything is loaded: the last one's mistake should not cost a run.
+def check_prompts(prompts: list[str], sitters: list[Sitter]) -> None:
+    """Reads all prompts before anything is loaded: the last one's mistake should not cost a run.
+
+    Raises:
+      TextError: a prompt names nobody, or somebody unknown.
+    """
     people = {s.name: text.Placeholder(s.identity.placeholder, 1) for s in sitters}
     people = people or {"": text.Placeholder(NOBODY, 1)}
     for prompt in prompts:
@@ -70,7 +71,16 @@ def run(cfg: SampleConfig) -> list[Path]:
             text.fill(prompt, next(iter(people.values())))
         else:
             text.fill_names(prompt, people)
+
+
+def run(cfg: SampleConfig) -> list[Path]:
+    """Draws every prompt of a run; returns the folders written, one per prompt and person."""
+    # Who is drawn, and on what.
+    prompts = read_prompts(cfg)
+    sitters = [] if cfg.photo else read_sitters(cfg)
+    check_prompts(prompts, sitters)
     check_writable(cfg.save_dir)
+    # The model; a person on photos is seen with its shared ID-Enhancer.
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
@@ -85,8 +95,8 @@ def run(cfg: SampleConfig) -> list[Path]:
     plain = load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
+    # The drawings; the prompts of one length are drawn together: one program each.
     drawings, negative = plan(cfg, prompts, sitters, plain)
-    # The prompts of one length are drawn together: one program each.
     empty = plain.chunks([("", 1.0)])
     lengths = [max(len(drawing.tokens.ids), len(negative.ids)) for drawing in drawings]
     groups = {n: [k for k, own in enumerate(lengths) if own == n] for n in dict.fromkeys(lengths)}
@@ -105,6 +115,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     for sitter in sitters:
         check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
+    # The program is compiled while the weights are read.
     sd.shapes(model)  # once, before two threads ask for them
     first = next(iter(groups))
     lower = functools.partial(
@@ -132,6 +143,7 @@ def run(cfg: SampleConfig) -> list[Path]:
             jnp.float32(cfg.id_strength),
         )
 
+    # The pictures; those of a prompt are written while the next ones are drawn.
     folders = {}
     for numbers in groups.values():
         own = [functools.partial(keys_values, number) for number in numbers]
@@ -232,10 +244,8 @@ def describe(
     cfg: SampleConfig, found: hub.Checkpoint, size: tuple[int, int], cast: list[Sitter]
 ) -> dict:
     """All that the pictures of a run depend on, but for the prompt."""
-    same = (
-        *("seed", "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "eta"),
-        *("negative_prompt", "id_strength", "mixed_precision", "clip_skip"),
-    )
+    same = "seed scheduler num_inference_steps guidance_scale guidance_interval eta".split()
+    same += "negative_prompt id_strength mixed_precision clip_skip".split()
     people = [sitter.about() for sitter in cast]
     together = {s.name: about for s, about in zip(cast, people, strict=True)}
     return {

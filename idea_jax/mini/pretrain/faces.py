@@ -104,15 +104,21 @@ def train_recogniser(run: Run, split: str, name: str, *, aligned: bool) -> dict:
     features = np.concatenate(
         [apply(params["net"], shown(row), jax.random.fold_in(key, i)) for i, row in enumerate(rows)]
     )
-    mean, std = features.mean(0), features.std(0) + 1e-3
-    last = params["net"]["last"]
-    last = {"kernel": last["kernel"] / std[None], "bias": (last["bias"] - mean) / std}
-    trained = params["net"] | {"last": last}
+    trained = whitened(params["net"], features)
     if aligned:
         networks.save(run.work / RECOGNISER, trained)
     whole = dataclasses.replace(net, halve=True)
     networks.write_onnx(run.folder / "face" / f"{name}.onnx", whole, trained, FACE_SIZE)
     return {"losses": losses, "losses of pairs": before}
+
+
+def whitened(params: dict, features: np.ndarray) -> dict:
+    """A network's parameters, its last layer changed so that the features given, float32[N, D],
+    would have had mean 0 and deviation 1."""
+    mean, std = features.mean(0), features.std(0) + 1e-3
+    last = params["last"]
+    last = {"kernel": last["kernel"] / std[None], "bias": (last["bias"] - mean) / std}
+    return params | {"last": last}
 
 
 def train_detector(run: Run) -> dict:
