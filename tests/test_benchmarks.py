@@ -23,6 +23,7 @@ from benchmarks import (
     identities,
     jobs,
     options,
+    plans,
     quality,
     report,
     settings,
@@ -118,7 +119,7 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     assert "makes 2 ms the floor" in report.markdown(result)
     result["sizes"] = {"pictures": 16, "steps": 50}
     result["flops"]["sampling"] = 2e12
-    drawings = command.sampling(["jax"], WORKLOADS["mini", "cpu"])
+    drawings = plans.sampling(["jax"], WORKLOADS["mini", "cpu"])
     result["times"] |= {what: measured(jax=[0, 4000])["a step"] for what in drawings}
     told = report.markdown(result)
     assert "A drawing of 16 needs 2000.0 GF" in told and "makes 1e+03 ms the floor" in told
@@ -140,7 +141,7 @@ def test_whole_jobs_are_reported_with_their_first_and_what_is_inside_without(tmp
 
 def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
     args = options.parse(["--device", "gpu", "--ablations", "bfloat16", "moments"])
-    (row,) = command.ablations(WORKLOADS["mini", "gpu"], args).values()
+    (row,) = plans.ablations(WORKLOADS["mini", "gpu"], args).values()
     assert list(row) == ["best", "calls", "moments", "flash", "bfloat16"]
     result = result_of(
         device="gpu",
@@ -343,9 +344,9 @@ def test_sizes_that_measure_nothing_are_refused(flags, told, monkeypatch, capsys
 
 def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
     steps = {"steps": 10, "batch": 8, "profile": "paper"}
-    assert command.milliseconds(2.0, "train_time", steps) == 200
-    assert command.milliseconds(2.0, "train_time", steps | {"people": 4}) == 50
-    assert command.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
+    assert plans.milliseconds(2.0, "train_time", steps) == 200
+    assert plans.milliseconds(2.0, "train_time", steps | {"people": 4}) == 50
+    assert plans.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
 
 
 def test_profile_counts_the_own_time_of_each_operation_once():
@@ -690,9 +691,9 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
 
     monkeypatch.setattr(theirs, "step", step_told)
     stacks = {"jax": Served(stack_jax, ours), "eager": Served(stack_torch, theirs)}
-    wanted, measurements = command.comparisons(stacks, workload), report.Measurements()
+    wanted, measurements = plans.comparisons(stacks, workload), report.Measurements()
     differences, failed = {}, {}
-    for part, plan_of in {"train": command.train_steps, "sampling": command.sampling}.items():
+    for part, plan_of in {"train": plans.train_steps, "sampling": plans.sampling}.items():
         plan = plan_of(stacks, workload)
         files = command.first_calls(stacks, wanted[part], plan, measurements, failed, None)
         command.compare(files, tmp_path, "cpu", differences, failed)

@@ -174,10 +174,8 @@ class Encoder(nn.Module):
         self.conv_in = conv3x3(widths[0], dtype)
         blocks = []
         for i, width in enumerate(widths):
-            sizes = (
-                (widths[max(i - 1, 0)], width),
-                *((width, width),) * (cfg.layers_per_block - 1),
-            )
+            same = ((width, width),) * (cfg.layers_per_block - 1)
+            sizes = ((widths[max(i - 1, 0)], width), *same)
             blocks.append(VAEBlock(sizes, groups, dtype, downsample=i < len(widths) - 1))
         self.down_blocks = blocks
         self.mid_block = VAEMidBlock(widths[-1], groups, dtype)
