@@ -136,7 +136,7 @@ def side_by_side(
     """Compares and times all stacks, and this project's kernels while they are there.
 
     Args:
-        write: writes the report as far as it is.
+      write: writes the report as far as it is.
 
     Raises: StackError if it is this project.
     """
@@ -284,7 +284,7 @@ def first_calls(
     long, else the single measurement.
 
     Args:
-        patience: seconds until each other stack is given up; None for never.
+      patience: seconds until each other stack is given up; None for never.
 
     Returns: the files with what is to be compared, by stack, call and profile.
 
@@ -347,8 +347,8 @@ def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[st
     """Adds the differences between every stack and this project to `found`.
 
     Args:
-        files: from `first_calls`.
-        failed: is told of stacks that differ by more than rounding explains.
+      files: from `first_calls`.
+      failed: is told of stacks that differ by more than rounding explains.
     """
     limits = TOLERANCES["float32" if device == "cpu" else "bfloat16"]
     start_of = dict(np.load(folder / "inputs.npz"))

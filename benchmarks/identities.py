@@ -32,8 +32,8 @@ def figures(compiled, times: list[float], needed: float, devices: int, people: i
     """What is reported of a compiled step of people.
 
     Args:
-        times: seconds of steps.
-        needed: FLOPs of a step.
+      times: seconds of steps.
+      needed: FLOPs of a step.
     """
     step, memory, text = min(times), compiled.memory_analysis(), compiled.as_text()
     return {
@@ -46,6 +46,30 @@ def figures(compiled, times: list[float], needed: float, devices: int, people: i
         "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
         "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
     }
+
+
+def somebody(model, method, optimizer) -> tuple:
+    """The state and the photos of a person of random numbers, on the host."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from idea_jax.method import condition
+    from idea_jax.training.step import Photos, init_state
+
+    rng = np.random.default_rng(0)
+    key, width, vocab = jax.random.key(0), model.text.hidden_size, model.text.vocab_size
+    start = rng.normal(size=(2, width)).astype(np.float32)
+    face = rng.normal(size=512)
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(model, method, key, start)
+    side, channels = model.unet.sample_size, model.unet.in_channels
+    moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
+    ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)
+    ids[:, 7:9] = [vocab, vocab + 1]
+    return jax.device_get(
+        (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
+    )
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -63,7 +87,7 @@ def measure(args: argparse.Namespace) -> None:
     from idea_jax.method import condition
     from idea_jax.models import flash, hub, sd
     from idea_jax.training.program import Program, draw_and_step, step_people
-    from idea_jax.training.step import Photos, init_state, make_optimizer
+    from idea_jax.training.step import make_optimizer
 
     dtype = COMPUTE_DTYPES[args.mixed_precision]
     attention = flash.resolve(args.attention, jax.local_devices()[0], dtype)
@@ -81,19 +105,8 @@ def measure(args: argparse.Namespace) -> None:
     devices = np.array(jax.devices()[:count]).reshape(groups, args.data)
     mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
-    rng = np.random.default_rng(0)
-    key, width, vocab = jax.random.key(0), model.text.hidden_size, model.text.vocab_size
-    start = rng.normal(size=(2, width)).astype(np.float32)
-    face = rng.normal(size=512)
-    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(model, method, key, start)
-    side, channels = model.unet.sample_size, model.unet.in_channels
-    moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
-    ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)
-    ids[:, 7:9] = [vocab, vocab + 1]
-    one = jax.device_get(
-        (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
-    )
+    one = somebody(model, method, optimizer)
+    key = jax.random.key(0)
     program = Program(model, method, optimizer, args.batch, mesh)
     needed = flops.needed(functools.partial(draw_and_step, program), frozen, *one, key)
     about = {

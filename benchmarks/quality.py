@@ -24,20 +24,15 @@ from idea_jax.pytrees import stream
 from idea_jax.runtime.files import atomic_write, check_writable
 from idea_jax.sampling import programs
 
+FAST = {"scheduler": "dpmpp_2m", "steps": 20}
 SETTINGS = {
     "DDIM, 50 steps": {"scheduler": "ddim", "steps": 50},
-    "DPM-Solver++, 20 steps": {"scheduler": "dpmpp_2m", "steps": 20},
-    "the same, guided between 0.1 and 1": {
-        "scheduler": "dpmpp_2m", "steps": 20, "interval": (0.1, 1.0),
-    },
-    "the same, guided between 0.2 and 0.9": {
-        "scheduler": "dpmpp_2m", "steps": 20, "interval": (0.2, 0.9),
-    },
-    "the same, guided between 0.3 and 0.8": {
-        "scheduler": "dpmpp_2m", "steps": 20, "interval": (0.3, 0.8),
-    },
+    "DPM-Solver++, 20 steps": FAST,
+    "the same, guided between 0.1 and 1": {**FAST, "interval": (0.1, 1.0)},
+    "the same, guided between 0.2 and 0.9": {**FAST, "interval": (0.2, 0.9)},
+    "the same, guided between 0.3 and 0.8": {**FAST, "interval": (0.3, 0.8)},
     "DPM-Solver++, 10 steps": {"scheduler": "dpmpp_2m", "steps": 10},
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,15 +30,15 @@ class Workload:
     """Sizes of what is timed.
 
     Attributes:
-        batch: samples per training step.
-        block: training steps in one measurement.
-        room: steps in one call of this project, what `--steps_per_call` is by default.
-        pictures: pictures in one measurement of the sampler; 1 is measured too where `single`.
-        steps: sampling steps, each with guidance.
-        repeats: measurements of each kind.
-        ablations: whether more than training and drawing is measured: several people in a step,
-            measures that are taken back one by one, kernels and convolutions. The gradient of a
-            full-size UNet does not fit the memory of a small machine.
+      batch: samples per training step.
+      block: training steps in one measurement.
+      room: steps in one call of this project, what `--steps_per_call` is by default.
+      pictures: pictures in one measurement of the sampler; 1 is measured too where `single`.
+      steps: sampling steps, each with guidance.
+      repeats: measurements of each kind.
+      ablations: whether more than training and drawing is measured: several people in a step,
+        measures that are taken back one by one, kernels and convolutions. The gradient of a
+        full-size UNet does not fit the memory of a small machine.
     """
 
     name: str

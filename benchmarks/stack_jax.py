@@ -38,10 +38,8 @@ from idea_jax.training.step import (
 )
 
 # What a stack is asked for.
-CALLS = (
-    *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
-    *("ceiling", "device", "convolutions", "flops", "memory", "release", "kernels"),
-)
+CALLS = "train_outputs sample_outputs train_time sample_time ablated_time ceiling device".split()
+CALLS += "convolutions flops memory release kernels".split()
 
 
 class Stack:
@@ -284,7 +282,8 @@ class Stack:
             frozen,
             (trainable,),
             (given,),
-            *(self.tokens(name) for name in ("prompt_ids", "negative_ids")),
+            self.tokens("prompt_ids"),
+            self.tokens("negative_ids"),
             jnp.float32(1),
         )
 

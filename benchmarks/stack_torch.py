@@ -48,10 +48,7 @@ from benchmarks.settings import (
 from idea_jax.data import images
 
 # What a stack is asked for; "published" draws no pictures.
-CALLS = (
-    *("train_outputs", "sample_outputs", "train_time", "sample_time"),
-    *("ceiling", "memory", "release"),
-)
+CALLS = "train_outputs sample_outputs train_time sample_time ceiling memory release".split()
 
 
 class Enhancer(nn.Module):
@@ -120,12 +117,12 @@ class Stack:
     """Networks and inputs of one of the three; public methods answer one request each.
 
     Args:
-        about: as `settings.read` returns it.
-        inputs: called with the text encoder, returns the arrays of `workloads.write`. Parts of the
-            person that it leaves out start at random, as in training.
-        kind: "published", "eager" or "compiled".
-        dtype: of the frozen networks.
-        mode: of `torch.compile`, for "compiled".
+      about: as `settings.read` returns it.
+      inputs: called with the text encoder, returns the arrays of `workloads.write`. Parts of the
+        person that it leaves out start at random, as in training.
+      kind: "published", "eager" or "compiled".
+      dtype: of the frozen networks.
+      mode: of `torch.compile`, for "compiled".
     """
 
     def __init__(

@@ -40,17 +40,17 @@ class Record:
     """What became of one person.
 
     Attributes:
-        person: their name, which is that of their folder.
-        status: one of `STATUSES`; after a crash it may still say running.
-        why: of somebody who failed: the reason; otherwise None.
-        attempts: times that their training was begun or resumed.
-        steps: that were asked for when they were done; early stopping may have taken fewer.
-        seconds: of all attempts but those that were killed, each from the photos to the result;
-            people who are trained together each have the whole time.
-        ended: when they were done or failed, in seconds since 1970; those who were trained
-            together have the same moment.
-        result: SHA-256 of the identity file.
-        settings: digest of the settings and weights that decide the numbers.
+      person: their name, which is that of their folder.
+      status: one of `STATUSES`; after a crash it may still say running.
+      why: of somebody who failed: the reason; otherwise None.
+      attempts: times that their training was begun or resumed.
+      steps: that were asked for when they were done; early stopping may have taken fewer.
+      seconds: of all attempts but those that were killed, each from the photos to the result;
+        people who are trained together each have the whole time.
+      ended: when they were done or failed, in seconds since 1970; those who were trained
+        together have the same moment.
+      result: SHA-256 of the identity file.
+      settings: digest of the settings and weights that decide the numbers.
     """
 
     person: str
@@ -82,7 +82,7 @@ def from_line(line: str) -> Record:
     """Inverse of `to_line`.
 
     Raises:
-        JobsError: it is no such line.
+      JobsError: it is no such line.
     """
     try:
         return Record(**json.loads(line))
@@ -100,8 +100,8 @@ def only_run(out: Path, process: int) -> Iterator[None]:
     """Keeps a second run out of a folder while the block runs; a killed process keeps out nobody.
 
     Raises:
-        JobsError: another run is using the folder.
-        WriteError: it cannot be written to.
+      JobsError: another run is using the folder.
+      WriteError: it cannot be written to.
     """
     lock = filelock.FileLock(out / f".lock-{process}")
     try:
@@ -126,10 +126,10 @@ class Board:
     there; `gone` has the names of those who are not done.
 
     Args:
-        out: the run's folder.
-        names: everybody of this run, in order.
-        own: those whose records this process writes.
-        is_first: this process writes `jobs.jsonl`.
+      out: the run's folder.
+      names: everybody of this run, in order.
+      own: those whose records this process writes.
+      is_first: this process writes `jobs.jsonl`.
     """
 
     def __init__(self, out: Path, names: Sequence[str], own: Sequence[str], *, is_first: bool):
@@ -161,12 +161,12 @@ class Board:
         """Refuses to go on with other settings than those of anybody who was begun.
 
         Args:
-            settings: digest of this run's.
-            before: digest of other settings that people may have been begun with.
+          settings: digest of this run's.
+          before: digest of other settings that people may have been begun with.
 
         Raises:
-            JobsError: somebody's settings or weights are others, or somebody of this run is done
-                with more steps.
+          JobsError: somebody's settings or weights are others, or somebody of this run is done
+            with more steps.
         """
         for name, record in self.records.items():
             if record.attempts and record.settings not in (None, settings, before):
@@ -193,7 +193,7 @@ class Board:
         """Changes the records of some people; `publish` tells the others.
 
         Raises:
-            WriteError: the disk is full, or the place cannot be written to.
+          WriteError: the disk is full, or the place cannot be written to.
         """
         for name in names:
             self.records[name] = dataclasses.replace(self.records[name], **changes)
@@ -230,7 +230,7 @@ def read(out: Path) -> list[Record]:
     """The newest records of the people of `OUT/jobs.jsonl`; a damaged line is skipped, and named.
 
     Raises:
-        JobsError: there is no such file.
+      JobsError: there is no such file.
     """
     path = Path(out) / MANIFEST
     try:

@@ -69,12 +69,21 @@ def run_prepare(cfg: PrepareConfig) -> list[Path]:
             prompts=cfg.celebrity_prompt or sources.PROMPTS,
         )
         source = sources.celebrities(
-            *(base, finder, names or known_names(found.folder), casting),
-            **{"side": side, "seed": cfg.seed},
+            base,
+            finder,
+            names or known_names(found.folder),
+            casting,
+            side=side,
+            seed=cfg.seed,
         )
     studio = Studio(
-        *(base, finder, side, cfg.crop, cfg.crop_margin),
-        **{"seed": cfg.seed, "shard_pictures": cfg.shard_pictures},
+        base,
+        finder,
+        side,
+        cfg.crop,
+        cfg.crop_margin,
+        seed=cfg.seed,
+        shard_pictures=cfg.shard_pictures,
     )
     index = prepare(source, cfg.prepare, studio)
     print(

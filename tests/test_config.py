@@ -2,13 +2,14 @@
 
 import pytest
 
-from idea_jax.config.reading import SCALED, build, parse, resolve, to_yaml
+from idea_jax.config.reading import build, parse, resolve, to_yaml
 from idea_jax.config.settings import (
     ENHANCER_DEFAULTS,
     PROFILE_DEFAULTS,
     ConfigError,
     SampleConfig,
     TrainConfig,
+    settings_of,
 )
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
@@ -220,7 +221,8 @@ def test_preset_gives_defaults_that_flags_override():
     assert parse(TrainConfig, [*fast, "--early_stopping", "5"]).early_stopping == 5
     slow, quick = (parse(TrainConfig, flags) for flags in (REQUIRED, fast))
     assert (slow.max_train_steps, quick.max_train_steps) == (320, 160)
-    rates = [name for name in SCALED["fast"] if name != "max_train_steps"]
+    scaled = (spec.name for spec in settings_of(TrainConfig) if spec.metadata["fast_times"])
+    rates = [name for name in scaled if name != "max_train_steps"]
     assert len(rates) == 4 and slow.kv_learning_rate == 1e-4
     for name in rates:
         assert getattr(quick, name) == 2 * getattr(slow, name)

@@ -23,6 +23,7 @@ from idea_jax.config.settings import (
     ConfigError,
     SampleConfig,
     TrainConfig,
+    settings_of,
 )
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,6 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
             log.warning("--%s is ignored: %s", name, why)
     path = flags.pop("config", None)
     return build(cls, read_yaml(path) if path else {}, flags, source=path)
-
-
-def settings_of(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass that are settings."""
-    return [spec for spec in dataclasses.fields(cls) if spec.metadata]
 
 
 def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
@@ -123,32 +119,6 @@ FOREIGN_FLAGS: dict[type, dict[str, str]] = {
 }
 
 
-# Settings that trade a little quality for time. Flags win over them, and so does a file that names
-# the preset itself. What each costs and gains: docs/performance.md.
-PRESETS: dict[type, dict[str, dict]] = {
-    TrainConfig: {"fast": {"early_stopping": 2}},
-    SampleConfig: {
-        "fast": {
-            "scheduler": "dpmpp_2m",
-            "num_inference_steps": 20,
-            "guidance_interval": (0.2, 0.9),
-        }
-    },
-}
-
-# What a preset of `TrainConfig` multiplies, of what the profile or the file gives: half the steps
-# need twice the rates. Whoever names the number of steps keeps the rates as well.
-SCALED = {
-    "fast": {
-        "max_train_steps": 0.5,
-        "learning_rate": 2,
-        "adapter_learning_rate": 2,
-        "enhancer_learning_rate": 2,
-        "kv_learning_rate": 2,
-    }
-}
-
-
 def build(cls: type, file_values: dict, flags: dict, *, source: str | None = None) -> object:
     """Merges the layers and returns the checked dataclass.
 
@@ -179,27 +149,43 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
         # Whoever wants no regulariser need not set the profile's weight to zero as well.
         unpulled = {"reg_weight": 0.0} if given.get("regulariser") == "none" else {}
         given = {**PROFILE_DEFAULTS[profile], **unpulled, **given}
-    preset, presets = given.get("preset"), PRESETS.get(cls, {})
+    preset = given.get("preset")
     if preset is not None:
+        presets = known["preset"].metadata["choices"]
         if preset not in presets:
             raise ConfigError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
         # It is as strong as the place where it stands: as a flag it wins over the file, unless the
         # file is of a run with the same preset, whose settings are made by it.
         wins = "preset" in flags and file_values.get("preset") != preset
         stronger = flags if wins else {**file_values, **flags}
-        chosen = {n: v for n, v in presets[preset].items() if n not in stronger}
-        if given.get("guidance_scale") == 1:  # then there is no guidance to confine
-            chosen.pop("guidance_interval", None)
+        chosen = of_preset(known, given, stronger)
         if cls is TrainConfig and "max_train_steps" not in stronger:
-            for name, factor in SCALED[preset].items():
-                value = given.get(name, known[name].default)
-                if name not in stronger and value is not None:
-                    chosen[name] = max(1, int(value * factor)) if factor < 1 else value * factor
             said = {name: value for name, value in said.items() if name != "max_train_steps"}
         given = {**given, **chosen}
     if cls is TrainConfig:
         given["unsaid"] = tuple(name for name in known if name not in said)
     return cls(**{name: list(v) if isinstance(v, tuple) else v for name, v in given.items()})
+
+
+def of_preset(known: dict[str, dataclasses.Field], given: dict, stronger: dict) -> dict:
+    """What --preset fast sets, which trades a little quality for time: docs/performance.md.
+
+    Half the steps need twice the rates; whoever names the number of steps keeps the rates as well.
+
+    Args:
+      given: all settings without the preset.
+      stronger: those that win over it.
+    """
+    marks = {name: spec.metadata["fast"] for name, spec in known.items()}
+    chosen = {n: v for n, v in marks.items() if v is not None and n not in stronger}
+    if given.get("guidance_scale") == 1:  # then there is no guidance to confine
+        chosen.pop("guidance_interval", None)
+    for name, spec in known.items():
+        factor, value = spec.metadata["fast_times"], given.get(name, spec.default)
+        if factor is None or value is None or not {name, "max_train_steps"}.isdisjoint(stronger):
+            continue
+        chosen[name] = max(1, int(value * factor)) if factor < 1 else value * factor
+    return chosen
 
 
 def resolve(cfg: TrainConfig, fixed: dict | None) -> TrainConfig:

@@ -7,6 +7,7 @@ default of a setting.
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +17,48 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, or does not fit the others."""
 
 
+# What a setting may be marked with, and what it is without the mark.
+MARKS = {
+    "profiles": (),  # those that have the part that it sets; a profile that would ignore it refuses
+    "face": False,  # whether it says how a face is found; settled where faces are precomputed
+    "free": False,  # whether it may differ between a run and its resumption: it touches no number
+    "fast": None,  # what --preset fast sets
+    "fast_times": None,  # what --preset fast multiplies it by, unless the number of steps is given
+}
+
+
 def setting(
-    default: object, text: str, *, aliases: Sequence[str] = (), choices=None, switch=None
-) -> object:
-    """A dataclass field with its help text, extra flag names and allowed values.
+    default: object,
+    text: str,
+    *,
+    aliases: Sequence[str] = (),
+    choices: Sequence | None = None,
+    switch: tuple | None = None,
+    **marks: object,
+) -> typing.Any:
+    """A dataclass field with its help text, extra flag names, allowed values and `MARKS`.
 
     A default of `...` makes the setting required. `switch` is the name of an on-off flag that means
     the same setting, with the values that on and off stand for.
     """
+    if unknown := marks.keys() - MARKS.keys():
+        raise TypeError(f"unknown marks: {', '.join(unknown)}")
     metadata = {"help": text, "aliases": tuple(aliases), "choices": choices, "switch": switch}
+    metadata |= MARKS | marks
     if default is ...:
         return field(metadata={**metadata, "required": True})
     return field(default=default, metadata=metadata)
+
+
+def settings_of(cls: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass that are settings."""
+    return [spec for spec in dataclasses.fields(cls) if spec.metadata]
+
+
+def held_on_resume(cfg: object) -> dict[str, object]:
+    """The settings that a resumed run must share with the run that it goes on with."""
+    held = (spec.name for spec in settings_of(type(cfg)) if not spec.metadata["free"])
+    return {name: getattr(cfg, name) for name in held}
 
 
 # Of both programs
@@ -142,34 +173,16 @@ NOT_WITH_ENHANCER = ("enhancer_learning_rate", "initialize_tokens", "celeb_path"
 
 # What happens between the first step and the last.
 ON_THE_WAY = (
-    *("validation_prompt", "validation_prompt_file", "save_steps", "checkpointing_steps"),
-    *("resume_from_checkpoint", "lr_warmup_steps"),
+    "validation_prompt",
+    "validation_prompt_file",
+    "save_steps",
+    "checkpointing_steps",
+    "resume_from_checkpoint",
+    "lr_warmup_steps",
 )
 
 
-# Settings of parts that only some profiles have; a profile that would ignore one refuses it.
-PROFILE_PARTS: dict[str, tuple[str, ...]] = {
-    "adapter_learning_rate": ("paper", "official"),
-    "beta": ("paper", "official"),
-    "enhancer_learning_rate": ("paper",),
-    "kv_learning_rate": ("paper",),
-    "kv_rank": ("paper",),
-    "drop_outliers": ("paper", "official"),
-    "celeb_path": ("paper", "official", "cross_init"),
-    "train_parts": ("paper",),
-    "enhanced_learning_rate": ("paper",),
-    "self_contained": ("paper",),
-}
-
-
-# Settings of how a face is found, which the profiles with a face embedding need, and --crop face;
-# with --face_embeddings, all but the last were settled when that file was written.
-FACE_PROFILES = ("paper", "official")
-
-FACE_SETTINGS = (
-    *("face_model", "face_model_dir", "accept_face_licence", "face_select", "face_provider"),
-    *("pre_aligned", "face_embeddings"),
-)
+FACE_PROFILES = ("paper", "official")  # those with a face embedding
 
 
 @dataclass(frozen=True)
@@ -179,19 +192,27 @@ class TrainConfig:
     pretrained_model_name_or_path: str = setting(
         ...,
         "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
+        free=True,
     )
     train_data_dir: str | None = setting(
-        None, "folder with one or more photos of one person, or with one such folder per person"
+        None,
+        "folder with one or more photos of one person, or with one such folder per person",
+        free=True,
     )
     output_dir: str | None = setting(
-        None, "folder that receives all results (default: idea- and the placeholder's name)"
+        None,
+        "folder that receives all results (default: idea- and the placeholder's name)",
+        free=True,
     )
-    overwrite: bool = setting(False, "replace another person in output_dir, once this one is done")
+    overwrite: bool = setting(
+        False, "replace another person in output_dir, once this one is done", free=True
+    )
     preset: str | None = setting(
         None,
         "half the steps at twice the rates, and fewer for whom fewer are enough; with a shared "
         f"ID-Enhancer none at all{PRESET}",
         choices=("fast",),
+        free=True,
     )
     profile: str = setting(
         "paper",
@@ -199,7 +220,7 @@ class TrainConfig:
         choices=tuple(PROFILE_DEFAULTS),
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
-    variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    variant: str | None = setting(None, "file variant of the weights, such as fp16", free=True)
     # The person
     placeholder_token: str = setting("<person>", "the word that stands for the person")
     n_pseudo_tokens: int = setting(
@@ -212,16 +233,23 @@ class TrainConfig:
         None,
         "file of names, one per line, for Cross Initialization (default: the checkpoint's own "
         "names.txt, or the shipped list)",
+        profiles=("paper", "official", "cross_init"),
+        free=True,
     )
     # Several people
     dataset: str | None = setting(
-        None, "data set to learn people from, instead of train_data_dir", choices=("celeb_a",)
+        None,
+        "data set to learn people from, instead of train_data_dir",
+        choices=("celeb_a",),
+        free=True,
     )
     dataset_dir: str | None = setting(
-        None, "folder in which tensorflow-datasets prepared the data set, as array_record"
+        None,
+        "folder in which tensorflow-datasets prepared the data set, as array_record",
+        free=True,
     )
     identities: str | None = setting(
-        None, "which people of a data set or folder, FROM:TO without TO (default: all)"
+        None, "which people of a data set or folder, FROM:TO without TO (default: all)", free=True
     )
     pictures_per_person: int | None = setting(
         None, "pictures of each person to train on, chosen by the seed; the rest is held out"
@@ -230,36 +258,45 @@ class TrainConfig:
         None,
         "people that are trained in one step, over all devices (default: one for each device on "
         "the mesh's identity axis)",
+        free=True,
     )
     mesh: str | None = setting(
         None,
         "devices along people and along the samples of each, such as identity=4,data=2 (default: "
         "all on identity for several people, else all on data)",
+        free=True,
     )
     shard_frozen: bool = setting(
-        False, "split the frozen weights over the mesh's data axis, for devices with little memory"
+        False,
+        "split the frozen weights over the mesh's data axis, for devices with little memory",
+        free=True,
     )
     distributed: bool = setting(
-        False, "one of several processes: docs/scale.md says how they are started"
+        False, "one of several processes: docs/scale.md says how they are started", free=True
     )
     # The face (profiles paper and official, and --crop face)
-    face_model_dir: str | None = setting(None, FACE["face_model_dir"])
-    face_model: str | None = setting(None, FACE["face_model"])
-    accept_face_licence: bool = setting(False, FACE["accept_face_licence"])
-    face_embeddings: str | None = setting(None, FACE["face_embeddings"])
-    face_select: str = setting("largest", FACE["face_select"])
-    face_provider: str = setting("cpu", FACE["face_provider"], choices=FACE_PROVIDERS)
-    pre_aligned: bool = setting(False, FACE["pre_aligned"])
-    drop_outliers: bool = setting(False, FACE["drop_outliers"])
+    face_model_dir: str | None = setting(None, FACE["face_model_dir"], free=True, face=True)
+    face_model: str | None = setting(None, FACE["face_model"], free=True, face=True)
+    accept_face_licence: bool = setting(False, FACE["accept_face_licence"], free=True, face=True)
+    face_embeddings: str | None = setting(None, FACE["face_embeddings"], free=True, face=True)
+    face_select: str = setting("largest", FACE["face_select"], face=True)
+    face_provider: str = setting(
+        "cpu", FACE["face_provider"], choices=FACE_PROVIDERS, free=True, face=True
+    )
+    pre_aligned: bool = setting(False, FACE["pre_aligned"], face=True)
+    drop_outliers: bool = setting(False, FACE["drop_outliers"], profiles=("paper", "official"))
     # A shared ID-Enhancer (profile paper)
-    enhancer: str = setting("auto", ENHANCER)
+    enhancer: str = setting("auto", ENHANCER, free=True)
     train_parts: str | None = setting(
         None,
         "with a shared ID-Enhancer, what is the person's own: tokens,enhanced, then kv and adapter "
         f"where wanted (default: {ENHANCER_DEFAULTS['train_parts']})",
+        profiles=("paper",),
     )
     self_contained: bool = setting(
-        False, "write identities that can be drawn without the file of the shared ID-Enhancer"
+        False,
+        "write identities that can be drawn without the file of the shared ID-Enhancer",
+        profiles=("paper",),
     )
     # Pictures
     resolution: int | None = setting(
@@ -286,19 +323,23 @@ class TrainConfig:
         choices=("exact", "truncated", "euclidean", "none"),
     )
     reg_weight: float | None = setting(None, "weight of the regulariser (default: by profile)")
-    beta: float = setting(0.4, "scale of the ID-Adapter's contribution")
+    beta: float = setting(
+        0.4, "scale of the ID-Adapter's contribution", profiles=("paper", "official")
+    )
     kv: str | None = setting(
         None,
         "how the UNet's cross-attention keys and values are trained (default: by profile)",
         choices=("low_rank", "full", "none"),
     )
-    kv_rank: int = setting(4, "rank of the low-rank K/V delta")
+    kv_rank: int = setting(4, "rank of the low-rank K/V delta", profiles=("paper",))
     # Optimisation
     max_train_steps: int = setting(
         320,
         f"steps; with a shared ID-Enhancer {ENHANCER_DEFAULTS['max_train_steps']} unless given, "
         "and 0 writes what it predicts",
         aliases=("max_train_step",),
+        free=True,
+        fast_times=0.5,
     )
     train_batch_size: int = setting(8, "samples per step")
     gradient_accumulation_steps: int = setting(
@@ -310,19 +351,29 @@ class TrainConfig:
         None,
         "steps in one call to the devices, during which nothing is looked at (default: 1 on a "
         "CPU, else 8)",
+        free=True,
     )
     early_stopping: int = setting(
         0,
         "end a training after N evaluations without a gain of 1% on fixed noise (0: never)",
+        fast=2,
     )
     evaluation_steps: int = setting(20, "steps from one such evaluation to the next")
-    learning_rate: float | None = setting(None, "rate of the pseudo tokens (default: by profile)")
-    adapter_learning_rate: float | None = setting(None, "rate of the ID-Adapter")
-    enhancer_learning_rate: float | None = setting(None, "rate of the person's own ID-Enhancer")
-    enhanced_learning_rate: float | None = setting(
-        None, "rate of what a shared ID-Enhancer says of the face"
+    learning_rate: float | None = setting(
+        None, "rate of the pseudo tokens (default: by profile)", fast_times=2
     )
-    kv_learning_rate: float | None = setting(None, "rate of the K/V delta")
+    adapter_learning_rate: float | None = setting(
+        None, "rate of the ID-Adapter", profiles=("paper", "official"), fast_times=2
+    )
+    enhancer_learning_rate: float | None = setting(
+        None, "rate of the person's own ID-Enhancer", profiles=("paper",), fast_times=2
+    )
+    enhanced_learning_rate: float | None = setting(
+        None, "rate of what a shared ID-Enhancer says of the face", profiles=("paper",)
+    )
+    kv_learning_rate: float | None = setting(
+        None, "rate of the K/V delta", profiles=("paper",), fast_times=2
+    )
     scale_lr: bool | None = setting(None, "multiply all rates by the batch size")
     lr_scheduler: str = setting(
         "constant",
@@ -338,43 +389,55 @@ class TrainConfig:
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
-    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
-    compile_cache: str | None = setting(None, COMPILE_CACHE)
+    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS, free=True)
+    compile_cache: str | None = setting(None, COMPILE_CACHE, free=True)
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way
     save_steps: int = setting(
-        0, "save the identity every N steps under its step (0: at the end only)"
+        0, "save the identity every N steps under its step (0: at the end only)", free=True
     )
     only_save_embeds: bool = setting(
-        False, "those saves on the way hold the token embeddings only, not the whole identity"
+        False,
+        "those saves on the way hold the token embeddings only, not the whole identity",
+        free=True,
     )
     validation_prompt: list[str] | None = setting(
-        None, "prompts with {} to draw on the way, as grids in output_dir/validation"
+        None, "prompts with {} to draw on the way, as grids in output_dir/validation", free=True
     )
     validation_prompt_file: str | None = setting(
-        None, "text file of such prompts, one per line; lines that begin with # are comments"
+        None,
+        "text file of such prompts, one per line; lines that begin with # are comments",
+        free=True,
     )
-    validation_steps: int = setting(100, "draw the validation prompts every N steps")
-    num_validation_images: int = setting(4, "pictures per validation prompt")
+    validation_steps: int = setting(100, "draw the validation prompts every N steps", free=True)
+    num_validation_images: int = setting(4, "pictures per validation prompt", free=True)
     checkpointing_steps: int = setting(
-        0, "write a checkpoint to resume from every N steps (0: none)"
+        0, "write a checkpoint to resume from every N steps (0: none)", free=True
     )
-    checkpoints_total_limit: int | None = setting(None, "keep only the newest N checkpoints")
-    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
-    report_to: str = setting("tensorboard", "log of the losses", choices=("tensorboard", "none"))
-    logging_dir: str = setting("logs", "folder of that log, inside output_dir")
+    checkpoints_total_limit: int | None = setting(
+        None, "keep only the newest N checkpoints", free=True
+    )
+    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder", free=True)
+    report_to: str = setting(
+        "tensorboard", "log of the losses", choices=("tensorboard", "none"), free=True
+    )
+    logging_dir: str = setting("logs", "folder of that log, inside output_dir", free=True)
     # The Hugging Face Hub
     push_to_hub: bool = setting(
-        False, "upload the person to a private repository of yours, with a card, at the end"
+        False,
+        "upload the person to a private repository of yours, with a card, at the end",
+        free=True,
     )
     hub_model_id: str | None = setting(
-        None, "that repository, NAME or OWNER/NAME (default: the name of output_dir)"
+        None, "that repository, NAME or OWNER/NAME (default: the name of output_dir)", free=True
     )
     hub_token: str | None = setting(
-        None, "token of the Hub (default: that of hf auth login); it is written nowhere"
+        None, "token of the Hub (default: that of hf auth login); it is written nowhere", free=True
     )
     publish_consent: bool = setting(
-        False, "the person on the photos agreed to being published, which --push_to_hub needs"
+        False,
+        "the person on the photos agreed to being published, which --push_to_hub needs",
+        free=True,
     )
     # No setting: names of those that neither a file nor a flag has given; see `resolve`.
     unsaid: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -423,10 +486,11 @@ class TrainConfig:
         self.check_regulariser()
         if self.initialize_tokens is not None and self.celeb_path is not None:
             raise ConfigError("give either --initialize_tokens or --celeb_path, not both")
-        for name, profiles in PROFILE_PARTS.items():
-            if getattr(self, name) != defaults[name] and self.profile not in profiles:
+        for spec in settings_of(type(self)):
+            profiles = spec.metadata["profiles"]
+            if profiles and given(self, spec) and self.profile not in profiles:
                 raise ConfigError(
-                    f"--{name} has no effect with profile {self.profile!r}; it belongs to "
+                    f"--{spec.name} has no effect with profile {self.profile!r}; it belongs to "
                     f"{' and '.join(profiles)}"
                 )
 
@@ -511,11 +575,10 @@ class TrainConfig:
 
     def check_face(self) -> None:
         """Raises unless the settings of the face fit together."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        given = [name for name in FACE_SETTINGS if getattr(self, name) != defaults[name]]
-        if given and self.profile not in FACE_PROFILES and self.crop != "face":
+        of_face = given_of_face(self)
+        if of_face and self.profile not in FACE_PROFILES and self.crop != "face":
             raise ConfigError(
-                f"--{given[0]} has no effect with profile {self.profile!r}; it belongs to "
+                f"--{of_face[0]} has no effect with profile {self.profile!r}; it belongs to "
                 f"{' and '.join(FACE_PROFILES)}, and to --crop face"
             )
         check_precomputed(self)
@@ -610,26 +673,27 @@ class SampleConfig:
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
     batch_size: int = setting(8, "pictures that are drawn in one call, on each device")
-    num_inference_steps: int = setting(50, "sampling steps")
+    num_inference_steps: int = setting(50, "sampling steps", fast=20)
     guidance_scale: float = setting(7.5, "classifier-free guidance; 1 turns it off")
     guidance_interval: list[float] | None = setting(
         None,
         "guide only between these two parts of the way, 0 (clean) to 1 (noise): steps outside cost "
         "half (default: everywhere)",
+        fast=(0.2, 0.9),
     )
-    scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"))
+    scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"), fast="dpmpp_2m")
     eta: float = setting(0.0, "share of fresh noise in DDIM, 0 to 1")
     id_strength: float = setting(
         1.0, "scales the ID-Adapter's and the K/V delta's effect; 0 leaves the tokens alone"
     )
     # The face on --photo
-    face_model_dir: str | None = setting(None, FACE["face_model_dir"])
-    face_model: str | None = setting(None, FACE["face_model"])
-    accept_face_licence: bool = setting(False, FACE["accept_face_licence"])
-    face_embeddings: str | None = setting(None, FACE["face_embeddings"])
-    face_select: str = setting("largest", FACE["face_select"])
-    face_provider: str = setting("cpu", FACE["face_provider"], choices=FACE_PROVIDERS)
-    pre_aligned: bool = setting(False, FACE["pre_aligned"])
+    face_model_dir: str | None = setting(None, FACE["face_model_dir"], face=True)
+    face_model: str | None = setting(None, FACE["face_model"], face=True)
+    accept_face_licence: bool = setting(False, FACE["accept_face_licence"], face=True)
+    face_embeddings: str | None = setting(None, FACE["face_embeddings"], face=True)
+    face_select: str = setting("largest", FACE["face_select"], face=True)
+    face_provider: str = setting("cpu", FACE["face_provider"], choices=FACE_PROVIDERS, face=True)
+    pre_aligned: bool = setting(False, FACE["pre_aligned"], face=True)
     drop_outliers: bool = setting(False, FACE["drop_outliers"])
     # The pictures
     height: int | None = setting(None, "pixels (default: the checkpoint's own size)")
@@ -647,8 +711,8 @@ class SampleConfig:
         not_negative(self, "guidance_scale", "id_strength", "eta", "clip_skip")
         check_seed(self.seed)
         check_compile_cache(self.compile_cache)
-        given = [self.identity, self.learned_embedding_path, self.photo]
-        if sum(source is not None for source in given) != 1:
+        sources = [self.identity, self.learned_embedding_path, self.photo]
+        if sum(source is not None for source in sources) != 1:
             raise ConfigError(
                 "give exactly one of --identity, --learned_embedding_path and --photo"
             )
@@ -681,11 +745,9 @@ class SampleConfig:
 
     def check_face(self) -> None:
         """Raises unless the settings of the face fit --photo, and each other."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        names = (*FACE_SETTINGS, "drop_outliers")
-        given = [name for name in names if getattr(self, name) != defaults[name]]
-        if given and self.photo is None:
-            raise ConfigError(f"--{given[0]} has no effect without --photo")
+        of_face = given_of_face(self) + ["drop_outliers"] * self.drop_outliers
+        if of_face and self.photo is None:
+            raise ConfigError(f"--{of_face[0]} has no effect without --photo")
         check_precomputed(self)
         check_finding(self)
         if self.photo is not None and self.enhancer == "none":
@@ -709,13 +771,23 @@ def check_without_enhancer(cfg: TrainConfig) -> None:
         )
 
 
+def given(cfg: object, spec: dataclasses.Field) -> bool:
+    """Whether a setting is another one than by default."""
+    return getattr(cfg, spec.name) != spec.default
+
+
+def given_of_face(cfg: object) -> list[str]:
+    """The settings of how a face is found that are others than by default."""
+    specs = settings_of(type(cfg))
+    return [spec.name for spec in specs if spec.metadata["face"] and given(cfg, spec)]
+
+
 def check_precomputed(settings: TrainConfig | SampleConfig) -> None:
     """Raises if faces are precomputed, and something is said of how they are to be found."""
     if settings.face_embeddings is None:
         return
-    defaults = {f.name: f.default for f in dataclasses.fields(settings)}
-    for name in FACE_SETTINGS:
-        if name != "face_embeddings" and getattr(settings, name) != defaults[name]:
+    for name in given_of_face(settings):
+        if name != "face_embeddings":
             raise ConfigError(
                 f"--{name} has no effect with --face_embeddings: how faces are found was "
                 "settled when that file was written"

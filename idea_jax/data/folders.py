@@ -25,7 +25,7 @@ def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]
     found out by `read_image`.
 
     Raises:
-        ImageError: `folder` is missing, no folder, unreadable or without pictures.
+      ImageError: `folder` is missing, no folder, unreadable or without pictures.
     """
     images, skipped = _scan(Path(folder))
     if not images:
@@ -37,7 +37,7 @@ def has_only_folders(folder: str | Path) -> bool:
     """Whether a folder has no picture itself, but sub-folders that are not hidden.
 
     Raises:
-        ImageError: `folder` is missing, no folder or unreadable.
+      ImageError: `folder` is missing, no folder or unreadable.
     """
     images, skipped = _scan(Path(folder))
     return not images and any(reason == "sub-folder" for _, reason in skipped)
@@ -54,7 +54,7 @@ def list_people(
     which archives and tools leave behind.
 
     Raises:
-        ImageError: `root` is missing, no folder or unreadable, or no sub-folder has a picture.
+      ImageError: `root` is missing, no folder or unreadable, or no sub-folder has a picture.
     """
     _, people, skipped = _scan_tree(Path(root))
     errors = [found for found in people.values() if isinstance(found, ImageError)]
@@ -67,7 +67,7 @@ def list_tree(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     """Returns the pictures directly in `root`, then those in its sub-folders; and what was skipped.
 
     Raises:
-        ImageError: as `list_people`, but pictures directly in `root` suffice.
+      ImageError: as `list_people`, but pictures directly in `root` suffice.
     """
     images, people, skipped = _scan_tree(Path(root))
     for name, found in people.items():

@@ -89,7 +89,7 @@ def readable(pictures: Sequence[PictureFile]) -> list[PictureFile]:
     """Returns the pictures that can be read; the others are reported.
 
     Raises:
-        ImageError: none can; what is wrong with the first.
+      ImageError: none can; what is wrong with the first.
     """
     good, errors = [], []
     for picture in pictures:
@@ -128,8 +128,8 @@ def read_image(path: str | Path) -> Image.Image:
     taken.
 
     Raises:
-        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP/AVIF/HEIC, larger than
-            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side; or what decodes it is not installed.
+      ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP/AVIF/HEIC, larger than
+        `MAX_PIXELS` or smaller than `MIN_SIDE` on a side; or what decodes it is not installed.
     """
     path = Path(path)
     try:
@@ -166,7 +166,7 @@ def _formats_of(path: Path) -> tuple[str, ...]:
     """The formats that a file may have, by Pillow's names; told by its content, not by its suffix.
 
     Raises:
-        ImageError: what decodes it is not installed.
+      ImageError: what decodes it is not installed.
     """
     with open(path, "rb") as file:
         head = file.read(64)
@@ -244,7 +244,7 @@ def _conversion(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, bool]:
     """What converts a profile's colours to sRGB, and whether it leaves all as they are.
 
     Raises:
-        PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
+      PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
     """
     opened = ImageCms.getOpenProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space.strip()
@@ -315,8 +315,8 @@ def crop_turned(
     """Returns a turned square of a picture, upright: [side, side] pixels.
 
     Args:
-        centre: in pixels from the upper left corner.
-        angle: of its upper edge in the picture, radians, clockwise.
+      centre: in pixels from the upper left corner.
+      angle: of its upper edge in the picture, radians, clockwise.
     """
     cos, sin = math.cos(angle), math.sin(angle)
     x = centre[0] - side / 2 * (cos - sin)
@@ -337,7 +337,7 @@ def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray
     `value / 127.5 - 1` in float64, rounded once).
 
     Raises:
-        ImageError: `image` is not 8-bit RGB.
+      ImageError: `image` is not 8-bit RGB.
     """
     if image.mode != "RGB":
         raise ImageError(f"expected an RGB picture, got mode {image.mode}; use read_image")
@@ -353,7 +353,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     Inverse of the scaling in `to_pixels` for each of the 256 values.
 
     Raises:
-        ImageError: some value is not finite.
+      ImageError: some value is not finite.
     """
     images = np.asarray(images, np.float32)
     if not np.isfinite(images).all():

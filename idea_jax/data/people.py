@@ -34,8 +34,8 @@ class StoredPicture:
     """A picture of a prepared data set; has what `images.PictureFile` has.
 
     Attributes:
-        source: the data set, its pictures not decoded.
-        index: of the picture in it.
+      source: the data set, its pictures not decoded.
+      index: of the picture in it.
     """
 
     source: Sequence[Mapping]
@@ -50,7 +50,7 @@ class StoredPicture:
         """The picture, 8-bit RGB.
 
         Raises:
-            ImageError: the data set is damaged.
+          ImageError: the data set is damaged.
         """
         try:
             with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
@@ -82,7 +82,7 @@ class NoPictures:
         """There is nothing to read.
 
         Raises:
-            ImageError: always.
+          ImageError: always.
         """
         raise self.error
 
@@ -106,7 +106,7 @@ def from_folders(root: str | Path) -> dict[str, list[images.PictureFile | NoPict
     out is reported.
 
     Raises:
-        ImageError: as `folders.list_people`.
+      ImageError: as `folders.list_people`.
     """
     people, skipped = folders.list_people(root)
     folders.report_skipped(skipped)
@@ -124,11 +124,11 @@ def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
     All of its splits are taken together: they keep people apart, not pictures.
 
     Args:
-        data_dir: the `data_dir` that tensorflow-datasets prepared it in; it holds `celeb_a/`.
+      data_dir: the `data_dir` that tensorflow-datasets prepared it in; it holds `celeb_a/`.
 
     Raises:
-        PeopleError: a package is missing, or the set is not prepared, damaged, or not in a format
-            that is read without TensorFlow.
+      PeopleError: a package is missing, or the set is not prepared, damaged, or not in a format
+        that is read without TensorFlow.
     """
     people: dict[str, list[StoredPicture]] = {}
     try:
@@ -165,7 +165,7 @@ def places(identities: str | None) -> slice:
     """Returns the range that `choose` is given.
 
     Raises:
-        PeopleError: it is none.
+      PeopleError: it is none.
     """
     match = re.fullmatch(r"(\d*)(:?)(\d*)", ":" if identities is None else identities)
     if not match or not (match[1] or match[2]):
@@ -178,10 +178,10 @@ def choose(people: Mapping[str, list], identities: str | None) -> dict[str, list
     """Returns the people whose places, in the order of names, are in a range.
 
     Args:
-        identities: `FROM:TO` without TO, as in Python, either may be left out; or one place.
+      identities: `FROM:TO` without TO, as in Python, either may be left out; or one place.
 
     Raises:
-        PeopleError: it is no range, or holds nobody.
+      PeopleError: it is no range, or holds nobody.
     """
     names = list(people)[places(identities)]
     if not names:
@@ -196,7 +196,7 @@ def split(name: str, pictures: Sequence, count: int | None, seed: int) -> Person
     there. None takes all pictures to train on.
 
     Raises:
-        PeopleError: the person has fewer pictures.
+      PeopleError: the person has fewer pictures.
     """
     if count is None:
         return Person(name, tuple(pictures))

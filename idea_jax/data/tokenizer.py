@@ -185,7 +185,7 @@ def check_unknown(folder: Path, placeholder: Placeholder) -> None:
     It reads the file of words alone: making the tokenizer takes seconds, most of them to import it.
 
     Args:
-        folder: as of `load_tokenizer`.
+      folder: as of `load_tokenizer`.
 
     Raises: TextError, if it is one, or there are no words to be read.
     """
@@ -226,9 +226,9 @@ def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:
     """Reads the `tokenizer/` folder of a checkpoint and checks that it fits the text encoder.
 
     Args:
-        folder: with vocab.json and merges.txt, or with tokenizer.json alone (as transformers 5
-            saves it), and the config files that name the special tokens.
-        vocab_size, length: rows of the text encoder's token and position tables.
+      folder: with vocab.json and merges.txt, or with tokenizer.json alone (as transformers 5
+        saves it), and the config files that name the special tokens.
+      vocab_size, length: rows of the text encoder's token and position tables.
 
     Raises: TextError, if anything is missing, unreadable or does not fit.
     """

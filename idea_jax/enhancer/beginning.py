@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ import optax
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
+from idea_jax.config.settings import held_on_resume
 from idea_jax.data import text
 from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import likeness, ridge, samples
@@ -34,18 +35,6 @@ from idea_jax.training.results import Base
 from idea_jax.training.resume import Checkpoints
 
 log = logging.getLogger(__name__)
-
-# Settings that may differ between a run and its resumption: they do not touch the numbers.
-FREE_ON_RESUME = frozenset(
-    {
-        *("pretrained_model_name_or_path", "variant", "output_dir", "data", "celeb_path"),
-        *("shard_frozen", "distributed", "attention", "compile_cache"),
-        *("validation_steps", "validation_prompt", "num_validation_images"),
-        *("validation_guidance", "face_model", "face_model_dir", "save_dtype"),
-        *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
-        *("report_to", "logging_dir"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -141,7 +130,8 @@ def hold_out(cfg: EnhancerTrainConfig, folders: list[Folder]):
         log.warning(
             "%d people are held out instead of --validation_people %d: a quarter of all at most, "
             "and only who has two pictures",
-            *(len(sitters), count),
+            len(sitters),
+            count,
         )
     for folder, people in zip(folders, left, strict=True):
         if not len(people):
@@ -181,7 +171,7 @@ def beginning(
     model, frozen, special = base.model, base.frozen, base.tokenizer
     N, D = special.placeholder.n, model.text.hidden_size
     config = shared.EnhancerConfig(
-        *(cfg.kind, D, N, cfg.width, cfg.kv_rank, cfg.beta), skip=cfg.start == "ridge"
+        cfg.kind, D, N, cfg.width, cfg.kv_rank, cfg.beta, skip=cfg.start == "ridge"
     )
     ids = name_token_ids(special, names, N)
     whole = ids[(ids >= 0).all(axis=1)]
@@ -207,7 +197,9 @@ def beginning(
     fitted = ridge.fit(*flat(*ridge.examples(folders, people, model, frozen)), cfg.seed)
     log.info(
         "ridge regression on %d names: lambda %.3g, R2 %.3f on names that it was not fitted on",
-        *(fitted.names, fitted.strength, fitted.r2),
+        fitted.names,
+        fitted.strength,
+        fitted.r2,
     )
     return config, jax.device_get(ridge.into(tree, fitted)), fitted
 
@@ -243,7 +235,9 @@ def about_of(
     }
     if fitted is not None:
         about["ridge"] = {
-            **{"names": fitted.names, "strength": fitted.strength, "r2": round(fitted.r2, 4)}
+            "names": fitted.names,
+            "strength": fitted.strength,
+            "r2": round(fitted.r2, 4),
         }
     return about
 
@@ -252,8 +246,11 @@ def optimizer_of(cfg: EnhancerTrainConfig) -> optax.GradientTransformation:
     """The optimiser that a config asks for."""
     return make_optimizer(
         cfg.learning_rate,
-        **{"warmup": cfg.warmup_steps, "steps": max(cfg.max_train_steps, 1)},
-        **{"clip": cfg.max_grad_norm, "beta2": cfg.adam_beta2, "epsilon": cfg.adam_epsilon},
+        warmup=cfg.warmup_steps,
+        steps=max(cfg.max_train_steps, 1),
+        clip=cfg.max_grad_norm,
+        beta2=cfg.adam_beta2,
+        epsilon=cfg.adam_epsilon,
     )
 
 
@@ -265,9 +262,8 @@ def fingerprint_of(cfg: EnhancerTrainConfig, work: Work, names: list[str]) -> di
     ]
     shares = [weight for _, weight in samples.read_weights(cfg.data)]
     inputs = json.dumps([folders, shares, names], sort_keys=True)
-    settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
     return {
-        **settings,
+        **held_on_resume(cfg),
         "validates": cfg.validation_steps > 0,  # else nobody is held out
         "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
         "base_weights": work.about["base_weights"],

@@ -151,8 +151,12 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     state = resume(cfg, kept, state)
     log.info(
         "%d people and %d pictures; %s trained values; %d steps of %d samples on %d devices",
-        *(work.about["people"], work.about["pictures"], f"{count(state.trained):,}"),
-        *(cfg.max_train_steps, cfg.train_batch_size, mesh.size),
+        work.about["people"],
+        work.about["pictures"],
+        f"{count(state.trained):,}",
+        cfg.max_train_steps,
+        cfg.train_batch_size,
+        mesh.size,
     )
     return loop(work, drawing.put(state, mesh), kept, out, started)
 

@@ -35,7 +35,9 @@ class Journal:
         if cfg.report_to == "tensorboard" and work.first:
             self.log = tensorboard.Log(out / cfg.logging_dir)
         self.bar = tqdm(
-            **{"total": cfg.max_train_steps, "initial": taken, "unit": "step"},
+            total=cfg.max_train_steps,
+            initial=taken,
+            unit="step",
             disable=None if work.first else True,
         )
 

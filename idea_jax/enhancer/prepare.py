@@ -144,8 +144,11 @@ def describe(source: Source, studio: Studio) -> Index:
         licence=source.licence,
         facts=source.facts,
         settings={
-            **{"crop": studio.crop, "crop_margin": studio.crop_margin, "side": studio.side},
-            **{"seed": studio.seed, "shard_pictures": studio.shard_pictures},
+            "crop": studio.crop,
+            "crop_margin": studio.crop_margin,
+            "side": studio.side,
+            "seed": studio.seed,
+            "shard_pictures": studio.shard_pictures,
         },
         num_tokens=placeholder.n,
         vocab_size=model.text.vocab_size,

@@ -360,8 +360,8 @@ def read_faces(folder: Path, index: Index) -> Faces:
                 arrays: Mapping = load_file(path)
             except SafetensorError as error:
                 raise ShardsError(str(error)) from error
-            kinds = {name: np.int32 if name in ("person", "name_ids") else np.float32
-                     for name in shapes}  # fmt: skip
+            numbers = ("person", "name_ids")
+            kinds = {name: np.int32 if name in numbers else np.float32 for name in shapes}
             for name, shape in shapes.items():
                 value = arrays.get(name)
                 if value is None or value.shape != (shard.pictures, *shape):

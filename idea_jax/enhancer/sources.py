@@ -280,8 +280,11 @@ def celebrities(
 
     digest = hashlib.sha256(json.dumps([list(names), list(casting.prompts)]).encode()).hexdigest()
     facts = {
-        **{"names_and_prompts": digest, "seed": seed, "pictures": casting.pictures},
-        **{"steps": casting.steps, "guidance_scale": casting.guidance_scale},
+        "names_and_prompts": digest,
+        "seed": seed,
+        "pictures": casting.pictures,
+        "steps": casting.steps,
+        "guidance_scale": casting.guidance_scale,
         "likeness": casting.likeness,
     }
     return Source("celebrities", DRAWN_LICENCE, len(names), everybody, facts)

@@ -13,7 +13,7 @@ def alignment(points: np.ndarray) -> np.ndarray:
     """Returns the similarity float64[2, 3] that brings five points [5, 2] to ArcFace's template.
 
     Raises:
-        FaceError: the points are not finite, coincide, or do not lie as on a face.
+      FaceError: the points are not finite, coincide, or do not lie as on a face.
     """
     from insightface.utils import face_align
 
@@ -40,7 +40,7 @@ def align(image: Image.Image, points: np.ndarray) -> np.ndarray:
     """Returns the aligned crop uint8[112, 112, 3] of an RGB picture, black beyond its edge.
 
     Raises:
-        FaceError: as `alignment`.
+      FaceError: as `alignment`.
     """
     from insightface.utils import face_align
 
@@ -83,12 +83,12 @@ def face_crop(image: Image.Image, *, pre_aligned: bool) -> np.ndarray:
     """Returns the RGB crop uint8[112, 112, 3] that the recogniser takes.
 
     Args:
-        image: 8-bit RGB.
-        pre_aligned: `image` is an aligned 112x112 crop already and is used as it is. Otherwise its
-            central square is scaled, without looking for a face.
+      image: 8-bit RGB.
+      pre_aligned: `image` is an aligned 112x112 crop already and is used as it is. Otherwise its
+        central square is scaled, without looking for a face.
 
     Raises:
-        FaceError: `image` is not RGB, or `pre_aligned` and not 112x112.
+      FaceError: `image` is not RGB, or `pre_aligned` and not 112x112.
     """
     if image.mode != "RGB":
         raise FaceError(f"expected an RGB picture, got mode {image.mode}")

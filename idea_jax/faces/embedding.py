@@ -21,8 +21,8 @@ def embed_faces(recogniser: Recogniser, crops: Sequence[np.ndarray]) -> np.ndarr
     """Returns float32[P, 512] of unit norm for P crops uint8[112, 112, 3] in RGB.
 
     Raises:
-        FaceError: there is no crop, one has another shape or dtype, the model cannot process it, or
-            its embedding is not finite or zero.
+      FaceError: there is no crop, one has another shape or dtype, the model cannot process it, or
+        its embedding is not finite or zero.
     """
     if len(crops) == 0:
         raise FaceError("expected at least one face crop, got none")
@@ -51,7 +51,7 @@ def mean_embedding(embeds: np.ndarray) -> np.ndarray:
     """Returns float32[512] of unit norm: the normalised mean of unit embeddings float32[P, 512].
 
     Raises:
-        FaceError: wrong shape, a value that is not finite, or embeddings that cancel out.
+      FaceError: wrong shape, a value that is not finite, or embeddings that cancel out.
     """
     embeds = np.asarray(embeds, np.float32)
     if embeds.ndim != 2 or embeds.shape[0] == 0:
@@ -66,7 +66,7 @@ def unlike(embeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Of fewer than three photos nobody can tell.
 
     Args:
-        embeds: float32[P, 512] of unit norm.
+      embeds: float32[P, 512] of unit norm.
     """
     similarities = np.asarray(embeds, np.float64) @ mean_embedding(embeds).astype(np.float64)
     median = np.median(similarities)

@@ -78,13 +78,13 @@ def detect(
     """Returns the faces that the detector sees on an RGB picture, from left to right.
 
     Args:
-        size: side of the detector's input in pixels; ignored by a model of one fixed size.
-        threshold: least score.
-        border: width of a grey border that is put around the picture, as a share of its longer
-            side.
+      size: side of the detector's input in pixels; ignored by a model of one fixed size.
+      threshold: least score.
+      border: width of a grey border that is put around the picture, as a share of its longer
+        side.
 
     Raises:
-        FaceError: the detector cannot process the picture: too thin, or no SCRFD at all.
+      FaceError: the detector cannot process the picture: too thin, or no SCRFD at all.
     """
     width, height = image.size
     # insightface shrinks with OpenCV's bilinear filter, which skips pixels of large photos. With a
@@ -137,8 +137,8 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
     """Returns the faces on a picture, from left to right, trying harder until there is one.
 
     Raises:
-        FaceError: there is none, and the message has the picture's `name`; or the detector cannot
-            process it in any way.
+      FaceError: there is none, and the message has the picture's `name`; or the detector cannot
+        process it in any way.
     """
     failures, ways = [], attempts(detector)
     for size, threshold, border in ways:
@@ -152,7 +152,10 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
                 log.info(
                     "%s: a face was found only with detection size %d, threshold %g, border %g; "
                     "see whether it is the right one",
-                    *(name, size, threshold, border),
+                    name,
+                    size,
+                    threshold,
+                    border,
                 )
             return found
     if len(failures) == len(ways):
@@ -169,11 +172,11 @@ def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name
     """Returns the face that `select` means: one of `face_models.SELECT`, or a number from the left.
 
     Args:
-        found: at least one, from left to right, as `find_faces` returns them.
-        image_size: width and height of the picture.
+      found: at least one, from left to right, as `find_faces` returns them.
+      image_size: width and height of the picture.
 
     Raises:
-        FaceError: there is no face of that number.
+      FaceError: there is no face of that number.
     """
     boxes = np.stack([face.box for face in found]).astype(np.float64)
     if select == "largest":
@@ -193,7 +196,10 @@ def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name
     if len(found) > 1:
         log.info(
             "%s: %d faces; taken is number %d from the left (--face_select %s)",
-            *(name, len(found), index, select),
+            name,
+            len(found),
+            index,
+            select,
         )
     return found[index]
 
@@ -205,14 +211,14 @@ def look_again(detector: Detector, image: Image.Image, face: Face) -> Face:
     crop by such points as somebody else. How much it is: `python -m idea_jax.mini.looks`.
 
     Args:
-        image: RGB, the picture that `face` was found on.
+      image: RGB, the picture that `face` was found on.
 
     Returns:
-        The face in pixels of the picture, its box that of the oval in the box of the second look;
-        `face` itself where that look finds none, or none that could be the same.
+      The face in pixels of the picture, its box that of the oval in the box of the second look;
+      `face` itself where that look finds none, or none that could be the same.
 
     Raises:
-        FaceError: as `alignment`, of the points that were given.
+      FaceError: as `alignment`, of the points that were given.
     """
     matrix = alignment(face.points)
     side = max(detector.model.static_input_size or (DET_SIZE,))
@@ -281,10 +287,10 @@ class Finder:
     """Looks at pictures.
 
     Attributes:
-        recogniser: None if only the place of the face is wanted.
-        detector: None to take the central square, or with `pre_aligned` the whole, for the face.
-        select: which of several faces is meant.
-        pre_aligned: the pictures are aligned crops of 112 x 112 pixels.
+      recogniser: None if only the place of the face is wanted.
+      detector: None to take the central square, or with `pre_aligned` the whole, for the face.
+      select: which of several faces is meant.
+      pre_aligned: the pictures are aligned crops of 112 x 112 pixels.
     """
 
     recogniser: Recogniser | None
@@ -306,8 +312,8 @@ class Finder:
         """Returns what is known of the face on one picture.
 
         Raises:
-            ImageError: the picture cannot be read.
-            FaceError: it has no usable face; the message names the picture.
+          ImageError: the picture cannot be read.
+          FaceError: it has no usable face; the message names the picture.
         """
         return self.look_at(picture.read(), picture)
 
@@ -315,7 +321,7 @@ class Finder:
         """Returns what is known of the face on an RGB picture.
 
         Raises:
-            FaceError: it has no usable face; the message has the picture's `name`.
+          FaceError: it has no usable face; the message has the picture's `name`.
         """
         try:
             box, points, score, crop = self._crop(image, name)
@@ -361,14 +367,14 @@ def open_finder(
     """Loads a recogniser and the detector beside it.
 
     Args:
-        face_model: the recogniser's file.
-        embeds: whether embeddings are wanted; otherwise only the detector is loaded.
-        needs_detector: otherwise, where there is no detector, the central square of a picture is
-            taken for the face, with a warning. Aligned crops need none at all. A detector that is
-            there but damaged is an error all the same.
+      face_model: the recogniser's file.
+      embeds: whether embeddings are wanted; otherwise only the detector is loaded.
+      needs_detector: otherwise, where there is no detector, the central square of a picture is
+        taken for the face, with a warning. Aligned crops need none at all. A detector that is
+        there but damaged is an error all the same.
 
     Raises:
-        FaceError: a model is missing, or one of them cannot be used.
+      FaceError: a model is missing, or one of them cannot be used.
     """
     check_select(select)
     log.info("face model: %s (%s)", face_model.name, face_model.parent.name)
@@ -393,7 +399,7 @@ def detector_beside(face_model: Path, *, needed: bool = True) -> Path | None:
     """Returns the detector that lies beside a recogniser; None if there is none.
 
     Raises:
-        FaceError: there is none, but it is needed; or a file that could be it is damaged.
+      FaceError: there is none, but it is needed; or a file that could be it is damaged.
     """
     try:
         return packs.find_in_pack(face_model.parent, "detection")

@@ -49,10 +49,10 @@ class Recogniser:
     """A loaded face recognition model.
 
     Attributes:
-        model: insightface's `ArcFaceONNX`.
-        path: the file it came from.
-        sha256: hex digest of that file; embeddings of different models cannot be compared.
-        provider: the onnxruntime provider that is really in use.
+      model: insightface's `ArcFaceONNX`.
+      path: the file it came from.
+      sha256: hex digest of that file; embeddings of different models cannot be compared.
+      provider: the onnxruntime provider that is really in use.
     """
 
     model: object
@@ -112,12 +112,12 @@ def load_recogniser(model_file: str | Path, provider: str = "cpu") -> Recogniser
     any file that the model names; where its SHA-256 is known, that is compared as well.
 
     Args:
-        provider: "cpu" or "cuda".
+      provider: "cpu" or "cuda".
 
     Raises:
-        FaceError: the file is missing, damaged, refers to other files, has another SHA-256 than is
-            known of it, or has other inputs or outputs; the provider is not to be had; or
-            insightface is not installed.
+      FaceError: the file is missing, damaged, refers to other files, has another SHA-256 than is
+        known of it, or has other inputs or outputs; the provider is not to be had; or
+        insightface is not installed.
     """
     path = Path(model_file)
     model, digest = _open(path, provider, "recognition")

@@ -50,7 +50,7 @@ def find_recogniser(
     pack which insightface then downloads. The detector that belongs to it lies in the same folder.
 
     Raises:
-        FaceError: there is none, the pack is unusable, or the download fails.
+      FaceError: there is none, the pack is unusable, or the download fails.
     """
     if face_model is not None:
         return Path(os.path.expanduser(face_model))
@@ -94,10 +94,10 @@ def find_in_pack(folder: Path, task: str) -> Path:
     like such a model.
 
     Raises:
-        NotInPack: the folder is empty or nested, or it has no such file; the message lists what was
-            found.
-        FaceError: the folder is missing or unreadable, its manifest is damaged, or a file that
-            could be the one is.
+      NotInPack: the folder is empty or nested, or it has no such file; the message lists what was
+        found.
+      FaceError: the folder is missing or unreadable, its manifest is damaged, or a file that
+        could be the one is.
     """
     if not folder.exists():
         raise FaceError(f"the face model folder {folder} does not exist; {EXPECTED}")
@@ -178,7 +178,7 @@ def download(name: str) -> Path:
     """Has insightface download a pack into its own folder; returns that.
 
     Raises:
-        FaceError: it cannot be had. Whatever stops it, nothing incomplete is left.
+      FaceError: it cannot be had. Whatever stops it, nothing incomplete is left.
     """
     with packages_needed():
         from insightface.utils import storage
@@ -210,10 +210,10 @@ def licence(files: Sequence[Path]) -> str | None:
     """Returns what has to be said of the terms of face models; None if they are not insightface's.
 
     Args:
-        files: the models that are used.
+      files: the models that are used.
 
     Raises:
-        FaceError: the manifest of their pack is damaged.
+      FaceError: the manifest of their pack is damaged.
     """
     if any(file.name in KNOWN_SHA256 or file.parent.parent == packs_folder() for file in files):
         return LICENCE

@@ -21,9 +21,9 @@ class Portraits:
     """One person as a run sees them.
 
     Attributes:
-        pictures: those that are used.
-        sights: the face on each of them; empty where no face is needed.
-        id_embed: float32[512] of unit norm; None where no embedding is wanted.
+      pictures: those that are used.
+      sights: the face on each of them; empty where no face is needed.
+      id_embed: float32[512] of unit norm; None where no embedding is wanted.
     """
 
     pictures: list

@@ -23,11 +23,11 @@ def precompute(
     failed are printed, too.
 
     Args:
-        seconds: least time from one save to the next; each writes the whole table.
+      seconds: least time from one save to the next; each writes the whole table.
 
     Raises:
-        FaceError: `out` is a table that was made in another way, or no table.
-        WriteError: it cannot be written.
+      FaceError: `out` is a table that was made in another way, or no table.
+      WriteError: it cannot be written.
     """
     about, rows, names = finder.about, {}, {}
     if out.exists():
@@ -64,7 +64,7 @@ def read_table(path: Path, about: face_table.About) -> face_table.Table:
     """Reads a table that rows can be added to.
 
     Raises:
-        FaceError: it was made in another way than rows are made now, or it is no table.
+      FaceError: it was made in another way than rows are made now, or it is no table.
     """
     table = face_table.read(path)
     if table.about != about:

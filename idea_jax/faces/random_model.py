@@ -21,7 +21,7 @@ def write_random_recogniser(path: str | Path, seed: int = 0, size: int = 112) ->
     insightface recognises models that do the scaling to [-1, 1] themselves.
 
     Args:
-        size: side of the input in pixels, a multiple of 16; ArcFace's is 112.
+      size: side of the input in pixels, a multiple of 16; ArcFace's is 112.
     """
     from onnx import TensorProto, helper, numpy_helper, save_model
 

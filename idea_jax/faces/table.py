@@ -32,12 +32,12 @@ class Sight(NamedTuple):
     """What is known of the face on one picture.
 
     Attributes:
-        box: float32[4], left, top, right, bottom in pixels of the upright picture.
-        points: float32[5, 2], eyes, nose and corners of the mouth, x and y in the same pixels; None
-            if nobody looked for them.
-        score: the detector's, 0 to 1; 1 where none was used.
-        crop_sha256: hex digest of the pixels that the recogniser was given.
-        embed: float32[512] of unit norm; None if no recogniser was used.
+      box: float32[4], left, top, right, bottom in pixels of the upright picture.
+      points: float32[5, 2], eyes, nose and corners of the mouth, x and y in the same pixels; None
+        if nobody looked for them.
+      score: the detector's, 0 to 1; 1 where none was used.
+      crop_sha256: hex digest of the pixels that the recogniser was given.
+      embed: float32[512] of unit norm; None if no recogniser was used.
     """
 
     box: np.ndarray
@@ -63,9 +63,9 @@ class Table:
     """Precomputed faces.
 
     Attributes:
-        about: how they were made.
-        rows: SHA-256 of a picture -> its face.
-        names: SHA-256 of a picture -> its file name, for people who read the file.
+      about: how they were made.
+      rows: SHA-256 of a picture -> its face.
+      names: SHA-256 of a picture -> its file name, for people who read the file.
     """
 
     about: About
@@ -76,7 +76,7 @@ class Table:
         """Returns a picture's row.
 
         Raises:
-            FaceError: there is none.
+          FaceError: there is none.
         """
         sight = self.rows.get(picture.sha256())
         if sight is None:
@@ -92,7 +92,7 @@ def read(path: str | Path) -> Table:
     """Reads a table.
 
     Raises:
-        FaceError: the file is missing or is no complete, finite table of this version.
+      FaceError: the file is missing or is no complete, finite table of this version.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -141,13 +141,10 @@ def read(path: str | Path) -> Table:
             "delete it and write it again"
         )
     digests = [row.tobytes().hex() for row in arrays["picture_sha256"]]
+    columns = [arrays[name] for name in "boxes points scores crop_sha256 embeddings".split()]
     rows = {
         digest: Sight(box, points, float(score), crop.tobytes().hex(), embed)
-        for digest, box, points, score, crop, embed in zip(
-            digests,
-            *(arrays[name] for name in ("boxes", "points", "scores", "crop_sha256", "embeddings")),
-            strict=True,
-        )
+        for digest, box, points, score, crop, embed in zip(digests, *columns, strict=True)
     }
     names = dict(zip(digests, about.pop("names"), strict=True))
     about.pop("format_version")
@@ -158,7 +155,7 @@ def write(path: str | Path, table: Table) -> None:
     """Writes a table, atomically, for nobody but the user to read.
 
     Raises:
-        WriteError: the disk is full, or the place cannot be written to.
+      WriteError: the disk is full, or the place cannot be written to.
     """
     digests = sorted(table.rows, key=lambda digest: (table.names[digest], digest))
     rows = [table.rows[digest] for digest in digests]

@@ -36,7 +36,7 @@ def locate(path: str | Path) -> tuple[Path, str | None]:
     replaced by the `.safetensors` file of the same name, since that is what training writes now.
 
     Raises:
-        EmbedsError: there is no such file.
+      EmbedsError: there is no such file.
     """
     path = Path(path)
     if path.is_dir():
@@ -59,11 +59,11 @@ def write(path: str | Path, token: str, vectors: np.ndarray, metadata: Mapping[s
     file at `path` is replaced only once the new one is complete.
 
     Args:
-        token: in lower case and without spaces: the tokenizer lowers prompts, and would never find
-            it otherwise.
+      token: in lower case and without spaces: the tokenizer lowers prompts, and would never find
+        it otherwise.
 
     Raises:
-        EmbedsError: the token or the vectors cannot be used.
+      EmbedsError: the token or the vectors cannot be used.
     """
     if not token or token != token.lower() or any(c.isspace() for c in token):
         raise EmbedsError(f"expected a token in lower case without spaces, got {token!r}")
@@ -94,8 +94,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       UI, ComfyUI); without a name inside, the file's name is the token.
 
     Raises:
-        EmbedsError: the file is missing, too large, damaged, of another kind, or asks for anything
-            but tensors; in no case is anything from it run.
+      EmbedsError: the file is missing, too large, damaged, of another kind, or asks for anything
+        but tensors; in no case is anything from it run.
     """
     path = Path(path)
     try:

@@ -366,7 +366,8 @@ def keys_values_together(
         for deltas in kv_contributions(model, method, frozen, trainable, context, strength):
             kv = jax.tree.map(
                 lambda plain, delta, share=share: plain + (share * delta).astype(plain.dtype),
-                *(kv, deltas),
+                kv,
+                deltas,
             )
     return kv
 

@@ -99,8 +99,8 @@ def caption(rng: np.random.Generator, scene: Mapping[str, str], name: str) -> st
     an unnamed style is any style. Light and framing are plain where nothing is said, nearly always.
 
     Args:
-        scene: as `scene_words` returns it.
-        name: full name or placeholder.
+      scene: as `scene_words` returns it.
+      name: full name or placeholder.
     """
     parts = _parts(rng, scene, 0.6)
     rng.shuffle(parts)

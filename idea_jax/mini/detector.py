@@ -92,7 +92,7 @@ def loss(found: Found, points: jax.Array, state: jax.Array) -> jax.Array:
     the next anchors, it may be.
 
     Args:
-        points, state: those of composites.Composite, float32[B, F, 5, 2] and int32[B, F].
+      points, state: those of composites.Composite, float32[B, F, 5, 2] and int32[B, F].
     """
     exists = state != composites.NONE
     centre, side = composites.crop_square(points)

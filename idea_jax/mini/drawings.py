@@ -100,9 +100,9 @@ def portraits(
     """Returns `each` drawings of every person, in random scenes, ordered by person.
 
     Args:
-        who: leaves [P].
-        folder: where parts are kept; None keeps nothing.
-        progress: wraps the iteration over parts.
+      who: leaves [P].
+      folder: where parts are kept; None keeps nothing.
+      progress: wraps the iteration over parts.
     """
     count = each * len(who.skin)
     person = np.repeat(np.arange(len(who.skin), dtype=np.int32), each)
@@ -132,7 +132,7 @@ def pairs(who: Identity, count: int, key: jax.Array) -> tuple[np.ndarray, np.nda
     """Returns `count` drawings of two people each, and where their faces are.
 
     Args:
-        who: leaves [P].
+      who: leaves [P].
 
     Returns: uint8[count, 64, 64, 3], float32[count, 2, 5, 2] as `world.landmarks_of_pair`.
     """

@@ -42,8 +42,12 @@ LICENCE = "MIT: drawn by a program, all people are made up"
 
 # What can be wrong with a training, of the input or the disk.
 ERRORS = (
-    *(shards.ShardsError, TrainingError, CheckpointError, jobs.JobsError),
-    *(face_models.FaceError, OSError),
+    shards.ShardsError,
+    TrainingError,
+    CheckpointError,
+    jobs.JobsError,
+    face_models.FaceError,
+    OSError,
 )
 # What else than the defaults decides the training.
 SETTINGS = {

@@ -273,7 +273,7 @@ def judge_pictures(
     """Returns similarity to a person, and the share of what the prompts asked for.
 
     Args:
-        pictures: uint8[prompts, pictures, 64, 64, 3], in the order of `prompts`.
+      pictures: uint8[prompts, pictures, 64, 64, 3], in the order of `prompts`.
     """
     flat = pictures.reshape(-1, *pictures.shape[2:])
     similarity = quality.embed(scoring, flat) @ person.references.T
@@ -291,10 +291,10 @@ class Protocol(NamedTuple):
     """How people are measured.
 
     Attributes:
-        split, people: who; photos: of each, to learn from.
-        pictures: drawn for each prompt.
-        strength: of adapter and K/V delta; 0 draws with the tokens alone.
-        seed: of people's drawings and of the pictures.
+      split, people: who; photos: of each, to learn from.
+      pictures: drawn for each prompt.
+      strength: of adapter and K/V delta; 0 draws with the tokens alone.
+      seed: of people's drawings and of the pictures.
     """
 
     split: str = "test"
@@ -317,7 +317,7 @@ def experiment(
     prompts ask.
 
     Raises:
-        FaceError: a config needs faces, and on some photos none is found; nothing is trained then.
+      FaceError: a config needs faces, and on some photos none is found; nothing is trained then.
     """
     split, count, photos, pictures, strength, seed = protocol
     met = meet(mini, split, range(count), pictures, seed, photos=photos)
@@ -414,7 +414,7 @@ def swept(
     """Returns the configs of an experiment by what the table calls them.
 
     Args:
-        sweep: a setting and the values that it takes, one after the other.
+      sweep: a setting and the values that it takes, one after the other.
     """
     if sweep is None:
         return {profile: read_config(profile, overrides) for profile in profiles}

@@ -74,7 +74,9 @@ def look(finder: finding.Finder, split: str, count: int, seed: int = 0) -> list[
                 number = rng.integers(len(rows))
                 others = embedding.mean_embedding(np.delete(own, number, axis=0))
                 image, true = composites.placed(
-                    *(rng, set_.images[rows[number]], set_.points[rows[number]]),
+                    rng,
+                    set_.images[rows[number]],
+                    set_.points[rows[number]],
                     side=side,
                     degrees=degrees * rng.choice([-1, 1]),
                 )

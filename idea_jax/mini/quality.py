@@ -288,17 +288,13 @@ def detection(
 ) -> list[Row]:
     """Returns how well the faces on larger pictures are found."""
     done = detect(detector, pictures)
+    found, wrong = done.right / done.faces, done.wrong / (done.right + done.wrong)
+    off, what = float(np.mean(done.points)), "points of a face, off by (eyes' distance)"
     return [
-        Row("faces on larger pictures, found", 100 * done.right / done.faces, None, 97.0, "%"),
-        Row(
-            "findings that are none", 100 * done.wrong / (done.right + done.wrong), None, 3.0, "%",
-            True,
-        ),
-        Row(
-            "points of a face, off by (eyes' distance)", 100 * float(np.mean(done.points)), None,
-            15.0, "%", True,
-        ),
-    ]  # fmt: skip
+        Row("faces on larger pictures, found", 100 * found, None, 97.0, "%"),
+        Row("findings that are none", 100 * wrong, None, 3.0, "%", True),
+        Row(what, 100 * off, None, 15.0, "%", True),
+    ]
 
 
 def found_by_name(
@@ -312,9 +308,9 @@ def found_by_name(
     """Returns the share of pictures of named people that are most like the person of that name.
 
     Args:
-        known: as of `gallery`.
-        chosen: int[P], numbers of people, with a seed for each in `starts`.
-        each: pictures of a person.
+      known: as of `gallery`.
+      chosen: int[P], numbers of people, with a seed for each in `starts`.
+      each: pictures of a person.
     """
     drawn = np.concatenate(
         [
@@ -367,11 +363,11 @@ def table(
     """Measures everything.
 
     Args:
-        named: how many people the model draws, as a photo and in one of the prompts.
-        unnamed: how many people are drawn for the autoencoder, the recognisers and the judge.
-        pairs: of unnamed people, half of them the same person twice.
-        each: drawings of a person: of the unnamed ones, of all names for the gallery, of the model.
-        composed: larger pictures with people somewhere on them.
+      named: how many people the model draws, as a photo and in one of the prompts.
+      unnamed: how many people are drawn for the autoencoder, the recognisers and the judge.
+      pairs: of unnamed people, half of them the same person twice.
+      each: drawings of a person: of the unnamed ones, of all names for the gallery, of the model.
+      composed: larger pictures with people somewhere on them.
     """
     key = stream(jax.random.key(seed), "quality")
     rng = np.random.default_rng([seed, *b"quality"])

@@ -60,10 +60,19 @@ class CLIPTextConfig:
         # Origin, initialisation, ids that only the pooled output needs, and the width of a
         # projection that Stable Diffusion does not use.
         read.ignore(
-            *("_name_or_path", "_commit_hash", "_attn_implementation_autoset"),
-            *("transformers_version", "torch_dtype", "dtype", "return_dict"),
-            *("initializer_factor", "initializer_range", "projection_dim"),
-            *("bos_token_id", "eos_token_id", "pad_token_id"),
+            "_name_or_path",
+            "_commit_hash",
+            "_attn_implementation_autoset",
+            "transformers_version",
+            "torch_dtype",
+            "dtype",
+            "return_dict",
+            "initializer_factor",
+            "initializer_range",
+            "projection_dim",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
         )
         if not read.problems:
             read.refuse(

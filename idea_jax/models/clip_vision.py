@@ -49,8 +49,14 @@ class CLIPVisionConfig:
         read.expect("attention_dropout", 0.0)
         read.expect("dropout", 0.0)
         read.ignore(
-            *("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype"),
-            *("initializer_factor", "initializer_range", "return_dict"),
+            "_name_or_path",
+            "_commit_hash",
+            "transformers_version",
+            "torch_dtype",
+            "dtype",
+            "initializer_factor",
+            "initializer_range",
+            "return_dict",
         )
         if not read.problems:
             read.refuse(

@@ -94,8 +94,14 @@ def splash(
     B, T, C = q.shape
     block = next(size for size in SPLASH_BLOCKS if T % size == 0)
     names = (
-        *("block_q", "block_kv", "block_kv_compute"),
-        *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_q_dq",
+        "block_kv_dq",
     )
     kernel = make_splash_mha(
         MultiHeadMask([FullMask((T, T))] * num_heads),

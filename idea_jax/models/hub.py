@@ -14,7 +14,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from idea_jax.models.weights import WeightsError, absent, find_weights
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Repositories that their owners withdrew, and where the same files are kept since.
 MIRRORS = {
@@ -73,9 +73,9 @@ def resolve(
     the Hub. Only the files that this project reads are downloaded.
 
     Args:
-        name_or_path: "mini", local folder or Hub id (`owner/name`).
-        revision: branch, tag or commit of the Hub repository; None is its main branch.
-        variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
+      name_or_path: "mini", local folder or Hub id (`owner/name`).
+      revision: branch, tag or commit of the Hub repository; None is its main branch.
+      variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
 
     Raises: CheckpointNotFound, if there is no such folder or repository, if it is no checkpoint,
         or if it would have to be downloaded and the Hub cannot be reached.
@@ -86,7 +86,7 @@ def resolve(
     folder = local_folder(name)
     if folder.is_dir():
         if revision is not None:
-            logger.warning("%s is a local folder: revision %s is not used", name, revision)
+            log.warning("%s is a local folder: revision %s is not used", name, revision)
         if missing := _missing_configs(folder):
             raise CheckpointNotFound(
                 f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
@@ -105,7 +105,7 @@ def resolve_vae(name_or_path: str) -> Path:
     """Returns the folder of an autoencoder: one of its own, or that in a whole checkpoint.
 
     Args:
-        name_or_path: a local folder or a Hub id, such as stabilityai/sd-vae-ft-mse.
+      name_or_path: a local folder or a Hub id, such as stabilityai/sd-vae-ft-mse.
 
     Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
     """
@@ -236,7 +236,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
 
 def _notice_mirror(name: str, repository: str) -> None:
     if name != repository:
-        logger.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
+        log.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
 
 
 def _patterns(variant: str | None) -> list[str]:

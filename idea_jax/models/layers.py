@@ -29,8 +29,13 @@ TRANSFORMER_NORM_EPS = 1e-6
 LAYER_NORM_EPS = 1e-5
 # The bookkeeping of diffusers' EMAModel, which it saves among a network's settings.
 OF_AVERAGES = (
-    *("decay", "inv_gamma", "min_decay", "optimization_step", "power"),
-    *("update_after_step", "use_ema_warmup"),
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
 )
 _REQUIRED = object()
 

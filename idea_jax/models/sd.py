@@ -58,17 +58,17 @@ class StableDiffusion:
     attention: str = "xla"  # kernel of the UNet's long self-attentions, see `flash`
 
     def __post_init__(self):
+        text, unet, vae = self.text, self.unet, self.vae
+        latents, rgb = ("VAE's latent_channels", vae.latent_channels), ("RGB's", 3)
+        width = ("text encoder's hidden_size", text.hidden_size)
         pairs = (
-            ("UNet's cross_attention_dim", self.unet.cross_attention_dim,
-             "text encoder's hidden_size", self.text.hidden_size),
-            ("UNet's in_channels", self.unet.in_channels,
-             "VAE's latent_channels", self.vae.latent_channels),
-            ("UNet's out_channels", self.unet.out_channels,
-             "VAE's latent_channels", self.vae.latent_channels),
-            ("VAE's in_channels", self.vae.in_channels, "RGB's", 3),
-            ("VAE's out_channels", self.vae.out_channels, "RGB's", 3),
-        )  # fmt: skip
-        problems = [f"{a} is {x}, but the {b} is {y}" for a, x, b, y in pairs if x != y]
+            (("UNet's cross_attention_dim", unet.cross_attention_dim), width),
+            (("UNet's in_channels", unet.in_channels), latents),
+            (("UNet's out_channels", unet.out_channels), latents),
+            (("VAE's in_channels", vae.in_channels), rgb),
+            (("VAE's out_channels", vae.out_channels), rgb),
+        )
+        problems = [f"{a} is {x}, but the {b} is {y}" for (a, x), (b, y) in pairs if x != y]
         if self.compute_dtype not in COMPUTE_DTYPES:
             options = " or ".join(COMPUTE_DTYPES)
             problems.append(f"compute dtype is {self.compute_dtype!r}, expected {options}")

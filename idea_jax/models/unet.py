@@ -231,12 +231,12 @@ class UNetBlock(nn.Module):
     """One level on the way down, the middle, or one level on the way up.
 
     Attributes:
-        role: "down", "mid" or "up".
-        level: index into the config's per-level tuples.
-        resnet_channels: (in, out) of each ResNet block.
-        cross: whether attentions follow the ResNet blocks (in the middle: stand between them).
-        resample: whether the block ends by changing the resolution.
-        attention: kernel of long self-attentions, see `flash`.
+      role: "down", "mid" or "up".
+      level: index into the config's per-level tuples.
+      resnet_channels: (in, out) of each ResNet block.
+      cross: whether attentions follow the ResNet blocks (in the middle: stand between them).
+      resample: whether the block ends by changing the resolution.
+      attention: kernel of long self-attentions, see `flash`.
     """
 
     cfg: UNetConfig

@@ -313,7 +313,9 @@ def match_keys(
     if cut:
         log.warning(
             "%s: layers %d to %d are left out (clip skip)",
-            *(where, min(cut), max(cut)),
+            where,
+            min(cut),
+            max(cut),
         )
     if spare:
         log.warning("%s: numbers without a meaning here: %s", where, ", ".join(spare[:5]))

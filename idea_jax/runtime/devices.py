@@ -67,7 +67,9 @@ def pin_settings() -> None:
         if getattr(jax.config, name) != value:
             log.warning(
                 "%s is %s in the environment and would change the results; it is %s here",
-                *(name.upper(), getattr(jax.config, name), value),
+                name.upper(),
+                getattr(jax.config, name),
+                value,
             )
             jax.config.update(name, value)
     precision = jax.config.jax_default_matmul_precision
@@ -79,7 +81,7 @@ def check_backend() -> None:
     """Starts JAX's devices.
 
     Raises:
-        DevicesError: those that JAX_PLATFORMS names are not there.
+      DevicesError: those that JAX_PLATFORMS names are not there.
     """
     try:
         jax.local_devices()
@@ -105,8 +107,8 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
     """One sentence: what did not fit, what the compiled program needs and how much there is.
 
     Args:
-        error: one that `is_out_of_memory`.
-        needed: bytes of the program that was compiled last, on each device; None if not known.
+      error: one that `is_out_of_memory`.
+      needed: bytes of the program that was compiled last, on each device; None if not known.
     """
     words = re.search(r"allocat\w* ([\d.]+) ?(\w+)", str(error))
     unit = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -141,7 +143,7 @@ def use_cores(checkpoint: Path) -> None:
     said how many devices a CPU is (JAX_NUM_CPU_DEVICES, XLA_FLAGS) is obeyed.
 
     Args:
-        checkpoint: folder of the model; where it is no folder yet, nothing is known of its size.
+      checkpoint: folder of the model; where it is no folder yet, nothing is known of its size.
     """
     is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     size = sum(file.stat().st_size for file in checkpoint.glob("*/*.safetensors"))
@@ -164,7 +166,7 @@ def start_processes() -> None:
     others set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Raises:
-        DevicesError: the processes did not find each other.
+      DevicesError: the processes did not find each other.
     """
     numbers = {}
     for name, variable in (
@@ -204,7 +206,7 @@ def joined() -> Iterator[None]:
     the process at once.
 
     Raises:
-        DevicesError: the processes did not find each other.
+      DevicesError: the processes did not find each other.
     """
     start_processes()
     with first_signal(lambda signum: sys.exit(128 + signum)):
@@ -227,7 +229,7 @@ def await_others(limit: float = math.inf, meanwhile: Callable[[], None] = lambda
     One that was killed counts as dead when nothing was heard of it for 100 seconds.
 
     Args:
-        meanwhile: is called every `PULSE` seconds.
+      meanwhile: is called every `PULSE` seconds.
     """
     if jax.process_count() == 1 or jax.process_index() > 0:
         return
@@ -263,7 +265,7 @@ def together() -> Iterator[None]:
     the newest checkpoint.
 
     Raises:
-        DevicesError: the block met an error of the devices, or of the network between them.
+      DevicesError: the block met an error of the devices, or of the network between them.
     """
     if jax.process_count() == 1:
         yield
@@ -331,7 +333,7 @@ def check_same_people(names: Sequence[str]) -> None:
     Otherwise some would be trained twice and others by nobody.
 
     Raises:
-        DevicesError: they differ, or process 0 does not say whom it has.
+      DevicesError: they differ, or process 0 does not say whom it has.
     """
     if jax.process_count() == 1:
         return
@@ -363,7 +365,7 @@ def host() -> jax.Device:
     """The CPU as a device, on which what is too much for one accelerator can be held.
 
     Raises:
-        DevicesError: JAX was told to leave it out.
+      DevicesError: JAX was told to leave it out.
     """
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -389,8 +391,8 @@ class Layout:
     """How a process spreads its work.
 
     Attributes:
-        mesh: of this process's devices, with the axes `identity` and `data`.
-        places: people in one step of this process, a multiple of the mesh's `identity`.
+      mesh: of this process's devices, with the axes `identity` and `data`.
+      places: people in one step of this process, a multiple of the mesh's `identity`.
     """
 
     mesh: Mesh
@@ -413,14 +415,14 @@ def layout(
     more than one process, and one that fails or is slow stops nobody else's steps.
 
     Args:
-        asked: sizes of the axes; None: all devices on `identity` if there are several people, else
-            on `data`.
-        identities_per_step: people in one step, over all processes; None: as many as `identity`.
-        people: of this process.
-        batch: samples of a person's step.
+      asked: sizes of the axes; None: all devices on `identity` if there are several people, else
+        on `data`.
+      identities_per_step: people in one step, over all processes; None: as many as `identity`.
+      people: of this process.
+      batch: samples of a person's step.
 
     Raises:
-        DevicesError: the sizes do not fit the devices, the processes or the batch.
+      DevicesError: the sizes do not fit the devices, the processes or the batch.
     """
     processes, local = jax.process_count(), jax.local_devices()
     if asked is None and people > 1:

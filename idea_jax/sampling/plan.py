@@ -211,9 +211,9 @@ def weighted_tokens(tokenizer: Tokenizer, prompt: str, words: Mapping[str, str])
 def padded(tokens: Tokens, empty: Tokens, count: int) -> Tokens:
     """A prompt with empty chunks at its end, so that it has `count` of them."""
     rest = count - len(tokens.ids)
-    return Tokens(
-        *(np.concatenate([own, *[none] * rest]) for own, none in zip(tokens, empty, strict=True))
-    )
+    pairs = zip(tokens, empty, strict=True)
+    ids, weights = (np.concatenate([own, *[none] * rest]) for own, none in pairs)
+    return Tokens(ids, weights)
 
 
 def is_for_each(prompt: str, names: Sequence[str]) -> bool:

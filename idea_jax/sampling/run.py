@@ -105,13 +105,8 @@ def run(cfg: SampleConfig) -> list[Path]:
         "batch_size": cfg.batch_size,
         "guidance_scale": cfg.guidance_scale,
     }
-    sampling = programs.Sampling(
-        size,
-        cfg.scheduler,
-        cfg.num_inference_steps,
-        cfg.eta,
-        tuple(cfg.guidance_interval) if cfg.guidance_interval else None,
-    )
+    interval = tuple(cfg.guidance_interval) if cfg.guidance_interval else None
+    sampling = programs.Sampling(size, cfg.scheduler, cfg.num_inference_steps, cfg.eta, interval)
     for sitter in sitters:
         check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
@@ -151,8 +146,8 @@ def run(cfg: SampleConfig) -> list[Path]:
         for number, drawn in zip(numbers, pictures, strict=True):
             drawing = drawings[number]
             about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
-            folder = Path(cfg.save_dir) / drawing.folder
-            folders[number] = save_pictures(folder, drawing.prompt, drawn, about)
+            where = Path(cfg.save_dir) / drawing.folder
+            folders[number] = save_pictures(where, drawing.prompt, drawn, about)
             log.info("%d pictures in %s", len(drawn), folders[number])
     return [folders[number] for number in sorted(folders)]
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from idea_jax import jobs
-from idea_jax.config.settings import TrainConfig
+from idea_jax.config.settings import TrainConfig, held_on_resume
 from idea_jax.faces import finding
 from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer as enhancers
@@ -11,28 +11,6 @@ from idea_jax.method import condition
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import file_digest
 from idea_jax.training.results import Base
-
-# Settings that may differ between a run and its resumption: they do not touch the numbers.
-FREE_ON_RESUME = frozenset(
-    {
-        *("pretrained_model_name_or_path", "variant", "train_data_dir", "output_dir", "overwrite"),
-        *("dataset", "dataset_dir", "identities"),
-        *("preset", "celeb_path", "max_train_steps", "save_steps", "only_save_embeds"),
-        # How faces were found is compared by what did it: see fingerprint_of.
-        *("face_model", "face_model_dir", "accept_face_licence", "face_embeddings"),
-        # A GPU moves embeddings by rounding alone, and precomputed faces do not say where they ran.
-        "face_provider",
-        *("validation_prompt", "validation_prompt_file"),
-        *("validation_steps", "num_validation_images"),
-        *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint"),
-        *("report_to", "logging_dir", "compile_cache", "attention"),
-        # Who is trained beside whom, and where, moves results by rounding alone.
-        *("identities_per_step", "mesh", "shard_frozen", "distributed", "steps_per_call"),
-        # Of the shared ID-Enhancer its file's digest counts; `unsaid` is no setting.
-        *("enhancer", "unsaid"),
-        *("push_to_hub", "hub_model_id", "hub_token", "publish_consent"),
-    }
-)
 
 # Settings that came later, with what they were for all who did not know them. A fingerprint has
 # None for that, as one from before has for what it does not name: what was begun then can go on.
@@ -49,8 +27,17 @@ LATER = (*SINCE, "regulariser", "enhancer_sha256")
 
 # What of a fingerprint decides the person that a shared ID-Enhancer predicts.
 OF_PREDICTION = (
-    *("base_model", "revision", "enhancer_sha256", "placeholder_token", "self_contained", "seed"),
-    *("pictures_per_person", "drop_outliers", "face_model", "detector", "face_select"),
+    "base_model",
+    "revision",
+    "enhancer_sha256",
+    "placeholder_token",
+    "self_contained",
+    "seed",
+    "pictures_per_person",
+    "drop_outliers",
+    "face_model",
+    "detector",
+    "face_select",
     "pre_aligned",
 )
 
@@ -63,7 +50,9 @@ def fingerprint_of(
     enhancer: enhancers.Enhancer | None = None,
 ) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""
-    settings = {k: v for k, v in asdict(cfg).items() if k not in FREE_ON_RESUME}
+    # How faces were found is compared by what did it; of the shared ID-Enhancer its file's digest
+    # counts. Who is trained beside whom, and on what, moves results by rounding alone.
+    settings = held_on_resume(cfg)
     settings |= {name: None for name, value in SINCE.items() if settings[name] == value}
     if cfg.lr_scheduler != "constant":  # then the rate of every step depends on how many there are
         settings["max_train_steps"] = cfg.max_train_steps

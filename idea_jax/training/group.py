@@ -32,11 +32,11 @@ class Group:
     A place is a lane of the compiled step; those beyond the learners stay empty.
 
     Attributes:
-        taken: steps that each learner has taken.
-        is_saved: whether what each has reached is on disk, or nothing was reached.
-        ends: int32[places], after which step each ends; early stopping and errors bring it forward.
-        moved: place, first step and number of steps of those whom the newest call has moved, until
-            its metrics are read.
+      taken: steps that each learner has taken.
+      is_saved: whether what each has reached is on disk, or nothing was reached.
+      ends: int32[places], after which step each ends; early stopping and errors bring it forward.
+      moved: place, first step and number of steps of those whom the newest call has moved, until
+        its metrics are read.
     """
 
     def __init__(self, work: Work, learners: Sequence[Learner]):
@@ -139,7 +139,7 @@ class Group:
         """Does what is due after the newest call: early stopping, results on the way, checkpoints.
 
         Args:
-            signals: that have come; whoever is asked to stop has no time to draw.
+          signals: that have come; whoever is asked to stop has no time to draw.
         """
         cfg, places = self.work.cfg, [place for place, _, _ in self.moved]
         self.read(bar)

@@ -48,9 +48,9 @@ class Learner:
     """One person under training.
 
     Attributes:
-        state: the state to start from; afterwards the last good one.
-        photos: None if no step is taken.
-        error: why they were taken out of their group; None as long as all is well.
+      state: the state to start from; afterwards the last good one.
+      photos: None if no step is taken.
+      error: why they were taken out of their group; None as long as all is well.
     """
 
     person: people.Person

@@ -144,7 +144,10 @@ def training_pixels(
             "on %d of %d photos the square around the face is smaller than half of the %d pixels "
             "that it is scaled up to, so what is learned will be soft: %s; take photos with a "
             "larger face, or a smaller --resolution",
-            *(len(small), len(seen.pictures), side, ", ".join(small[:5])),
+            len(small),
+            len(seen.pictures),
+            side,
+            ", ".join(small[:5]),
         )
 
 

@@ -336,8 +336,11 @@ def remove_unfinished(cfg: TrainConfig, folder: Path) -> None:
       WriteError: something cannot be removed.
     """
     ours = (
-        *("identity-steps-*.safetensors", "learned_embeds-steps-*.safetensors"),
-        *("validation/step-*.png", f"{cfg.logging_dir}/events*", "checkpoints/[0-9]*"),
+        "identity-steps-*.safetensors",
+        "learned_embeds-steps-*.safetensors",
+        "validation/step-*.png",
+        f"{cfg.logging_dir}/events*",
+        "checkpoints/[0-9]*",
         "checkpoints/damaged-*",
     )
     try:

@@ -23,9 +23,9 @@ def disturbed(
     So that a network trained on drawings also knows the softer ones that a network makes.
 
     Args:
-        images: float32[B, side, side, 3] in [-1, 1].
-        points: float32[B, 5, 2], to cut ArcFace's crop by them, turned a little, too: as far off as
-            a detector's points are. None for the whole picture.
+      images: float32[B, side, side, 3] in [-1, 1].
+      points: float32[B, 5, 2], to cut ArcFace's crop by them, turned a little, too: as far off as
+        a detector's points are. None for the whole picture.
     """
     side = images.shape[1]
     keys = jax.random.split(key, 7)
@@ -76,8 +76,8 @@ def aligned_crop(
     float32[5, 2] to its template.
 
     Args:
-        scale, angle, shift: of what is on the crop, about its middle: how much larger, how far
-            turned (radians, clockwise) and moved (shares of the side, to the right and down).
+      scale, angle, shift: of what is on the crop, about its middle: how much larger, how far
+        turned (radians, clockwise) and moved (shares of the side, to the right and down).
     """
     from insightface.utils import face_align
 

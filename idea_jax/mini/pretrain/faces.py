@@ -34,7 +34,7 @@ def train_recogniser(run: Run, split: str, name: str, *, aligned: bool) -> dict:
     """Trains a face recogniser with ArcFace's margin on the people of a split.
 
     Args:
-        aligned: on crops as insightface cuts them by five points, otherwise on whole drawings.
+      aligned: on crops as insightface cuts them by five points, otherwise on whole drawings.
     """
     set_ = run.portraits(split)
     count = run.budget.people

@@ -59,7 +59,7 @@ def muon(
     Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
 
     Args:
-        slow: start of a path of `params` -> factor on the rate of Adam there.
+      slow: start of a path of `params` -> factor on the rate of Adam there.
     """
     warm = max(1, min(100, steps // 10))
 
@@ -195,8 +195,8 @@ def fit(
     if it had not been. Its state is in the work folder, saved every two minutes.
 
     Args:
-        batch: rng -> arrays, in a thread; or what makes them otherwise.
-        ema: decay of the moving average that is returned; 0 returns the last parameters.
+      batch: rng -> arrays, in a thread; or what makes them otherwise.
+      ema: decay of the moving average that is returned; 0 returns the last parameters.
 
     Returns: the losses as at most 50 means over equal parts of the run.
     """

@@ -53,9 +53,9 @@ def scene_error(logits: jax.Array, kinds: jax.Array, shown: jax.Array | bool = T
     """Returns float32[]: cross-entropy of what is read of scenes, the mean over their fields.
 
     Args:
-        logits: float32[..., OUTPUTS], as `split_logits` takes them.
-        kinds: int32[..., fields] in the order of `traits.Scene`.
-        shown: bool[...], whether there is such a person.
+      logits: float32[..., OUTPUTS], as `split_logits` takes them.
+      kinds: int32[..., fields] in the order of `traits.Scene`.
+      shown: bool[...], whether there is such a person.
     """
     scene = traits.Scene(*jnp.moveaxis(kinds, -1, 0))
     errors = []

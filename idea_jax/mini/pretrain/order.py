@@ -55,7 +55,7 @@ def pretrain_at_once(run: Run, stages: Collection[str], jobs: int, command: Sequ
     Each runs in a process of its own and writes to STAGE.log in the work folder.
 
     Args:
-        command: what runs a single stage when `--stages NAME` is added.
+      command: what runs a single stage when `--stages NAME` is added.
 
     Raises: PretrainError as `pretrain`; ChildProcessError if a stage fails, with its last words,
         once the others were stopped.

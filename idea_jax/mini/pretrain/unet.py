@@ -23,11 +23,11 @@ def train_unet(run: Run, name: str, *, listed: float, rate: float, max_snr: floa
     """Trains the denoising network on the frozen latents and text, with 10% empty captions.
 
     Args:
-        name: of the part of the training, and of its budget.
-        listed: share of samples that show somebody of the names file. In those a first name goes
-            with one last name only, and who sees them from the start learns that each of the two
-            says the whole face: then a name that is put together anew says little.
-        max_snr: Min-SNR's gamma; times with less noise than that weigh less.
+      name: of the part of the training, and of its budget.
+      listed: share of samples that show somebody of the names file. In those a first name goes
+        with one last name only, and who sees them from the start learns that each of the two
+        says the whole face: then a name that is put together anew says little.
+      max_snr: Min-SNR's gamma; times with less noise than that weigh less.
     """
     model, frozen, tokenizer = run.load()
     ids = load_file(run.made_before(CAPTIONS))["true"]
