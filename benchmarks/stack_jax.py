@@ -42,7 +42,7 @@ CALLS = "train_outputs sample_outputs train_time sample_time ablated_time ceilin
 CALLS += "convolutions flops memory release kernels".split()
 
 
-class Stack:
+class JaxStack:
     """The loaded model and the inputs; every public method answers one kind of request."""
 
     def __init__(self, folder: Path, compute_dtype: str):
@@ -245,11 +245,13 @@ class Stack:
 
     def training(
         self, profile: str, batch: int, room: int, people: int = 1, changes: tuple = ()
-    ) -> "Training":
+    ) -> "CompiledTraining":
         """The steps of a profile, compiled at the first call."""
         kind = ("training", profile, batch, room, people, changes)
         if kind not in self.compiled:
-            self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
+            self.compiled[kind] = CompiledTraining(
+                self, profile, batch, room, people, dict(changes)
+            )
         return self.compiled[kind]
 
     def person(self, profile: str):
@@ -380,11 +382,11 @@ class Stack:
         return str(path)
 
 
-class Training:
+class CompiledTraining:
     """The program that train_jax.py runs, `program.step_people`, on the devices it would use."""
 
     def __init__(
-        self, stack: Stack, profile: str, batch: int, room: int, people: int, changes: dict
+        self, stack: JaxStack, profile: str, batch: int, room: int, people: int, changes: dict
     ):
         model = dataclasses.replace(stack.model, **changes)
         self._dtype = changes.get("compute_dtype")
@@ -486,7 +488,7 @@ def own_times(events: Iterable) -> list[tuple[str, float]]:
 
 def main() -> None:
     folder, compute_dtype = sys.argv[1:]
-    stack = Stack(Path(folder), compute_dtype)
+    stack = JaxStack(Path(folder), compute_dtype)
     worker.serve({name: getattr(stack, name) for name in CALLS})
 
 

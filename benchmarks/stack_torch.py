@@ -51,7 +51,7 @@ from idea_jax.data import images
 CALLS = "train_outputs sample_outputs train_time sample_time ceiling memory release".split()
 
 
-class Enhancer(nn.Module):
+class TorchEnhancer(nn.Module):
     """ID-Enhancer (METHOD: face and anchor to the identity-enhanced embedding)."""
 
     def __init__(self, width: int):
@@ -113,7 +113,7 @@ class LowRank(nn.Module):
         return torch.cat([plain[: self.first], plain[self.first :] + delta.to(plain.dtype)])
 
 
-class Stack:
+class TorchStack:
     """Networks and inputs of one of the three; public methods answer one request each.
 
     Args:
@@ -289,7 +289,7 @@ class Stack:
         return str(path)
 
 
-class Published(Stack):
+class Published(TorchStack):
     """S: see the module's docstring."""
 
     def person(self) -> None:
@@ -297,7 +297,7 @@ class Published(Stack):
         self.anchor = self.tensor("official/given/anchor")
         self.face = self.tensor("official/given/id_embed")
         width = start.shape[1]
-        self.enhancer, self.adapter = Enhancer(width), Adapter(width)
+        self.enhancer, self.adapter = TorchEnhancer(width), Adapter(width)
         self.copy(self.enhancer, "official/given/enhancer")
         self.copy(self.adapter, "official/trainable/adapter")
         self.first = self.text.config.vocab_size
@@ -345,7 +345,7 @@ class Published(Stack):
         return self.table[self.first :].detach().cpu().numpy()
 
 
-class Careful(Stack):
+class Careful(TorchStack):
     """E and C: see the module's docstring."""
 
     def person(self) -> None:
@@ -356,7 +356,7 @@ class Careful(Stack):
             self.tensor("paper/given/id_embed"),
         )
         width = self.tokens.shape[1]
-        self.enhancer, self.adapter = Enhancer(width), Adapter(width)
+        self.enhancer, self.adapter = TorchEnhancer(width), Adapter(width)
         self.copy(self.enhancer, f"{prefix}/enhancer")
         self.copy(self.adapter, f"{prefix}/adapter")
         table = TokenTable(self.text.embeddings.token_embedding, self.tokens)
@@ -469,7 +469,7 @@ class Careful(Stack):
 
 def open_stack(
     about: dict, inputs: Callable[..., dict], device: str, kind: str, mode: str
-) -> Stack:
+) -> TorchStack:
     """Loads a stack; the published step runs in float32, the others in bfloat16 on a GPU."""
     on_gpu = device == "cuda"
     # What torch's own tuning guide asks for; the published code leaves it off.

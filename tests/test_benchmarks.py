@@ -369,7 +369,7 @@ def test_profile_counts_the_own_time_of_each_operation_once():
 
 def test_block_that_is_no_whole_number_of_calls_is_refused():
     with pytest.raises(AssertionError, match="a multiple of 8 steps, got 12"):
-        stack_jax.Stack.train_time(None, "paper", 8, steps=12, room=8)
+        stack_jax.JaxStack.train_time(None, "paper", 8, steps=12, room=8)
     assert all(one.block % one.room == 0 for one in WORKLOADS.values())
 
 
@@ -681,7 +681,7 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
     workloads.write("tiny", tmp_path, batch=workload.batch, pictures=2, dtype="float32")
     command.prepare(workload, "cpu", tmp_path)  # finds what it would have written
     about, inputs = settings.read(tmp_path), dict(np.load(tmp_path / "inputs.npz"))
-    ours = stack_jax.Stack(tmp_path, "float32")
+    ours = stack_jax.JaxStack(tmp_path, "float32")
     theirs = stack_torch.open_stack(about, lambda _: inputs, "cpu", "eager", "default")
     types, step = [], theirs.step
 

@@ -54,7 +54,7 @@ def test_names_are_unique_words_and_say_half_of_a_face_each():
     first, last = people.first_names(), people.last_names()
     assert len({*first, *last}) == 2 * people.NAMES
     assert all(re.fullmatch("[a-z]{3,}", name) for name in (*first, *last))
-    one, other = people.named(np.array([3, 3]), np.array([5, 8])), traits.Identity._fields
+    one, other = people.named(np.array([3, 3]), np.array([5, 8])), traits.Traits._fields
     for field in other[: traits.CODE_SIZE]:
         left, right = getattr(one, field)
         assert left == right, f"{field} changed with the last name"
@@ -771,10 +771,10 @@ def test_photo_without_a_face_stops_the_lab_before_the_first_training(monkeypatc
     folder = hub.resolve(hub.MINI).folder
     drawn = np.asarray(Image.open(lab.__file__.replace("lab.py", "photo.png")).convert("RGB"))
     photos = (drawn, np.full_like(drawn, 90))
-    met = [lab.Person(photo[None], None, None) for photo in photos]
+    met = [lab.Acquaintance(photo[None], None, None) for photo in photos]
     monkeypatch.setattr(lab, "meet", lambda *_, **__: met)
     monkeypatch.setattr(lab.quality, "load", lambda _: quality.Mini(None, None, None, folder))
-    monkeypatch.setattr(lab, "Learner", None)  # must not be called
+    monkeypatch.setattr(lab, "Lab", None)  # must not be called
     monkeypatch.setattr(lab, "judge_pictures", None)
     assert lab.main(["--people", "2", "--profiles", "cross_init", "paper"]) == 1
     message = capsys.readouterr().err

@@ -184,7 +184,7 @@ def test_loss_leaves_what_is_cut_alone_and_nothing_else():
 
 def test_insightface_reads_off_what_the_network_says(tmp_path, monkeypatch):
     """A network without kernels at its end says one thing everywhere: its biases."""
-    net = detector.Detector((4, 8, 8, 8), blocks=1)
+    net = detector.DetectorNet((4, 8, 8, 8), blocks=1)
     params = net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape), params)

@@ -82,7 +82,7 @@ def test_documentation_has_the_numbers_that_were_measured():
 
 def test_a_short_personalisation_beats_its_start(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
-    learner = lab.Learner(mini, lab.read_config("paper_alone", {"max_train_steps": 50}))
+    learner = lab.Lab(mini, lab.read_config("paper_alone", {"max_train_steps": 50}))
     scoring = mini.scoring()
     prompts = captions.PROMPTS
     gains = []

@@ -69,13 +69,13 @@ def in_memory(counts=(2, 1, 3, 2, 2), named=False):
         box = np.array([2, 2, 18, 18], np.float32)
         sight = face_table.Sight(box, None, 1.0, "0" * 64, unit([person, place]))
         said = ("a photo of {}",) * (place % 2)
-        return sources.Portrait(sources.Drawn(f"{person}-{place}", image), said, sight)
+        return sources.Portrait(sources.DrawnPicture(f"{person}-{place}", image), said, sight)
 
     def people(first):
         for number in range(first, len(counts)):
             name = np.array([number % 50 + 1, number % 7 + 1], np.int32) if named else None
             portraits = [portrait(number, place) for place in range(counts[number])]
-            yield sources.Person(number, portraits, name)
+            yield sources.NumberedPerson(number, portraits, name)
 
     return sources.Source("memory", "ours", len(counts), people, {}, "f" * 64)
 
@@ -212,18 +212,20 @@ def test_purge_deletes_what_was_prepared_and_nothing_else(quiet, tmp_path, capsy
 def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, capsys):
     """No face, unreadable, somebody without any; too few people is one message."""
     good = in_memory((2, 2))
-    blind = sources.Portrait(sources.Drawn("blind.png", Image.new("RGB", (20, 20))))
+    blind = sources.Portrait(sources.DrawnPicture("blind.png", Image.new("RGB", (20, 20))))
 
     def people(first):
         for person in good.people(0):
             yield person._replace(portraits=[blind, *person.portraits])
-        yield sources.Person(2, [blind])
+        yield sources.NumberedPerson(2, [blind])
 
     index = prepare.prepare(replace(good, people=people, count=3), tmp_path / "a", studio)
     assert (index.people, index.pictures, index.rejected) == (2, 4, 3)
     said = capsys.readouterr().err
     assert "3 pictures cannot be used" in said and said.count("blind.png") == 3
-    faceless = replace(good, people=lambda first: iter([sources.Person(0, [blind])]), count=1)
+    faceless = replace(
+        good, people=lambda first: iter([sources.NumberedPerson(0, [blind])]), count=1
+    )
     with pytest.raises(ShardsError, match=r"of the 1 people only 0 can be used.*two people"):
         prepare.prepare(faceless, tmp_path / "b", studio)
     with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
@@ -260,7 +262,7 @@ class Finder:
 def test_drawings_of_a_celebrity_count_if_they_are_alike():
     def portrait(red, green):
         image = Image.new("RGB", (20, 20), (red, green, 0))
-        return sources.Portrait(sources.Drawn(f"{green}", image))
+        return sources.Portrait(sources.DrawnPicture(f"{green}", image))
 
     shown = [portrait(1, 10), portrait(1, 11), portrait(1, 50), portrait(0, 12), portrait(1, 13)]
     kept, rejected = sources.cast(Finder(), shown, 0.5)
@@ -388,7 +390,7 @@ def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=Non
     losses = []
     for number in range(3):
         rows = [plan.sample(8 * number + row) for row in range(8)]
-        batch = samples.Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+        batch = samples.EnhancerBatch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
         if number == poison:
             batch = batch._replace(face=batch.face * np.nan)
         inputs = {"seed": np.uint32(0), "step": np.int32(number)}

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Work:
+class EnhancerWork:
     """All that does not change while the enhancer is trained.
 
     Attributes:
@@ -254,7 +254,7 @@ def optimizer_of(cfg: EnhancerTrainConfig) -> optax.GradientTransformation:
     )
 
 
-def fingerprint_of(cfg: EnhancerTrainConfig, work: Work, names: list[str]) -> dict:
+def fingerprint_of(cfg: EnhancerTrainConfig, work: EnhancerWork, names: list[str]) -> dict:
     """What a resumed run must share with the run that wrote the checkpoint."""
     folders = [
         (folder.index.made_of(), [(s.records, s.faces) for s in folder.index.shards])

@@ -19,7 +19,7 @@ from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, likeness, samples
 from idea_jax.enhancer.beginning import (
-    Work,
+    EnhancerWork,
     about_of,
     beginning,
     check_batch,
@@ -35,7 +35,7 @@ from idea_jax.enhancer.beginning import (
 )
 from idea_jax.enhancer.journal import Journal
 from idea_jax.enhancer.prepare import weights_digests
-from idea_jax.enhancer.samples import Batch, Plan, Reader
+from idea_jax.enhancer.samples import EnhancerBatch, Plan, Reader
 from idea_jax.enhancer.settings import EnhancerTrainConfig
 from idea_jax.enhancer.step import (
     EnhancerProgram,
@@ -132,7 +132,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
         ema=cfg.ema_decay,
     )
     program = EnhancerProgram(model, config, recipe, optimizer_of(cfg), mesh, cfg.shard_frozen)
-    work = Work(
+    work = EnhancerWork(
         cfg=cfg,
         base=replace(base, frozen=drawing.put(frozen, mesh, specs)),
         folders=folders,
@@ -162,7 +162,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
 
 
 def loop(
-    work: Work, state: EnhancerState, kept: Checkpoints, out: Path, started: float
+    work: EnhancerWork, state: EnhancerState, kept: Checkpoints, out: Path, started: float
 ) -> list[Path]:
     """Takes the steps that are left, and writes the result.
 
@@ -184,7 +184,7 @@ def loop(
 
 
 def take_steps(
-    work: Work,
+    work: EnhancerWork,
     state: EnhancerState,
     kept: Checkpoints,
     journal: "Journal",
@@ -257,7 +257,9 @@ def take_steps(
     return state
 
 
-def inputs_of(work: Work, own: Batch, taken: int, stops: bool) -> tuple[Batch, dict]:
+def inputs_of(
+    work: EnhancerWork, own: EnhancerBatch, taken: int, stops: bool
+) -> tuple[EnhancerBatch, dict]:
     """What `train_step` gets besides the state.
 
     Args:
@@ -278,7 +280,7 @@ def inputs_of(work: Work, own: Batch, taken: int, stops: bool) -> tuple[Batch, d
     return jax.tree.map(everywhere, own), inputs
 
 
-def validate(work: Work, journal: "Journal", state: EnhancerState, number: int) -> None:
+def validate(work: EnhancerWork, journal: "Journal", state: EnhancerState, number: int) -> None:
     """Measures likeness at 0 steps; all processes do it together."""
     cfg = work.cfg
     sitting = likeness.Sitting(
@@ -296,7 +298,9 @@ def validate(work: Work, journal: "Journal", state: EnhancerState, number: int) 
         journal.validation(number, found)
 
 
-def write(work: Work, journal: "Journal", state: EnhancerState, out: Path, seconds: float) -> Path:
+def write(
+    work: EnhancerWork, journal: "Journal", state: EnhancerState, out: Path, seconds: float
+) -> Path:
     """Writes the result, what was run, and what came of it: all of it or nothing.
 
     Raises:

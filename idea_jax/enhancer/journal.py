@@ -9,9 +9,9 @@ from tqdm import tqdm
 
 from idea_jax.data import images
 from idea_jax.enhancer import likeness
-from idea_jax.enhancer.beginning import Work
+from idea_jax.enhancer.beginning import EnhancerWork
 from idea_jax.enhancer.step import (
-    Metrics,
+    EnhancerMetrics,
 )
 from idea_jax.training import tensorboard
 from idea_jax.training.results import TrainingError
@@ -25,7 +25,7 @@ class Journal:
     Raises (all methods): WriteError, the log cannot be written.
     """
 
-    def __init__(self, work: Work, out: Path, taken: int):
+    def __init__(self, work: EnhancerWork, out: Path, taken: int):
         cfg = work.cfg
         self.work, self.out = work, out
         self.losses: list[tuple[int, float]] = []
@@ -41,7 +41,7 @@ class Journal:
             disable=None if work.first else True,
         )
 
-    def step(self, number: int, metrics: Metrics) -> bool:
+    def step(self, number: int, metrics: EnhancerMetrics) -> bool:
         """Notes one step; returns whether any process has been asked to stop.
 
         Raises:

@@ -26,7 +26,7 @@ COLUMNS = 8  # of the grid
 LARGEST_SHARE = 4  # one of so many people is held out at most
 
 
-class Sitter(NamedTuple):
+class HeldOut(NamedTuple):
     """Somebody who is held out: the face of one picture, the mean of the others; float32[512]."""
 
     face: np.ndarray
@@ -52,7 +52,7 @@ class Likeness(NamedTuple):
 
 def hold_out(
     folders: Sequence[Folder], count: int, seed: int
-) -> tuple[list[np.ndarray], list[Sitter]]:
+) -> tuple[list[np.ndarray], list[HeldOut]]:
     """Returns numbers of the people of each folder to train on, and those who are held out.
 
     Whoever is held out has two pictures or more. A quarter of all people are held out at most, and
@@ -73,7 +73,7 @@ def hold_out(
         folder = folders[place]
         records = folder.people[number]
         others = embedding.mean_embedding(folder.faces.face[records[1:]])
-        sitters.append(Sitter(folder.faces.face[records[0]], others))
+        sitters.append(HeldOut(folder.faces.face[records[0]], others))
     left = [
         np.array([n for n in range(len(folder.people)) if (place, n) not in out], int)
         for place, folder in enumerate(folders)
@@ -110,7 +110,7 @@ def measure(
     tree: shared.Shared,
     base: Base,
     mesh: Mesh,
-    sitters: Sequence[Sitter],
+    sitters: Sequence[HeldOut],
     finder: finding.Finder | None,
     sitting: Sitting,
 ) -> Likeness | None:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from idea_jax import jobs
 from idea_jax.data import images, text
 from idea_jax.enhancer import drawing, shards
-from idea_jax.enhancer.shards import Faces, Index, Record, Shard, ShardsError
-from idea_jax.enhancer.sources import Person, Portrait, Source
+from idea_jax.enhancer.shards import Faces, Index, Shard, ShardRecord, ShardsError
+from idea_jax.enhancer.sources import NumberedPerson, Portrait, Source
 from idea_jax.faces import finding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.crops import alignment, training_square
@@ -196,7 +196,7 @@ def write_range(
     shards.clean(out, index)
     number, first, stop = span
     last = source.count if stop is None else stop
-    held: list[tuple[Person, list[tuple[Portrait, Sight, np.ndarray]]]] = []
+    held: list[tuple[NumberedPerson, list[tuple[Portrait, Sight, np.ndarray]]]] = []
     bad, place = [], first
 
     def write(index):
@@ -246,7 +246,7 @@ def with_rejected(out: Path, index: Index, until: int, count: int) -> Index:
     return index
 
 
-def look(studio: Studio, person: Person) -> tuple[list, list[tuple[object, str]]]:
+def look(studio: Studio, person: NumberedPerson) -> tuple[list, list[tuple[object, str]]]:
     """The usable pictures of a person: (portrait, sight, turned face) each; and the others."""
     good, bad = [], list(person.rejected)
     for place, portrait in enumerate(person.portraits):
@@ -301,7 +301,7 @@ def pixels_of(studio: Studio, portrait: Portrait, sight: Sight) -> np.ndarray:
     return images.to_pixels(image, studio.side, center_crop=studio.crop == "center")
 
 
-def encode(studio: Studio, held: list) -> tuple[list[Record], Faces]:
+def encode(studio: Studio, held: list) -> tuple[list[ShardRecord], Faces]:
     """Records and faces of people's pictures.
 
     Args:
@@ -320,7 +320,7 @@ def encode(studio: Studio, held: list) -> tuple[list[Record], Faces]:
     for (person, portrait, _, _), (mean, std) in zip(flat, moments, strict=True):
         filled = [text.fill(said, tokenizer.placeholder) for said in portrait.texts]
         ids = tokenizer(filled) if filled else np.zeros((0, length), np.int32)
-        records.append(Record(person.number, ids, mean, std))
+        records.append(ShardRecord(person.number, ids, mean, std))
     columns = [
         (
             person.number,

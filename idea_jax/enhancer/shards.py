@@ -30,7 +30,7 @@ class ShardsError(ValueError):
     """A prepared folder is missing, damaged, not complete, or for something else."""
 
 
-class Record(NamedTuple):
+class ShardRecord(NamedTuple):
     """One picture, without its face.
 
     Attributes:
@@ -146,7 +146,7 @@ class Index:
 # --- records --------------------------------------------------------------------------------------
 
 
-def encode(record: Record) -> bytes:
+def encode(record: ShardRecord) -> bytes:
     """A record as bytes: person, K, the token ids, mean, std; little-endian."""
     ids = np.ascontiguousarray(record.token_ids, "<i4")
     head = np.array([record.person, len(ids)], "<i4")
@@ -154,7 +154,7 @@ def encode(record: Record) -> bytes:
     return b"".join(leaf.tobytes() for leaf in (head, ids, *moments))
 
 
-def decode(raw: bytes, index: Index) -> Record:
+def decode(raw: bytes, index: Index) -> ShardRecord:
     """The record that `encode` made these bytes of.
 
     Raises:
@@ -170,7 +170,7 @@ def decode(raw: bytes, index: Index) -> Record:
     mean, std = np.frombuffer(raw[end:], "<f2").reshape(2, *shape)
     if count and not (ids.min() >= 0 and ids.max() < index.vocab_size + index.num_tokens):
         raise ShardsError("a record holds token ids that the text encoder does not have")
-    return Record(person, ids, mean, std)
+    return ShardRecord(person, ids, mean, std)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def write_index(folder: Path, index: Index) -> None:
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def write_shard(folder: Path, number: int, records: Sequence[Record], faces: Faces) -> dict:
+def write_shard(folder: Path, number: int, records: Sequence[ShardRecord], faces: Faces) -> dict:
     """Writes the two files of a shard, atomically; returns what `Shard` holds of them.
 
     Raises:
@@ -415,7 +415,7 @@ class Pictures:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def __getitem__(self, number: int) -> Record:
+    def __getitem__(self, number: int) -> ShardRecord:
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         with damage(self.paths[shard]):
             (raw,) = self.readers[shard].read([int(number - self.first[shard])])

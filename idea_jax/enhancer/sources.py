@@ -58,7 +58,7 @@ class Portrait(NamedTuple):
     turned: np.ndarray | None = None
 
 
-class Person(NamedTuple):
+class NumberedPerson(NamedTuple):
     """One person: their place in the source, their pictures, and tokens of their name.
 
     Attributes:
@@ -89,12 +89,12 @@ class Source:
     kind: str
     licence: str
     count: int
-    people: Callable[[int], Iterator[Person]]
+    people: Callable[[int], Iterator[NumberedPerson]]
     facts: dict = field(default_factory=dict)
     face_model: str | None = None
 
 
-class Drawn(NamedTuple):
+class DrawnPicture(NamedTuple):
     """A picture in memory; has what `images.PictureFile` has."""
 
     name: str
@@ -156,7 +156,7 @@ def of_people(
 
     def everybody(first):
         for number in range(first, len(names)):
-            yield Person(number, portraits(names[number]))
+            yield NumberedPerson(number, portraits(names[number]))
 
     return Source(kind, licence, len(names), everybody, {"pictures": digest})
 
@@ -271,12 +271,13 @@ def celebrities(
             for number, pictures in zip(numbers, drawn, strict=False):
                 found = [
                     Portrait(
-                        Drawn(f"{names[number]} {i}", Image.fromarray(p)), (prompt(number, i),)
+                        DrawnPicture(f"{names[number]} {i}", Image.fromarray(p)),
+                        (prompt(number, i),),
                     )
                     for i, p in enumerate(pictures)
                 ]
                 kept, rejected = cast(finder, found, casting.likeness)
-                yield Person(number, kept, name_ids[number], rejected)
+                yield NumberedPerson(number, kept, name_ids[number], rejected)
 
     digest = hashlib.sha256(json.dumps([list(names), list(casting.prompts)]).encode()).hexdigest()
     facts = {

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from idea_jax.diffusion import schedule
-from idea_jax.enhancer.samples import Batch
+from idea_jax.enhancer.samples import EnhancerBatch
 from idea_jax.method import shared
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
@@ -59,7 +59,7 @@ class Recipe(NamedTuple):
     ema: float = 0.999
 
 
-class Metrics(NamedTuple):
+class EnhancerMetrics(NamedTuple):
     """loss, grad_norm: float32[]; finite: bool[], False: the step was not taken; stop: int32[],
     how many devices have been asked to stop."""
 
@@ -109,7 +109,7 @@ def errors(
     recipe: Recipe,
     tree: shared.Shared,
     frozen: sd.Frozen,
-    batch: Batch,
+    batch: EnhancerBatch,
     key: jax.Array,
 ) -> jax.Array:
     """The weighted error of each sample, float32[B].
@@ -147,7 +147,7 @@ def gradients(
     recipe: Recipe,
     state: tuple[dict, dict],
     frozen: sd.Frozen,
-    batch: Batch,
+    batch: EnhancerBatch,
     key: jax.Array,
     gather: Callable[[sd.Frozen], sd.Frozen] | None,
 ) -> tuple[jax.Array, dict]:
@@ -210,9 +210,9 @@ def train_step(
     frozen: sd.Frozen,
     state: EnhancerState,
     constants: dict,
-    batch: Batch,
+    batch: EnhancerBatch,
     inputs: dict,
-) -> tuple[EnhancerState, Metrics]:
+) -> tuple[EnhancerState, EnhancerMetrics]:
     """Takes one step; one all-reduce, of the gradients.
 
     When the loss or a gradient is not finite the state comes back as it was, and so it does from
@@ -258,4 +258,4 @@ def train_step(
     taken = EnhancerState(trained, average, opt_state, state.step + 1)
     is_taken = finite & (inputs["step"] == state.step)
     kept = jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), taken, state)
-    return kept, Metrics(loss, grad_norm, finite, stop.astype(jnp.int32))
+    return kept, EnhancerMetrics(loss, grad_norm, finite, stop.astype(jnp.int32))

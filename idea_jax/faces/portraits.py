@@ -50,7 +50,7 @@ def find_face_model(
 
 def open_eyes(
     cfg: TrainConfig | SampleConfig, checkpoint_folder: Path, *, embeds: bool, places: bool
-) -> finding.Finder | face_table.Table:
+) -> finding.Finder | face_table.FaceTable:
     """What tells the face on a picture: computed before, or found now.
 
     Args:
@@ -81,7 +81,7 @@ def open_eyes(
 
 
 def look(
-    eyes: finding.Finder | face_table.Table,
+    eyes: finding.Finder | face_table.FaceTable,
     pictures: Sequence,
     *,
     embeds: bool,
@@ -105,7 +105,7 @@ def look(
         try:
             looked.append((picture, eyes.look(picture)))
         except face_models.FaceError as error:
-            if not isinstance(eyes, face_table.Table):
+            if not isinstance(eyes, face_table.FaceTable):
                 raise
             missing.append(error)
     if not looked:

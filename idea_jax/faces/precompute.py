@@ -36,7 +36,7 @@ def precompute(
     saved, saved_at = len(rows), time.monotonic()
 
     def save():
-        face_table.write(out, face_table.Table(about, rows, names))
+        face_table.write(out, face_table.FaceTable(about, rows, names))
 
     failed = []
     try:
@@ -60,7 +60,7 @@ def precompute(
     return failed
 
 
-def read_table(path: Path, about: face_table.About) -> face_table.Table:
+def read_table(path: Path, about: face_table.About) -> face_table.FaceTable:
     """Reads a table that rows can be added to.
 
     Raises:

@@ -59,7 +59,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Table:
+class FaceTable:
     """Precomputed faces.
 
     Attributes:
@@ -88,7 +88,7 @@ class Table:
         return sight
 
 
-def read(path: str | Path) -> Table:
+def read(path: str | Path) -> FaceTable:
     """Reads a table.
 
     Raises:
@@ -148,10 +148,10 @@ def read(path: str | Path) -> Table:
     }
     names = dict(zip(digests, about.pop("names"), strict=True))
     about.pop("format_version")
-    return Table(About(**about), rows, names)
+    return FaceTable(About(**about), rows, names)
 
 
-def write(path: str | Path, table: Table) -> None:
+def write(path: str | Path, table: FaceTable) -> None:
     """Writes a table, atomically, for nobody but the user to read.
 
     Raises:

@@ -84,7 +84,7 @@ def source(recogniser: face_models.Recogniser, world: World) -> sources.Source:
     scenes = drawings.random_scenes(stream(key, "scenes"), (total,))
     keys = jax.random.split(stream(key, "drawings"), total)
 
-    def of_block(first: int, last: int) -> Iterator[sources.Person]:
+    def of_block(first: int, last: int) -> Iterator[sources.NumberedPerson]:
         rows = np.arange(first * each, last * each)
         who = jax.tree.map(lambda leaf: leaf[rows // each], everybody)
         some = jax.tree.map(lambda leaf: leaf[rows], scenes)
@@ -98,13 +98,13 @@ def source(recogniser: face_models.Recogniser, world: World) -> sources.Source:
                 words = captions.scene_words(traits.Scene(*(leaf[row] for leaf in some)))
                 texts = tuple(captions.caption(rng, words, "{}") for _ in range(TEXTS))
                 sight, turned = look(recogniser, rng, images[row], points[row])
-                picture = sources.Drawn(
+                picture = sources.DrawnPicture(
                     f"person {number}, picture {place}", Image.fromarray(images[row])
                 )
                 portraits.append(sources.Portrait(picture, texts, sight, turned))
-            yield sources.Person(number, portraits)
+            yield sources.NumberedPerson(number, portraits)
 
-    def from_place(first: int) -> Iterator[sources.Person]:
+    def from_place(first: int) -> Iterator[sources.NumberedPerson]:
         for start in range(first, count, BLOCK):
             yield from of_block(start, min(start + BLOCK, count))
 

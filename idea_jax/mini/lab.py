@@ -62,7 +62,7 @@ _step = jax.jit(draw_and_step, static_argnums=0, donate_argnums=2)
 _check_plateau = jax.jit(check_plateau, static_argnums=(0, 1), donate_argnums=3)
 
 
-class Person(NamedTuple):
+class Acquaintance(NamedTuple):
     """One person of the drawn world, and what is known about them."""
 
     photos: np.ndarray  # uint8[photos, 64, 64, 3], all that training sees
@@ -87,7 +87,7 @@ def meet(
     seed: int = 0,
     prompts: Sequence[captions.Prompt] = captions.PROMPTS,
     photos: int = 1,
-) -> list[Person]:
+) -> list[Acquaintance]:
     """Returns people of a split by their numbers; a photo is a plain one, without a hat.
 
     A person's drawings depend on the seed and their number, not on who else is asked for, and the
@@ -114,7 +114,7 @@ def meet(
             scenes = _scenes(stream(more, "scenes"), [plain] * (photos - 1))
             keys = jax.random.split(stream(more, "drawings"), photos - 1)
             first = np.concatenate([first, drawings.draw(who, scenes, keys)])
-        met.append(Person(first, quality.embed(scoring, references), true))
+        met.append(Acquaintance(first, quality.embed(scoring, references), true))
     return met
 
 
@@ -142,7 +142,7 @@ class Picture(NamedTuple):
         return self.image
 
 
-class Learner:
+class Lab:
     """Trains people one after the other with one config; compiles once for all of them."""
 
     def __init__(self, mini: quality.Mini, cfg: TrainConfig):
@@ -266,7 +266,7 @@ def _draw(model, frozen, kv, seed, count):
 def judge_pictures(
     mini: quality.Mini,
     scoring: face_models.Recogniser,
-    person: Person,
+    person: Acquaintance,
     pictures: np.ndarray,
     prompts: Sequence[captions.Prompt] = captions.PROMPTS,
 ) -> tuple[float, float]:
@@ -330,7 +330,7 @@ def experiment(
             result = judge_pictures(mini, scoring, person, other.true)
             scores.setdefault(name, []).append(Score(*result))
     for name, cfg in configs.items():
-        learner = Learner(mini, cfg)
+        learner = Lab(mini, cfg)
         learner.learn(met[0].photos, min(1, learner.cfg.max_train_steps))  # compiles
         for person in progress(met):
             started = time.perf_counter()
@@ -343,7 +343,7 @@ def experiment(
     return scores
 
 
-def check_faces(mini: quality.Mini, met: Sequence[Person]) -> None:
+def check_faces(mini: quality.Mini, met: Sequence[Acquaintance]) -> None:
     """Raises FaceError, with people's numbers, unless a face is found on each of their photos."""
     finder = mini.finder()
     found = np.array([quality.look(finder, person.photos)[0].all() for person in met])

@@ -42,7 +42,7 @@ class Seen(NamedTuple):
     best: float  # by its true points
 
 
-class Row(NamedTuple):
+class LookRow(NamedTuple):
     """Of some of the faces: means, and 1.96 standard errors of the mean gain."""
 
     name: str
@@ -92,7 +92,7 @@ def look(finder: finding.Finder, split: str, count: int, seed: int = 0) -> list[
     return seen
 
 
-def table(seen: Sequence[Seen]) -> list[Row]:
+def table(seen: Sequence[Seen]) -> list[LookRow]:
     """Returns the rows: all faces, those turned by each angle, those of each size."""
     parts = {"all": seen}
     parts |= {f"turned {d}°": [s for s in seen if s.degrees == d] for d in DEGREES}
@@ -105,11 +105,11 @@ def table(seen: Sequence[Seen]) -> list[Row]:
         gains = [np.mean((second - first)[who == person]) for person in np.unique(who)]
         uncertain = 1.96 * np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
         means = (float(values.mean()) for values in (first, second, best))
-        rows.append(Row(name, len(them), *means, float(uncertain)))
+        rows.append(LookRow(name, len(them), *means, float(uncertain)))
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[LookRow]) -> str:
     """Returns the table as Markdown."""
     lines = ["| faces | pictures | first look | second look | gain | true points |"]
     lines += ["|---|---|---|---|---|---|"]

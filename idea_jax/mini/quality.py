@@ -264,7 +264,7 @@ def detect(detector: face_models.Detector, pictures: Sequence[composites.Composi
 
 
 def composed_pictures(
-    set_: drawings.Portraits, who: traits.Identity, count: int, key: jax.Array
+    set_: drawings.DrawnPortraits, who: traits.Traits, count: int, key: jax.Array
 ) -> list[composites.Composite]:
     """Returns pictures as the detector learned from them, of these people and their drawings."""
     alone = composites.Drawn(set_.images, set_.points[:, None])
@@ -324,7 +324,7 @@ def found_by_name(
 
 def as_prompted(
     mini: Mini,
-    held_out: drawings.Portraits,
+    held_out: drawings.DrawnPortraits,
     chosen: np.ndarray,
     starts: Sequence[int],
     each: int,

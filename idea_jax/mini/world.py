@@ -15,9 +15,9 @@ import numpy as np
 from idea_jax.data.images import image_grid, save_png, to_uint8
 from idea_jax.mini import face
 from idea_jax.mini.traits import (
-    Identity,
     Nuisance,
     Scene,
+    Traits,
     random_identity,
     random_nuisance,
     random_scene,
@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 def draw(
-    who: Identity, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
+    who: Traits, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
 ) -> jax.Array:
     """Returns a picture of one person: float32[size, size, 3] in [-1, 1].
 
@@ -45,8 +45,8 @@ def draw(
 
 
 def draw_pair(
-    left: Identity,
-    right: Identity,
+    left: Traits,
+    right: Traits,
     left_scene: Scene,
     right_scene: Scene,
     key: jax.Array,
@@ -62,7 +62,7 @@ def draw_pair(
 
 
 def landmarks(
-    who: Identity, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
+    who: Traits, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
 ) -> jax.Array:
     """Returns ArcFace's five points of the person whom `draw` draws: float32[5, 2], (x, y).
 
@@ -74,8 +74,8 @@ def landmarks(
 
 
 def landmarks_of_pair(
-    left: Identity,
-    right: Identity,
+    left: Traits,
+    right: Traits,
     left_scene: Scene,
     right_scene: Scene,
     key: jax.Array,
@@ -87,13 +87,13 @@ def landmarks_of_pair(
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def draw_many(who: Identity, scenes: Scene, keys: jax.Array, size: int = 64) -> jax.Array:
+def draw_many(who: Traits, scenes: Scene, keys: jax.Array, size: int = 64) -> jax.Array:
     """Returns float32[B, size, size, 3]: `draw` for leaves and keys with a leading axis B."""
     return jax.vmap(functools.partial(draw, size=size))(who, scenes, keys)
 
 
 def paint(
-    people: tuple[Identity, ...],
+    people: tuple[Traits, ...],
     scenes: tuple[Scene, ...],
     nuisances: tuple[Nuisance, ...],
     size: int,
@@ -122,7 +122,7 @@ def paint(
 
 
 def locate(
-    people: tuple[Identity, ...],
+    people: tuple[Traits, ...],
     scenes: tuple[Scene, ...],
     nuisances: tuple[Nuisance, ...],
     size: int,

@@ -46,7 +46,7 @@ def fingerprint_of(
     cfg: TrainConfig,
     method: condition.Method,
     base: Base,
-    eyes: finding.Finder | face_table.Table | None,
+    eyes: finding.Finder | face_table.FaceTable | None,
     enhancer: enhancers.Enhancer | None = None,
 ) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""

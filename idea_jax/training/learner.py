@@ -75,7 +75,7 @@ class Work:
     enhancer: enhancers.Enhancer | None  # the shared one, if people begin with it
     start: jax.Array | None  # float32[N, D], the pseudo tokens' first value without it
     shape: Shape  # of the compiled step
-    eyes: finding.Finder | face_table.Table | None
+    eyes: finding.Finder | face_table.FaceTable | None
     validation: list[str]
     layout: devices.Layout
     about: dict  # the fingerprint of a person, but for their photos

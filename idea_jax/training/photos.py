@@ -92,7 +92,7 @@ def person_of(cfg: TrainConfig, name: str, pictures: list) -> people.Person:
 
 def open_eyes(
     cfg: TrainConfig, method: condition.Method, checkpoint_folder: Path
-) -> finding.Finder | face_table.Table | None:
+) -> finding.Finder | face_table.FaceTable | None:
     """What tells the face on a picture; None if none is needed.
 
     Raises:
@@ -107,7 +107,7 @@ def open_eyes(
 def portraits_of(
     cfg: TrainConfig,
     method: condition.Method,
-    eyes: finding.Finder | face_table.Table | None,
+    eyes: finding.Finder | face_table.FaceTable | None,
     person: people.Person,
 ) -> Portraits:
     """Looks at the pictures that a person is trained on.

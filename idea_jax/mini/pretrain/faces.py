@@ -128,7 +128,7 @@ def train_detector(run: Run) -> dict:
     key = stream(run.key, "detector")
     who = people.unnamed("recognition", run.budget.people)
     pairs = composites.Drawn(*drawings.pairs(who, run.budget.people // 2, stream(key, "pairs")))
-    net = detector.Detector(run.budget.detector_widths)
+    net = detector.DetectorNet(run.budget.detector_widths)
     start = net.init(stream(key, "start"), jnp.zeros((1, 32, 32, 3)))["params"]
     steps, size = run.budget.detector
 

@@ -63,7 +63,7 @@ class Run:
             lambda rows: self.progress(rows, "drawing named people"),
         )
 
-    def portraits(self, split: str) -> drawings.Portraits:
+    def portraits(self, split: str) -> drawings.DrawnPortraits:
         return drawings.portraits(
             people.unnamed(split, self.budget.people),
             self.budget.each,

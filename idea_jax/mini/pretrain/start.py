@@ -103,7 +103,7 @@ def name_embeddings(tokenizer: Tokenizer, table: np.ndarray) -> np.ndarray:
     rng = np.random.default_rng(0)
     codes = people.name_codes()
     for half, names in enumerate((people.first_names(), people.last_names())):
-        fields = traits.Identity._fields[half * traits.CODE_SIZE : (half + 1) * traits.CODE_SIZE]
+        fields = traits.Traits._fields[half * traits.CODE_SIZE : (half + 1) * traits.CODE_SIZE]
         columns = []
         who = people.identities(np.stack([codes[half]] * 2, axis=1))
         for field in fields:
