@@ -6,44 +6,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from idea_jax import jobs
 from idea_jax.config import reading
 from idea_jax.config.settings import ConfigError, SampleConfig, TrainConfig
-from idea_jax.data import images, people, text
-from idea_jax.diffusion import schedule
-from idea_jax.enhancer import shards
-from idea_jax.faces import models as face_models
-from idea_jax.formats import enhancer, pickles
-from idea_jax.formats.identity import IdentityError
-from idea_jax.models import flash, hub, layers, weights
+from idea_jax.errors import InputError
+from idea_jax.models import hub
 from idea_jax.runtime import compile_cache, devices, files, signals
-from idea_jax.training import publish, results
-from idea_jax.training.resume import CheckpointError
-
-# Mistakes of the input, not of the program: one message, no traceback.
-INPUT_ERRORS = (
-    ConfigError,
-    images.ImageError,
-    people.PeopleError,
-    face_models.FaceError,
-    text.TextError,
-    pickles.EmbedsError,
-    enhancer.EnhancerError,
-    layers.UnsupportedConfig,
-    flash.UnsupportedAttention,
-    weights.WeightsError,
-    hub.CheckpointNotFound,
-    IdentityError,
-    CheckpointError,
-    results.TrainingError,
-    results.OccupiedError,
-    publish.PublishError,
-    devices.DevicesError,
-    jobs.JobsError,
-    schedule.ScheduleError,
-    shards.ShardsError,
-    OSError,
-)
 
 # What to try where the memory is too small.
 SMALLER = {
@@ -96,7 +63,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
             devices.check_backend()
         for path in run(settings):
             files.say(str(path))
-    except INPUT_ERRORS as error:
+    except (InputError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     except signals.Interrupted as stop:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import filelock
 
+from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, say
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ RECORD, MANIFEST, RESULT = "job.json", "jobs.jsonl", "identity.safetensors"
 STATUSES = ("waiting", "running", "done", "failed")
 
 
-class JobsError(ValueError):
+class JobsError(InputError, ValueError):
     """A folder holds no run for many people, one of another kind, or one that is under way."""
 
 

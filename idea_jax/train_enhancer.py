@@ -20,6 +20,7 @@ from idea_jax.enhancer import fit, shards, sources
 from idea_jax.enhancer.prepare import Studio, prepare
 from idea_jax.enhancer.settings import CELEBRITIES, EnhancerTrainConfig, PrepareConfig
 from idea_jax.enhancer.sources import Casting, Source
+from idea_jax.errors import InputError
 from idea_jax.faces import finding, portraits
 from idea_jax.faces import models as face_models
 from idea_jax.models import flash, hub, sd
@@ -108,7 +109,7 @@ def purge(argv: Sequence[str]) -> int:
         return 2
     try:
         count = shards.purge(argv[1])
-    except (shards.ShardsError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {cli.describe(error)}", file=sys.stderr)
         return 1
     print(f"{count} files deleted")

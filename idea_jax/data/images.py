@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
+from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ _XMP_PACKET = (
 _MARKER = "AIGenerated"
 
 
-class ImageError(ValueError):
+class ImageError(InputError, ValueError):
     """A picture or folder of pictures that cannot be used; the message names it and says why."""
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from idea_jax.data import folders, images
+from idea_jax.errors import InputError
 
 LICENCE = "CelebA is for non-commercial research only; do not pass its pictures on"
 HOW_TO_PREPARE = (
@@ -25,7 +26,7 @@ HOW_TO_PREPARE = (
 )
 
 
-class PeopleError(ValueError):
+class PeopleError(InputError, ValueError):
     """People that cannot be had; the message says where they were looked for and what to do."""
 
 

@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 
 # Long enough for any name, short enough for file names and table cells that repeat it.
+from idea_jax.errors import InputError
+
 MAX_PLACEHOLDER_LENGTH = 64
 _PHOTO_TEMPLATES = (
     "a photo of a {}",
@@ -52,7 +54,7 @@ TEMPLATES = tuple(
 )
 
 
-class TextError(ValueError):
+class TextError(InputError, ValueError):
     """A prompt, placeholder, names file or tokenizer that cannot be used as it is."""
 
 

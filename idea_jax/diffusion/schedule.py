@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idea_jax.errors import InputError
+
 SPACINGS = ("leading", "trailing", "linspace")
 
 # What a scheduler_config.json may say beside the fields of ScheduleConfig, as diffusers' schedulers
@@ -106,7 +108,7 @@ _HARMLESS_KEYS = frozenset(
 _STEPS_OFFSET = 1
 
 
-class ScheduleError(ValueError):
+class ScheduleError(InputError, ValueError):
     """A noise schedule or a number of sampling steps that is not supported."""
 
 

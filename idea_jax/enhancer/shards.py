@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, write_tensors
 
 INDEX = "index.json"
@@ -26,7 +27,7 @@ WIDTH = 512  # of a face embedding
 MAX_TEXTS = 10_000  # of one picture; far above what anybody writes
 
 
-class ShardsError(ValueError):
+class ShardsError(InputError, ValueError):
     """A prepared folder is missing, damaged, not complete, or for something else."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from idea_jax.config.settings import ConfigError, check_finding, check_sources
 from idea_jax.data import folders, images, people
+from idea_jax.errors import InputError
 from idea_jax.faces import models as face_models
 from idea_jax.faces import packs
 from idea_jax.faces import table as face_table
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pre_aligned=args.pre_aligned,
         )
         failed = precompute(pictures, args.out, finder)
-    except (FaceError, images.ImageError, people.PeopleError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from idea_jax.errors import InputError
+
 SIZE = 112  # side of ArcFace's input, in pixels
 
 WIDTH = 512  # length of an ArcFace embedding
@@ -36,7 +38,7 @@ KNOWN_SHA256 = {
 }
 
 
-class FaceError(ValueError):
+class FaceError(InputError, ValueError):
     """A face model, crop or embedding that cannot be used; the message says what was expected."""
 
 

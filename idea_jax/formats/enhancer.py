@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 
 from idea_jax import pytrees
+from idea_jax.errors import InputError
 from idea_jax.method import condition, shared
 from idea_jax.method.modules import IDAdapter
 from idea_jax.models import sd
@@ -57,7 +58,7 @@ ABOUT = {
 }
 
 
-class EnhancerError(ValueError):
+class EnhancerError(InputError, ValueError):
     """A file of a shared ID-Enhancer cannot be used; the message names it and says why."""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from idea_jax import __version__, pytrees
+from idea_jax.errors import InputError
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.runtime.files import write_tensors
@@ -28,7 +29,7 @@ GIVEN_IN_FILE = ("anchor", "id_embed", "enhancer")
 SINCE_2 = ("enhanced", "shared_adapter", "shared_kv")
 
 
-class IdentityError(ValueError):
+class IdentityError(InputError, ValueError):
     """An identity file is damaged, of another format, or does not fit the model."""
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 # Far above any file of this kind (100 tokens of a 1024-wide encoder are 0.4 MB), far below harm.
+from idea_jax.errors import InputError
+
 MAX_BYTES = 16_000_000
 
 MAX_KEYS = 100
@@ -27,7 +29,7 @@ _MAX_INSTRUCTIONS = 20_000
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
-class EmbedsError(ValueError):
+class EmbedsError(InputError, ValueError):
     """A file of pseudo tokens that cannot be used; the message names it and says why."""
 
 

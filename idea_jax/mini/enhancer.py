@@ -14,9 +14,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import jobs
 from idea_jax.data.tokenizer import load_tokenizer
-from idea_jax.enhancer import fit, shards, sources
+from idea_jax.enhancer import fit, sources
 from idea_jax.enhancer.prepare import Studio, prepare
 from idea_jax.enhancer.settings import EnhancerTrainConfig
 from idea_jax.faces import embedding
@@ -28,8 +27,7 @@ from idea_jax.mini import captions, composites, drawings, people, traits
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 from idea_jax.runtime.files import atomic_write
-from idea_jax.training.results import Base, TrainingError
-from idea_jax.training.resume import CheckpointError
+from idea_jax.training.results import Base
 
 SPLIT = "enhancer"
 TEXTS = 3  # of a picture
@@ -40,15 +38,6 @@ SMALL = (36.0, 160.0)  # sides of the crop on the small and turned version, in p
 LICENCE = "MIT: drawn by a program, all people are made up"
 
 
-# What can be wrong with a training, of the input or the disk.
-ERRORS = (
-    shards.ShardsError,
-    TrainingError,
-    CheckpointError,
-    jobs.JobsError,
-    face_models.FaceError,
-    OSError,
-)
 # What else than the defaults decides the training.
 SETTINGS = {
     "start": "cross_init",

@@ -28,6 +28,8 @@ from idea_jax.config import reading
 from idea_jax.config.settings import TrainConfig, check_seed
 from idea_jax.data import text
 from idea_jax.data.images import to_uint8
+from idea_jax.enhancer.sources import DrawnPicture
+from idea_jax.errors import InputError
 from idea_jax.faces import embedding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.portraits import Portraits
@@ -132,16 +134,6 @@ def _scenes(key: jax.Array, wanted: Sequence[Mapping[str, str]]) -> traits.Scene
     return traits.Scene(**columns)
 
 
-class Picture(NamedTuple):
-    """A picture in memory that is read as one on disk; see `data.images.PictureFile`."""
-
-    name: str
-    image: Image.Image
-
-    def read(self) -> Image.Image:
-        return self.image
-
-
 class Lab:
     """Trains people one after the other with one config; compiles once for all of them."""
 
@@ -172,7 +164,7 @@ class Lab:
         """
         cfg, model, key = self.cfg, self.mini.model, jax.random.key(self.cfg.seed)
         pictures = [
-            Picture(f"photo {number}", Image.fromarray(photo))
+            DrawnPicture(f"photo {number}", Image.fromarray(photo))
             for number, photo in enumerate(photos)
         ]
         sights = [self.finder.look_at(p.image, p.name) for p in pictures] if self.finder else []
@@ -480,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
         mini = quality.load(args.checkpoint)
         configs = swept(args.profiles, overrides, sweep or None)
         scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))
-    except (face_models.FaceError, *quality.INPUT_ERRORS) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     say(markdown(scores))

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax.config.settings import ConfigError, check_seed
+from idea_jax.config.settings import check_seed
+from idea_jax.errors import InputError
 from idea_jax.faces import embedding, finding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.crops import align
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         check_seed(args.seed)
         folder = hub.resolve(args.checkpoint).folder
         finder = finding.open_finder(Path(folder) / "face" / "recogniser.onnx")
-    except (ConfigError, face_models.FaceError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(table(look(finder, args.split, args.people, args.seed))))

@@ -17,29 +17,21 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax.config.settings import ConfigError, check_seed
-from idea_jax.data import text
+from idea_jax.config.settings import check_seed
 from idea_jax.data.images import to_uint8
 from idea_jax.data.tokenizer import Tokenizer, load_tokenizer
+from idea_jax.errors import InputError
 from idea_jax.faces import embedding, finding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.crops import face_crop
 from idea_jax.mini import captions, composites, drawings, networks, people, traits
-from idea_jax.models import hub, layers, sd, weights
+from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import stream
 from idea_jax.runtime.files import atomic_write, check_writable, say
 from idea_jax.sampling import programs
 
 STEPS, GUIDANCE = 50, 3.0
-# Mistakes of the input or the disk: one message, no traceback.
-INPUT_ERRORS = (
-    ConfigError,
-    text.TextError,
-    weights.WeightsError,
-    layers.UnsupportedConfig,
-    OSError,
-)
 REPORTED = ("shirt", "background", "hat", "hat_colour", "expression", "style")
 
 
@@ -455,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             check_writable(args.json.parent)
         mini = load(args.checkpoint)
-    except INPUT_ERRORS as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = table(mini, args.seed, args.people)

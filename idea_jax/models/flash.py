@@ -8,11 +8,13 @@ shorter sequences, stay with plain XLA.
 import jax
 import jax.numpy as jnp
 
+from idea_jax.errors import InputError
+
 MIN_POSITIONS = 1024  # shorter sequences have weights that fit the caches
 SPLASH_BLOCKS = (512, 256, 128)  # positions in a tile; the first that divides the sequence
 
 
-class UnsupportedAttention(ValueError):
+class UnsupportedAttention(InputError, ValueError):
     """The kernel that was asked for does not run on this device or in this type."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from idea_jax.errors import InputError
 from idea_jax.models.weights import WeightsError, absent, find_weights
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
 SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole checkpoint
 
 
-class CheckpointNotFound(FileNotFoundError):
+class CheckpointNotFound(InputError, FileNotFoundError):
     """No usable checkpoint under the given name; the message says what to do."""
 
 

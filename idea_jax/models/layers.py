@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from idea_jax.errors import InputError
 from idea_jax.models import flash
 
 log = logging.getLogger(__name__)
 
 
-class UnsupportedConfig(ValueError):
+class UnsupportedConfig(InputError, ValueError):
     """A `config.json` asks for something the networks here do not do, or is not understood."""
 
 

@@ -23,6 +23,7 @@ from jax._src.distributed import global_state
 from jax.experimental.multihost_utils import live_devices
 from jax.sharding import AxisType, Mesh
 
+from idea_jax.errors import InputError
 from idea_jax.runtime.signals import Interrupted, first_signal
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ PINNED = {
 }
 
 
-class DevicesError(ValueError):
+class DevicesError(InputError, ValueError):
     """The devices that are there are not those that were asked for."""
 
 

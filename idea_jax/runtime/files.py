@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from idea_jax.errors import InputError
 
-class WriteError(OSError):
+
+class WriteError(InputError, OSError):
     """A result cannot be written; the message names it, the cause and what to do."""
 
 

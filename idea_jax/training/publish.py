@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _FACE = {
 }
 
 
-class PublishError(ValueError):
+class PublishError(InputError, ValueError):
     """An upload did not succeed; all results are on the disk."""
 
 

@@ -16,6 +16,7 @@ from idea_jax.config.reading import read_yaml, to_yaml
 from idea_jax.config.settings import ConfigError, TrainConfig
 from idea_jax.data import images, people, text
 from idea_jax.data.tokenizer import Tokenizer
+from idea_jax.errors import InputError
 from idea_jax.formats import learned_embeds
 from idea_jax.formats.enhancer import Enhancer
 from idea_jax.formats.identity import (
@@ -40,11 +41,11 @@ from idea_jax.training.step import (
 )
 
 
-class TrainingError(RuntimeError):
-    """The loss is no longer a number."""
+class TrainingError(InputError, RuntimeError):
+    """A training that did not come to its end: a value is not finite, or some people failed."""
 
 
-class OccupiedError(ValueError):
+class OccupiedError(InputError, ValueError):
     """A folder holds somebody else, who would be lost; the message names both."""
 
 

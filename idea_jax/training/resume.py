@@ -13,13 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from idea_jax.errors import InputError
 from idea_jax.runtime.files import cannot_write
 from idea_jax.training.step import IdentityState
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError, ValueError):
     """A run cannot be resumed from where it was asked to."""
 
 

@@ -12,27 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
-from idea_jax.config.settings import ConfigError, check_seed
-from idea_jax.data.text import TextError
-from idea_jax.mini import (
-    enhancer,
-)
+from idea_jax.config.settings import check_seed
+from idea_jax.errors import InputError
 from idea_jax.mini.pretrain.budget import BUDGETS
 from idea_jax.mini.pretrain.order import pretrain, pretrain_at_once
-from idea_jax.mini.pretrain.run import PretrainError, Run
+from idea_jax.mini.pretrain.run import Run
 from idea_jax.mini.pretrain.stages import STAGES
-from idea_jax.models import weights
 from idea_jax.runtime.signals import Interrupted
-
-# Mistakes of the input, the disk or a training: one message, no traceback.
-INPUT_ERRORS = (
-    PretrainError,
-    ConfigError,
-    TextError,
-    weights.WeightsError,
-    FloatingPointError,
-    *enhancer.ERRORS,
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             command = [sys.executable, "-m", "idea_jax.mini.pretrain", str(args.folder)]
             command += ["--work", str(work), "--budget", args.budget, "--seed", str(args.seed)]
             pretrain_at_once(run, args.stages, args.jobs, command)
-    except INPUT_ERRORS as error:
+    except (InputError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted):

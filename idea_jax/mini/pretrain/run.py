@@ -10,6 +10,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from idea_jax.data.tokenizer import Tokenizer, load_tokenizer
+from idea_jax.errors import InputError
 from idea_jax.mini import (
     drawings,
     people,
@@ -32,7 +33,7 @@ RECORD = "pretraining.json"  # in the checkpoint: how it was made
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks them
 
 
-class PretrainError(ValueError):
+class PretrainError(InputError, ValueError):
     """A run that cannot be begun or continued as it was asked for."""
 
 
