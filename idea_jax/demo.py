@@ -27,7 +27,6 @@ PROMPTS = (3, 4, 6, 9)  # of captions.PROMPTS
 PICTURES = 4
 PAGES = ("index.html", "overview.png")
 MARK = ".idea_jax-demo"  # in a folder whose contents the next demo may replace
-
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }

@@ -10,13 +10,12 @@ command above shows what is newer in the records.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +88,6 @@ def from_line(line: str) -> Record:
         return Record(**json.loads(line))
     except (TypeError, ValueError) as error:
         raise JobsError(f"no record of a person: {error}") from error
-
-
-def digest(values: Mapping) -> str:
-    """SHA-256 of settings, hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from idea_jax.formats.identity import FORMAT, Identity, IdentityError, read_iden
 from idea_jax.method import condition, shared
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
-from idea_jax.runtime.files import file_digest
+from idea_jax.runtime.files import file_digest, json_digest
 from idea_jax.sampling import run as sample
 from idea_jax.training import program, results
 from idea_jax.training import run as train_steps
@@ -498,8 +498,8 @@ def test_what_was_begun_before_there_were_these_settings_can_go_on():
     """Neither a checkpoint nor the record of a person of then names them."""
     before = {"seed": 0, "profile": "cross_init", "revision": None}
     now = {**before, **dict.fromkeys(LATER)}
-    assert digest_of_settings(now) == jobs.digest(before)
-    assert digest_of_settings({**now, "lr_scheduler": "cosine"}) != jobs.digest(before)
+    assert digest_of_settings(now) == json_digest(before)
+    assert digest_of_settings({**now, "lr_scheduler": "cosine"}) != json_digest(before)
     cfg = reading.parse(
         TrainConfig,
         "--pretrained_model_name_or_path m --train_data_dir d --profile cross_init".split(),

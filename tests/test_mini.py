@@ -39,7 +39,7 @@ from idea_jax.mini.pretrain.run import (
     TEXT_LENGTH,
     PretrainError,
     Run,
-    write_json,
+    write_record,
 )
 from idea_jax.mini.pretrain.start import name_embeddings
 from idea_jax.mini.pretrain.text import caption_ids
@@ -447,7 +447,7 @@ def test_an_average_is_returned_where_one_is_asked_for(run):
 
 def test_another_budget_does_not_continue_a_checkpoint(run):
     run.folder.mkdir()
-    write_json(run.folder / RECORD, {"seed": 1, "budget": {}, "stages": {}})
+    write_record(run.folder, {"seed": 1, "budget": {}, "stages": {}})
     with pytest.raises(ValueError, match="another seed or budget"):
         order.pretrain(run)
 
@@ -562,14 +562,14 @@ def test_a_record_from_before_there_was_a_stage_is_continued(run, monkeypatch):
     before = {name: value for name, value in budget.items() if name != "detector"}
     record = {"seed": 0, "budget": before, "stages": {"old": {}, "finish": {}}}
     run.folder.mkdir()
-    write_json(run.folder / RECORD, record)
+    write_record(run.folder, record)
     order.pretrain(run)
     assert done == ["new", "finish"]
     after = json.loads((run.folder / RECORD).read_text())
     assert after["budget"] == budget and list(after["stages"]) == ["old", "new", "finish"]
     order.pretrain(run)
     assert len(done) == 2
-    write_json(run.folder / RECORD, record | {"budget": before | {"each": 99}})
+    write_record(run.folder, record | {"budget": before | {"each": 99}})
     with pytest.raises(ValueError, match="another seed or budget"):
         order.pretrain(run)
 
@@ -607,7 +607,7 @@ def stages(run, monkeypatch, tmp_path):
         run.folder.mkdir(exist_ok=True)
         about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget), "stages": {}}
         if not (run.folder / RECORD).is_file():
-            write_json(run.folder / RECORD, about)
+            write_record(run.folder, about)
         command = [sys.executable, str(script), str(run.folder)]
         order.pretrain_at_once(run, only, jobs, command)
         return json.loads((run.folder / RECORD).read_text())["stages"]

@@ -1,7 +1,6 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
 import functools
-import hashlib
 import io
 import logging
 import math
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from idea_jax.errors import InputError
-from idea_jax.runtime.files import atomic_write
+from idea_jax.runtime.files import atomic_write, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,6 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # Checked on the header, before any pixel is decoded. Above 8000x8000 and the 50-megapixel phones,
 # and below the 89 megapixels from which Pillow itself warns.
 MAX_PIXELS = 80_000_000
-
 MIN_SIDE = 16
 
 # Modes that a profile can speak of, by the colour space that it names.
@@ -37,7 +35,6 @@ _MODES_OF_PROFILES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 # The IPTC code for pictures made by a trained model, in the XMP property that search engines and
 # picture agencies read: https://cv.iptc.org/newscodes/digitalsourcetype/ (PNG keyword: XMP part 3).
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-
 _XMP_KEYWORD = "XML:com.adobe.xmp"
 
 _XMP_PACKET = (
@@ -79,8 +76,7 @@ class PictureFile:
 
     def sha256(self) -> str:
         """Hex digest of the file's bytes."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
     def __str__(self) -> str:
         return str(self.path)

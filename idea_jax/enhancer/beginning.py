@@ -1,7 +1,5 @@
 """A training of the shared enhancer before its first step: checks, first values, resumption."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from idea_jax.formats.identity import versions
 from idea_jax.method import anchor, shared
 from idea_jax.models import sd
 from idea_jax.runtime import devices
+from idea_jax.runtime.files import json_digest
 from idea_jax.training import results
 from idea_jax.training.results import Base
 from idea_jax.training.resume import Checkpoints
@@ -261,11 +260,10 @@ def fingerprint_of(cfg: EnhancerTrainConfig, work: EnhancerWork, names: list[str
         for folder in work.folders
     ]
     shares = [weight for _, weight in samples.read_weights(cfg.data)]
-    inputs = json.dumps([folders, shares, names], sort_keys=True)
     return {
         **held_on_resume(cfg),
         "validates": cfg.validation_steps > 0,  # else nobody is held out
-        "inputs": hashlib.sha256(inputs.encode()).hexdigest(),
+        "inputs": json_digest([folders, shares, names]),
         "base_weights": work.about["base_weights"],
     }
 

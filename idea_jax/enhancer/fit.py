@@ -59,7 +59,6 @@ from idea_jax.training.start import known_names
 log = logging.getLogger(__name__)
 
 RESULT = "enhancer.safetensors"
-
 PLACEHOLDER = "<person>"  # its tokens' numbers are in the prepared folders, its name is nowhere
 
 

@@ -3,7 +3,6 @@
 A source yields people as numbers, in an order that is the same every time, from any place on.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from idea_jax.enhancer.shards import ShardsError
 from idea_jax.faces import finding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.table import Sight
+from idea_jax.runtime.files import json_digest
 from idea_jax.sampling.programs import Sampling
 from idea_jax.training.results import Base
 
@@ -152,7 +152,7 @@ def of_people(
     """
     counts = [len(portraits(name)) for name in names]
     # Not their names: those of few people could be guessed from a digest.
-    digest = hashlib.sha256(json.dumps(counts).encode()).hexdigest()
+    digest = json_digest(counts)
 
     def everybody(first):
         for number in range(first, len(names)):
@@ -279,7 +279,7 @@ def celebrities(
                 kept, rejected = cast(finder, found, casting.likeness)
                 yield NumberedPerson(number, kept, name_ids[number], rejected)
 
-    digest = hashlib.sha256(json.dumps([list(names), list(casting.prompts)]).encode()).hexdigest()
+    digest = json_digest([list(names), list(casting.prompts)])
     facts = {
         "names_and_prompts": digest,
         "seed": seed,

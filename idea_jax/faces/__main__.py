@@ -4,7 +4,6 @@ Training then needs neither the face models nor onnxruntime.
 """
 
 import argparse
-import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from idea_jax.faces import table as face_table
 from idea_jax.faces.finding import about_of, detector_beside, open_finder
 from idea_jax.faces.models import FaceError, check_select
 from idea_jax.faces.precompute import precompute, read_table
-from idea_jax.runtime.files import check_writable, say
+from idea_jax.runtime.files import check_writable, file_digest, say
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +86,7 @@ def _digest(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return file_digest(file)
     except OSError as error:
         raise FaceError(f"the face model {file} cannot be read: {error.strerror}") from error
 

@@ -13,7 +13,6 @@ from idea_jax.faces.models import SIZE, WIDTH, FaceError, Recogniser
 # below the median (robustly estimated), and by at least this much. The first is the usual limit of
 # the median rule; the second keeps photos that are all alike from being told apart by noise.
 OUTLIER_DEVIATIONS = 3.0
-
 OUTLIER_LEAST = 0.15
 
 

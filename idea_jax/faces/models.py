@@ -10,7 +10,6 @@ from pathlib import Path
 from idea_jax.errors import InputError
 
 SIZE = 112  # side of ArcFace's input, in pixels
-
 WIDTH = 512  # length of an ArcFace embedding
 
 

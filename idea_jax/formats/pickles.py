@@ -18,13 +18,10 @@ import numpy as np
 from idea_jax.errors import InputError
 
 MAX_BYTES = 16_000_000
-
 MAX_KEYS = 100
 MAX_VECTORS = 75  # CLIP reads 77 positions, two of which are the start and the end
-
 MAX_NAME = 200  # characters of a key
 MAX_WIDTH = 8192
-
 _MAX_INSTRUCTIONS = 20_000
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 

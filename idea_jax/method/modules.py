@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from idea_jax.models.layers import UnsupportedConfig
+from idea_jax.models.config_reader import UnsupportedConfig
 
 NUM_HEADS = 8  # arXiv 2507.11990 and the published code use eight heads everywhere
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from idea_jax.models.layers import ConfigReader, attention, layer_norm
+from idea_jax.models.config_reader import ConfigReader
+from idea_jax.models.layers import attention, layer_norm
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

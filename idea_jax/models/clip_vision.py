@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from idea_jax.models.clip_text import ACTIVATIONS, CLIPEncoder
-from idea_jax.models.layers import ConfigReader, layer_norm
+from idea_jax.models.config_reader import ConfigReader
+from idea_jax.models.layers import layer_norm
 
 
 @dataclass(frozen=True)

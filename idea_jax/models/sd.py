@@ -21,12 +21,12 @@ from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.models import weights
 from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from idea_jax.models.layers import UnsupportedConfig, say_once
+from idea_jax.models.config_reader import UnsupportedConfig, say_once
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.models.weights import WeightsError
 from idea_jax.pytrees import flatten, unflatten
-from idea_jax.runtime.files import atomic_write
+from idea_jax.runtime.files import atomic_write, write_json
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DIFFUSERS_VERSION = "0.42.1"  # whose layout `save` writes
@@ -251,12 +251,12 @@ def save(
         with atomic_write(folder / part.folder / f"{part.stem}{infix}.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
         config = part.config if part.folder == "text_encoder" else part.config | version
-        _write_json(folder / part.folder / "config.json", config)
+        write_json(folder / part.folder / "config.json", config, sort_keys=True)
 
     # An absent timestep_spacing lets each sampler take its own default.
     schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
     schedule |= {"_class_name": "DDIMScheduler", "clip_sample": False, **version}
-    _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule, sort_keys=True)
     # An image encoder is no part of Stable Diffusion, but may lie beside it (adapters use it).
     has_image_encoder = (folder / "image_encoder" / "config.json").is_file()
     image_encoder = ["transformers", "CLIPVisionModelWithProjection"]
@@ -273,12 +273,7 @@ def save(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    _write_json(folder / "model_index.json", index)
-
-
-def _write_json(path: Path, values: dict) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "model_index.json", index, sort_keys=True)
 
 
 def init(model: StableDiffusion, key: jax.Array) -> Frozen:

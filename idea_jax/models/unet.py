@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from idea_jax.models.config_reader import OF_AVERAGES, ConfigReader
 from idea_jax.models.layers import (
-    OF_AVERAGES,
-    ConfigReader,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,

@@ -1,8 +1,6 @@
 """The devices of a run: the mesh of a process, its share of the people, several processes."""
 
 import functools
-import hashlib
-import json
 import logging
 import math
 import os
@@ -24,6 +22,7 @@ from jax.experimental.multihost_utils import live_devices
 from jax.sharding import AxisType, Mesh
 
 from idea_jax.errors import InputError
+from idea_jax.runtime.files import json_digest
 from idea_jax.runtime.signals import Interrupted, first_signal
 
 log = logging.getLogger(__name__)
@@ -338,7 +337,7 @@ def check_same_people(names: Sequence[str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    ours = f"{len(names)} people, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
+    ours = f"{len(names)} people, {json_digest(names)[:16]}"
     client, key = global_state.client, "idea_jax/people"
     if jax.process_index() == 0:
         client.key_value_set(key, ours)

@@ -177,9 +177,16 @@ def slug(text: str, length: int = 80) -> str:
     return f"{readable}-{digest}" if readable else digest
 
 
-def write_json(path: Path, values: dict | Sequence) -> None:
+def json_digest(values: dict | Sequence) -> str:
+    """Returns the SHA-256 of values as JSON with sorted keys, hexadecimal."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(
+    path: Path, values: dict | Sequence, *, indent: int = 2, sort_keys: bool = False
+) -> None:
     """Writes readable JSON, atomically."""
-    content = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    content = json.dumps(values, indent=indent, sort_keys=sort_keys, ensure_ascii=False) + "\n"
     with atomic_write(path) as temporary:
         # Lone surrogates (file names that are no UTF-8) become JSON's own escapes.
         temporary.write_bytes(content.encode("utf-8", "backslashreplace"))

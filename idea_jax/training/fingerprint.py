@@ -2,14 +2,13 @@
 
 from dataclasses import asdict
 
-from idea_jax import jobs
 from idea_jax.config.settings import TrainConfig, held_on_resume
 from idea_jax.faces import finding
 from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition
 from idea_jax.pytrees import tree_digest
-from idea_jax.runtime.files import file_digest
+from idea_jax.runtime.files import file_digest, json_digest
 from idea_jax.training.results import Base
 
 # Settings that came later, with what they were for all who did not know them. A fingerprint has
@@ -81,4 +80,4 @@ def fingerprint_of(
 
 def digest_of_settings(about: dict[str, object]) -> str:
     """One SHA-256 of a fingerprint, hexadecimal; what is None and came later does not count."""
-    return jobs.digest({k: v for k, v in about.items() if k not in LATER or v is not None})
+    return json_digest({k: v for k, v in about.items() if k not in LATER or v is not None})

@@ -17,7 +17,6 @@ PATTERNS = (
     "webui/*.safetensors",
 )
 CARD = "README.md"
-
 _TEXT = """\
 # {token}
 

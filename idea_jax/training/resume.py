@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 
 from idea_jax.errors import InputError
-from idea_jax.runtime.files import cannot_write
+from idea_jax.runtime.files import cannot_write, json_digest
 from idea_jax.training.step import IdentityState
 
 log = logging.getLogger(__name__)
@@ -231,7 +230,7 @@ def resumable(state: IdentityState) -> dict:
 
 def digests(tree: dict, run: dict) -> dict[str, str]:
     """SHA-256 of each array, its type and shape included, and of the run's fingerprint."""
-    found = {"run": hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()}
+    found = {"run": json_digest(run)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest = hashlib.sha256(f"{leaf.dtype} {leaf.shape} ".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())

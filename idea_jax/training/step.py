@@ -16,7 +16,6 @@ from idea_jax.models import sd
 from idea_jax.pytrees import stream
 
 EVALUATION_SAMPLES = 16
-
 LEAST_GAIN = 0.01  # of the best evaluation
 
 

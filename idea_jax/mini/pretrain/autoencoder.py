@@ -22,7 +22,6 @@ DETAILS_WEIGHT = 0.1  # of what the judge sees, against the same
 
 # Of what the UNet draws, next to what the encoder says: at most, in deviations of the latents.
 LATENTS_OFF = 0.3
-
 KL_WEIGHT = 3e-5  # of the mean KL of a latent, against the mean squared error of a pixel
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from idea_jax.mini.pretrain import stages as all_stages
-from idea_jax.mini.pretrain.run import RECORD, PretrainError, Run, write_json
+from idea_jax.mini.pretrain.run import RECORD, PretrainError, Run, write_record
 
 STOP_SECONDS = 10  # that a stage has to end by itself
 
@@ -46,7 +46,7 @@ def pretrain(run: Run, stages: Collection[str] = ()) -> None:
                 known.pop("finish", None)
             # In one order, whatever was done first.
             record["stages"] = {n: known[n] for n in all_stages.STAGES if n in known} | known
-            write_json(run.folder / RECORD, record)
+            write_record(run.folder, record)
 
 
 def pretrain_at_once(run: Run, stages: Collection[str], jobs: int, command: Sequence[str]) -> None:
@@ -136,9 +136,9 @@ def begin(run: Run) -> dict:
     run.work.mkdir(parents=True, exist_ok=True)
     read_record(run.work, about)
     read_record(run.folder, about)
-    write_json(run.work / RECORD, {**about, "stages": {}})
+    write_record(run.work, {**about, "stages": {}})
     if not (run.folder / RECORD).is_file():
-        write_json(run.folder / RECORD, {**about, "stages": {}})
+        write_record(run.folder, {**about, "stages": {}})
     return about
 
 

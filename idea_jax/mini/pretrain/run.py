@@ -1,6 +1,5 @@
 """What the stages of a pretraining share: its folders, its settings, its drawings."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from idea_jax.mini import (
 from idea_jax.mini.pretrain.budget import Budget
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.runtime.files import atomic_write
+from idea_jax.runtime.files import write_json
 
 TEXT_LENGTH = 40  # positions of the text encoder
 
@@ -27,9 +26,7 @@ TEXT_LENGTH = 40  # positions of the text encoder
 JUDGE, RECOGNISER = "judge.safetensors", "recogniser.safetensors"
 
 CAPTIONS = "captions.safetensors"
-
 RECORD = "pretraining.json"  # in the checkpoint: how it was made
-
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks them
 
 
@@ -101,6 +98,6 @@ class Run:
         return FileLock(self.work / ".lock")
 
 
-def write_json(path: Path, values: dict) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
+def write_record(folder: Path, record: dict) -> None:
+    """Writes what is known of a run."""
+    write_json(folder / RECORD, record, indent=1)

@@ -1,6 +1,5 @@
 """All stages of a pretraining, in order, and what each needs."""
 
-import hashlib
 from collections.abc import Callable
 
 from idea_jax.mini import (
@@ -14,7 +13,7 @@ from idea_jax.mini.pretrain.run import RECORD, SUMS, Run
 from idea_jax.mini.pretrain.start import prepare
 from idea_jax.mini.pretrain.text import make_drawings, train_clip
 from idea_jax.mini.pretrain.unet import train_unet
-from idea_jax.runtime.files import atomic_write
+from idea_jax.runtime.files import atomic_write, file_digest
 
 
 def train_enhancer(run: Run) -> dict:
@@ -41,7 +40,7 @@ def finish(run: Run) -> dict:
     with atomic_write(run.folder / "README.md") as path:
         path.write_text(card, encoding="utf-8")
     files = {
-        str(path.relative_to(run.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(run.folder)): file_digest(path)
         for path in sorted(run.folder.rglob("*"))
         if path.is_file() and path.name not in (RECORD, SUMS) and not path.name.startswith(".tmp-")
     }

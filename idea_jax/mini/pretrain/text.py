@@ -18,12 +18,12 @@ from idea_jax.mini.pretrain import fit
 from idea_jax.mini.pretrain.budget import Budget
 from idea_jax.mini.pretrain.crops import unit
 from idea_jax.mini.pretrain.judge import OUTPUTS, scene_error
-from idea_jax.mini.pretrain.run import CAPTIONS, TEXT_LENGTH, Run, write_json
+from idea_jax.mini.pretrain.run import CAPTIONS, TEXT_LENGTH, Run
 from idea_jax.models import sd, weights
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.pytrees import stream
 from idea_jax.runtime import devices
-from idea_jax.runtime.files import atomic_write
+from idea_jax.runtime.files import atomic_write, write_json
 
 SHARPNESS = 20.0  # of what is read off unit vectors by a matrix of singular values about 1
 CAPTIONED = 1500  # drawings whose captions one process makes in one go
@@ -158,12 +158,12 @@ def train_clip(run: Run) -> dict:
     folder = run.folder / "image_encoder"
     with atomic_write(folder / "model.safetensors") as path:
         save_file(tensors, path, metadata={"format": "pt"})
-    write_json(folder / "config.json", config.to_dict())
+    write_json(folder / "config.json", config.to_dict(), indent=1)
     half = [0.5] * 3
     preprocessor = {"image_processor_type": "CLIPImageProcessor", "image_mean": half}
     preprocessor |= {"image_std": half, "size": {"shortest_edge": drawings.SIZE}}
     preprocessor |= {"crop_size": {"height": drawings.SIZE, "width": drawings.SIZE}}
-    write_json(folder / "preprocessor_config.json", preprocessor)
+    write_json(folder / "preprocessor_config.json", preprocessor, indent=1)
     return {"losses": losses}
 
 
