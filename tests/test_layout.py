@@ -1,7 +1,8 @@
-"""Imports run downwards only, and each outside package is imported where it belongs."""
+"""Imports run downwards only, and no file, function or list of parameters grows without end."""
 
 import ast
 import functools
+import re
 import shutil
 from pathlib import Path
 
@@ -239,3 +240,65 @@ def test_scripts_import_the_package_only_when_they_run(script):
         "idea_jax.training.run",
         "idea_jax.sampling.run",
     }
+
+
+# What may be longer: the renderer of faces, and the dataclasses in which each setting has its text.
+LONG_FILES = {"idea_jax/mini/face.py", "idea_jax/config/settings.py"}
+LONG_FUNCTIONS = {"idea_jax/mini/face.py"}
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for folder in ("idea_jax", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def definitions(kind):
+    """(file, definition) of every function or class of the package and the benchmarks."""
+    for name, source in SOURCES.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, kind):
+                yield name, node
+
+
+def parameters(function):
+    """Names of a function's parameters, but for the object whose method it is."""
+    given = function.args
+    names = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+    return [name.arg for name in names if name is not None and name.arg not in ("self", "cls")]
+
+
+def test_public_functions_have_eight_parameters_at_most():
+    many = [
+        f"{file}: {function.name}"
+        for file, function in definitions(ast.FunctionDef)
+        if not function.name.startswith("_") or function.name == "__init__"
+        if len(parameters(function)) > 8
+    ]
+    assert many == []
+
+
+def test_functions_have_eighty_lines_at_most():
+    long = [
+        f"{file}: {function.name}"
+        for file, function in definitions(ast.FunctionDef)
+        if function.end_lineno - function.lineno >= 80 and file not in LONG_FUNCTIONS
+    ]
+    assert long == []
+
+
+def test_files_have_five_hundred_lines_at_most():
+    long = {name for name, source in SOURCES.items() if len(source.splitlines()) > 500}
+    assert long <= LONG_FILES
+
+
+def test_each_class_has_a_name_of_its_own():
+    places = {}
+    for file, found in definitions(ast.ClassDef):
+        places.setdefault(found.name, []).append(file)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_the_formatter_is_not_kept_away():
+    """Neither by a comment nor by brackets around what would otherwise have a line each."""
+    tricks = re.compile(r"# fmt: (?:skip|off)|^\s*\*\(", re.MULTILINE)
+    assert [name for name, source in SOURCES.items() if tricks.search(source)] == []
