@@ -336,6 +336,7 @@ def fake_hub(cache, monkeypatch):
 
 EXTRA = [
     "README.md",
+    "enhancer/run.json",
     "v2-1_512-ema-pruned.ckpt",
     "feature_extractor/preprocessor_config.json",
     "safety_checker/config.json",
@@ -347,12 +348,13 @@ EXTRA = [
 
 @pytest.mark.parametrize("variant, infix", [(None, ""), ("fp16", ".fp16")])
 def test_only_what_is_read_is_downloaded(fake_hub, cache, variant, infix):
-    fake_hub.files = CONFIGS + weights() + weights(".fp16") + EXTRA
+    enhancer = ["enhancer/enhancer.safetensors"]
+    fake_hub.files = CONFIGS + weights() + weights(".fp16") + enhancer + EXTRA
     found = resolve("some/model", variant=variant)
     assert (found.name, found.revision) == ("some/model", COMMIT)
     assert found.folder == cache / "models--some--model" / "snapshots" / COMMIT
     files = [str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file()]
-    assert sorted(files) == sorted(CONFIGS + weights(infix))
+    assert sorted(files) == sorted(CONFIGS + weights(infix) + enhancer)
     # The second time nothing is asked.
     fake_hub.requests.clear()
     assert resolve("some/model", variant=variant) == found

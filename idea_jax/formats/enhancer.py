@@ -24,7 +24,7 @@ from idea_jax import pytrees
 from idea_jax.errors import InputError
 from idea_jax.method import condition, shared
 from idea_jax.method.modules import IDAdapter
-from idea_jax.models import sd
+from idea_jax.models import hub, sd
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import (
     write_tensors,
@@ -32,7 +32,7 @@ from idea_jax.runtime.files import (
 
 log = logging.getLogger(__name__)
 
-FILE = Path("enhancer") / "enhancer.safetensors"  # inside a checkpoint's folder
+FILE = Path(hub.ENHANCER)  # inside a checkpoint's folder
 FORMAT, FORMAT_VERSION = "idea_jax.enhancer", 1
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 WRITTEN_AS = ("float32", "float16", "bfloat16")

@@ -42,6 +42,7 @@ WEIGHTS = (
     ("unet", "diffusion_pytorch_model"),
     ("vae", "diffusion_pytorch_model"),
 )
+ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
 # huggingface_hub itself retries for about 23 s before it says that there is no network. No network
 # is mostly told at once; a slow name server or proxy has as long as huggingface_hub gives it.
@@ -241,9 +242,12 @@ def _notice_mirror(name: str, repository: str) -> None:
 
 
 def _patterns(variant: str | None) -> list[str]:
-    """Returns what to download: neither other variants, nor pickles, nor the safety checker."""
+    """Returns what to download: neither other variants, nor pickles, nor the safety checker.
+
+    A repository's shared ID-Enhancer, if it has one, comes along: `--enhancer auto` takes it.
+    """
     infix = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "tokenizer/*", *CONFIGS]
+    patterns = ["model_index.json", "tokenizer/*", *CONFIGS, ENHANCER]
     for part, stem in WEIGHTS:
         patterns += [
             f"{part}/{stem}{infix}.safetensors",
