@@ -13,7 +13,7 @@ from idea_jax.models import hub
 from idea_jax.runtime import compile_cache, devices, files, signals
 
 # What to try where the memory is too small.
-SMALLER = {
+SMALLER: dict[type | None, str] = {
     TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
     "--mixed_precision bf16, --shard_frozen with --mesh data=N, or a smaller --resolution",
     None: "a smaller batch, --mixed_precision bf16, or --shard_frozen on several devices",
@@ -76,8 +76,8 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         if not devices.is_out_of_memory(error):
             raise
         needed = compile_cache.needs[-1] if compile_cache.needs else None
-        about = devices.describe_memory(error, needed)
-        print(f"error: {about}. Try {SMALLER.get(cls, SMALLER[None])}", file=sys.stderr)
+        reason = devices.describe_memory(error, needed)
+        print(f"error: {reason}. Try {SMALLER.get(cls, SMALLER[None])}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,6 +10,7 @@ import logging
 import types
 import typing
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 
@@ -29,7 +30,7 @@ from idea_jax.config.settings import (
 log = logging.getLogger(__name__)
 
 
-def parse(cls: type, argv: Sequence[str], **about: str) -> object:
+def parse(cls: type, argv: Sequence[str], **about: Any) -> Any:
     """Reads command-line arguments into a dataclass of settings, such as `TrainConfig`.
 
     Args:
@@ -43,7 +44,7 @@ def parse(cls: type, argv: Sequence[str], **about: str) -> object:
     """
     # Argparse's own usage names every flag, and would bury the one line that says what is wrong.
     usage = "%(prog)s [--FLAG VALUE ...]    (--help tells all flags)"
-    parser = argparse.ArgumentParser(**about, usage=usage, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, **about)
     parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
     for spec in settings_of(cls):
         add_flag(parser, spec)
@@ -119,7 +120,7 @@ FOREIGN_FLAGS: dict[type, dict[str, str]] = {
 }
 
 
-def build(cls: type, file_values: dict, flags: dict, *, source: str | None = None) -> object:
+def build(cls: type, file_values: dict, flags: dict, *, source: str | None = None) -> Any:
     """Merges the layers and returns the checked dataclass.
 
     Raises:
@@ -255,7 +256,7 @@ def without_switches(known: dict[str, dataclasses.Field], values: dict) -> dict:
     return values
 
 
-def plain_type(annotation: object) -> tuple[type, bool]:
+def plain_type(annotation: Any) -> tuple[type, bool]:
     """Returns (element type, is it a list) of a field's annotation."""
     options = (
         typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
@@ -266,7 +267,7 @@ def plain_type(annotation: object) -> tuple[type, bool]:
     return kind, False
 
 
-def check_type(spec: dataclasses.Field, value: object, source: str | None) -> None:
+def check_type(spec: dataclasses.Field, value: Any, source: str | None) -> None:
     """Raises ConfigError unless a YAML value has the type of its field."""
     kind, is_list = plain_type(spec.type)
     optional = isinstance(spec.type, types.UnionType)
@@ -322,7 +323,7 @@ def read_yaml(path: str) -> dict:
     return values
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: Any) -> str:
     """The resolved settings as YAML that `--config` reads back to the same run."""
     named = {spec.name: getattr(config, spec.name) for spec in settings_of(type(config))}
     values = {n: value for n, value in named.items() if value is not None and n not in SECRETS}

@@ -7,10 +7,10 @@ default of a setting.
 import dataclasses
 import math
 import re
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from idea_jax.errors import InputError
 
@@ -20,7 +20,7 @@ class ConfigError(InputError, ValueError):
 
 
 # What a setting may be marked with, and what it is without the mark.
-MARKS = {
+MARKS: dict[str, Any] = {
     "profiles": (),  # those that have the part that it sets; a profile that would ignore it refuses
     "face": False,  # whether it says how a face is found; settled where faces are precomputed
     "free": False,  # whether it may differ between a run and its resumption: it touches no number
@@ -30,14 +30,14 @@ MARKS = {
 
 
 def setting(
-    default: object,
+    default: Any,
     text: str,
     *,
     aliases: Sequence[str] = (),
     choices: Sequence | None = None,
     switch: tuple | None = None,
-    **marks: object,
-) -> typing.Any:
+    **marks: Any,
+) -> Any:
     """A dataclass field with its help text, extra flag names, allowed values and `MARKS`.
 
     A default of `...` makes the setting required. `switch` is the name of an on-off flag that means
@@ -45,7 +45,12 @@ def setting(
     """
     if unknown := marks.keys() - MARKS.keys():
         raise TypeError(f"unknown marks: {', '.join(unknown)}")
-    metadata = {"help": text, "aliases": tuple(aliases), "choices": choices, "switch": switch}
+    metadata: dict[str, Any] = {
+        "help": text,
+        "aliases": tuple(aliases),
+        "choices": choices,
+        "switch": switch,
+    }
     metadata |= MARKS | marks
     if default is ...:
         return field(metadata={**metadata, "required": True})
@@ -57,7 +62,7 @@ def settings_of(cls: type) -> list[dataclasses.Field]:
     return [spec for spec in dataclasses.fields(cls) if spec.metadata]
 
 
-def held_on_resume(cfg: object) -> dict[str, object]:
+def held_on_resume(cfg: Any) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that it goes on with."""
     held = (spec.name for spec in settings_of(type(cfg)) if not spec.metadata["free"])
     return {name: getattr(cfg, name) for name in held}
@@ -773,12 +778,12 @@ def check_without_enhancer(cfg: TrainConfig) -> None:
         )
 
 
-def given(cfg: object, spec: dataclasses.Field) -> bool:
+def given(cfg: Any, spec: dataclasses.Field) -> bool:
     """Whether a setting is another one than by default."""
     return getattr(cfg, spec.name) != spec.default
 
 
-def given_of_face(cfg: object) -> list[str]:
+def given_of_face(cfg: Any) -> list[str]:
     """The settings of how a face is found that are others than by default."""
     specs = settings_of(type(cfg))
     return [spec.name for spec in specs if spec.metadata["face"] and given(cfg, spec)]
@@ -803,7 +808,7 @@ def named_folder(placeholder: str) -> str:
     return f"idea-{name or 'person'}"
 
 
-def check_sources(name: str, folder: object, dataset: str | None, dataset_dir: object) -> None:
+def check_sources(name: str, folder: Any, dataset: str | None, dataset_dir: Any) -> None:
     """Raises unless there is one source of photos: a folder, whose setting has `name`, or a set."""
     if folder is None and dataset is None:
         raise ConfigError(f"missing: {name}, or --dataset with --dataset_dir (see --help)")
@@ -813,7 +818,7 @@ def check_sources(name: str, folder: object, dataset: str | None, dataset_dir: o
         raise ConfigError("--dataset and --dataset_dir belong together: give both or none")
 
 
-def check_finding(settings: object) -> None:
+def check_finding(settings: Any) -> None:
     """Raises unless the settings of how a face is found fit together."""
     if settings.face_model is not None and settings.face_model_dir is not None:
         raise ConfigError("give either --face_model or --face_model_dir, not both")
@@ -823,7 +828,7 @@ def check_finding(settings: object) -> None:
         )
 
 
-def positive(config: object, *names: str) -> None:
+def positive(config: Any, *names: str) -> None:
     """Raises unless each named field is None or greater than zero, and finite."""
     for name in names:
         value = getattr(config, name)
@@ -833,7 +838,7 @@ def positive(config: object, *names: str) -> None:
             raise ConfigError(f"{name} must be finite, got {value}")
 
 
-def not_negative(config: object, *names: str) -> None:
+def not_negative(config: Any, *names: str) -> None:
     """Raises unless each named field is None or at least zero, and finite."""
     for name in names:
         value = getattr(config, name)

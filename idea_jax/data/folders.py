@@ -91,7 +91,8 @@ def _scan_tree(
 ) -> tuple[list[Path], dict[str, list[Path] | ImageError], list[tuple[Path, str]]]:
     """Pictures in `root`, those of each sub-folder or why it has none, and what was skipped."""
     own, entries = _scan(root)
-    people, skipped = {}, []
+    people: dict[str, list[Path] | ImageError] = {}
+    skipped = []
     for entry, reason in entries:
         if reason != "sub-folder":
             skipped.append((entry, reason))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
@@ -97,8 +98,8 @@ def readable(pictures: Sequence[PictureFile]) -> list[PictureFile]:
             errors.append(error)
     if not good:
         raise errors[0]
-    for error in errors:
-        log.warning("left out: %s", error)
+    for reason in errors:
+        log.warning("left out: %s", reason)
     return good
 
 
@@ -198,7 +199,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def to_rgb(image: Image.Image, name: object) -> Image.Image:
+def to_rgb(image: Image.Image, name: Any) -> Image.Image:
     """A decoded picture as 8-bit RGB: sRGB, over white where it is transparent.
 
     A colour profile that cannot be used is reported with the picture's `name`, and left out.
@@ -221,7 +222,7 @@ def to_rgb(image: Image.Image, name: object) -> Image.Image:
     return image
 
 
-def _to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes, name: Any) -> Image.Image:
     """A picture whose colours are those that its profile means, in sRGB."""
     try:
         convert, is_srgb = _conversion(profile)

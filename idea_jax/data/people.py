@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -175,7 +176,7 @@ def places(identities: str | None) -> slice:
     return slice(first, (int(match[3]) if match[3] else None) if match[2] else first + 1)
 
 
-def choose(people: Mapping[str, list], identities: str | None) -> dict[str, list]:
+def choose(people: Mapping[str, Any], identities: str | None) -> dict[str, list]:
     """Returns the people whose places, in the order of names, are in a range.
 
     Args:

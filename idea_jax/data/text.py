@@ -178,7 +178,8 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     Raises: TextError, for a weight beyond `MAX_WEIGHT`.
     """
     pieces: list[list] = []
-    round_, square = [], []  # at which piece each open bracket begins
+    round_: list[int] = []
+    square: list[int] = []  # at which piece each open bracket begins
 
     def scale(start: int, factor: float) -> None:
         for piece in pieces[start:]:
@@ -236,7 +237,7 @@ def training_prompts(placeholder: Placeholder) -> list[str]:
     return [t.replace("{}", f"face of {placeholder.text} person") for t in TEMPLATES]
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: str | Path) -> list[str]:
     """Returns the names in a UTF-8 text file, one per line; skips blank lines and # comments.
 
     Raises: TextError, if the file cannot be read or holds no name.
@@ -252,7 +253,7 @@ def read_prompts(path: Path) -> list[str]:
     return _lines(path, "prompt")
 
 
-def _lines(path: Path, what: str) -> list[str]:
+def _lines(path: str | Path, what: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -292,7 +292,7 @@ def _tokenizer_config(folder: Path) -> dict:
     return config
 
 
-def _import_clip_tokenizer() -> type:
+def _import_clip_tokenizer() -> Any:
     """Returns transformers.CLIPTokenizer, without the notice that PyTorch is not installed."""
 
     def keep(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -116,7 +117,7 @@ def check_weights(folders: Sequence[Folder], digests: dict[str, str], name: str)
             )
 
 
-def frozen_dtype(frozen: sd.Frozen) -> object:
+def frozen_dtype(frozen: sd.Frozen) -> Any:
     """The type in which the frozen weights are held."""
     return jax.tree.leaves(frozen.cross_kv)[0].dtype
 

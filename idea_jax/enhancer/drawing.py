@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def put(tree: object, mesh: Mesh, spec: P | object = WHOLE) -> object:
+def put(tree: Any, mesh: Mesh, spec: Any = WHOLE) -> Any:
     """Arrays that every process holds whole, on the devices of all processes.
 
     Nothing is sent: each process puts its devices' parts there itself.

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -81,7 +82,8 @@ def hold_out(
     return left, sitters
 
 
-class Sitting(NamedTuple):
+@dataclass(frozen=True)
+class Sitting:
     """How held-out people are drawn: each `count` times, `side` pixels wide and high."""
 
     prompt: str

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,7 @@ def prepare(source: Source, out: str | Path, studio: Studio, *, quiet: bool = Fa
     check_writable(out)
     with jobs.only_run(out, 0):
         index = begin(source, out, studio)
-        rejected: list[tuple[object, str]] = []
+        rejected: list[tuple[Any, str]] = []
         try:
             for number, first, stop in todo(out, index):
                 index = write_range(source, out, studio, index, (number, first, stop), rejected)
@@ -185,7 +186,7 @@ def write_range(
     studio: Studio,
     index: Index,
     span: tuple[int, int, int | None],
-    rejected: list[tuple[object, str]],
+    rejected: list[tuple[Any, str]],
 ) -> Index:
     """Writes the shards of a part of the source; returns the index with them.
 
@@ -197,7 +198,8 @@ def write_range(
     number, first, stop = span
     last = source.count if stop is None else stop
     held: list[tuple[NumberedPerson, list[tuple[Portrait, Sight, np.ndarray]]]] = []
-    bad, place = [], first
+    bad: list[tuple[Any, str]] = []
+    place = first
 
     def write(index):
         if not held and not bad:
@@ -246,7 +248,7 @@ def with_rejected(out: Path, index: Index, until: int, count: int) -> Index:
     return index
 
 
-def look(studio: Studio, person: NumberedPerson) -> tuple[list, list[tuple[object, str]]]:
+def look(studio: Studio, person: NumberedPerson) -> tuple[list, list[tuple[Any, str]]]:
     """The usable pictures of a person: (portrait, sight, turned face) each; and the others."""
     good, bad = [], list(person.rejected)
     for place, portrait in enumerate(person.portraits):
@@ -376,7 +378,7 @@ def _encode(model, frozen, both):
     return mean.reshape(shape), jnp.exp(0.5 * logvar).reshape(shape)
 
 
-def report(rejected: list[tuple[object, str]], quiet: bool) -> None:
+def report(rejected: list[tuple[Any, str]], quiet: bool) -> None:
     """Prints the pictures that cannot be used, as a table."""
     if not rejected or quiet:
         return

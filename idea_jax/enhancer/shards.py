@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -221,7 +221,8 @@ def write_shard(folder: Path, number: int, records: Sequence[ShardRecord], faces
 
 def files_of(folder: Path, number: int) -> tuple[Path, Path]:
     """The two files of a shard: records and faces."""
-    return tuple(Path(folder) / f"{number:05d}.{kind}" for kind in ("array_record", "safetensors"))
+    stem = f"{number:05d}"
+    return Path(folder) / f"{stem}.array_record", Path(folder) / f"{stem}.safetensors"
 
 
 def purge(folder: str | Path) -> int:
@@ -310,10 +311,11 @@ def read_index(folder: str | Path) -> Index:
 def wrong_index(index: Index) -> list[str]:
     """What in an index is not what a preparation writes."""
     problems = []
-    for instance in (index, *index.shards):
+    instances: list[Any] = [index, *index.shards]
+    for instance in instances:
         for spec in fields(instance):
-            value, kind = getattr(instance, spec.name), spec.type
-            kind = list if spec.name == "shards" else kind
+            value: Any = getattr(instance, spec.name)
+            kind: Any = list if spec.name == "shards" else spec.type
             if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31):
                 problems.append(f"{spec.name} is {value!r:.40}")
     if problems:

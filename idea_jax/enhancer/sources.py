@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ class Portrait(NamedTuple):
       turned: float32[512], the face on a small or turned version of it, if that is known.
     """
 
-    picture: object
+    picture: Any
     texts: tuple[str, ...] = ()
     sight: Sight | None = None
     turned: np.ndarray | None = None
@@ -70,7 +70,7 @@ class NumberedPerson(NamedTuple):
     number: int
     portraits: Sequence[Portrait]
     name_ids: np.ndarray | None = None
-    rejected: Sequence[tuple[object, str]] = ()
+    rejected: Sequence[tuple[Any, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ def celebrities(
 
 def cast(
     finder: finding.Finder, portraits: Sequence[Portrait], likeness: float
-) -> tuple[list[Portrait], list[tuple[object, str]]]:
+) -> tuple[list[Portrait], list[tuple[Any, str]]]:
     """Those of a name's pictures that count, with their faces; and the others, with the reasons."""
     seen, rejected = [], []
     for portrait in portraits:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if args.out.exists():  # and one of other models before these are loaded
             detector = None if args.pre_aligned else detector_beside(face_model)
-            digests = (_digest(file) for file in (face_model, detector))
+            digests = _digest(face_model), _digest(detector)
             read_table(args.out, about_of(*digests, args.face_select, args.pre_aligned))
         finder = open_finder(
             face_model,

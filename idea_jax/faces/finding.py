@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -133,7 +133,7 @@ def attempts(detector: Detector) -> list[tuple[int, float, float]]:
     ]
 
 
-def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Face]:
+def find_faces(detector: Detector, image: Image.Image, name: Any) -> list[Face]:
     """Returns the faces on a picture, from left to right, trying harder until there is one.
 
     Raises:
@@ -168,7 +168,7 @@ def find_faces(detector: Detector, image: Image.Image, name: object) -> list[Fac
     )
 
 
-def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name: object) -> Face:
+def choose(found: Sequence[Face], select: str, image_size: tuple[int, int], name: Any) -> Face:
     """Returns the face that `select` means: one of `face_models.SELECT`, or a number from the left.
 
     Args:
@@ -317,7 +317,7 @@ class Finder:
         """
         return self.look_at(picture.read(), picture)
 
-    def look_at(self, image: Image.Image, name: object) -> Sight:
+    def look_at(self, image: Image.Image, name: Any) -> Sight:
         """Returns what is known of the face on an RGB picture.
 
         Raises:
@@ -331,7 +331,7 @@ class Finder:
             raise FaceError(str(error) if named else f"{name}: {error}") from error
         return Sight(box, points, score, hashlib.sha256(crop.tobytes()).hexdigest(), embed)
 
-    def _crop(self, image: Image.Image, name: object) -> tuple:
+    def _crop(self, image: Image.Image, name: Any) -> tuple:
         if self.pre_aligned:
             from insightface.utils import face_align
 

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from idea_jax.errors import InputError
 
@@ -56,7 +57,7 @@ class Recogniser:
       provider: the onnxruntime provider that is really in use.
     """
 
-    model: object
+    model: Any
     path: Path
     sha256: str
     provider: str
@@ -66,7 +67,7 @@ class Recogniser:
 class Detector:
     """A loaded face detector, insightface's `SCRFD`; attributes as those of `Recogniser`."""
 
-    model: object
+    model: Any
     path: Path
     sha256: str
     provider: str
@@ -81,7 +82,7 @@ def check_select(select: str) -> None:
         )
 
 
-def manifest(folder: Path) -> object | None:
+def manifest(folder: Path) -> Any:
     """Returns insightface's description of a pack with a manifest; None for one without."""
     if not (folder / "manifest.json").is_file():
         return None
@@ -135,7 +136,7 @@ def load_detector(model_file: str | Path, provider: str = "cpu") -> Detector:
     return Detector(model, path, digest, model.session.get_providers()[0])
 
 
-def _open(path: Path, provider: str, task: str) -> tuple[object, str]:
+def _open(path: Path, provider: str, task: str) -> tuple[Any, str]:
     """Returns insightface's object for a model, and the file's SHA-256."""
     with packages_needed():
         import onnxruntime
@@ -236,7 +237,7 @@ def _inspect(path: Path, expected: str | None) -> tuple[bytes, str]:
     return content, digest
 
 
-def _external_tensors(message: object) -> Iterator:
+def _external_tensors(message: Any) -> Iterator:
     """Yields every tensor anywhere in an ONNX model (subgraphs, attributes, functions) that points
     to another file."""
     import onnx
@@ -254,7 +255,7 @@ def _external_tensors(message: object) -> Iterator:
                     yield from _external_tensors(item)
 
 
-def _check_recogniser(path: Path, session: object, types: Sequence[str]) -> None:
+def _check_recogniser(path: Path, session: Any, types: Sequence[str]) -> None:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     fits = (
         len(inputs) == 1
@@ -272,7 +273,7 @@ def _check_recogniser(path: Path, session: object, types: Sequence[str]) -> None
         )
 
 
-def _check_detector(path: Path, session: object, types: Sequence[str]) -> None:
+def _check_detector(path: Path, session: Any, types: Sequence[str]) -> None:
     inputs, outputs = session.get_inputs(), session.get_outputs()
     fits = (
         len(inputs) == 1
@@ -288,7 +289,7 @@ def _check_detector(path: Path, session: object, types: Sequence[str]) -> None:
         )
 
 
-def _interface(session: object) -> str:
+def _interface(session: Any) -> str:
     return "; ".join(
         [f"input {item.name} {item.type} {item.shape}" for item in session.get_inputs()]
         + [f"output {item.name} {item.shape}" for item in session.get_outputs()]

@@ -110,8 +110,8 @@ def look(
             missing.append(error)
     if not looked:
         raise missing[0]
-    for error in missing:
-        log.warning("left out: %s", error)
+    for reason in missing:
+        log.warning("left out: %s", reason)
     pictures, sights = [picture for picture, _ in looked], [sight for _, sight in looked]
     if not embeds:
         return Portraits(pictures, sights, None)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from idea_jax.faces.models import FaceError
 
 def precompute(
     pictures: Sequence[images.PictureFile], out: Path, finder: Finder, *, seconds: float = 30.0
-) -> list[tuple[object, str]]:
+) -> list[tuple[Any, str]]:
     """Adds the faces of pictures to the table at `out`; returns the pictures that failed, and why.
 
     Pictures whose contents are in the table are not looked at again. The table is saved on the way
@@ -75,7 +76,7 @@ def read_table(path: Path, about: face_table.About) -> face_table.FaceTable:
     return table
 
 
-def _print_failed(failed: list[tuple[object, str]], count: int) -> None:
+def _print_failed(failed: list[tuple[Any, str]], count: int) -> None:
     if failed:
         print(f"{len(failed)} of {count} pictures cannot be used:", file=sys.stderr)
         width = max(len(picture.name) for picture, _ in failed)

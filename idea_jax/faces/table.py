@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class FaceTable:
     rows: Mapping[str, Sight]
     names: Mapping[str, str]
 
-    def look(self, picture: object) -> Sight:
+    def look(self, picture: Any) -> Sight:
         """Returns a picture's row.
 
         Raises:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,7 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
 def check(
     enhancer: Enhancer,
     model: sd.StableDiffusion,
-    where: object,
+    where: Any,
     *,
     face_model: str | None,
     num_tokens: int | None = None,
@@ -276,7 +277,7 @@ def wrong_config(config: shared.EnhancerConfig) -> list[str]:
     return problems
 
 
-def wrong_about(about: object) -> list[str]:
+def wrong_about(about: Any) -> list[str]:
     """What is missing in `about`, or of another type."""
     if not isinstance(about, dict):
         return ["it does not say how it was made"]
@@ -370,7 +371,7 @@ def to_float32(entry: dict) -> np.ndarray:
     return values.astype(np.float32).reshape(entry["shape"])
 
 
-def without_repetition(pairs: list[tuple[str, object]]) -> dict:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict:
     """A JSON object; a key that stands in it twice is an error."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -378,7 +379,7 @@ def without_repetition(pairs: list[tuple[str, object]]) -> dict:
     return values
 
 
-def texts(values: object) -> Iterator[str]:
+def texts(values: Any) -> Iterator[str]:
     """All texts in nested dicts and lists."""
     if isinstance(values, dict):
         values = [*values.keys(), *values.values()]

@@ -5,6 +5,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -168,12 +169,12 @@ def read_identity(path: Path) -> Identity:
     return identity
 
 
-def wrong_types(instance: object) -> list[str]:
+def wrong_types(instance: Any) -> list[str]:
     """The fields of a dataclass whose values are not of the type that is declared."""
     problems = []
     for spec in fields(instance):
         value = getattr(instance, spec.name)
-        kind = spec.type | int if spec.type is float else spec.type
+        kind: Any = int | float if spec.type is float else spec.type
         if not isinstance(value, kind):
             problems.append(f"{spec.name} is a {type(value).__name__}")
     return problems

@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +119,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         raise EmbedsError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _parse(content: bytes) -> object:
+def _parse(content: bytes) -> Any:
     if content.startswith(b"PK\x03\x04"):
         return parse_zip(content)
     # Before the pickles: the length in front of a safetensors header may begin with their byte.
@@ -149,7 +150,7 @@ def _check(vectors: np.ndarray, what: str) -> None:
         raise EmbedsError(f"{what} holds values that are not finite")
 
 
-def _tokens(tree: object, path: Path) -> dict[str, np.ndarray]:
+def _tokens(tree: Any, path: Path) -> dict[str, np.ndarray]:
     """Sorts out which of the known forms `tree` has."""
     if isinstance(tree, np.ndarray):
         tree = {path.stem: tree}

@@ -10,6 +10,7 @@ people; how it is trained is this project's (docs/enhancer.md).
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -243,7 +244,7 @@ def self_contained(
             lambda ours, own: own + ours["down"] @ ours["up"], kv, trainable["kv"], is_leaf=is_delta
         )
     whole = {"adapter": shared["adapter"], **trainable, "kv": kv}
-    ours = {"shared_adapter": False, "shared_kv": False}
+    ours: dict[str, Any] = {"shared_adapter": False, "shared_kv": False}
     if method.kv != "full":
         ours |= {"kv": "low_rank", "kv_rank": rank}
     return replace(method, **ours), whole

@@ -39,7 +39,7 @@ LICENCE = "MIT: drawn by a program, all people are made up"
 
 
 # What else than the defaults decides the training.
-SETTINGS = {
+SETTINGS: dict = {
     "start": "cross_init",
     "learning_rate": 1.5e-3,
     "ema_decay": 0.99,

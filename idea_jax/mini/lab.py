@@ -101,7 +101,7 @@ def meet(
     for number in numbers:
         key = jax.random.fold_in(stream(jax.random.key(seed), f"lab {split}"), number)
         plain = {"hat": "none", "expression": "neutral"}
-        wanted = [plain, *({},) * REFERENCES]
+        wanted: list[Mapping[str, str]] = [plain, *({},) * REFERENCES]
         wanted += [prompt.asks for prompt in prompts for _ in range(pictures)]
         scenes = _scenes(stream(key, "scenes"), wanted)
         rows = np.full(len(wanted), number)
@@ -448,10 +448,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     args = parser.parse_args(argv)
-    sweep = [args.sweep] if args.sweep else []
-    if bad := [s for s in [*args.set, *sweep] if "=" not in s]:
+    given = [*args.set, args.sweep] if args.sweep else args.set
+    if bad := [s for s in given if "=" not in s]:
         parser.error(f"--set and --sweep: expected KEY=VALUE, got {bad[0]!r}")
     overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
+    sweep = None
     if args.sweep:
         key, values = args.sweep.split("=", 1)
         sweep = key, [yaml.safe_load(value) for value in values.split(",")]
@@ -470,7 +471,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             check_writable(args.json.parent)
         mini = quality.load(args.checkpoint)
-        configs = swept(args.profiles, overrides, sweep or None)
+        configs = swept(args.profiles, overrides, sweep)
         scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -105,8 +105,8 @@ def table(seen: Sequence[Seen]) -> list[LookRow]:
         who = np.array([s.person for s in them])
         gains = [np.mean((second - first)[who == person]) for person in np.unique(who)]
         uncertain = 1.96 * np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
-        means = (float(values.mean()) for values in (first, second, best))
-        rows.append(LookRow(name, len(them), *means, float(uncertain)))
+        a, b, c = (float(values.mean()) for values in (first, second, best))
+        rows.append(LookRow(name, len(them), a, b, c, float(uncertain)))
     return rows
 
 

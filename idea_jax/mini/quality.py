@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def read_scenes(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
 _judge = jax.jit(lambda net, params, x: net.apply({"params": params}, x), static_argnums=0)
 
 
-def kept(asks: dict[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def kept(asks: Mapping[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns bool[N] for each thing that a prompt asks for: whether the pictures show it."""
     return {field: seen[field] == captions.KINDS[field].index(kind) for field, kind in asks.items()}
 
@@ -201,7 +201,8 @@ def verification(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the similarities of `pairs` // 2 random pairs of the same person, and of others."""
     half, count = pairs // 2, len(who)
-    same, different = [], []
+    same: list[tuple] = []
+    different: list[tuple] = []
     while min(len(same), len(different)) < half:
         one, other = rng.integers(0, count, 2)
         if who[one] != who[other]:

@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache
+from typing import Any
 
 from idea_jax.errors import InputError
 
@@ -32,7 +33,7 @@ def say_once(notice: str) -> None:
     log.warning(notice)
 
 
-def _has_type(value: object, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
@@ -49,7 +50,7 @@ class ConfigReader:
         self.notices: list[str] = []
         self._left = dict(values)
 
-    def take(self, name: str, kind: type, default: object = _REQUIRED) -> object:
+    def take(self, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         """Returns the value of a used key, which must have type `kind` (an int is a float too)."""
         value = self._left.pop(name, default)
         if value is _REQUIRED:
@@ -61,7 +62,7 @@ class ConfigReader:
         return None
 
     def take_list(
-        self, name: str, kind: type, levels: int | None = None, default: object = _REQUIRED
+        self, name: str, kind: type, levels: int | None = None, default: Any = _REQUIRED
     ) -> tuple | None:
         """Returns a tuple; one value stands for `levels` equal ones where `levels` is given."""
         value = self._left.pop(name, default)
@@ -77,7 +78,7 @@ class ConfigReader:
             return tuple(value)
         return None
 
-    def expect(self, name: str, *allowed: object) -> None:
+    def expect(self, name: str, *allowed: Any) -> None:
         """Accepts an absent key, or one whose value is among `allowed`."""
         value = self._left.pop(name, allowed[0])
         if value is None and any(choice is False for choice in allowed):

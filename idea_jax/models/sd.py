@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def read_configs(
     key and value that is not supported.
     """
 
-    def read(kind: type, path: str) -> object:
+    def read(kind: Any, path: str | Path) -> Any:
         file = Path(folder) / path if isinstance(path, str) else path
         if not file.is_file():
             present = sorted(x.name for x in Path(folder).glob("*"))
@@ -209,7 +209,8 @@ def load(
     folder = Path(folder)
     model = read_configs(folder, compute_dtype, vae=vae, clip_skip=clip_skip)
     targets = shapes(model)._asdict()
-    trees, problems = {}, []
+    trees: dict[str, dict] = {}
+    problems: list[str] = []
     for part in _parts(model):
         try:
             own = vae if vae is not None and part.folder == "vae" else folder / part.folder

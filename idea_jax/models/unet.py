@@ -31,7 +31,7 @@ from idea_jax.models.layers import (
 # Conversions before diffusers 0.9 wrote any value; diffusers takes this one instead of a smaller.
 OLD_SAMPLE_SIZE = 64
 
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # type: has cross-attention
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # has cross-attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 

@@ -20,7 +20,7 @@ class WriteError(InputError, OSError):
     """A result cannot be written; the message names it, the cause and what to do."""
 
 
-def cannot_write(path: str | os.PathLike, error: Exception) -> WriteError:
+def cannot_write(path: str | os.PathLike, error: BaseException) -> WriteError:
     """The error to raise when `error` kept `path` from being written."""
     reason = getattr(error, "strerror", None) or error
     return WriteError(

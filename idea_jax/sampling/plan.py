@@ -47,7 +47,7 @@ class Sitter:
     def about(self) -> dict:
         """What pictures of them depend on; of paths no more than the files' own names."""
         if self.source is not None:
-            where = {"file": self.source.name, "sha256": file_digest(self.source)}
+            where: dict = {"file": self.source.name, "sha256": file_digest(self.source)}
         else:
             where = {"photo": [{"file": p.name, "sha256": p.sha256()} for p in self.photos]}
         method, enhancer = self.identity.method, self.identity.enhancer

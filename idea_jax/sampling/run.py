@@ -49,8 +49,8 @@ def check_guidance(cfg: SampleConfig, schedule: ScheduleConfig) -> None:
     if cfg.guidance_interval is None or cfg.guidance_scale == 1:
         return
     visited = samplers.visited_timesteps(cfg.scheduler, schedule, cfg.num_inference_steps)
-    if not np.any(samplers.lies_between(visited, cfg.guidance_interval, schedule)):
-        low, high = cfg.guidance_interval
+    low, high = cfg.guidance_interval
+    if not np.any(samplers.lies_between(visited, (low, high), schedule)):
         raise ConfigError(
             f"no step of --num_inference_steps {cfg.num_inference_steps} lies within "
             f"--guidance_interval {low} {high} (which --preset fast sets, too), so that nothing "
@@ -84,7 +84,10 @@ def run(cfg: SampleConfig) -> list[Path]:
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
-    changes = {"vae": hub.resolve_vae(cfg.vae) if cfg.vae else None, "clip_skip": cfg.clip_skip}
+    changes: dict = {
+        "vae": hub.resolve_vae(cfg.vae) if cfg.vae else None,
+        "clip_skip": cfg.clip_skip,
+    }
     model = sd.read_configs(found.folder, compute_dtype, **changes)
     model = replace(model, attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
@@ -100,12 +103,12 @@ def run(cfg: SampleConfig) -> list[Path]:
     empty = plain.chunks([("", 1.0)])
     lengths = [max(len(drawing.tokens.ids), len(negative.ids)) for drawing in drawings]
     groups = {n: [k for k, own in enumerate(lengths) if own == n] for n in dict.fromkeys(lengths)}
-    settings = {
+    settings: dict = {
         "count": cfg.num_images_per_prompt * cfg.n_iter,
         "batch_size": cfg.batch_size,
         "guidance_scale": cfg.guidance_scale,
     }
-    interval = tuple(cfg.guidance_interval) if cfg.guidance_interval else None
+    interval = cfg.guidance_interval and (cfg.guidance_interval[0], cfg.guidance_interval[1])
     sampling = programs.Sampling(size, cfg.scheduler, cfg.num_inference_steps, cfg.eta, interval)
     for sitter in sitters:
         check_identity(sitter.identity, model, sitter.source or "--photo")

@@ -1,6 +1,7 @@
 """What a resumed run must share with the run that it goes on with."""
 
 from dataclasses import asdict
+from typing import Any
 
 from idea_jax.config.settings import TrainConfig, held_on_resume
 from idea_jax.faces import finding
@@ -47,7 +48,7 @@ def fingerprint_of(
     base: Base,
     eyes: finding.Finder | face_table.FaceTable | None,
     enhancer: enhancers.Enhancer | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint, but for the photos."""
     # How faces were found is compared by what did it; of the shared ID-Enhancer its file's digest
     # counts. Who is trained beside whom, and on what, moves results by rounding alone.
@@ -78,6 +79,6 @@ def fingerprint_of(
     }
 
 
-def digest_of_settings(about: dict[str, object]) -> str:
+def digest_of_settings(about: dict[str, Any]) -> str:
     """One SHA-256 of a fingerprint, hexadecimal; what is None and came later does not count."""
     return json_digest({k: v for k, v in about.items() if k not in LATER or v is not None})

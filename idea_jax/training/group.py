@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,11 +57,11 @@ class Group:
             photos = [jax.device_get(learner.photos) for learner in learners]
             self.photos = self.stacked([fill(each, work.shape.photo_slots) for each in photos])
 
-    def put(self, tree: object) -> object:
+    def put(self, tree: Any) -> Any:
         """A tree with an axis of people, spread over the devices."""
         return jax.device_put(tree, NamedSharding(self.work.layout.mesh, P("identity")))
 
-    def stacked(self, trees: list) -> object:
+    def stacked(self, trees: list) -> Any:
         """The trees of the learners side by side, on the devices; the first fills empty places."""
         filled = [*trees, *[trees[0]] * (len(self.ends) - len(trees))]
         return self.put(jax.tree.map(lambda *leaves: np.stack(leaves), *filled))
@@ -259,7 +260,7 @@ def steps_until_due(cfg: TrainConfig, results: Results, taken: int, most: int) -
     return next((n for n in range(1, most) if is_due(cfg, results, taken + n)), most)
 
 
-def lane(stacked: object, place: int) -> object:
+def lane(stacked: Any, place: int) -> Any:
     """The tree of one person from a stack of them."""
     return jax.tree.map(lambda leaf: leaf[place], stacked)
 

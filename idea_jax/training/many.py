@@ -229,7 +229,8 @@ def train_group(
     Raises:
       Interrupted, WriteError: as `train_many`.
     """
-    turn, learners = Turn(work, board, bar), []
+    turn = Turn(work, board, bar)
+    learners: list[Learner] = []
     while waiting and len(learners) < size:
         name = waiting.popleft()
         learner = turn.begin(name, everybody[name])

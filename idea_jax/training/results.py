@@ -223,7 +223,7 @@ class Results:
         with atomic_write(folder / "config.yaml") as temporary:
             # Without the way this run was resumed, replaced another, or was published: the file
             # says how to learn the same again.
-            unpublished = {"push_to_hub": False, "publish_consent": False}
+            unpublished: dict = {"push_to_hub": False, "publish_consent": False}
             unpublished |= {"hub_model_id": None, "hub_token": None}
             again = replace(self.cfg, resume_from_checkpoint=None, overwrite=False, **unpublished)
             temporary.write_text(to_yaml(again), "utf-8")

@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import cannot_write, json_digest
-from idea_jax.training.step import IdentityState
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Checkpoints:
         )
         return self.ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: IdentityState) -> None:
+    def save(self, state: Any) -> None:
         """Starts writing a checkpoint of this state, which must be later than all there are.
 
         Raises:
@@ -97,7 +97,7 @@ class Checkpoints:
                 f"{', '.join(map(str, self.manager.all_steps()))}"
             )
 
-    def restore(self, state: IdentityState, which: str) -> IdentityState | None:
+    def restore(self, state: Any, which: str) -> Any:
         """Returns `state` as it was at a checkpoint; None if "latest" finds no whole one.
 
         Checkpoints of later steps are removed: the run goes on from this one. "latest" passes over
@@ -137,7 +137,7 @@ class Checkpoints:
             log.warning("no whole one is left in %s: starting from the first step", self.folder)
         return None
 
-    def _read(self, step: int, state: IdentityState) -> dict:
+    def _read(self, step: int, state: Any) -> dict:
         """What a checkpoint holds of a state, verified.
 
         Raises:
@@ -223,7 +223,7 @@ class Checkpoints:
             raise cannot_write(self.folder, error) from error
 
 
-def resumable(state: IdentityState) -> dict:
+def resumable(state: Any) -> dict:
     """The part of a state that a checkpoint holds."""
     return {name: leaf for name, leaf in state._asdict().items() if name != "given"}
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Log:
 
         self.add(summary.image(name, pixels, dataformats="HWC"), step)
 
-    def add(self, summary: object, step: int) -> None:
+    def add(self, summary: Any, step: int) -> None:
         """Logs a `Summary` protocol buffer."""
         from tensorboardX.proto.event_pb2 import Event
 

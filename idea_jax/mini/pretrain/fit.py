@@ -5,10 +5,10 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -231,9 +231,9 @@ def fit(
     return state.average, progress.means()
 
 
-def made_ahead(pool: Executor, make: Callable, inputs: Iterator, ahead: int) -> Iterator:
+def made_ahead(pool: Executor, make: Callable, inputs: Iterator, ahead: int) -> Generator:
     """Yields make(input) for each input, in order, while the pool makes the next ones."""
-    waiting = deque()
+    waiting: deque = deque()
     try:
         for each in inputs:
             waiting.append(pool.submit(make, each))
@@ -246,7 +246,7 @@ def made_ahead(pool: Executor, make: Callable, inputs: Iterator, ahead: int) -> 
             future.cancel()
 
 
-def on_all_devices(tree: object, split: bool = False) -> object:
+def on_all_devices(tree: Any, split: bool = False) -> Any:
     """Puts arrays on all devices; `split` puts a part on each, if all first axes can be split."""
     sizes = [leaf.shape[0] if np.ndim(leaf) else 1 for leaf in jax.tree.leaves(tree)]
     split = split and all(size % jax.device_count() == 0 for size in sizes)

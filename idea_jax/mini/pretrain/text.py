@@ -160,7 +160,7 @@ def train_clip(run: Run) -> dict:
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(folder / "config.json", config.to_dict(), indent=1)
     half = [0.5] * 3
-    preprocessor = {"image_processor_type": "CLIPImageProcessor", "image_mean": half}
+    preprocessor: dict = {"image_processor_type": "CLIPImageProcessor", "image_mean": half}
     preprocessor |= {"image_std": half, "size": {"shortest_edge": drawings.SIZE}}
     preprocessor |= {"crop_size": {"height": drawings.SIZE, "width": drawings.SIZE}}
     write_json(folder / "preprocessor_config.json", preprocessor, indent=1)
