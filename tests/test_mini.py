@@ -578,7 +578,7 @@ def test_a_record_from_before_there_was_a_stage_is_continued(run, monkeypatch):
 STAGE = """
 import json, sys, time
 from pathlib import Path
-from idea_jax.files import atomic_write
+from idea_jax.runtime.files import atomic_write
 from filelock import FileLock
 folder, name = Path(sys.argv[1]), sys.argv[-1]
 begun = time.time()

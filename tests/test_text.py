@@ -398,7 +398,7 @@ def test_loading_needs_no_torch_and_prints_nothing(folder):
     code = f"""
 import sys
 sys.modules["torch"] = None
-from idea_jax.data.text import load_tokenizer
+from idea_jax.data.tokenizer import load_tokenizer
 assert "transformers" not in sys.modules
 load_tokenizer({str(folder)!r}, {size_of(folder)}, 77).with_placeholder("<x>", 2)(["<x>_v0"])
 """
@@ -409,7 +409,7 @@ load_tokenizer({str(folder)!r}, {size_of(folder)}, 77).with_placeholder("<x>", 2
 def test_loading_does_not_import_torch(folder):
     code = f"""
 import sys
-from idea_jax.data.text import load_tokenizer
+from idea_jax.data.tokenizer import load_tokenizer
 load_tokenizer({str(folder)!r}, {size_of(folder)}, 77)(["a cat"])
 assert "torch" not in sys.modules
 """
