@@ -58,6 +58,7 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     try:
         devices.pin_settings()
         compile_cache.use(settings.compile_cache)
+        compile_cache.needs.clear()  # of another run in this process
         devices.use_cores(hub.local_folder(settings.pretrained_model_name_or_path))
         if not getattr(settings, "distributed", False):  # those find each other first
             devices.check_backend()

@@ -43,6 +43,12 @@ PULSE, LISTING = 30, 300
 BEAT, LOST = 2.0, 90.0
 
 
+# Bytes of a unit, as XLA writes them; for TPUs without the last two letters.
+UNITS = {"B": 1, "bytes": 1} | {
+    f"{prefix}{rest}": 1024**power for power, prefix in enumerate("KMGT", 1) for rest in ("", "iB")
+}
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # what a container may use, on Linux
+
 # Settings of JAX that change numbers, as they are here whatever the environment says.
 PINNED = {
     "jax_enable_x64": False,
@@ -99,6 +105,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     text = str(error).lower()
+    if isinstance(error, ValueError):  # of what does not fit when it is put on a device
+        return text.startswith("resource_exhausted")
     signs = "resource_exhausted", "out of memory", "out_of_memory"
     return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
 
@@ -110,12 +118,19 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
       error: one that `is_out_of_memory`.
       needed: bytes of the program that was compiled last, on each device; None if not known.
     """
-    words = re.search(r"allocat\w* ([\d.]+) ?(\w+)", str(error))
-    unit = {"bytes": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+    text = str(error)
+    # In the words of XLA for CPUs, GPUs and TPUs; the last of a program that cannot be compiled.
+    asked = sizes(r"(?:allocat\w*|reserve)(?: request for)? SIZE", text)
+    free = sizes("There are SIZE free", text)
+    both = sizes("Used SIZE of SIZE", text)
     parts = ["the memory is too small"]
-    if words and words[2] in unit:
-        parts.append(f"{gigabytes(float(words[1]) * unit[words[2]])} were asked for at once")
-    if needed:
+    if asked and not both:
+        left = f", and {gigabytes(free[0])} were free" if free else ""
+        parts.append(f"{gigabytes(asked[0])} were asked for at once{left}")
+    if both:
+        most, there = map(gigabytes, both)
+        parts.append(f"the program needs {most} on a device of {there}")
+    elif needed:
         parts.append(f"the program needs {gigabytes(needed)} on each device, weights included")
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
@@ -126,13 +141,25 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
         )
     elif hasattr(os, "sysconf"):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with suppress(OSError, ValueError):  # of a container, if this is one with a limit
+            total = min(total, int(CONTAINER.read_text()))
         parts.append(f"this machine has {gigabytes(total)}")
     return "; ".join(parts)
 
 
+def sizes(pattern: str, text: str) -> list[float] | None:
+    """The numbers of bytes in a text, where it has a pattern with the word SIZE for each of them;
+    None if it has not."""
+    found = re.search(pattern.replace("SIZE", r"([\d.]+) ?([A-Za-z]+)"), text)
+    pairs = list(zip(found.groups()[::2], found.groups()[1::2], strict=True)) if found else []
+    if not pairs or any(unit not in UNITS for _, unit in pairs):
+        return None
+    return [float(number) * UNITS[unit] for number, unit in pairs]
+
+
 def gigabytes(size: float) -> str:
     """A number of bytes in words."""
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def use_cores(checkpoint: Path) -> None:

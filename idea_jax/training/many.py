@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from idea_jax import jobs
 from idea_jax.data import images, people
 from idea_jax.faces import models as face_models
-from idea_jax.runtime import devices
+from idea_jax.runtime import compile_cache, devices
 from idea_jax.runtime.files import WriteError
 from idea_jax.runtime.signals import Interrupted
 from idea_jax.training import group
@@ -30,6 +31,7 @@ from idea_jax.training.learner import (
     write_results,
 )
 from idea_jax.training.photos import digest_of, person_of, portraits_of
+from idea_jax.training.program import lower_step
 from idea_jax.training.results import (
     Occupant,
     OccupiedError,
@@ -103,11 +105,11 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     def train(names, size):
         nonlocal work
         failed = train_group(work, board, everybody, names, size, bar)
-        if failed is None:  # and so would be the next group
-            work = replace(work, layout=work.layout.halved())
         # The traceback of a failure holds the group's frames, and these all of its arrays.
         if failed is not False:
             gc.collect()
+        if failed is None:  # and so would be the next group
+            work = halved(work)
 
     with tqdm(total=len(own), initial=done, desc="people", unit="person", disable=None) as bar:
         waiting = deque(todo)
@@ -129,6 +131,18 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
             f"tries them again. {out / jobs.MANIFEST} says who failed and why. {reasons}"
         )
     return [out / name / jobs.RESULT for name in own]
+
+
+def halved(work: Work) -> Work:
+    """The same work with half of the people in a step, whose program is compiled."""
+    cfg, layout = work.cfg, work.layout.halved()
+    work = replace(work, layout=layout, shape=work.shape._replace(places=layout.places))
+    compile_cache.needs.clear()
+    if cfg.max_train_steps:
+        lower = functools.partial(lower_step, work.program, work.shape, cfg.seed, work.enhancer)
+        with compile_cache.ahead(lower):  # it says what it needs
+            pass
+    return work
 
 
 class Turn:
@@ -204,10 +218,16 @@ class Turn:
         if speed is not None:
             self.bar.set_postfix_str(f"{speed:.1f} people/hour")
 
-    def put_back(self, learners: list[Learner], waiting: deque[str]) -> None:
-        """Lets those who are not done wait for another turn, before all others."""
-        names = [learner.person.name for learner in learners]
-        names = [name for name in names if self.board.records[name].status == "running"]
+    def halve(self, error: Exception, waiting: deque[str]) -> None:
+        """Lets those who are not done wait for another turn, before all others, if half of them may
+        fit; otherwise raises the error."""
+        layout = self.work.layout
+        if not devices.is_out_of_memory(error) or layout.halved() is None:
+            raise error
+        needed = compile_cache.needs[-1] if compile_cache.needs else None
+        about = devices.describe_memory(error, needed)
+        log.warning("%d people in a step: %s; half of them are tried", layout.places, about)
+        names = [name for name in self.before if self.board.records[name].status == "running"]
         self.board.note(names, status="waiting")
         waiting.extendleft(reversed(names))
 
@@ -231,22 +251,20 @@ def train_group(
     """
     turn = Turn(work, board, bar)
     learners: list[Learner] = []
-    while waiting and len(learners) < size:
-        name = waiting.popleft()
-        learner = turn.begin(name, everybody[name])
-        if learner is not None:
-            learners.append(learner)
-    board.publish()
-    if not learners:
-        return bool(turn.failed)
     try:
+        with ExitStack() as begun:
+            while waiting and len(learners) < size:
+                name = waiting.popleft()
+                learner = turn.begin(name, everybody[name])
+                if learner is not None:
+                    begun.enter_context(closed_on_error(learner))
+                    learners.append(learner)
+        board.publish()
+        if not learners:
+            return bool(turn.failed)
         signum = group.train_together(work, learners, turn.finish)
     except Exception as error:
-        if not devices.is_out_of_memory(error) or work.layout.halved() is None:
-            raise
-        places = work.layout.places
-        log.warning("the memory is too small for %d people in a step: half of them", places)
-        turn.put_back(learners, waiting)
+        turn.halve(error, waiting)
         return None
     for learner in learners:
         name = learner.person.name
