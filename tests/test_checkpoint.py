@@ -10,6 +10,7 @@ import pytest
 
 from idea_jax.formats.identity import Identity, read_identity, write_identity
 from idea_jax.method import condition
+from idea_jax.runtime import versions
 from idea_jax.training import resume
 from idea_jax.training.resume import CheckpointError, Checkpoints
 from idea_jax.training.step import init_state, make_optimizer
@@ -151,3 +152,35 @@ def test_other_settings_are_refused_and_cost_nothing(folder):
     with pytest.raises(CheckpointError, match=r"other settings \(seed: 1 -> 2\)"):
         restore(folder, settings=SETTINGS | {"seed": 2})
     assert steps(folder) == ["2", "4"]
+
+
+def test_other_versions_are_named_where_they_may_be_the_reason_of_a_refusal(folder, monkeypatch):
+    jax_now = versions.versions()["jax"]
+    monkeypatch.setattr(versions, "versions", lambda: {"jax": "99.0", "python": "3"})
+    assert_is(restore(folder), 4)  # they are no reason by themselves
+    named = rf"; it was written with python \S+ \(now 3\), jax {jax_now} \(now 99\.0\)"
+    with pytest.raises(CheckpointError, match=rf"other settings \(seed: 1 -> 2{named}"):
+        restore(folder, settings=SETTINGS | {"seed": 2})
+    with pytest.raises(CheckpointError, match=r"\(new: None -> 1; it was written with"):
+        restore(folder, settings=SETTINGS | {"new": 1})
+    resumable = resume.resumable
+    with monkeypatch.context() as patch:  # as an optimiser keeps its state elsewhere
+        patch.setattr(resume, "resumable", lambda state: {"all": resumable(state)})
+        for which in ("latest", folder / "4"):
+            says = f"cannot be read here .*{named}; install these versions .*delete it"
+            with pytest.raises(CheckpointError, match=says):
+                restore(folder, which)
+    assert steps(folder) == ["2", "4"]  # a good one is not put aside
+    assert_is(restore(folder), 4)
+
+
+def test_checkpoints_from_before_versions_were_kept_go_on(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "marks_of", dict)
+        older = Checkpoints(folder, SETTINGS)
+        older.save(state(6))
+        older.close()
+    monkeypatch.setattr(versions, "versions", lambda: {"jax": "99.0"})
+    assert_is(restore(folder), 6)
+    with pytest.raises(CheckpointError, match=r"other settings \(seed: 1 -> 2\);"):
+        restore(folder, settings=SETTINGS | {"seed": 2})

@@ -25,11 +25,11 @@ from idea_jax.enhancer.step import (
     make_optimizer,
 )
 from idea_jax.faces import finding
-from idea_jax.formats.identity import versions
 from idea_jax.method import anchor, shared
 from idea_jax.models import sd
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import json_digest
+from idea_jax.runtime.versions import versions
 from idea_jax.training import results
 from idea_jax.training.results import Base
 from idea_jax.training.resume import Checkpoints

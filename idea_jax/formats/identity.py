@@ -1,8 +1,6 @@
 """The identity file: one learned person, and what is needed to draw them again."""
 
-import importlib.metadata
 import json
-import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,12 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from idea_jax import __version__, pytrees
+from idea_jax import pytrees
 from idea_jax.errors import InputError
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.runtime.files import write_tensors
+from idea_jax.runtime.versions import other_versions, versions
 
 FORMAT = "idea_jax.identity"
 
@@ -59,13 +58,6 @@ class Identity:
     def needs_enhancer(self) -> bool:
         """Whether a part that draws the person is a shared ID-Enhancer's."""
         return self.method.shared_adapter or self.method.shared_kv
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers", "pillow")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"idea_jax": __version__, "python": platform.python_version(), **found}
 
 
 def write_identity(path: Path, identity: Identity) -> None:
@@ -135,8 +127,8 @@ def read_identity(path: Path) -> Identity:
         if version not in FORMAT_VERSIONS:
             raise IdentityError(
                 f"{path} has format version {version}, expected "
-                f"{' or '.join(map(str, FORMAT_VERSIONS))}; install the idea_jax that wrote it, or "
-                "train again"
+                f"{' or '.join(map(str, FORMAT_VERSIONS))}{other_versions(about)}; install the "
+                "idea_jax that wrote it, or train again"
             )
         trees = pytrees.unflatten(tensors)
         identity = Identity(

@@ -19,7 +19,7 @@ from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.faces import portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.formats.enhancer import introduce, warn_of_weights
-from idea_jax.formats.identity import Identity, IdentityError, check_identity, versions
+from idea_jax.formats.identity import Identity, IdentityError, check_identity
 from idea_jax.method import shared
 from idea_jax.models import flash, hub, sd
 from idea_jax.runtime import compile_cache
@@ -29,6 +29,7 @@ from idea_jax.runtime.files import (
     write_json,
     write_together,
 )
+from idea_jax.runtime.versions import versions
 from idea_jax.sampling import programs
 from idea_jax.sampling.plan import (
     NOBODY,

@@ -23,7 +23,6 @@ from idea_jax.formats.identity import (
     Identity,
     IdentityError,
     read_identity,
-    versions,
     write_identity,
 )
 from idea_jax.method import condition, shared
@@ -34,6 +33,7 @@ from idea_jax.runtime.files import (
     cannot_write,
     slug,
 )
+from idea_jax.runtime.versions import versions
 from idea_jax.sampling import programs
 from idea_jax.training import tensorboard
 from idea_jax.training.step import (

@@ -15,6 +15,7 @@ import numpy as np
 
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import cannot_write, json_digest
+from idea_jax.runtime.versions import difference, marks_of, other_versions
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,11 @@ class Checkpoints:
         """
         # Host copies: the caller's next step may reuse the device buffers while orbax still writes.
         tree = jax.tree.map(np.array, resumable(state))
+        marks = marks_of(self.fingerprint)
         items = self.ocp.args.Composite(
             state=self.ocp.args.StandardSave(tree),
-            run=self.ocp.args.JsonSave(self.fingerprint),
-            sha256=self.ocp.args.JsonSave(digests(tree, self.fingerprint)),
+            run=self.ocp.args.JsonSave(marks),
+            sha256=self.ocp.args.JsonSave(digests(tree, marks)),
         )
         with self.writing():
             is_saved = self.manager.save(int(state.step), args=items, force=True)
@@ -108,7 +110,8 @@ class Checkpoints:
 
         Raises:
           CheckpointError: no such checkpoint, a damaged one that was asked for by its path, one of
-            a run with other settings, or one that cannot be read for a reason outside of it.
+            a run with other settings, or one that cannot be read for a reason outside of it, such
+            as another version of a library.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         if which != "latest":
@@ -142,9 +145,10 @@ class Checkpoints:
 
         Raises:
           DamagedCheckpoint: it is not what was written.
-          CheckpointError: it is of a run with other settings, or the disk cannot be read.
+          CheckpointError: it is of a run with other settings, other versions have written it than
+            cannot read it, or the disk cannot be read.
         """
-        args = self.ocp.args
+        args, others = self.ocp.args, ""
         target = jax.tree.map(np.asarray, jax.device_get(resumable(state)))
         try:
             about = self.manager.restore(
@@ -152,15 +156,14 @@ class Checkpoints:
             )
             if about.sha256["run"] != digests({}, about.run)["run"]:
                 raise ValueError("its settings were changed")
-            changed = [k for k, v in self.fingerprint.items() if about.run.get(k) != v]
+            changed = difference(about.run, self.fingerprint)
             if changed:
-                was = ", ".join(
-                    f"{k}: {about.run.get(k)} -> {self.fingerprint[k]}" for k in changed
-                )
                 raise CheckpointError(
-                    f"checkpoint {step} belongs to a run with other settings ({was}); resume with "
-                    "the same ones, or train into another --output_dir"
+                    f"checkpoint {step} in {self.folder} belongs to a run with other settings "
+                    f"({changed}); resume with the same settings, weights, photos and versions, or "
+                    "train into another --output_dir"
                 )
+            others = other_versions(about.run)
             restored = self.manager.restore(
                 step, args=args.Composite(state=args.StandardRestore(target))
             ).state
@@ -179,6 +182,12 @@ class Checkpoints:
                 raise CheckpointError(
                     f"checkpoint {step} in {self.folder} cannot be read ({error or reason}); it "
                     "was left as it is"
+                ) from error
+            if others:  # it may be good for those
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.folder} cannot be read here "
+                    f"({reason.splitlines()[0][:200]}){others}; install these versions to go on "
+                    "with it, or delete it to go on from an earlier one, or from the beginning"
                 ) from error
             raise DamagedCheckpoint(
                 f"checkpoint {step} in {self.folder} cannot be read, or is not what was written "
