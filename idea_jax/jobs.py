@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, say
 log = logging.getLogger(__name__)
 
 RECORD, MANIFEST, RESULT = "job.json", "jobs.jsonl", "identity.safetensors"
+SETTINGS = ".settings.json"  # whose name begins with a dot is no person
 STATUSES = ("waiting", "running", "done", "failed")
 
 
@@ -51,6 +52,7 @@ class Record:
         together have the same moment.
       result: SHA-256 of the identity file.
       settings: digest of the settings and weights that decide the numbers.
+      photos: digest of the photos that were there when they were done; None if not known.
     """
 
     person: str
@@ -62,6 +64,7 @@ class Record:
     ended: float | None = None
     result: str | None = None
     settings: str | None = None
+    photos: str | None = None
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
@@ -152,12 +155,20 @@ class Board:
             return Record(name)
         return dataclasses.replace(record, person=name)
 
-    def check(self, settings: str, steps: int, *, before: str | None = None) -> None:
+    def check(
+        self,
+        settings: str,
+        steps: int,
+        *,
+        before: str | None = None,
+        explain: Callable[[dict], str] = lambda marks: "",
+    ) -> None:
         """Refuses to go on with other settings than those of anybody who was begun.
 
         Args:
           settings: digest of this run's.
           before: digest of other settings that people may have been begun with.
+          explain: says what differs from what `keep` was given of other settings.
 
         Raises:
           JobsError: somebody's settings or weights are others, or somebody of this run is done
@@ -165,8 +176,11 @@ class Board:
         """
         for name, record in self.records.items():
             if record.attempts and record.settings not in (None, settings, before):
+                known = self.kept().get(record.settings)
+                what = explain(known) if isinstance(known, dict) else ""
                 raise JobsError(
-                    f"{self.out / name} was trained with other settings or weights than these; use "
+                    f"{self.out / name} was trained with other settings or weights than these"
+                    f"{f' ({what})' if what else ''}; use "
                     "the same ones (the config.yaml of somebody who is done has them), choose "
                     "another --output_dir, or delete that folder"
                 )
@@ -175,6 +189,21 @@ class Board:
                     f"{self.out / name} was trained for {record.steps} steps; --max_train_steps "
                     "may only grow: use as many, choose another --output_dir, or delete that folder"
                 )
+
+    def keep(self, settings: str, marks: Mapping) -> None:
+        """Remembers what settings are by whose digest people are known, for `check`."""
+        kept = self.kept()
+        if self.is_first and settings not in kept:
+            with atomic_write(self.out / SETTINGS) as temporary:
+                temporary.write_text(json.dumps({**kept, settings: marks}), encoding="ascii")
+
+    def kept(self) -> dict:
+        """What `keep` was given, by the digest."""
+        try:
+            kept = json.loads((self.out / SETTINGS).read_text(encoding="ascii"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
 
     def plan(self, names: Sequence[str], settings: str) -> None:
         """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
@@ -208,13 +237,24 @@ class Board:
     def is_done(self, name: str, steps: int) -> bool:
         """Whether a person's result of that many steps is there, as it was written."""
         record = self.records[name]
-        if record.status != "done" or record.steps != steps:
+        # Also of somebody who failed since because of other photos, which are gone again.
+        if record.status not in ("done", "failed") or record.steps != steps or not record.result:
             return False
         path = self.out / name / RESULT
         if path.is_file() and file_digest(path) == record.result:
             return True
         log.warning("%s is gone or was changed since it was written: made again", path)
         return False
+
+    def holds_another(self, name: str, photos: str | None) -> bool:
+        """Whether a person's folder has a result that was learned from other photos than these.
+
+        Args:
+          photos: digest of those that are there now; None if it cannot be told.
+        """
+        known = self.records[name].photos
+        is_known = known is not None and photos is not None
+        return is_known and known != photos and (self.out / name / RESULT).is_file()
 
     def finished(self, name: str) -> str:
         """SHA-256 of the identity file of a person, hexadecimal."""

@@ -14,9 +14,10 @@ import weakref
 import chaos
 import pytest
 
+import idea_jax
 import train_jax
 from idea_jax import jobs
-from idea_jax.runtime import devices
+from idea_jax.runtime import devices, versions
 from idea_jax.runtime.files import WriteError
 from idea_jax.training import group, many
 
@@ -152,6 +153,43 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
     }  # fmt: skip
 
 
+def test_whose_photos_are_others_now_is_not_taken_for_done_nor_replaced(
+    run, tmp_path, capsys, caplog
+):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 2)
+    chaos.write_people(tmp_path / "others", 5)
+    assert run(root, out) == 0
+    before, kept = digests(out), tmp_path / "first.png"
+    (root / "person-00" / "0.png").rename(kept)
+    shutil.copy(tmp_path / "others" / "person-04" / "0.png", root / "person-00" / "photo-x.png")
+    # As many steps as before, or more: without checkpoints it would begin with the other photos.
+    for steps in ("2", "3"):
+        caplog.clear()
+        assert run(root, out, "--max_train_steps", steps, "--identities", "0:1") == 1
+        said = capsys.readouterr().err
+        for phrase in ("1 of 1 people failed", str(out / "person-00"), str(root), "photos back"):
+            assert phrase in said
+        assert "photo-x" not in said + caplog.text + (out / jobs.MANIFEST).read_text()
+        assert digests(out) == before
+    # Nobody else is concerned, and who has the first photos again, under whatever name, is done.
+    assert run(root, out) == 1
+    assert "1 of 2 people failed" in capsys.readouterr().err
+    (root / "person-00" / "photo-x.png").unlink()
+    kept.rename(root / "person-00" / "renamed.png")
+    written = (out / "person-00" / jobs.RESULT).stat().st_mtime_ns
+    assert run(root, out) == 0
+    assert (out / "person-00" / jobs.RESULT).stat().st_mtime_ns == written
+    assert {r.person: (r.status, r.why) for r in jobs.read(out)} == {
+        "person-00": ("done", None), "person-01": ("done", None)
+    }  # fmt: skip
+    # Once the folder is gone the other person is learned.
+    shutil.rmtree(out / "person-00")
+    shutil.copy(tmp_path / "others" / "person-04" / "0.png", root / "person-00" / "renamed.png")
+    assert run(root, out) == 0
+    assert digests(out)["person-00"] != before["person-00"]
+
+
 def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys, monkeypatch):
     root, out = tmp_path / "root", tmp_path / "out"
     chaos.write_people(root, 3)
@@ -163,8 +201,15 @@ def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys
         patch.setattr(group, "train_together", train_together)
         assert run(root, out) == 143
     before = (out / jobs.MANIFEST).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "versions", lambda: {"idea_jax": "99.0"})
+        assert run(root, out, "--seed", "7") == 1
+    said = capsys.readouterr().err
+    assert "person-00 was trained with other settings or weights than these (seed: 0 -> 7" in said
+    assert f"; it was written with idea_jax {idea_jax.__version__} (now 99.0))" in said
+    (out / jobs.SETTINGS).write_text("{")  # then it is not known what they were
     assert run(root, out, "--seed", "7") == 1
-    assert "person-00 was trained with other settings" in capsys.readouterr().err
+    assert "other settings or weights than these; use" in capsys.readouterr().err
     assert (out / jobs.MANIFEST).read_text() == before and not digests(out)
     shutil.rmtree(root / "person-02")  # who was not begun yet
     assert run(root, out) == 1

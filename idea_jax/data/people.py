@@ -88,6 +88,14 @@ class NoPictures:
         """
         raise self.error
 
+    def sha256(self) -> str:
+        """As `read`.
+
+        Raises:
+          ImageError: always.
+        """
+        raise self.error
+
 
 @dataclass(frozen=True)
 class Person:

@@ -19,6 +19,7 @@ from idea_jax.faces import models as face_models
 from idea_jax.runtime import compile_cache, devices
 from idea_jax.runtime.files import WriteError
 from idea_jax.runtime.signals import Interrupted
+from idea_jax.runtime.versions import difference, marks_of
 from idea_jax.training import group
 from idea_jax.training.fingerprint import OF_PREDICTION, digest_of_settings
 from idea_jax.training.learner import (
@@ -30,7 +31,7 @@ from idea_jax.training.learner import (
     resume,
     write_results,
 )
-from idea_jax.training.photos import digest_of, person_of, portraits_of
+from idea_jax.training.photos import all_photos, digest_of, person_of, portraits_of
 from idea_jax.training.program import lower_step
 from idea_jax.training.results import (
     Occupant,
@@ -73,16 +74,8 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
       WriteError: the disk is full; the same command goes on.
     """
     cfg, out = work.cfg, Path(work.cfg.output_dir)
-    board = jobs.Board(out, list(everybody), own, is_first=jax.process_index() == 0)
-    settings = digest_of_settings(work.about)
-    if work.enhancer is not None:
-        # Who is as predicted can still be trained, whatever decides their steps.
-        predicted = digest_of_settings({k: v for k, v in work.about.items() if k in OF_PREDICTION})
-        settings = settings if cfg.max_train_steps else predicted
-        board.check(settings, cfg.max_train_steps, before=predicted)
-    else:
-        board.check(settings, cfg.max_train_steps)
-    todo = [name for name in own if not board.is_done(name, cfg.max_train_steps)]
+    board, settings = open_board(work, everybody, own)
+    todo = left_to_do(board, everybody, own, cfg.max_train_steps)
     # Of a choice of people the others are not missed.
     gone = board.gone if board.is_first and cfg.identities is None else []
     why = (
@@ -133,6 +126,51 @@ def train_many(work: Work, everybody: dict[str, list], own: Sequence[str]) -> li
     return [out / name / jobs.RESULT for name in own]
 
 
+def open_board(
+    work: Work, everybody: dict[str, list], own: Sequence[str]
+) -> tuple[jobs.Board, str]:
+    """The records of a run, and the digest of its settings, which may be gone on with.
+
+    Raises:
+      JobsError: as `train_many`.
+    """
+    cfg, about, predicted = work.cfg, work.about, None
+    is_first = jax.process_index() == 0
+    board = jobs.Board(Path(cfg.output_dir), list(everybody), own, is_first=is_first)
+    if work.enhancer is not None:
+        # Who is as predicted can still be trained, whatever decides their steps.
+        of_prediction = {k: v for k, v in about.items() if k in OF_PREDICTION}
+        predicted = digest_of_settings(of_prediction)
+        about = about if cfg.max_train_steps else of_prediction
+    settings = digest_of_settings(about)
+    board.check(
+        settings,
+        cfg.max_train_steps,
+        before=predicted,
+        explain=functools.partial(difference, now=about),
+    )
+    board.keep(settings, marks_of(about))
+    return board, settings
+
+
+def left_to_do(
+    board: jobs.Board, everybody: dict[str, list], own: Sequence[str], steps: int
+) -> list[str]:
+    """Who is not done with that many steps, or has a result that was learned from other photos.
+
+    Whoever failed because of other photos, which are gone again, is done as before.
+    """
+    now = {name: all_photos(everybody[name]) for name in own if board.records[name].photos}
+    todo = [
+        name
+        for name in own
+        if not board.is_done(name, steps) or board.holds_another(name, now.get(name))
+    ]
+    again = [name for name in own if board.records[name].status == "failed" and name not in todo]
+    board.note(again, status="done", why=None)
+    return todo
+
+
 def halved(work: Work) -> Work:
     """The same work with half of the people in a step, whose program is compiled."""
     cfg, layout = work.cfg, work.layout.halved()
@@ -152,6 +190,7 @@ class Turn:
         self.work, self.board, self.bar = work, board, bar
         self.out, self.started = Path(work.cfg.output_dir), time.monotonic()
         self.before: dict[str, float] = {}  # seconds that earlier turns took, by name
+        self.photos: dict[str, str | None] = {}  # digests of all that there are, by name
         self.failed: list[str] = []
 
     @functools.cached_property
@@ -175,6 +214,14 @@ class Turn:
         self.board.note([name], status="running", attempts=record.attempts + 1)
         try:
             clean(folder)
+            self.photos[name] = all_photos(pictures)
+            if self.board.holds_another(name, self.photos[name]):
+                raise OccupiedError(
+                    f"{folder} holds what was learned from other photos than those that "
+                    f"{cfg.train_data_dir or cfg.dataset_dir} has of {name} now, and would be "
+                    "lost: bring the first photos back, choose another --output_dir, or delete "
+                    "that folder"
+                )
             person = person_of(cfg, name, pictures)
             seen = portraits_of(cfg, work.method, work.eyes, person)
             if record.result is None:  # otherwise what lies there is of this very run
@@ -212,6 +259,7 @@ class Turn:
             seconds=self.seconds_of(name),
             ended=self.ended,
             result=board.finished(name),
+            photos=self.photos[name],
         )
         self.bar.update()
         speed = jobs.people_per_hour(list(board.records.values()))

@@ -178,6 +178,16 @@ def encode_pixels(base: Base, pictures: Iterable[tuple[str, np.ndarray]]) -> Pho
 _encode_image = jax.jit(sd.encode_image, static_argnums=0)
 
 
+def all_photos(pictures: list) -> str | None:
+    """One SHA-256 of all pictures that there are of a person, hexadecimal, whatever their names and
+    their order; None if one of them cannot be read."""
+    try:
+        digests = sorted({picture.sha256() for picture in pictures})
+    except (images.ImageError, OSError):
+        return None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def digest_of(pictures: list) -> str:
     """One SHA-256 of the pictures of a person, hexadecimal."""
     digest = hashlib.sha256()
