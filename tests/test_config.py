@@ -327,6 +327,8 @@ def test_fast_takes_no_step_with_a_shared_enhancer(tmp_path):
         ("--train_parts tokens,kv", "must name tokens and enhanced"),
         ("--lr_warmup_steps 320", "must be less than --max_train_steps 320"),
         ("--lr_warmup_steps -1", "must not be negative"),
+        ("--lr_num_cycles 0", "must be greater than 0"),
+        ("--lr_num_cycles 2", "no effect with --lr_scheduler constant: it is of cosine_with"),
     ],
 )
 def test_settings_of_a_shared_enhancer_that_do_not_fit_are_refused(flags, message):
@@ -396,11 +398,12 @@ ORIGINAL = (
 def test_flags_of_the_original_scripts_are_accepted_and_say_why_they_do_nothing(caplog):
     cfg = parse(TrainConfig, [*REQUIRED, *ORIGINAL, "--train_batch_size", "2"])
     with_meaning = {"--center_crop", "--gradient_accumulation_steps", "--validation_prompt_file"}
+    with_meaning.add("--lr_num_cycles")
     said = [record.getMessage() for record in caplog.records]
     for flag in {flag for flag in ORIGINAL if flag.startswith("--")} - with_meaning:
         (line,) = [line for line in said if line.startswith(f"{flag} is ignored: ")]
         assert len(line) > len(flag) + 30
-    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 3
+    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 4
     # Those with a meaning do it.
     assert (cfg.crop, cfg.validation_prompt_file, cfg.train_batch_size) == ("center", "p.txt", 8)
     assert cfg == parse(

@@ -406,6 +406,38 @@ def test_rates_over_the_steps():
     assert values[7] == pytest.approx(0.05) and values[10] == pytest.approx(0, abs=1e-8)
     warm = rate_over_steps(0.1, "constant", 10, 1)
     np.testing.assert_allclose([warm(0), warm(1), warm(9)], [0.05, 0.1, 0.1], atol=1e-8)
+    named = rate_over_steps(0.1, "constant_with_warmup", 10, 1)
+    np.testing.assert_array_equal([named(0), named(9)], [warm(0), warm(9)])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "cycles"),
+    [
+        *(("constant", 1), ("constant_with_warmup", 1), ("linear", 1), ("polynomial", 1)),
+        *(("cosine", 1), ("cosine_with_restarts", 1), ("cosine_with_restarts", 3)),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_rates_after_their_rise_are_those_of_diffusers(scheduler, cycles, warmup):
+    import torch
+    from diffusers.optimization import get_scheduler
+
+    steps, rate = 40, 0.1
+    theirs = get_scheduler(
+        scheduler,
+        torch.optim.SGD([torch.zeros(1)], lr=rate),
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        num_cycles=cycles,
+    )
+    expected = []
+    for _ in range(steps + 1):
+        expected.append(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+    ours = rate_over_steps(rate, scheduler, steps, warmup, cycles)
+    got = [float(ours(step)) if callable(ours) else ours for step in range(steps + 1)]
+    np.testing.assert_allclose(got[warmup:], expected[warmup:], atol=1e-7)
 
 
 # --- drawn from photos ----------------------------------------------------------------------------

@@ -106,7 +106,6 @@ FOREIGN_FLAGS: dict[type, dict[str, str]] = {
         "gradient_checkpointing": "a step keeps little in memory as it is",
         "learnable_property": "a person is learned",
         "local_rank": "--distributed joins processes: docs/scale.md",
-        "lr_num_cycles": "no schedule of rates here has cycles",
         "no_safe_serialization": "results are safetensors always",
         "num_train_epochs": "--max_train_steps counts steps",
         "repeats": "each step draws photos at random; --max_train_steps counts steps",

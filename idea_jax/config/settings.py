@@ -385,10 +385,18 @@ class TrainConfig:
     lr_scheduler: str = setting(
         "constant",
         "how the rates go on: constant, or down to 0 at the last step as a cosine (the default "
-        "with a shared ID-Enhancer)",
-        choices=("constant", "cosine"),
+        "with a shared ID-Enhancer) or in another way",
+        choices=(
+            "constant",
+            "constant_with_warmup",
+            "cosine",
+            "cosine_with_restarts",
+            "linear",
+            "polynomial",
+        ),
     )
     lr_warmup_steps: int = setting(0, "steps in which the rates rise to their full values")
+    lr_num_cycles: int = setting(1, "how often the rates fall with cosine_with_restarts")
     adam_beta1: float = setting(0.9, "AdamW beta1")
     adam_beta2: float = setting(0.999, "AdamW beta2")
     adam_epsilon: float = setting(1e-7, "AdamW epsilon")
@@ -456,7 +464,12 @@ class TrainConfig:
         positive(self, "resolution", "validation_steps", "num_validation_images")
         positive(self, "identities_per_step", "steps_per_call", "evaluation_steps")
         positive(self, "checkpoints_total_limit", "adam_epsilon", "pictures_per_person")
-        positive(self, "gradient_accumulation_steps")
+        positive(self, "gradient_accumulation_steps", "lr_num_cycles")
+        if self.lr_num_cycles > 1 and self.lr_scheduler != "cosine_with_restarts":
+            raise ConfigError(
+                f"--lr_num_cycles has no effect with --lr_scheduler {self.lr_scheduler}: it is of "
+                "cosine_with_restarts"
+            )
         # One setting from here on: how many samples a step has.
         samples = self.train_batch_size * self.gradient_accumulation_steps
         object.__setattr__(self, "train_batch_size", samples)

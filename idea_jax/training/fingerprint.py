@@ -11,6 +11,7 @@ from idea_jax.method import condition
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import file_digest, json_digest
 from idea_jax.training.results import Base
+from idea_jax.training.step import CONSTANT
 
 # Settings that came later, with what they were for all who did not know them. A fingerprint has
 # None for that, as one from before has for what it does not name: what was begun then can go on.
@@ -20,6 +21,7 @@ SINCE = {
     "enhanced_learning_rate": None,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
+    "lr_num_cycles": 1,
     "gradient_accumulation_steps": 1,
 }
 
@@ -54,7 +56,8 @@ def fingerprint_of(
     # counts. Who is trained beside whom, and on what, moves results by rounding alone.
     settings = held_on_resume(cfg)
     settings |= {name: None for name, value in SINCE.items() if settings[name] == value}
-    if cfg.lr_scheduler != "constant":  # then the rate of every step depends on how many there are
+    # Otherwise the rate of every step depends on how many there are.
+    if cfg.lr_scheduler not in CONSTANT:
         settings["max_train_steps"] = cfg.max_train_steps
     settings["enhancer_sha256"] = enhancer.sha256 if enhancer is not None else None
     if base.frozen is not None:

@@ -117,7 +117,7 @@ def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTr
     rates, steps, warmup = cfg.rates(), cfg.max_train_steps, cfg.lr_warmup_steps
     return make_optimizer(
         {
-            part: rate_over_steps(rates[part], cfg.lr_scheduler, steps, warmup)
+            part: rate_over_steps(rates[part], cfg.lr_scheduler, steps, warmup, cfg.lr_num_cycles)
             for part in method.parts()
         },
         beta1=cfg.adam_beta1,

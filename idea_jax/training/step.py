@@ -74,20 +74,40 @@ class Metrics(NamedTuple):
     finite: jax.Array
 
 
-def rate_over_steps(rate: float, scheduler: str, steps: int, warmup: int) -> float | optax.Schedule:
+# Schedules of a rate that do not depend on how many steps there are.
+CONSTANT = ("constant", "constant_with_warmup")
+
+
+def rate_over_steps(
+    rate: float, scheduler: str, steps: int, warmup: int, cycles: int = 1
+) -> float | optax.Schedule:
     """The learning rate of a part at each step.
 
     Args:
       rate: the full one.
-      scheduler: "constant", or "cosine": down to 0 after the last step.
+      scheduler: one of diffusers' names; all but the constant ones lead down to 0 after the last
+        step, "polynomial" evenly to 1e-7.
       steps: of the whole run.
       warmup: steps in which the rate rises evenly to the full one.
+      cycles: falls of "cosine_with_restarts", each from the full rate.
     """
-    if scheduler == "constant" and not warmup:
+    is_constant = scheduler in CONSTANT
+    if is_constant and not warmup:
         return rate
-    after = optax.constant_schedule(rate)
-    if scheduler == "cosine":
-        after = optax.cosine_decay_schedule(rate, steps - warmup)
+    left = steps - warmup
+    if is_constant:
+        after = optax.constant_schedule(rate)
+    elif scheduler == "cosine":
+        after = optax.cosine_decay_schedule(rate, left)
+    elif scheduler == "cosine_with_restarts":
+
+        def after(step):
+            part = (cycles * step % left) / left  # in whole numbers, so that a fall begins in time
+            return jnp.where(step < left, 0.5 * rate * (1 + jnp.cos(jnp.pi * part)), 0.0)
+
+    else:
+        end = {"linear": 0.0, "polynomial": min(1e-7, rate)}[scheduler]
+        after = optax.linear_schedule(rate, end, left)
     # From one part of the full rate on: a step at rate 0 would be wasted.
     rise = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
