@@ -23,7 +23,7 @@ from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, fit, likeness, prepare, samples, settings, shards, sources
 from idea_jax.enhancer import ridge as ridges
 from idea_jax.enhancer import step as steps
-from idea_jax.enhancer.beginning import flat
+from idea_jax.enhancer.beginning import flat, refuse_another
 from idea_jax.enhancer.shards import ShardsError
 from idea_jax.faces import models as face_models
 from idea_jax.faces import random_model
@@ -32,7 +32,7 @@ from idea_jax.formats import enhancer
 from idea_jax.method import shared
 from idea_jax.models import sd
 from idea_jax.runtime.files import WriteError
-from idea_jax.training.results import Base
+from idea_jax.training.results import Base, OccupiedError
 
 SIDE = 8
 
@@ -230,6 +230,30 @@ def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, 
         prepare.prepare(faceless, tmp_path / "b", studio)
     with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
         prepare.prepare(good, tmp_path / "b", replace(studio, seed=1))
+
+
+def test_other_pictures_in_the_places_of_the_first_are_noticed(studio, tmp_path):
+    def write(number, texts=""):
+        for person in "ab":
+            (tmp_path / person).mkdir(exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 20 + number, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / person / "1.png")
+        (tmp_path / "a" / "captions.jsonl").write_text(texts)
+        return replace(sources.from_folders(tmp_path), face_model="f" * 64)
+
+    out = tmp_path / ".out"
+    out.mkdir()
+    first = write(0)
+    prepare.begin(first, out, studio)
+    prepare.begin(write(0), out, studio)
+    said = '{"file": "1.png", "text": "{} at sea"}'
+    for other in (write(1), write(0, said)):
+        with pytest.raises(ShardsError, match=r"prepared in another way \(the pictures differ\)"):
+            prepare.begin(other, out, studio)
+    # A folder from before this was noted goes on.
+    older = replace(shards.read_index(out), facts={"pictures": first.facts["pictures"]})
+    shards.write_index(out, older)
+    prepare.begin(write(1), out, studio)
 
 
 def test_folders_of_people_may_have_captions(tmp_path):
@@ -490,6 +514,28 @@ def test_result_says_what_it_is_of(straight):
         shared.predict(found.config, found.shared, unit(seed))["pseudo_tokens"] for seed in range(2)
     ]
     assert np.abs(tokens[0] - tokens[1]).max() > 0
+
+
+def test_an_enhancer_of_other_people_is_not_replaced(
+    flags, straight, quiet, celeb_a, tmp_path, capsys
+):
+    out = shutil.copytree(straight, tmp_path / "out")
+    before = contents(out)
+    other = [str(quiet) if word == str(celeb_a) else word for word in flags]
+    assert train_enhancer.main([*other, "--output_dir", str(out)]) == 1
+    said = capsys.readouterr().err
+    for phrase in (f"3 people and 8 pictures of {celeb_a}", str(quiet), "choose another"):
+        assert phrase in said
+    assert contents(out) == before
+    # Of the same people it may be trained again, also where its settings are no longer there.
+    cfg = parse(settings.EnhancerTrainConfig, [*flags, "--output_dir", str(out), "--seed", "1"])
+    about = enhancer.read(out / fit.RESULT).about
+    refuse_another(cfg, about, out / fit.RESULT)
+    (out / "config.yaml").unlink()
+    refuse_another(cfg, about, out / fit.RESULT)
+    (out / fit.RESULT).write_bytes(b"cut")
+    with pytest.raises(OccupiedError, match="unknown people .* this run trains on 3"):
+        refuse_another(cfg, about, out / fit.RESULT)
 
 
 def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, monkeypatch, capsys):

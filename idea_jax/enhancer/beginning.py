@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import optax
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
-from idea_jax.config.settings import held_on_resume
+from idea_jax.config.reading import read_yaml
+from idea_jax.config.settings import ConfigError, held_on_resume
 from idea_jax.data import text
 from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import likeness, ridge, samples
@@ -25,13 +27,14 @@ from idea_jax.enhancer.step import (
     make_optimizer,
 )
 from idea_jax.faces import finding
+from idea_jax.formats import enhancer
 from idea_jax.method import anchor, shared
 from idea_jax.models import sd
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import json_digest
 from idea_jax.runtime.versions import versions
 from idea_jax.training import results
-from idea_jax.training.results import Base
+from idea_jax.training.results import Base, OccupiedError
 from idea_jax.training.resume import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,42 @@ def check_batch(cfg: EnhancerTrainConfig, mesh: Mesh) -> None:
             f"and --gradient_accumulation_steps {cfg.gradient_accumulation_steps}; take a multiple "
             f"of {parts}"
         )
+
+
+def refuse_another(cfg: EnhancerTrainConfig, about: dict, path: Path) -> None:
+    """Refuses to replace an enhancer that was trained on other people.
+
+    One of the same people may be trained again, with whatever settings. A checkpoint says for
+    itself whether it is of this training.
+
+    Args:
+      about: what the next file would say of the training.
+      path: of the file.
+
+    Raises:
+      OccupiedError: there is one of other people, or one that cannot be read.
+    """
+    resumes = cfg.resume_from_checkpoint and any((path.parent / "checkpoints").glob("[0-9]*"))
+    if not path.exists() or resumes:
+        return
+    there: dict = {}
+    data = None
+    with suppress(enhancer.EnhancerError):
+        there = enhancer.read(path).about
+    with suppress(ConfigError, AttributeError):
+        data = read_yaml(str(path.parent / "config.yaml")).get("data")
+    keys = ("base_model", "face_model", "people", "pictures", "sources")
+    if data in (None, cfg.data) and all(there.get(key) == about[key] for key in keys):
+        return
+    first, second = (
+        f"{said.get('people', 'unknown')} people and {said.get('pictures', 'unknown')} pictures "
+        f"of {', '.join(folders or ['unknown folders'])} with {said.get('base_model', 'unknown')}"
+        for said, folders in ((there, data), (about, cfg.data))
+    )
+    raise OccupiedError(
+        f"{path} was trained on {first}, and this run trains on {second}; what was trained "
+        "first would be lost: choose another --output_dir, or move that file"
+    )
 
 
 def check_together(folders: Sequence[Folder]) -> None:

@@ -31,6 +31,7 @@ from idea_jax.enhancer.beginning import (
     hold_out,
     open_finder,
     optimizer_of,
+    refuse_another,
     resume,
 )
 from idea_jax.enhancer.journal import Journal
@@ -68,6 +69,7 @@ def run(cfg: EnhancerTrainConfig) -> list[Path]:
     Raises:
       ShardsError, TextError, FaceError, CheckpointNotFound, WeightsError,
       UnsupportedConfig, CheckpointError, DevicesError, JobsError: bad input, found before training.
+      OccupiedError: the folder holds an enhancer of other people.
       TrainingError: the loss became non-finite; the last good state is a checkpoint.
       Interrupted: SIGINT or SIGTERM; a checkpoint is on disk.
       WriteError: the disk is full; earlier files are whole.
@@ -144,10 +146,10 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
         about=about_of(base, folders, left, digests[str(frozen_dtype(frozen))], fitted),
         first=jax.process_index() == 0,
     )
-    state = init_state(program.optimizer, tree)
+    refuse_another(cfg, work.about, out / RESULT)
     marks = fingerprint_of(cfg, work, names)
     kept = Checkpoints(checkpoints, marks, limit=cfg.checkpoints_total_limit)
-    state = resume(cfg, kept, state)
+    state = resume(cfg, kept, init_state(program.optimizer, tree))
     log.info(
         "%d people and %d pictures; %s trained values; %d steps of %d samples on %d devices",
         work.about["people"],

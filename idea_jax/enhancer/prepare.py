@@ -109,7 +109,10 @@ def begin(source: Source, out: Path, studio: Studio) -> Index:
     if (out / shards.INDEX).exists():
         index = shards.read_index(out)
         before, now = index.made_of(), fresh.made_of()
+        # What earlier versions have not noted cannot differ.
+        before["facts"] = {**now["facts"], **before["facts"]}
         differs = [name for name in now if before[name] != now[name]]
+        differs = ["the pictures" if name == "facts" else name for name in differs]
         if differs:
             raise ShardsError(
                 f"{out} was prepared in another way ({', '.join(differs)} differ); choose another "

@@ -150,15 +150,29 @@ def of_people(
     Args:
       portraits: name -> pictures of that person.
     """
-    counts = [len(portraits(name)) for name in names]
+    everyone = [portraits(name) for name in names]
     # Not their names: those of few people could be guessed from a digest.
-    digest = json_digest(counts)
+    facts = {
+        "pictures": json_digest([len(them) for them in everyone]),
+        # By which other pictures, or other words for them, in their places are noticed.
+        "contents": json_digest(
+            [[(size_of(p.picture), *p.texts) for p in them] for them in everyone]
+        ),
+    }
 
     def everybody(first):
         for number in range(first, len(names)):
             yield NumberedPerson(number, portraits(names[number]))
 
-    return Source(kind, licence, len(names), everybody, {"pictures": digest})
+    return Source(kind, licence, len(names), everybody, facts)
+
+
+def size_of(picture: Any) -> int | None:
+    """Bytes of a picture's file; None where it has none."""
+    try:
+        return picture.path.stat().st_size
+    except (AttributeError, OSError):
+        return None
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
