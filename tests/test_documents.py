@@ -7,6 +7,7 @@ import importlib
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,13 @@ def commands():
     """(document, command) of every block of code and of every command within a sentence."""
     for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
         content = path.read_text("utf-8")
-        blocks = re.findall(r"^```\w*\n(.*?)^```", content, re.DOTALL | re.MULTILINE)
+        fenced = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+        indented = re.findall(r"(?<=\n\n)(?:    .*\n)+", fenced.sub("", content))
+        blocks = [*fenced.findall(content), *map(textwrap.dedent, indented)]
         lines = [line for block in blocks for line in whole_lines(block)]
+        # What launchers are given is a command, too.
+        lines += [line.rpartition("&& ")[2].rstrip('"') for line in lines if "&& python" in line]
+        lines += [re.sub(r"^srun .*? (?=python)", "", line) for line in lines if "srun " in line]
         named = re.findall(r"`((?:python3?|idea-[\w-]+) [^`]+)`", content)
         # In a sentence, a program without arguments is its name, and N is any number.
         words = [code.split() for code in named]
@@ -112,8 +118,11 @@ def check(command, monkeypatch):
 
 
 def test_the_documents_have_commands():
-    assert {document for document, _ in FOUND} >= {"README.md", "faces.md", "guide.md", "scale.md"}
+    documents = {"README.md", "enhancer.md", "faces.md", "guide.md", "scale.md"}
+    assert {document for document, _ in FOUND} >= documents
     assert len(FOUND) > 25
+    assert len([c for d, c in FOUND if d == "enhancer.md" and "idea-train-enhancer" in c]) >= 2
+    assert ("scale.md", "python train_jax.py ... --distributed") in FOUND
 
 
 @pytest.mark.parametrize(("document", "command"), FOUND)

@@ -219,6 +219,18 @@ def test_a_backend_that_is_not_there_is_one_message(platform, tmp_path):
     assert "unset JAX_PLATFORMS" in done.stderr
 
 
+@pytest.mark.parametrize("program", ["train_jax.py", "sample_jax.py"])
+def test_a_setting_of_jax_that_is_none_is_one_message(program):
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, program), "--help"],
+        env={**os.environ, "JAX_ENABLE_X64": "maybe", "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "'maybe'" in done.stderr and "JAX_ENABLE_X64" in done.stderr
+
+
 def test_gigabytes_are_readable():
     assert devices.gigabytes(16384 * 10**9) == "15,258.8 GiB"
     assert devices.gigabytes(5 * 2**20) == "5.0 MiB"

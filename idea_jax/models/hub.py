@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -126,24 +127,51 @@ def _vae_from_hub(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    stem = dict(WEIGHTS)["vae"]
     patterns = [
         f"{place}{file}"
         for place in ("", "vae/")
-        for file in ("config.json", "diffusion_pytorch_model.safetensors")
+        for file in ("config.json", f"{stem}.safetensors")
     ]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except HFValidationError as error:
-        raise CheckpointNotFound(
-            f"there is no folder {name}, and a Hub id has the form owner/name"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+    _check_cache(name)
+    with suppress(LocalEntryNotFoundError):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except HFValidationError as error:
             raise CheckpointNotFound(
-                f"there is no folder {name}, the cache does not hold it, and {constants.ENDPOINT} "
-                "cannot be reached or HF_HUB_OFFLINE is set; pass the path of a local folder"
+                f"there is no folder {name}, and a Hub id has the form owner/name"
             ) from error
-    return _fetch(name, None, patterns)
+        if any(_is_whole_vae(place) for place in (found, found / "vae")):
+            return found
+    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, the cache does not hold all of it, and "
+            f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
+            "local folder"
+        )
+
+    def check(files):
+        place = "vae/" if "vae/config.json" in files else ""
+        if f"{place}config.json" not in files:
+            raise CheckpointNotFound(
+                f"the Hub repository {name} is no autoencoder in diffusers layout: it lacks "
+                "config.json"
+            )
+        if f"{place}{stem}.safetensors" not in files:
+            present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
+            raise CheckpointNotFound(
+                absent(f"{stem}.safetensors", f"{name}/{place}".rstrip("/"), stem, present)
+            )
+
+    return _fetch(name, None, patterns, check)
+
+
+def _is_whole_vae(folder: Path) -> bool:
+    try:
+        find_weights(folder, dict(WEIGHTS)["vae"])
+    except WeightsError:
+        return False
+    return (folder / "config.json").is_file()
 
 
 def local_folder(name: str) -> Path:
@@ -197,11 +225,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"there is no folder {name}, and a Hub id has the form owner/name"
         ) from error
 
-    if constants.HF_HUB_CACHE.startswith("~"):
-        raise CheckpointNotFound(
-            f"there is no folder {name}, and no home folder for the cache of the Hub: set HOME, or "
-            "HF_HOME to a folder that can be written"
-        )
+    _check_cache(name)
     # What the user has already wins over what would have to be fetched, the mirror included.
     mirror = MIRRORS.get(name)
     for repository in filter(None, (name, mirror)):
@@ -234,6 +258,17 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"layout: it lacks {', '.join(missing)}"
         )
     return Checkpoint(folder, repository, _origin(folder)[1])
+
+
+def _check_cache(name: str) -> None:
+    """Raises CheckpointNotFound if the Hub's cache would be in a home folder that is not there."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, and no home folder for the cache of the Hub: set HOME, or "
+            "HF_HOME to a folder that can be written"
+        )
 
 
 def _notice_mirror(name: str, repository: str) -> None:
