@@ -21,6 +21,7 @@ from idea_jax.models import sd
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
+from idea_jax.runtime import devices
 from idea_jax.runtime.files import atomic_write, say
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -264,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
+        devices.check_backend()
         write(args.folder, args.size, args.family, args.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -412,6 +412,27 @@ def test_flags_of_the_original_scripts_are_accepted_and_say_why_they_do_nothing(
     assert parse(SampleConfig, [*SAMPLE, "--device", "cuda:0"]) == parse(SampleConfig, SAMPLE)
 
 
+def test_a_command_with_every_flag_of_diffusers_textual_inversion_parses():
+    flags = """
+        --save_steps 500 --save_as_full_pipeline --num_vectors 1 --revision main --variant fp16
+        --pretrained_model_name_or_path M --tokenizer_name T --train_data_dir D
+        --placeholder_token <a> --initializer_token toy --learnable_property object --repeats 100
+        --output_dir O --seed 1 --resolution 512 --center_crop --train_batch_size 16
+        --num_train_epochs 100 --max_train_steps 5000 --gradient_accumulation_steps 2
+        --gradient_checkpointing --learning_rate 1e-4 --scale_lr --lr_scheduler cosine_with_restarts
+        --lr_warmup_steps 500 --lr_num_cycles 2 --dataloader_num_workers 0 --adam_beta1 0.9
+        --adam_beta2 0.999 --adam_weight_decay 1e-2 --adam_epsilon 1e-8 --push_to_hub --hub_token T
+        --hub_model_id X --logging_dir logs --mixed_precision bf16 --allow_tf32
+        --report_to tensorboard --validation_prompt {} --num_validation_images 4
+        --validation_steps 100 --validation_epochs 50 --local_rank -1 --checkpointing_steps 500
+        --checkpoints_total_limit 3 --resume_from_checkpoint latest
+        --enable_xformers_memory_efficient_attention --no_safe_serialization
+    """.split()
+    cfg = parse(TrainConfig, [*flags, "--publish_consent"])
+    assert (cfg.lr_scheduler, cfg.lr_num_cycles) == ("cosine_with_restarts", 2)
+    assert cfg.train_batch_size == 32
+
+
 def test_accumulated_steps_are_a_larger_batch_in_every_rate():
     cfg = parse(TrainConfig, [*REQUIRED, "--gradient_accumulation_steps", "3", "--scale_lr"])
     same = parse(TrainConfig, [*REQUIRED, "--train_batch_size", "24", "--scale_lr"])

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 import train_jax
-from idea_jax import cli, jobs
+from idea_jax import cli, jobs, random_sd
 from idea_jax.config.settings import SampleConfig, TrainConfig
 from idea_jax.formats.identity import read_identity
+from idea_jax.mini import lab, looks, quality, world
+from idea_jax.mini.pretrain import __main__ as pretrain
 from idea_jax.runtime import compile_cache, devices
 from idea_jax.training import group, many
 
@@ -216,7 +218,26 @@ def test_a_backend_that_is_not_there_is_one_message(platform, tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"JAX has no device of JAX_PLATFORMS={platform}" in done.stderr
-    assert "unset JAX_PLATFORMS" in done.stderr
+    assert "unset JAX_PLATFORMS" in done.stderr and "()" not in done.stderr
+
+
+def test_every_program_says_that_a_backend_is_not_there(tmp_path, monkeypatch, capsys):
+    def absent():
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    for main, flags in (
+        (random_sd.main, [tmp_path / "checkpoint"]),
+        (world.main, [tmp_path / "sheet.png"]),
+        (pretrain.main, [tmp_path / "mini"]),
+        (quality.main, []),
+        (lab.main, []),
+        (looks.main, []),
+    ):
+        assert main([str(flag) for flag in flags]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and "JAX has no device of JAX_PLATFORMS=" in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("program", ["train_jax.py", "sample_jax.py"])

@@ -37,6 +37,7 @@ from idea_jax.method import shared
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
 from idea_jax.runtime.files import atomic_write, check_writable, say
 from idea_jax.sampling import programs
 from idea_jax.training import group, results
@@ -470,6 +471,7 @@ def main(argv: list[str] | None = None) -> int:
         check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
+        devices.check_backend()
         mini = quality.load(args.checkpoint)
         configs = swept(args.profiles, overrides, sweep)
         scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))

@@ -26,6 +26,7 @@ from idea_jax.faces.crops import align
 from idea_jax.mini import composites, drawings, people
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
 
 DEGREES = (0, 10, 20, 30, 40, 50)
 SIDES = (36, 50, 70, 110, 220)  # of the face's crop, in pixels of a picture of composites.SIZE
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--people: expected at least 1, got {args.people}")
     try:
         check_seed(args.seed)
+        devices.check_backend()
         folder = hub.resolve(args.checkpoint).folder
         finder = finding.open_finder(Path(folder) / "face" / "recogniser.onnx")
     except (InputError, OSError) as error:

@@ -28,6 +28,7 @@ from idea_jax.mini import captions, composites, drawings, networks, people, trai
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
 from idea_jax.runtime.files import atomic_write, check_writable, say
 from idea_jax.sampling import programs
 
@@ -447,6 +448,7 @@ def main(argv: list[str] | None = None) -> int:
         check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
+        devices.check_backend()
         mini = load(args.checkpoint)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idea_jax.data.images import image_grid, save_png, to_uint8
+from idea_jax.errors import InputError
 from idea_jax.mini import face
 from idea_jax.mini.traits import (
     Nuisance,
@@ -23,6 +24,7 @@ from idea_jax.mini.traits import (
     random_scene,
 )
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
 
 
 class View(NamedTuple):
@@ -259,7 +261,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("sheet", help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0, help="of the people and scenes (default: 0)")
     args = parser.parse_args(argv)
-    save_png(args.sheet, contact_sheet(args.seed), {})
+    try:
+        devices.check_backend()
+        save_png(args.sheet, contact_sheet(args.seed), {})
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

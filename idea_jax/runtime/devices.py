@@ -93,8 +93,9 @@ def check_backend() -> None:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # the latter of CUDA, without a word
         asked = jax.config.jax_platforms
+        why = str(error) or "its plugin did not start"
         raise DevicesError(
-            f"JAX has no device of JAX_PLATFORMS={asked} ({error or 'its plugin did not start'}); "
+            f"JAX has no device of JAX_PLATFORMS={asked} ({why}); "
             "install JAX for it (for NVIDIA: pip install 'jax[cuda13]', for a TPU: 'jax[tpu]') and "
             "see whether its driver works, or unset JAX_PLATFORMS to use what is there"
         ) from error

@@ -18,6 +18,7 @@ from idea_jax.mini.pretrain.budget import BUDGETS
 from idea_jax.mini.pretrain.order import pretrain, pretrain_at_once
 from idea_jax.mini.pretrain.run import Run
 from idea_jax.mini.pretrain.stages import STAGES
+from idea_jax.runtime import devices
 from idea_jax.runtime.signals import Interrupted
 
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_seed(args.seed)
         if args.jobs == 1:
+            devices.check_backend()
             pretrain(run, args.stages)
         else:
             # Otherwise its stages would go on without it.
