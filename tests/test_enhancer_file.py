@@ -89,7 +89,7 @@ def test_cut_and_hostile_files_are_one_message(whole, tmp_path):
         (with_header({"__metadata__": {enhancers.FORMAT: deep}}, b""), "does not describe itself"),
         (with_header(twice.encode(), data), "does not describe itself"),
         (with_header(whole_number, data), "values of type I32"),
-        (described(format_version=2), "format version 2, expected 1"),
+        (described(format_version=2), "format version 2, expected 1, so that another idea_jax"),
         (described(config=huge), "its dim is 1099511627776"),
         (described(config={"kind": "gpt"}), "does not describe itself"),
         (described(config={**huge, "dim": 33}), "a multiple of 8"),

@@ -384,6 +384,11 @@ def test_table_that_is_absent_or_something_else(tmp_path):
             face_models.FaceError, match="no face embeddings of format version 1 or 2"
         ):
             face_table.read(tmp_path / "other.safetensors")
+    newer = {"idea_jax.faces": '{"format_version": 9}'}
+    save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", newer)
+    says = r"1 or 2 \(it has 9\);.* install the idea_jax that"
+    with pytest.raises(face_models.FaceError, match=says):
+        face_table.read(tmp_path / "other.safetensors")
 
 
 def test_module_runs_as_a_command(pack, photos, tmp_path):

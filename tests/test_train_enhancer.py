@@ -254,6 +254,11 @@ def test_other_pictures_in_the_places_of_the_first_are_noticed(studio, tmp_path)
     older = replace(shards.read_index(out), facts={"pictures": first.facts["pictures"]})
     shards.write_index(out, older)
     prepare.begin(write(1), out, studio)
+    # One that another version made is no damaged one.
+    about = json.loads((out / shards.INDEX).read_text())
+    (out / shards.INDEX).write_text(json.dumps({**about, "format_version": 9}))
+    with pytest.raises(ShardsError, match=r"version 9, expected .* or install the idea_jax that"):
+        prepare.begin(write(1), out, studio)
 
 
 def test_folders_of_people_may_have_captions(tmp_path):

@@ -287,10 +287,12 @@ def read_index(folder: str | Path) -> Index:
         )
     try:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if about.pop("format") != FORMAT or about.pop("format_version") != FORMAT_VERSION:
+        form, version = about.pop("format"), about.pop("format_version")
+        if form != FORMAT or version != FORMAT_VERSION:
             raise ShardsError(
-                f"{folder / INDEX} is not of format {FORMAT}, version {FORMAT_VERSION}; prepare "
-                "the folder again, with this version"
+                f"{folder / INDEX} is of format {form}, version {version}, expected {FORMAT}, "
+                f"version {FORMAT_VERSION}; prepare the folder again with this version, or install "
+                "the idea_jax that wrote it"
             )
         about.pop("notice")
         entries = about.pop("shards")

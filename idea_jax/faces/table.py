@@ -122,9 +122,12 @@ def read(path: str | Path) -> FaceTable:
         and set(arrays) == set(_SHAPES)
     )
     if not is_table or about["format_version"] != _VERSION:
+        found = about.get("format_version") if isinstance(about, dict) else None
+        other = f" (it has {found})" if found not in (None, _VERSION) else ""
         raise FaceError(
-            f"{path} holds no face embeddings of format version 1 or {_VERSION}; expected a file "
-            "that python -m idea_jax.faces wrote"
+            f"{path} holds no face embeddings of format version 1 or {_VERSION}{other}; expected a "
+            "file that python -m idea_jax.faces wrote: write it again with this version, or "
+            "install the idea_jax that wrote it"
         )
     count = len(about["names"])
     for name, (shape, dtype) in _SHAPES.items():

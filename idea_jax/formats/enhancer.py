@@ -172,7 +172,10 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
         )
         version = description["format_version"]
         if version != FORMAT_VERSION:
-            raise EnhancerError(f"it has format version {version}, expected {FORMAT_VERSION}")
+            raise EnhancerError(
+                f"it has format version {version}, expected {FORMAT_VERSION}, so that another "
+                "idea_jax wrote it, which can be installed to read it"
+            )
         config, about = shared.EnhancerConfig(**description["config"]), description["about"]
     except EnhancerError:
         raise
