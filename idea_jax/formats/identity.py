@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from idea_jax import __version__, pytrees
 from idea_jax.errors import InputError
 from idea_jax.method import condition
+from idea_jax.method.modules import FACE_WIDTH
 from idea_jax.models import sd
 from idea_jax.runtime.files import write_tensors
 
@@ -202,7 +203,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None
     if identity.method.keeps_face and not identity.embeds_only:
         expected["given"] = {
             "anchor": tokens,
-            "id_embed": np.zeros(512, np.float32),
+            "id_embed": np.zeros(FACE_WIDTH, np.float32),
         }
         if not identity.method.train_enhancer:
             expected["given"]["enhancer"] = jax.eval_shape(
