@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # onnxruntime (from 1.29 on) reports its use to its maker, and the Hub's client says more of this
 # machine than it has to, unless these are set before they are imported: hence here, where every way

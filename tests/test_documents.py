@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import configparser
 import importlib
 import re
 import shlex
@@ -23,17 +24,32 @@ REST = {
 }
 
 
+def console_commands():
+    """What a command such as idea-train starts, by setup.cfg: a script or a module."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", "utf-8")
+    for line in parser["options.entry_points"]["console_scripts"].split("\n"):
+        if "=" in line:
+            name, module = (part.strip() for part in line.split("="))
+            module = module.partition(":")[0].removesuffix(".__main__")
+            yield name, f"{module}.py" if f"{module}.py" in CLASSES else module
+
+
+CONSOLE = dict(console_commands())
+
+
 def commands():
     """(document, command) of every block of code and of every command within a sentence."""
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
         content = path.read_text("utf-8")
         blocks = re.findall(r"^```\w*\n(.*?)^```", content, re.DOTALL | re.MULTILINE)
         lines = [line for block in blocks for line in whole_lines(block)]
-        named = [" ".join(code.split()) for code in re.findall(r"`(python3? [^`]+)`", content)]
+        named = re.findall(r"`((?:python3?|idea-[\w-]+) [^`]+)`", content)
         # In a sentence, a program without arguments is its name, and N is any number.
-        lines += [code.replace(" N", " 1") for code in named if len(code.split()) > 3]
+        words = [code.split() for code in named]
+        lines += [" ".join(code).replace(" N", " 1") for code in words if len(code) > 3]
         for line in lines:
-            if re.match(r"\s*(?:\w+=\S+ )*(?:python3?|idea-\w+) ", line):
+            if re.match(r"\s*(?:\w+=\S+ )*(?:python3?|idea-[\w-]+) ", line):
                 yield path.name, line.strip()
 
 
@@ -64,7 +80,7 @@ def check(command, monkeypatch):
         word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)
     ]
     program, *arguments = words[1:] if words[0].startswith("python") else words
-    program = {"idea-train": "train_jax.py", "idea-sample": "sample_jax.py"}.get(program, program)
+    program = CONSOLE.get(program, program)
     if program == "-c":
         ast.parse(arguments[0])
         return
@@ -125,3 +141,24 @@ def test_every_flag_that_is_only_accepted_stands_in_the_guide():
     for flags in reading.FOREIGN_FLAGS.values():
         for flag in flags:
             assert f"`--{flag}`" in guide
+
+
+def anchor(heading):
+    """What a link calls a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    "document", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name
+)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("http"):
+            continue
+        file, _, part = link.partition("#")
+        target = document.parent / file if file else document
+        assert target.exists(), link
+        if part:
+            headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert part in map(anchor, headings), link

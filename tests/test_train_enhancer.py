@@ -336,6 +336,16 @@ def test_samples_show_another_picture_of_the_same_person(quiet):
             assert (a == b) == (people[a] == 1)  # who has a single picture
 
 
+@pytest.mark.parametrize("flip, shares", [(True, {0, 1}), (False, {0})])
+def test_pictures_are_mirrored_where_that_is_wanted(quiet, flip, shares):
+    folder = samples.open_folder(quiet)
+    plan = samples.Plan(
+        [folder], [1.0], [np.arange(5)], size=5, seed=0, small=0.0, mean=0.0, flip=flip
+    )
+    sides = {folder.pictures[i].mean[m].tobytes(): m for i in range(10) for m in range(2)}
+    assert {sides[plan.sample(number).mean.tobytes()] for number in range(30)} == shares
+
+
 def test_readers_share_out_the_samples_of_a_step_and_begin_anywhere(quiet):
     folder = samples.open_folder(quiet)
 
@@ -497,11 +507,14 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, mo
     assert not (tmp_path / fit.RESULT).exists()
     monkeypatch.undo()
     assert train_enhancer.main([*flags, *out]) == 1  # refused: it would mix with the checkpoint
-    resumed = [*flags, *out, "--resume_from_checkpoint", "latest"]
+    resumed = [*flags, *out, "--resume_from_checkpoint", "latest", "--checkpointing_steps", "1"]
     assert train_enhancer.main([*resumed, "--seed", "1"]) == 1
     assert "other settings (seed: 0 -> 1)" in capsys.readouterr().err
     assert train_enhancer.main(resumed) == 0
     same(tmp_path, straight, 0)
+    said = (tmp_path / "run.json").read_text()
+    assert train_enhancer.main(resumed) == 0  # nothing is left to do
+    assert (tmp_path / "run.json").read_text() == said
 
 
 def test_two_processes_train_what_one_does(flags, straight, tmp_path):

@@ -318,6 +318,8 @@ def write(
             raise TrainingError(f"{error}; train with a lower learning rate") from error
         with atomic_write(temporary / "config.yaml") as path:
             path.write_text(to_yaml(replace(cfg, resume_from_checkpoint=None)), "utf-8")
+        if not journal.losses and steps and (out / "run.json").is_file():
+            return out / RESULT  # nothing was left to do: what the file says is still true
         found = {
             **about,
             "kind": cfg.kind,
