@@ -32,7 +32,7 @@ def console_commands():
     for line in parser["options.entry_points"]["console_scripts"].split("\n"):
         if "=" in line:
             name, module = (part.strip() for part in line.split("="))
-            module = module.partition(":")[0]
+            module = module.partition(":")[0].removesuffix(".__main__")
             yield name, f"{module}.py" if f"{module}.py" in CLASSES else module
 
 

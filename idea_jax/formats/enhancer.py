@@ -24,7 +24,7 @@ import safetensors
 from idea_jax import pytrees
 from idea_jax.errors import InputError
 from idea_jax.method import condition, shared
-from idea_jax.method.modules import IDAdapter
+from idea_jax.method.modules import FACE_WIDTH, IDAdapter
 from idea_jax.models import hub, sd
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import (
@@ -328,7 +328,7 @@ def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, 
 
     def fresh(key):
         known = jnp.zeros((names, N, D))
-        network = config.network.init(key, jnp.zeros(512), jnp.zeros((N, D)), known)
+        network = config.network.init(key, jnp.zeros(FACE_WIDTH), jnp.zeros((N, D)), known)
         adapter = IDAdapter(D, config.beta).init(key, jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D)))
         return {
             "enhancer": network["params"],

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from idea_jax import pytrees
 from idea_jax.errors import InputError
 from idea_jax.method import condition
+from idea_jax.method.modules import FACE_WIDTH
 from idea_jax.models import sd
 from idea_jax.runtime.files import write_tensors
 from idea_jax.runtime.versions import other_versions, versions
@@ -194,7 +195,7 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None
     if identity.method.keeps_face and not identity.embeds_only:
         expected["given"] = {
             "anchor": tokens,
-            "id_embed": np.zeros(512, np.float32),
+            "id_embed": np.zeros(FACE_WIDTH, np.float32),
         }
         if not identity.method.train_enhancer:
             expected["given"]["enhancer"] = jax.eval_shape(

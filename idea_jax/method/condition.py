@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idea_jax.method import loss
-from idea_jax.method.modules import IDAdapter, IDEnhancer
+from idea_jax.method.modules import FACE_WIDTH, IDAdapter, IDEnhancer
 from idea_jax.models import sd
 from idea_jax.models.unet import cross_kv_shapes, project_kv
 from idea_jax.pytrees import stream
@@ -162,7 +162,7 @@ def init_enhancer(model: sd.StableDiffusion, method: Method, key: jax.Array) -> 
     """Random ID-Enhancer parameters of the person with this key."""
     anchor = jnp.zeros((method.num_tokens, model.text.hidden_size))
     enhancer = IDEnhancer(model.text.hidden_size)
-    return enhancer.init(stream(key, "enhancer"), jnp.zeros(512), anchor)["params"]
+    return enhancer.init(stream(key, "enhancer"), jnp.zeros(FACE_WIDTH), anchor)["params"]
 
 
 def init_kv(model: sd.StableDiffusion, method: Method, key: jax.Array) -> dict:

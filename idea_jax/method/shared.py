@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from idea_jax.method import condition
-from idea_jax.method.modules import IDAdapter, SharedEnhancer
+from idea_jax.method.modules import FACE_WIDTH, IDAdapter, SharedEnhancer
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 
@@ -67,7 +67,9 @@ def init_shared(
     names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
     known = (names - start[None]) / scale if config.kind == "names" else names[:0]
     shared = {"start": start, "scale": jnp.float32(scale), "names": known}
-    faces = config.network.init(stream(key, "enhancer"), jnp.ones(512), _anchor(shared), known)
+    faces = config.network.init(
+        stream(key, "enhancer"), jnp.ones(FACE_WIDTH), _anchor(shared), known
+    )
     adapter = IDAdapter(D, config.beta)
     context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D))
     return shared | {
