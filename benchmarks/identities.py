@@ -83,9 +83,9 @@ def measure(args: argparse.Namespace) -> None:
     from benchmarks import flops
     from idea_jax import random_sd
     from idea_jax.config.settings import COMPUTE_DTYPES, PROFILE_DEFAULTS
-    from idea_jax.formats.identity import versions
     from idea_jax.method import condition
     from idea_jax.models import flash, hub, sd
+    from idea_jax.runtime.versions import versions
     from idea_jax.training.program import Program, draw_and_step, step_people
     from idea_jax.training.step import make_optimizer
 

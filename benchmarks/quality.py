@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 from benchmarks.options import positive
-from idea_jax.formats.identity import versions
 from idea_jax.mini import captions, drawings, people, quality
 from idea_jax.pytrees import stream
 from idea_jax.runtime.files import atomic_write, check_writable
+from idea_jax.runtime.versions import versions
 from idea_jax.sampling import programs
 
 FAST = {"scheduler": "dpmpp_2m", "steps": 20}
