@@ -89,8 +89,7 @@ def run(cfg: SampleConfig) -> list[Path]:
         "vae": hub.resolve_vae(cfg.vae) if cfg.vae else None,
         "clip_skip": cfg.clip_skip,
     }
-    model = sd.read_configs(found.folder, compute_dtype, **changes)
-    model = replace(model, attention=attention)
+    model = replace(sd.read_configs(found.folder, compute_dtype, **changes), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
     check_guidance(cfg, model.schedule)
     enhancer = open_enhancer(cfg, found.folder, model, sitters)
@@ -109,7 +108,8 @@ def run(cfg: SampleConfig) -> list[Path]:
         "batch_size": cfg.batch_size,
         "guidance_scale": cfg.guidance_scale,
     }
-    interval = cfg.guidance_interval and (cfg.guidance_interval[0], cfg.guidance_interval[1])
+    span = cfg.guidance_interval
+    interval = (span[0], span[1]) if span else None
     sampling = programs.Sampling(size, cfg.scheduler, cfg.num_inference_steps, cfg.eta, interval)
     for sitter in sitters:
         check_identity(sitter.identity, model, sitter.source or "--photo")
