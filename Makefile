@@ -1,5 +1,6 @@
 # make demo   learn one person from a photo and draw them; installs what it needs into .venv
-# make test   lint and test; adds the test requirements to the same .venv
+# make lint   ruff and the type checker; adds the test requirements to the same .venv
+# make test   lint and test
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
 # make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate);
@@ -10,14 +11,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= outputs/benchmarks
 
-.PHONY: demo test chaos slow bench clean
+.PHONY: demo lint test chaos slow bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
 
-test: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
 	$(BIN)/python -m pytest
 
 chaos: $(VENV)/.installed-test

@@ -5,10 +5,20 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    from idea_jax import cli, config, train
+    try:
+        from idea_jax import cli
+        from idea_jax.config.settings import TrainConfig
+        from idea_jax.training import run as train
+    except ValueError as error:  # of JAX, which reads its settings when it is imported
+        print(
+            f"error: JAX cannot be loaded ({error}); correct or unset what begins with JAX_ in "
+            "the environment",
+            file=sys.stderr,
+        )
+        return 1
 
     return cli.main(
-        config.TrainConfig,
+        TrainConfig,
         train.run,
         argv,
         prog="train_jax.py",

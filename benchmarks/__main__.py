@@ -19,8 +19,6 @@ not be measured at all writes nothing.
 import argparse
 import contextlib
 import os
-import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -28,23 +26,29 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import jobs, report
-from benchmarks.settings import ABLATIONS, COMPARED_STEPS, WORKLOADS, Workload, drawing, read
+from benchmarks.machine import DeviceError, check_device, environment, machine
+from benchmarks.options import MODES, parse
+from benchmarks.plans import (
+    Plan,
+    ablations,
+    calls_of,
+    comparisons,
+    milliseconds,
+    people,
+    profiles,
+    sampling,
+    train_steps,
+)
+from benchmarks.settings import COMPARED_STEPS, WORKLOADS, Workload, read
 from benchmarks.worker import StackError, Worker
-from idea_jax.files import WriteError, check_writable
+from idea_jax.runtime.files import WriteError, check_writable
 
-STACKS = ("jax", "published", "eager", "compiled")
-PARTS = ("train", "sampling", "people", "ablations", "kernels", "convolutions")
-# Of torch.compile. On a CPU max-autotune tries its kernels for hours.
-MODES = {"cpu": "default", "gpu": "max-autotune"}
-# The profile that each stack trains; the published step is compared with the same arithmetic here.
-PROFILES = {"jax": ("paper", "official"), "published": ("official",)}
 # Tokens after a few steps of Adam, whose first steps turn rounding of small gradients into steps:
 # the cosine between the changes. Losses: relative. Pictures: mean difference of [-1, 1].
 TOLERANCES = {
@@ -57,15 +61,10 @@ class InputsError(ValueError):
     """The folder of inputs holds those of another workload."""
 
 
-class DeviceError(ValueError):
-    """The device that is asked for is not there."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
     workload = WORKLOADS[args.workload, args.device]
-    repeats = args.repeats or workload.repeats
     name_of_report = args.name or f"{args.workload}-{args.device}"
     mode = args.torch_compile or MODES[args.device]
     out = Path(args.out)
@@ -88,56 +87,24 @@ def main(argv: list[str] | None = None) -> int:
         except InputsError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        stacks, alone = {}, report.Measurements()
+        stacks: dict[str, Worker] = {}
         failed = result["failed"] = {}
+
+        def write():
+            report.write(out, name_of_report, result)
+
         try:
             start(stacks, args.stacks, args.device, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device, failed)
             close_failed(stacks, failed)
-            measurements = report.Measurements()
-            wanted = comparisons(stacks, workload)
-            patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
-            for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
-                if part not in args.parts:
-                    continue
-                plan, compared = plan_of(stacks, workload), wanted[part]
-                files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
-                result.setdefault("compared", {})
-                compare(files, folder, args.device, result["compared"], failed)
-                close_failed(stacks, failed)
-                take_turns(stacks, plan, repeats, measurements, failed)
-                result["times"] = measurements.summary()
-                report.write(out, name_of_report, result)
-                if part == "train":
-                    result["memory"] = memory(stacks, workload, failed)
-                    report.write(out, name_of_report, result)
-            if "kernels" in args.parts:
-                sizes = {"batch": workload.batch, "steps": workload.block}
-                sizes |= {"profile": "paper", "room": workload.room}
-                beside(stacks["jax"], "kernels", sizes, result, failed)
-                report.write(out, name_of_report, result)
+            side_by_side(stacks, args, folder, result, write)
             for name in set(stacks) - {"jax"}:  # what follows needs the device's whole memory
                 stacks.pop(name).close()
-            for part, plan_of in {"people": people, "ablations": ablations}.items():
-                if part not in args.parts:
-                    continue
-                plan = plan_of(workload, args)
-                first_calls(stacks, {}, plan, alone, failed, None)
-                take_turns(stacks, plan, repeats, alone, failed)
-                result["inside"] = alone.summary()
-                report.write(out, name_of_report, result)
-            sizes = {"batch": workload.batch, "pictures": workload.pictures}
-            sizes |= {"steps": workload.steps}
-            beside(stacks["jax"], "flops", sizes, result, failed)
-            report.write(out, name_of_report, result)
-            if "convolutions" in args.parts:
-                sizes = {"batch": workload.batch}
-                beside(stacks["jax"], "convolutions", sizes, result, failed)
-                report.write(out, name_of_report, result)
+            this_project_alone(stacks, args, result, write)
         except StackError as error:  # of this project: there is nothing to compare the others with
             failed["jax"] = str(error)
-            report.write(out, name_of_report, result)
+            write()
         except (KeyboardInterrupt, SystemExit):
             for stack in stacks.values():
                 stack.kill()
@@ -159,218 +126,72 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__.splitlines()[0]
-    )
-    names = dict.fromkeys(name for name, _ in WORKLOADS)
-    parser.add_argument("--workload", choices=names, default="mini")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument(
-        "--stacks", nargs="+", choices=STACKS, help="(default: all that the parts and jobs measure)"
-    )
-    parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, help="what is measured (default: all that can be)"
-    )
-    parser.add_argument(
-        "--people",
-        nargs="+",
-        type=positive,
-        help="numbers of people in one step, for the part people (default: 1 2 4, on a GPU to 8)",
-    )
-    parser.add_argument(
-        "--ablations",
-        nargs="+",
-        choices=tuple({name: None for own in ABLATIONS.values() for name in own}),
-        help="measures that the part ablations takes back (default: all that there are)",
-    )
-    parser.add_argument(
-        "--torch_compile",
-        metavar="MODE",
-        help="mode of the stack compiled (default: "
-        + ", ".join(f"{mode} on {device}" for device, mode in MODES.items())
-        + ")",
-    )
-    parser.add_argument(
-        "--repeats", type=positive, help="measurements of each (default: by workload)"
-    )
-    parser.add_argument(
-        "--jobs", type=positive, help="measure whole jobs, this many times each (default: not)"
-    )
-    parser.add_argument(
-        "--patience",
-        type=positive_seconds,
-        nargs=2,
-        metavar=("TRAIN", "SAMPLING"),
-        help="seconds that each of PyTorch's stacks may take for its first calls of these parts; "
-        "one that takes longer is left out (default: no limit)",
-    )
-    parser.add_argument(
-        "--inputs",
-        help="folder of checkpoint and inputs, which are written there if they are not there yet "
-        "(default: a temporary one)",
-    )
-    parser.add_argument(
-        "--out",
-        default="outputs/benchmarks",
-        help="folder of the results (default: %(default)s; those of the documentation are in "
-        "benchmarks/results)",
-    )
-    parser.add_argument(
-        "--name",
-        help="name of the report's files, for one that should not replace that of another run "
-        "(default: WORKLOAD-DEVICE)",
-    )
-    args = parser.parse_args(argv)
-    if args.name is not None and not re.fullmatch(r"\w[\w.-]*", args.name):
-        parser.error(
-            f"--name must be letters, digits, underscores, dots and dashes, got {args.name!r}"
-        )
-    refuse_unread(parser, args)
-    if "jax" not in args.stacks:
-        parser.error("--stacks must hold jax: the others are compared with it")
-    if len(args.stacks) > 1 and len(installed(("torch", "diffusers"))) < 2:
-        parser.error(
-            "PyTorch's stacks need torch and diffusers, which are not installed: python -m pip "
-            "install -e '.[test]', or take --stacks jax"
-        )
-    return args
+def side_by_side(
+    stacks: dict[str, Worker],
+    args: argparse.Namespace,
+    folder: Path,
+    result: dict,
+    write: Callable[[], None],
+) -> None:
+    """Compares and times all stacks, and this project's kernels while they are there.
 
+    Args:
+      write: writes the report as far as it is.
 
-def refuse_unread(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fills in parts, stacks and ablations, and refuses flags that nothing would read.
-
-    Raises: SystemExit, from argparse.
+    Raises: StackError if it is this project.
     """
-    measured = WORKLOADS[args.workload, args.device].ablations
-    possible = {
-        "parts": PARTS if measured else ("train", "sampling"),
-        "ablations": list(ABLATIONS[args.device]),
-    }
-    for flag, values in possible.items():
-        if unknown := [x for x in getattr(args, flag) or () if x not in values]:
-            parser.error(
-                f"--{flag} {' '.join(unknown)}: not measured with --workload {args.workload} "
-                f"--device {args.device}; take some of {' '.join(values)}"
-            )
-    args.parts = args.parts or possible["parts"]
-    compares = not {"train", "sampling"}.isdisjoint(args.parts)
-    takes_turns = compares or not {"people", "ablations"}.isdisjoint(args.parts)
-    # The published code draws no pictures and has no whole jobs.
-    is_measured = {"jax": True, "published": "train" in args.parts}
-    is_measured |= dict.fromkeys(("eager", "compiled"), compares or args.jobs is not None)
-    if unread := [name for name in args.stacks or () if not is_measured[name]]:
-        parser.error(
-            f"--stacks {' '.join(unread)}: not measured with --parts {' '.join(args.parts)}; leave "
-            "it out, or add --parts train"
-        )
-    args.stacks = args.stacks or [name for name in STACKS if is_measured[name]]
-    is_patient = compares and len(args.stacks) > 1
-    readers = {
-        "people": ("--parts people", "people" in args.parts),
-        "ablations": ("--parts ablations", "ablations" in args.parts),
-        "repeats": ("--parts train, sampling, people and ablations", takes_turns),
-        "torch_compile": ("--stacks compiled", "compiled" in args.stacks),
-        "patience": ("PyTorch's --stacks in --parts train and sampling", is_patient),
-    }
-    for flag, (reader, is_there) in readers.items():
-        if getattr(args, flag) is not None and not is_there:
-            parser.error(f"--{flag} is for {reader}, which this run does not measure; leave it out")
-    args.ablations = args.ablations or possible["ablations"]
+    workload = WORKLOADS[args.workload, args.device]
+    repeats, failed = args.repeats or workload.repeats, result["failed"]
+    measurements, wanted = report.Measurements(), comparisons(stacks, workload)
+    patience = dict(zip(("train", "sampling"), args.patience or (None, None), strict=True))
+    for part, plan_of in {"train": train_steps, "sampling": sampling}.items():
+        if part not in args.parts:
+            continue
+        plan, compared = plan_of(stacks, workload), wanted[part]
+        files = first_calls(stacks, compared, plan, measurements, failed, patience[part])
+        result.setdefault("compared", {})
+        compare(files, folder, args.device, result["compared"], failed)
+        close_failed(stacks, failed)
+        take_turns(stacks, plan, repeats, measurements, failed)
+        result["times"] = measurements.summary()
+        write()
+        if part == "train":
+            result["memory"] = memory(stacks, workload, failed)
+            write()
+    if "kernels" in args.parts:
+        sizes = {"batch": workload.batch, "steps": workload.block}
+        sizes |= {"profile": "paper", "room": workload.room}
+        beside(stacks["jax"], "kernels", sizes, result, failed)
+        write()
 
 
-def positive(text: str) -> int:
-    """A number of times, for argparse."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+def this_project_alone(
+    stacks: dict[str, Worker],
+    args: argparse.Namespace,
+    result: dict,
+    write: Callable[[], None],
+) -> None:
+    """Times several people in a step and steps without a measure, and counts FLOPs.
 
-
-def positive_seconds(text: str) -> float:
-    """A time to wait, for argparse; no longer than Python's timers can."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return value
-
-
-def check_device(device: str) -> None:
-    """Raises DeviceError if JAX has no such device, before anything is written for it."""
-    if device == "cpu":
-        return
-    look = "import jax; jax.devices()"
-    variables = {**os.environ, **environment(device)}
-    seen = subprocess.run([sys.executable, "-c", look], env=variables, capture_output=True)
-    if seen.returncode:
-        (*_, last) = seen.stderr.decode(errors="replace").strip().splitlines() or ["no reason told"]
-        raise DeviceError(f"--device {device}: JAX finds no NVIDIA GPU here: {last}")
-
-
-def machine() -> dict:
-    """What the numbers were measured with."""
-    packages = ("jax", "flax", "optax", "torch", "diffusers", "transformers", "numpy")
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": len(cores()),
-        "busy": busy_share(),
-        "python": platform.python_version(),
-        "versions": installed(packages),
-    }
-
-
-def cores() -> set[int]:
-    """Numbers of the cores that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    return os.sched_getaffinity(0) if has_affinity else set(range(os.cpu_count() or 1))
-
-
-def busy_share(stat: Path = Path("/proc/stat")) -> float:
-    """Share of its cores' time that other programs take while this one waits for two seconds.
-
-    The load average would still hold what ran a minute ago, such as the benchmark before this one.
-    It is taken where the kernel does not tell the times (macOS).
+    Arguments as in `side_by_side`.
     """
-    if not stat.is_file():
-        return min(1.0, os.getloadavg()[0] / len(cores()))
-    own = {f"cpu{number}" for number in cores()}
-
-    def read_times() -> tuple[int, int]:
-        # user, nice, system, idle, iowait, irq, softirq, steal; guests are part of user.
-        lines = (line.split() for line in stat.read_text().splitlines())
-        times = [[int(x) for x in line[1:9]] for line in lines if line and line[0] in own]
-        return sum(map(sum, times)), sum(idle + waiting for _, _, _, idle, waiting, *_ in times)
-
-    total, idle = read_times()
-    time.sleep(2)
-    total_after, idle_after = read_times()
-    return 1 - (idle_after - idle) / max(1, total_after - total)
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
-
-
-def environment(device: str) -> dict[str, str]:
-    """Variables that every process of a run gets."""
-    if device == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
-    # PyTorch's stacks use one device, so this project has no more than that one.
-    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    # Several stacks hold the device at once, each only what it needs.
-    preallocate = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": one} | preallocate
+    workload = WORKLOADS[args.workload, args.device]
+    repeats, failed = args.repeats or workload.repeats, result["failed"]
+    alone = report.Measurements()
+    for part, plan_of in {"people": people, "ablations": ablations}.items():
+        if part not in args.parts:
+            continue
+        plan = plan_of(workload, args)
+        first_calls(stacks, {}, plan, alone, failed, None)
+        take_turns(stacks, plan, repeats, alone, failed)
+        result["inside"] = alone.summary()
+        write()
+    sizes = {"batch": workload.batch, "pictures": workload.pictures, "steps": workload.steps}
+    beside(stacks["jax"], "flops", sizes, result, failed)
+    write()
+    if "convolutions" in args.parts:
+        beside(stacks["jax"], "convolutions", {"batch": workload.batch}, result, failed)
+        write()
 
 
 def prepare(workload: Workload, device: str, folder: Path) -> dict:
@@ -444,36 +265,6 @@ def close_failed(stacks: dict[str, Worker], failed: dict[str, str]) -> None:
         stacks.pop(name).close()
 
 
-def comparisons(stacks: dict[str, Worker], workload: Workload) -> dict[str, dict[str, list]]:
-    """The calls of each stack whose results must agree, by part."""
-    sizes = {"batch": workload.batch, "room": workload.room}
-    steps = {
-        name: [
-            ["train_outputs", {"profile": profile, **(sizes if name == "jax" else {})}]
-            for profile in profiles(stacks, name)
-        ]
-        for name in stacks
-    }
-    pictures = {name: [["sample_outputs", {}]] for name in stacks if name != "published"}
-    return {"train": steps, "sampling": pictures}
-
-
-def profiles(stacks: dict[str, Worker], name: str) -> list[str]:
-    """The profiles that a stack trains in this run."""
-    all_of_them = PROFILES.get(name, ("paper",))
-    return [one for one in all_of_them if one == "paper" or "published" in stacks]
-
-
-# What is measured in turns: {what: {variant: (stack, call, arguments)}}.
-Plan = dict[str, dict[str, tuple[str, str, dict]]]
-
-
-def milliseconds(seconds: float, call: str, arguments: dict) -> float:
-    """Of a call, or of one step of one person where the call takes training steps."""
-    steps = 1 if call == "sample_time" else arguments["steps"] * arguments.get("people", 1)
-    return 1e3 * seconds / steps
-
-
 def first_calls(
     stacks: dict[str, Worker],
     comparisons: dict[str, list],
@@ -493,7 +284,7 @@ def first_calls(
     long, else the single measurement.
 
     Args:
-        patience: seconds until each other stack is given up; None for never.
+      patience: seconds until each other stack is given up; None for never.
 
     Returns: the files with what is to be compared, by stack, call and profile.
 
@@ -552,20 +343,12 @@ def timed(stack: Worker, call: str, arguments: dict) -> tuple[object, float]:
     return answer, spent
 
 
-def calls_of(stack: str, plan: Plan) -> Iterator[tuple[str, str, str, dict]]:
-    """(what, variant, call, arguments) of all that is measured of a stack."""
-    for what, calls in plan.items():
-        for variant, (own, call, arguments) in calls.items():
-            if own == stack:
-                yield what, variant, call, arguments
-
-
 def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[str, str]) -> None:
     """Adds the differences between every stack and this project to `found`.
 
     Args:
-        files: from `first_calls`.
-        failed: is told of stacks that differ by more than rounding explains.
+      files: from `first_calls`.
+      failed: is told of stacks that differ by more than rounding explains.
     """
     limits = TOLERANCES["float32" if device == "cpu" else "bfloat16"]
     start_of = dict(np.load(folder / "inputs.npz"))
@@ -591,64 +374,6 @@ def compare(files: dict, folder: Path, device: str, found: dict, failed: dict[st
                 f"differs from this project after {COMPARED_STEPS} training steps or in pictures: "
                 f"{differences}, expected within {limits}"
             )
-
-
-def train_steps(stacks: dict[str, Worker], workload: Workload) -> Plan:
-    """Blocks of training steps, milliseconds a step."""
-    calls: dict = {}
-    for name in stacks:
-        # A step of the published code is many times longer than those of the others.
-        block = min(workload.block, 2) if name == "published" else workload.block
-        sizes = {"batch": workload.batch, "steps": block}
-        sizes |= {"room": workload.room} if name == "jax" else {}
-        for profile in profiles(stacks, name):
-            what = f"train step, {profile}"
-            calls.setdefault(what, {})[name] = (name, "train_time", {"profile": profile, **sizes})
-    return calls
-
-
-def sampling(stacks: dict[str, Worker], workload: Workload) -> Plan:
-    """Calls of the sampler, milliseconds a call; the published code's is that of `eager`."""
-    calls: dict = {}
-    for pictures in dict.fromkeys([workload.pictures, *([1] if workload.single else [])]):
-        sizes = {"pictures": pictures, "steps": workload.steps}
-        calls[drawing(pictures, workload.steps)] = {
-            name: (name, "sample_time", sizes) for name in stacks if name != "published"
-        }
-    return calls
-
-
-def people(workload: Workload, args: argparse.Namespace) -> Plan:
-    """Blocks of steps of several people at once, milliseconds a step for each of them."""
-    sizes = {"profile": "paper", "batch": workload.batch, "steps": workload.block}
-    calls = {}
-    for count in args.people or ((1, 2, 4) if args.device == "cpu" else (1, 2, 4, 8)):
-        what, together = f"people in one step: {count}", {"room": workload.room, "people": count}
-        calls[what] = {"jax": ("jax", "train_time", sizes | together)}
-    return calls
-
-
-def ablations(workload: Workload, args: argparse.Namespace) -> Plan:
-    """Blocks of steps with one of the measures taken back, milliseconds a step.
-
-    Beside those that are asked for stands what each is compared with, see `settings.ABLATIONS`.
-    """
-    sizes = {"batch": workload.batch, "steps": workload.block}
-    plain = sizes | {"profile": "paper", "room": workload.room}
-    variants = {
-        "best": ("train_time", plain),
-        **{
-            name: ("ablated_time", sizes | {"without": name})
-            for name in ("calls", "cores", "moments", "trainables")
-        },
-    }
-    exact = {"attention": "xla", "compute_dtype": "float32"}
-    variants["flash"] = ("train_time", plain | {"changes": {"attention": "xla"}})
-    variants["bfloat16"] = ("train_time", plain | {"changes": exact})
-    compared_with = ABLATIONS[args.device]
-    needed = {"best", *args.ablations, *(compared_with[name] for name in args.ablations)}
-    what = "a step without one of the measures"
-    return {what: {name: ("jax", *v) for name, v in variants.items() if name in needed}}
 
 
 def take_turns(

@@ -23,9 +23,53 @@ import subprocess
 import sys
 import time
 
-from benchmarks.__main__ import positive
+from benchmarks.options import positive
 
 STEPS = 320  # of a person, from which people/hour is computed; nothing else of a run is in it
+
+
+def figures(compiled, times: list[float], needed: float, devices: int, people: int) -> dict:
+    """What is reported of a compiled step of people.
+
+    Args:
+      times: seconds of steps.
+      needed: FLOPs of a step.
+    """
+    step, memory, text = min(times), compiled.memory_analysis(), compiled.as_text()
+    return {
+        "step_min_ms": round(1e3 * step, 2),
+        "step_median_ms": round(1e3 * statistics.median(times), 2),
+        "people_per_hour_320_steps": round(3600 * people / (STEPS * step), 2),
+        "tflops_per_device": round(needed / step / devices / 1e12, 4),
+        "collectives": len(re.findall(r" (?:all-reduce|all-gather)(?:-start)?\(", text)),
+        "device_arguments_mb": round(memory.argument_size_in_bytes / 1e6, 1),
+        "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
+        "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+    }
+
+
+def somebody(model, method, optimizer) -> tuple:
+    """The state and the photos of a person of random numbers, on the host."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from idea_jax.method import condition
+    from idea_jax.training.step import Photos, init_state
+
+    rng = np.random.default_rng(0)
+    key, width, vocab = jax.random.key(0), model.text.hidden_size, model.text.vocab_size
+    start = rng.normal(size=(2, width)).astype(np.float32)
+    face = rng.normal(size=512)
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(model, method, key, start)
+    side, channels = model.unet.sample_size, model.unet.in_channels
+    moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
+    ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)
+    ids[:, 7:9] = [vocab, vocab + 1]
+    return jax.device_get(
+        (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
+    )
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -37,17 +81,13 @@ def measure(args: argparse.Namespace) -> None:
     from jax.sharding import PartitionSpec as P
 
     from benchmarks import flops
-    from idea_jax import checkpoint, random_sd
-    from idea_jax.config import COMPUTE_DTYPES, PROFILE_DEFAULTS
+    from idea_jax import random_sd
+    from idea_jax.config.settings import COMPUTE_DTYPES, PROFILE_DEFAULTS
     from idea_jax.method import condition
     from idea_jax.models import flash, hub, sd
-    from idea_jax.train_step import (
-        Photos,
-        draw_and_step,
-        init_state,
-        make_optimizer,
-        step_people,
-    )
+    from idea_jax.runtime.versions import versions
+    from idea_jax.training.program import Program, draw_and_step, step_people
+    from idea_jax.training.step import make_optimizer
 
     dtype = COMPUTE_DTYPES[args.mixed_precision]
     attention = flash.resolve(args.attention, jax.local_devices()[0], dtype)
@@ -65,22 +105,18 @@ def measure(args: argparse.Namespace) -> None:
     devices = np.array(jax.devices()[:count]).reshape(groups, args.data)
     mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
     frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
-    rng = np.random.default_rng(0)
-    key, width, vocab = jax.random.key(0), model.text.hidden_size, model.text.vocab_size
-    start = rng.normal(size=(2, width)).astype(np.float32)
-    face = rng.normal(size=512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, key, start)
-    side, channels = model.unet.sample_size, model.unet.in_channels
-    moments = rng.normal(size=(2, 1, 2, side, side, channels)).astype(np.float32)
-    ids = rng.integers(0, vocab, (27, model.text.max_position_embeddings)).astype(np.int32)
-    ids[:, 7:9] = [vocab, vocab + 1]
-    one = jax.device_get(
-        (init_state(optimizer, trainable, given), Photos(*moments, jnp.int32(1), ids))
-    )
-    needed = flops.needed(
-        functools.partial(draw_and_step, model, method, optimizer, args.batch), frozen, *one, key
-    )
+    one = somebody(model, method, optimizer)
+    key = jax.random.key(0)
+    program = Program(model, method, optimizer, args.batch, mesh)
+    needed = flops.needed(functools.partial(draw_and_step, program), frozen, *one, key)
+    about = {
+        "model": args.model,
+        "device": jax.devices()[0].device_kind,
+        "devices": count,
+        "devices_on_data": args.data,
+        "mixed_precision": args.mixed_precision,
+        "batch": args.batch,
+    }
     for people in args.people:
         if people % groups:
             continue
@@ -90,38 +126,23 @@ def measure(args: argparse.Namespace) -> None:
 
         states, photos = put(jax.tree.map(lambda leaf, n=people: np.stack([leaf] * n), one))
         last = put(np.full(people, 10**9, np.int32))
-        about = (model, method, optimizer, args.batch, mesh, False, 1)
         began = time.perf_counter()
         given = photos, key, last, jnp.int32(1)
-        compiled = step_people.lower(*about, frozen, states, *given).compile()
+        compiled = step_people.lower(program, frozen, states, *given).compile()
         compiling = time.perf_counter() - began
         times = []
         for _ in range(args.repeats + 1):  # the first one is not counted
             began = time.perf_counter()
             states, _ = jax.block_until_ready(compiled(frozen, states, *given))
             times.append(time.perf_counter() - began)
-        step, memory = min(times[1:]), compiled.memory_analysis()
-        text = compiled.as_text()
         line = {
-            "model": args.model,
-            "device": jax.devices()[0].device_kind,
-            "devices": count,
-            "devices_on_data": args.data,
-            "mixed_precision": args.mixed_precision,
+            **about,
             "attention": attention,
             "people": people,
-            "batch": args.batch,
             "compile_s": round(compiling, 2),
-            "step_min_ms": round(1e3 * step, 2),
-            "step_median_ms": round(1e3 * statistics.median(times[1:]), 2),
-            "people_per_hour_320_steps": round(3600 * people / (STEPS * step), 2),
-            "tflops_per_device": round(people * needed / step / count / 1e12, 4),
-            "collectives": len(re.findall(r" (?:all-reduce|all-gather)(?:-start)?\(", text)),
-            "device_arguments_mb": round(memory.argument_size_in_bytes / 1e6, 1),
-            "device_temporaries_mb": round(memory.temp_size_in_bytes / 1e6, 1),
-            "process_peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+            **figures(compiled, times[1:], people * needed, count, people),
             "load_average": round(os.getloadavg()[0], 1),
-            "versions": checkpoint.versions(),
+            "versions": versions(),
         }
         print(json.dumps(line), flush=True)
 

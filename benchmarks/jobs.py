@@ -29,10 +29,10 @@ def measure(
     The first run of each starts with an empty cache of compiled programs and is kept apart.
 
     Args:
-        folder: of the workload; checkpoint and photo are read from it.
-        mode: of `torch.compile`.
-        variables: environment of every process.
-        failed: is told of stacks whose jobs fail, which are left out.
+      folder: of the workload; checkpoint and photo are read from it.
+      mode: of `torch.compile`.
+      variables: environment of every process.
+      failed: is told of stacks whose jobs fail, which are left out.
     """
     about = read(folder)
     sizes, measurements = JOBS[about["name"]], Measurements()

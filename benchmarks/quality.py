@@ -17,26 +17,22 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.__main__ import positive
-from idea_jax import checkpoint, sample
-from idea_jax.files import atomic_write, check_writable
+from benchmarks.options import positive
 from idea_jax.mini import captions, drawings, people, quality
 from idea_jax.pytrees import stream
+from idea_jax.runtime.files import atomic_write, check_writable
+from idea_jax.runtime.versions import versions
+from idea_jax.sampling import programs
 
+FAST = {"scheduler": "dpmpp_2m", "steps": 20}
 SETTINGS = {
     "DDIM, 50 steps": {"scheduler": "ddim", "steps": 50},
-    "DPM-Solver++, 20 steps": {"scheduler": "dpmpp_2m", "steps": 20},
-    "the same, guided between 0.1 and 1": {
-        "scheduler": "dpmpp_2m", "steps": 20, "interval": (0.1, 1.0),
-    },
-    "the same, guided between 0.2 and 0.9": {
-        "scheduler": "dpmpp_2m", "steps": 20, "interval": (0.2, 0.9),
-    },
-    "the same, guided between 0.3 and 0.8": {
-        "scheduler": "dpmpp_2m", "steps": 20, "interval": (0.3, 0.8),
-    },
+    "DPM-Solver++, 20 steps": FAST,
+    "the same, guided between 0.1 and 1": {**FAST, "interval": (0.1, 1.0)},
+    "the same, guided between 0.2 and 0.9": {**FAST, "interval": (0.2, 0.9)},
+    "the same, guided between 0.3 and 0.8": {**FAST, "interval": (0.3, 0.8)},
     "DPM-Solver++, 10 steps": {"scheduler": "dpmpp_2m", "steps": 10},
-}  # fmt: skip
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| setting | seconds a picture | against the first | likeness | prompt kept |")
     print("|---|---|---|---|---|")
     about = {"people": args.people, "each": args.each, "guidance_scale": quality.GUIDANCE}
-    result = {**about, "versions": checkpoint.versions(), "settings": {}}
+    result = {**about, "versions": versions(), "settings": {}}
     for name, settings in SETTINGS.items():
         found = measure(mini, scoring, chosen, likeness_to, args.each, settings)
         result["settings"][name] = found
@@ -96,16 +92,15 @@ def measure(mini, scoring, chosen, likeness_to, each, settings):
         name = people.full_name(person, person)
         kv = quality.plain_keys_values(mini, prompt.text.format(name))
         started = time.perf_counter()
-        pictures = sample.draw_prompt(
+        pictures = programs.draw_prompt(
             mini.model,
             mini.frozen,
             kv,
+            programs.Sampling((drawings.SIZE,) * 2, **settings),
             seed=0,
             count=each,
             batch_size=each,
-            size=(drawings.SIZE,) * 2,
             guidance_scale=quality.GUIDANCE,
-            **settings,
         )
         times.append(time.perf_counter() - started)
         likeness.append(np.mean(quality.embed(scoring, pictures) @ likeness_to[number]))

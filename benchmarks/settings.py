@@ -8,7 +8,7 @@ COMPARED_STEPS = 3  # training steps whose results are compared before anything 
 COMPARED_SAMPLING = (2, 2)  # pictures and sampling steps, the same
 RATE, REG_WEIGHT, WEIGHT_DECAY, EPSILON, BETA = 1e-3, 8e-4, 1e-2, 1e-7, 0.4
 GUIDANCE = 7.5
-DECODED = 8  # pictures that are decoded at once, what `sample.DECODED` is
+DECODED = 8  # pictures that are decoded at once, what `sampling.programs.DECODED` is
 RANK = 4  # of the low-rank deltas of keys and values
 # Measures that are taken back one at a time, by device, and what the time without each is compared
 # with: each step of "moments" and "trainables" is also a call of its own, on one device, and there
@@ -30,15 +30,15 @@ class Workload:
     """Sizes of what is timed.
 
     Attributes:
-        batch: samples per training step.
-        block: training steps in one measurement.
-        room: steps in one call of this project, what `--steps_per_call` is by default.
-        pictures: pictures in one measurement of the sampler; 1 is measured too where `single`.
-        steps: sampling steps, each with guidance.
-        repeats: measurements of each kind.
-        ablations: whether more than training and drawing is measured: several people in a step,
-            measures that are taken back one by one, kernels and convolutions. The gradient of a
-            full-size UNet does not fit the memory of a small machine.
+      batch: samples per training step.
+      block: training steps in one measurement.
+      room: steps in one call of this project, what `--steps_per_call` is by default.
+      pictures: pictures in one measurement of the sampler; 1 is measured too where `single`.
+      steps: sampling steps, each with guidance.
+      repeats: measurements of each kind.
+      ablations: whether more than training and drawing is measured: several people in a step,
+        measures that are taken back one by one, kernels and convolutions. The gradient of a
+        full-size UNet does not fit the memory of a small machine.
     """
 
     name: str

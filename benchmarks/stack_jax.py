@@ -20,29 +20,29 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import flops, settings, worker, workloads
-from idea_jax import devices, pytrees, sample
-from idea_jax.data import images, text
+from idea_jax import pytrees
+from idea_jax.data import images
+from idea_jax.data.tokenizer import Tokens
 from idea_jax.models import flash, sd
-from idea_jax.train import place_frozen
-from idea_jax.train_step import (
+from idea_jax.runtime import devices
+from idea_jax.sampling import programs
+from idea_jax.training.program import Program, place_frozen, step_people
+from idea_jax.training.step import (
     Metrics,
     Photos,
     draw_batch,
     init_state,
     make_optimizer,
-    step_people,
     train_step,
     training_loss,
 )
 
 # What a stack is asked for.
-CALLS = (
-    *("train_outputs", "sample_outputs", "train_time", "sample_time", "ablated_time"),
-    *("ceiling", "device", "convolutions", "flops", "memory", "release", "kernels"),
-)
+CALLS = "train_outputs sample_outputs train_time sample_time ablated_time ceiling device".split()
+CALLS += "convolutions flops memory release kernels".split()
 
 
-class Stack:
+class JaxStack:
     """The loaded model and the inputs; every public method answers one kind of request."""
 
     def __init__(self, folder: Path, compute_dtype: str):
@@ -209,9 +209,8 @@ class Stack:
 
         def draw_pictures():
             indices = jnp.arange(pictures, dtype=jnp.int32)
-            about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE)
-            kv, more = self.keys_values(self.frozen), self.sampling(steps)
-            return sample.draw(self.model, self.frozen, kv, *about, is_guided=True, **more)
+            about = jnp.uint32(0), indices, jnp.float32(settings.GUIDANCE), self.sampling(steps)
+            return programs.draw(self.model, self.frozen, self.keys_values(self.frozen), *about)
 
         return {
             "train_step": flops.needed(step, self.frozen, state, drawn),
@@ -246,11 +245,13 @@ class Stack:
 
     def training(
         self, profile: str, batch: int, room: int, people: int = 1, changes: tuple = ()
-    ) -> "Training":
+    ) -> "CompiledTraining":
         """The steps of a profile, compiled at the first call."""
         kind = ("training", profile, batch, room, people, changes)
         if kind not in self.compiled:
-            self.compiled[kind] = Training(self, profile, batch, room, people, dict(changes))
+            self.compiled[kind] = CompiledTraining(
+                self, profile, batch, room, people, dict(changes)
+            )
         return self.compiled[kind]
 
     def person(self, profile: str):
@@ -277,25 +278,25 @@ class Stack:
     def keys_values(self, frozen: sd.Frozen) -> dict:
         """Keys and values of the prompt and of the negative one, as sample_jax.py computes them."""
         method, trainable, given = self.identity
-        return sample.cast_keys_values(
-            (method,),
+        return programs.cast_keys_values(
             self.model,
+            (method,),
             frozen,
             (trainable,),
             (given,),
-            *(self.tokens(name) for name in ("prompt_ids", "negative_ids")),
+            self.tokens("prompt_ids"),
+            self.tokens("negative_ids"),
             jnp.float32(1),
         )
 
-    def tokens(self, name: str) -> text.Tokens:
+    def tokens(self, name: str) -> Tokens:
         """A prompt of one chunk whose tokens all weigh 1."""
         ids = np.asarray(self.inputs[name])[None]
-        return text.Tokens(ids, np.ones(ids.shape, np.float32))
+        return Tokens(ids, np.ones(ids.shape, np.float32))
 
-    def sampling(self, steps: int) -> dict:
+    def sampling(self, steps: int) -> programs.Sampling:
         """What is set of the sampler."""
-        size = (self.about["pixels"],) * 2
-        return {"size": size, "scheduler": "ddim", "steps": steps, "eta": 0.0}
+        return programs.Sampling((self.about["pixels"],) * 2, "ddim", steps)
 
     def draw(self, pictures: int, steps: int) -> np.ndarray:
         """Pictures uint8[N, H, W, 3] of the prompt, drawn as sample_jax.py does on all devices.
@@ -303,22 +304,23 @@ class Stack:
         The first call of a number of pictures places the weights on the devices that draw them, and
         the others find them there: they take as long as the second prompt of a run.
         """
-        assert sample.DECODED == settings.DECODED, "PyTorch's stacks decode another number at once"
+        assert programs.DECODED == settings.DECODED, (
+            "PyTorch's stacks decode another number at once"
+        )
 
-        def keys_values(frozen, _):
+        def keys_values(frozen):
             self.placed[pictures] = frozen
             return self.keys_values(frozen)
 
-        (drawn,) = sample.draw_all(
+        (drawn,) = programs.draw_all(
             self.model,
             self.placed.get(pictures, self.frozen),
-            keys_values,
-            1,
+            [keys_values],
+            self.sampling(steps),
             seed=0,
             count=pictures,
             batch_size=pictures,
             guidance_scale=settings.GUIDANCE,
-            **self.sampling(steps),
         )
         return drawn
 
@@ -357,7 +359,7 @@ class Stack:
 
             def loss(trainable, unet):
                 frozen_too = frozen._replace(unet=unet)
-                parts = (trainable, frozen_too, state.given, drawn)
+                parts = (frozen_too, trainable, state.given, drawn)
                 return training_loss(self.model, method, *parts)[0]
 
             total, (grads, others) = jax.value_and_grad(loss, argnums=(0, 1))(
@@ -380,11 +382,11 @@ class Stack:
         return str(path)
 
 
-class Training:
-    """The program that train_jax.py runs, `train_step.step_people`, on the devices it would use."""
+class CompiledTraining:
+    """The program that train_jax.py runs, `program.step_people`, on the devices it would use."""
 
     def __init__(
-        self, stack: Stack, profile: str, batch: int, room: int, people: int, changes: dict
+        self, stack: JaxStack, profile: str, batch: int, room: int, people: int, changes: dict
     ):
         model = dataclasses.replace(stack.model, **changes)
         self._dtype = changes.get("compute_dtype")
@@ -397,9 +399,9 @@ class Training:
         last = jax.device_put(np.full(people, 10**9, np.int32), self._spread)
         self._given = photos, jax.random.key(0), last
         self.restart()
-        about = (model, method, optimizer, batch, mesh, False, room)
+        program = Program(model, method, optimizer, batch, mesh, steps_per_call=room)
         arguments = self.weights(), self.states, *self._given, jnp.int32(1)
-        self._run = step_people.lower(*about, *arguments).compile()
+        self._run = step_people.lower(program, *arguments).compile()
 
     def weights(self) -> sd.Frozen:
         """The frozen weights, in another type if that is what was changed."""
@@ -486,7 +488,7 @@ def own_times(events: Iterable) -> list[tuple[str, float]]:
 
 def main() -> None:
     folder, compute_dtype = sys.argv[1:]
-    stack = Stack(Path(folder), compute_dtype)
+    stack = JaxStack(Path(folder), compute_dtype)
     worker.serve({name: getattr(stack, name) for name in CALLS})
 
 

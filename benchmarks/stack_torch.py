@@ -48,13 +48,10 @@ from benchmarks.settings import (
 from idea_jax.data import images
 
 # What a stack is asked for; "published" draws no pictures.
-CALLS = (
-    *("train_outputs", "sample_outputs", "train_time", "sample_time"),
-    *("ceiling", "memory", "release"),
-)
+CALLS = "train_outputs sample_outputs train_time sample_time ceiling memory release".split()
 
 
-class Enhancer(nn.Module):
+class TorchEnhancer(nn.Module):
     """ID-Enhancer (METHOD: face and anchor to the identity-enhanced embedding)."""
 
     def __init__(self, width: int):
@@ -116,16 +113,16 @@ class LowRank(nn.Module):
         return torch.cat([plain[: self.first], plain[self.first :] + delta.to(plain.dtype)])
 
 
-class Stack:
+class TorchStack:
     """Networks and inputs of one of the three; public methods answer one request each.
 
     Args:
-        about: as `settings.read` returns it.
-        inputs: called with the text encoder, returns the arrays of `workloads.write`. Parts of the
-            person that it leaves out start at random, as in training.
-        kind: "published", "eager" or "compiled".
-        dtype: of the frozen networks.
-        mode: of `torch.compile`, for "compiled".
+      about: as `settings.read` returns it.
+      inputs: called with the text encoder, returns the arrays of `workloads.write`. Parts of the
+        person that it leaves out start at random, as in training.
+      kind: "published", "eager" or "compiled".
+      dtype: of the frozen networks.
+      mode: of `torch.compile`, for "compiled".
     """
 
     def __init__(
@@ -292,7 +289,7 @@ class Stack:
         return str(path)
 
 
-class Published(Stack):
+class Published(TorchStack):
     """S: see the module's docstring."""
 
     def person(self) -> None:
@@ -300,7 +297,7 @@ class Published(Stack):
         self.anchor = self.tensor("official/given/anchor")
         self.face = self.tensor("official/given/id_embed")
         width = start.shape[1]
-        self.enhancer, self.adapter = Enhancer(width), Adapter(width)
+        self.enhancer, self.adapter = TorchEnhancer(width), Adapter(width)
         self.copy(self.enhancer, "official/given/enhancer")
         self.copy(self.adapter, "official/trainable/adapter")
         self.first = self.text.config.vocab_size
@@ -348,7 +345,7 @@ class Published(Stack):
         return self.table[self.first :].detach().cpu().numpy()
 
 
-class Careful(Stack):
+class Careful(TorchStack):
     """E and C: see the module's docstring."""
 
     def person(self) -> None:
@@ -359,7 +356,7 @@ class Careful(Stack):
             self.tensor("paper/given/id_embed"),
         )
         width = self.tokens.shape[1]
-        self.enhancer, self.adapter = Enhancer(width), Adapter(width)
+        self.enhancer, self.adapter = TorchEnhancer(width), Adapter(width)
         self.copy(self.enhancer, f"{prefix}/enhancer")
         self.copy(self.adapter, f"{prefix}/adapter")
         table = TokenTable(self.text.embeddings.token_embedding, self.tokens)
@@ -472,7 +469,7 @@ class Careful(Stack):
 
 def open_stack(
     about: dict, inputs: Callable[..., dict], device: str, kind: str, mode: str
-) -> Stack:
+) -> TorchStack:
     """Loads a stack; the published step runs in float32, the others in bfloat16 on a GPU."""
     on_gpu = device == "cuda"
     # What torch's own tuning guide asks for; the published code leaves it off.

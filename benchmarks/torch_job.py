@@ -17,16 +17,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from benchmarks.stack_torch import Careful, open_stack
-from idea_jax import face_models, faces
 from idea_jax.data import images, text
+from idea_jax.data.tokenizer import Tokenizer, load_tokenizer, name_token_ids
+from idea_jax.faces import finding, packs
 
 
-def words(about: dict, encoder) -> tuple[text.Tokenizer, dict]:
+def words(about: dict, encoder) -> tuple[Tokenizer, dict]:
     """The tokenizer, and the token ids that a job needs."""
     config = encoder.config
     lengths = config.vocab_size, config.max_position_embeddings
     placeholder = text.Placeholder("<person>", 2)
-    tokenizer = text.load_tokenizer(Path(about["checkpoint"]) / "tokenizer", *lengths)
+    tokenizer = load_tokenizer(Path(about["checkpoint"]) / "tokenizer", *lengths)
     tokenizer = tokenizer.with_placeholder(placeholder.token, placeholder.n)
     prompts = tokenizer([text.fill("a photo of {} person", placeholder), ""])
     ids = {
@@ -38,11 +39,11 @@ def words(about: dict, encoder) -> tuple[text.Tokenizer, dict]:
 
 
 @torch.no_grad()
-def anchor_of(about: dict, encoder, tokenizer: text.Tokenizer) -> np.ndarray:
+def anchor_of(about: dict, encoder, tokenizer: Tokenizer) -> np.ndarray:
     """Cross Initialization: the encoder's output for the mean tokens of the names."""
     own = Path(about["checkpoint"]) / "names.txt"
     names = text.read_names(own) if own.is_file() else text.shipped_names()
-    ids = torch.tensor(text.name_token_ids(tokenizer, names, 2), device=encoder.device)
+    ids = torch.tensor(name_token_ids(tokenizer, names, 2), device=encoder.device)
     embeddings = encoder.embeddings
     present = (ids >= 0)[..., None]
     means = (embeddings.token_embedding(ids.clamp(min=0)) * present).sum(0) / present.sum(0)
@@ -62,8 +63,8 @@ def learn(
 ) -> None:
     """Learns the person and writes what was trained."""
     folder = Path(about["checkpoint"]) / "face"
-    model = face_models.find_recogniser(None, None, folder, accept_licence=False)
-    finder = faces.open_finder(model, needs_detector=False)
+    model = packs.find_recogniser(None, None, folder, accept_licence=False)
+    finder = finding.open_finder(model, needs_detector=False)
     face = finder.look(images.PictureFile(Path(about["photo"]))).embed
 
     def inputs(encoder) -> dict:

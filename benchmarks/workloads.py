@@ -18,15 +18,17 @@ from PIL import Image
 from skimage import data
 
 from benchmarks.settings import BETA, COMPARED_STEPS, RANK, REG_WEIGHT
-from idea_jax import pytrees, random_face, random_sd
+from idea_jax import pytrees, random_sd
 from idea_jax.data import text
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
+from idea_jax.faces import random_model
 from idea_jax.method import condition
 from idea_jax.models import hub, sd
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
-from idea_jax.train_step import Photos, draw_batch
+from idea_jax.training.step import Photos, draw_batch
 
 MINI_PHOTO = Path(random_sd.__file__).parent / "mini" / "photo.png"
 PROMPT = "a photo of {} person"
@@ -68,7 +70,7 @@ def checkpoint_of(name: str, folder: Path, dtype: str) -> Path:
     vocabulary = random_sd.write_tokenizer(folder / "tokenizer", words, pad="!", vocab_size=size)
     model = mid() if name == "mid" else random_sd.config(name, "sd2", vocabulary)
     sd.save(folder, model, sd.init(model, jax.random.key(0)), dtype=dtype)
-    random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    random_model.write_random_recogniser(folder / "face" / "arcface.onnx")
     return folder
 
 
@@ -84,7 +86,7 @@ def write(name: str, folder: Path, *, batch: int, pictures: int, dtype: str) -> 
     model = sd.read_configs(checkpoint)
     lengths = model.text.vocab_size, model.text.max_position_embeddings
     placeholder = text.Placeholder("<person>", 2)
-    tokenizer = text.load_tokenizer(checkpoint / "tokenizer", *lengths)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", *lengths)
     tokenizer = tokenizer.with_placeholder(placeholder.token, placeholder.n)
     token_ids = tokenizer(text.training_prompts(placeholder))
     rng = np.random.default_rng(0)
@@ -161,8 +163,8 @@ def person(model: sd.StableDiffusion, profile: str, rng: np.random.Generator) ->
     width = model.text.hidden_size
     start = 0.1 * rng.standard_normal((2, width), np.float32)
     face = rng.standard_normal(512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, key, start)
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(model, method, key, start)
     trainable["adapter"]["gamma"] = jnp.float32(0.5)
     if "kv" in trainable:
         trainable["kv"] = jax.tree.map(

@@ -6,56 +6,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from idea_jax import (
-    checkpoint,
-    compile_cache,
-    config,
-    devices,
-    face_models,
-    files,
-    jobs,
-    learned_embeds,
-    publish,
-    results,
-    signals,
-)
-from idea_jax.data import images, people, text
-from idea_jax.diffusion import schedule
-from idea_jax.enhancer import shards
-from idea_jax.formats import enhancer
-from idea_jax.models import flash, hub, layers, weights
-
-# Mistakes of the input, not of the program: one message, no traceback.
-INPUT_ERRORS = (
-    config.ConfigError,
-    images.ImageError,
-    people.PeopleError,
-    face_models.FaceError,
-    text.TextError,
-    learned_embeds.EmbedsError,
-    enhancer.EnhancerError,
-    layers.UnsupportedConfig,
-    flash.UnsupportedAttention,
-    weights.WeightsError,
-    hub.CheckpointNotFound,
-    checkpoint.IdentityError,
-    checkpoint.CheckpointError,
-    results.TrainingError,
-    results.OccupiedError,
-    publish.PublishError,
-    devices.DevicesError,
-    jobs.JobsError,
-    schedule.ScheduleError,
-    shards.ShardsError,
-    OSError,
-)
+from idea_jax.config import reading
+from idea_jax.config.settings import ConfigError, SampleConfig, TrainConfig
+from idea_jax.errors import InputError
+from idea_jax.models import hub
+from idea_jax.runtime import compile_cache, devices, files, signals
 
 # What to try where the memory is too small.
-SMALLER = {
-    config.TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
+SMALLER: dict[type | None, str] = {
+    TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
     "--mixed_precision bf16, --shard_frozen with --mesh data=N, or a smaller --resolution",
     None: "a smaller batch, --mixed_precision bf16, or --shard_frozen on several devices",
-    config.SampleConfig: "a smaller --batch_size, --mixed_precision bf16, or a smaller --height "
+    SampleConfig: "a smaller --batch_size, --mixed_precision bf16, or a smaller --height "
     "and --width",
 }
 
@@ -89,19 +51,20 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
     for name in ("absl", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        settings = config.parse(cls, sys.argv[1:] if argv is None else argv, **about)
-    except config.ConfigError as error:
+        settings = reading.parse(cls, sys.argv[1:] if argv is None else argv, **about)
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         devices.pin_settings()
         compile_cache.use(settings.compile_cache)
+        compile_cache.needs.clear()  # of another run in this process
         devices.use_cores(hub.local_folder(settings.pretrained_model_name_or_path))
         if not getattr(settings, "distributed", False):  # those find each other first
             devices.check_backend()
         for path in run(settings):
             files.say(str(path))
-    except INPUT_ERRORS as error:
+    except (InputError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
     except signals.Interrupted as stop:
@@ -114,8 +77,8 @@ def main(cls: type, run: Callable, argv: Sequence[str] | None, **about: str) -> 
         if not devices.is_out_of_memory(error):
             raise
         needed = compile_cache.needs[-1] if compile_cache.needs else None
-        about = devices.describe_memory(error, needed)
-        print(f"error: {about}. Try {SMALLER.get(cls, SMALLER[None])}", file=sys.stderr)
+        reason = devices.describe_memory(error, needed)
+        print(f"error: {reason}. Try {SMALLER.get(cls, SMALLER[None])}", file=sys.stderr)
         return 1
     return 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from idea_jax.files import check_writable, say
+from idea_jax.runtime.files import check_writable, say
 
 PERSON = 26  # of the people for testing; not one of those that the lab reports on
 PHOTO = Path(__file__).resolve().parent / "mini" / "photo.png"
@@ -27,7 +27,6 @@ PROMPTS = (3, 4, 6, 9)  # of captions.PROMPTS
 PICTURES = 4
 PAGES = ("index.html", "overview.png")
 MARK = ".idea_jax-demo"  # in a folder whose contents the next demo may replace
-
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #222; background: #fff }
@@ -162,15 +161,16 @@ def face_square(photo: np.ndarray) -> np.ndarray:
     """Returns uint8[64, 64, 3]: what is trained on of a photo, with `--crop face`."""
     from PIL import Image
 
-    from idea_jax import faces
     from idea_jax.data.images import crop_turned, to_pixels, to_uint8
+    from idea_jax.faces import finding
+    from idea_jax.faces.crops import training_square
     from idea_jax.mini import drawings
     from idea_jax.models import hub
 
     image = Image.fromarray(photo)
-    finder = faces.open_finder(hub.resolve(hub.MINI).folder / "face" / "recogniser.onnx")
+    finder = finding.open_finder(hub.resolve(hub.MINI).folder / "face" / "recogniser.onnx")
     points = finder.look_at(image, PHOTO.name).points
-    square = crop_turned(image, *faces.training_square(points, image.size, MARGIN))
+    square = crop_turned(image, *training_square(points, image.size, MARGIN))
     return to_uint8(to_pixels(square, drawings.SIZE, center_crop=False))
 
 

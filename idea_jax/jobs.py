@@ -10,28 +10,29 @@ command above shows what is newer in the records.
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 
-from idea_jax.files import atomic_write, cannot_write, file_digest, say
+from idea_jax.errors import InputError
+from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, say
 
 log = logging.getLogger(__name__)
 
 RECORD, MANIFEST, RESULT = "job.json", "jobs.jsonl", "identity.safetensors"
+SETTINGS = ".settings.json"  # whose name begins with a dot is no person
 STATUSES = ("waiting", "running", "done", "failed")
 
 
-class JobsError(ValueError):
+class JobsError(InputError, ValueError):
     """A folder holds no run for many people, one of another kind, or one that is under way."""
 
 
@@ -40,17 +41,18 @@ class Record:
     """What became of one person.
 
     Attributes:
-        person: their name, which is that of their folder.
-        status: one of `STATUSES`; after a crash it may still say running.
-        why: of somebody who failed: the reason; otherwise None.
-        attempts: times that their training was begun or resumed.
-        steps: that were asked for when they were done; early stopping may have taken fewer.
-        seconds: of all attempts but those that were killed, each from the photos to the result;
-            people who are trained together each have the whole time.
-        ended: when they were done or failed, in seconds since 1970; those who were trained
-            together have the same moment.
-        result: SHA-256 of the identity file.
-        settings: digest of the settings and weights that decide the numbers.
+      person: their name, which is that of their folder.
+      status: one of `STATUSES`; after a crash it may still say running.
+      why: of somebody who failed: the reason; otherwise None.
+      attempts: times that their training was begun or resumed.
+      steps: that were asked for when they were done; early stopping may have taken fewer.
+      seconds: of all attempts but those that were killed, each from the photos to the result;
+        people who are trained together each have the whole time.
+      ended: when they were done or failed, in seconds since 1970; those who were trained
+        together have the same moment.
+      result: SHA-256 of the identity file.
+      settings: digest of the settings and weights that decide the numbers.
+      photos: digest of the photos that were there when they were done; None if not known.
     """
 
     person: str
@@ -62,6 +64,7 @@ class Record:
     ended: float | None = None
     result: str | None = None
     settings: str | None = None
+    photos: str | None = None
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
@@ -82,7 +85,7 @@ def from_line(line: str) -> Record:
     """Inverse of `to_line`.
 
     Raises:
-        JobsError: it is no such line.
+      JobsError: it is no such line.
     """
     try:
         return Record(**json.loads(line))
@@ -90,18 +93,13 @@ def from_line(line: str) -> Record:
         raise JobsError(f"no record of a person: {error}") from error
 
 
-def digest(values: Mapping) -> str:
-    """SHA-256 of settings, hexadecimal."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
 @contextmanager
 def only_run(out: Path, process: int) -> Iterator[None]:
     """Keeps a second run out of a folder while the block runs; a killed process keeps out nobody.
 
     Raises:
-        JobsError: another run is using the folder.
-        WriteError: it cannot be written to.
+      JobsError: another run is using the folder.
+      WriteError: it cannot be written to.
     """
     lock = filelock.FileLock(out / f".lock-{process}")
     try:
@@ -126,10 +124,10 @@ class Board:
     there; `gone` has the names of those who are not done.
 
     Args:
-        out: the run's folder.
-        names: everybody of this run, in order.
-        own: those whose records this process writes.
-        is_first: this process writes `jobs.jsonl`.
+      out: the run's folder.
+      names: everybody of this run, in order.
+      own: those whose records this process writes.
+      is_first: this process writes `jobs.jsonl`.
     """
 
     def __init__(self, out: Path, names: Sequence[str], own: Sequence[str], *, is_first: bool):
@@ -157,21 +155,32 @@ class Board:
             return Record(name)
         return dataclasses.replace(record, person=name)
 
-    def check(self, settings: str, steps: int, *, before: str | None = None) -> None:
+    def check(
+        self,
+        settings: str,
+        steps: int,
+        *,
+        before: str | None = None,
+        explain: Callable[[dict], str] = lambda marks: "",
+    ) -> None:
         """Refuses to go on with other settings than those of anybody who was begun.
 
         Args:
-            settings: digest of this run's.
-            before: digest of other settings that people may have been begun with.
+          settings: digest of this run's.
+          before: digest of other settings that people may have been begun with.
+          explain: says what differs from what `keep` was given of other settings.
 
         Raises:
-            JobsError: somebody's settings or weights are others, or somebody of this run is done
-                with more steps.
+          JobsError: somebody's settings or weights are others, or somebody of this run is done
+            with more steps.
         """
         for name, record in self.records.items():
             if record.attempts and record.settings not in (None, settings, before):
+                known = self.kept().get(record.settings)
+                what = explain(known) if isinstance(known, dict) else ""
                 raise JobsError(
-                    f"{self.out / name} was trained with other settings or weights than these; use "
+                    f"{self.out / name} was trained with other settings or weights than these"
+                    f"{f' ({what})' if what else ''}; use "
                     "the same ones (the config.yaml of somebody who is done has them), choose "
                     "another --output_dir, or delete that folder"
                 )
@@ -180,6 +189,21 @@ class Board:
                     f"{self.out / name} was trained for {record.steps} steps; --max_train_steps "
                     "may only grow: use as many, choose another --output_dir, or delete that folder"
                 )
+
+    def keep(self, settings: str, marks: Mapping) -> None:
+        """Remembers what settings are by whose digest people are known, for `check`."""
+        kept = self.kept()
+        if self.is_first and settings not in kept:
+            with atomic_write(self.out / SETTINGS) as temporary:
+                temporary.write_text(json.dumps({**kept, settings: marks}), encoding="ascii")
+
+    def kept(self) -> dict:
+        """What `keep` was given, by the digest."""
+        try:
+            kept = json.loads((self.out / SETTINGS).read_text(encoding="ascii"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
 
     def plan(self, names: Sequence[str], settings: str) -> None:
         """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
@@ -193,7 +217,7 @@ class Board:
         """Changes the records of some people; `publish` tells the others.
 
         Raises:
-            WriteError: the disk is full, or the place cannot be written to.
+          WriteError: the disk is full, or the place cannot be written to.
         """
         for name in names:
             self.records[name] = dataclasses.replace(self.records[name], **changes)
@@ -213,13 +237,24 @@ class Board:
     def is_done(self, name: str, steps: int) -> bool:
         """Whether a person's result of that many steps is there, as it was written."""
         record = self.records[name]
-        if record.status != "done" or record.steps != steps:
+        # Also of somebody who failed since because of other photos, which are gone again.
+        if record.status not in ("done", "failed") or record.steps != steps or not record.result:
             return False
         path = self.out / name / RESULT
         if path.is_file() and file_digest(path) == record.result:
             return True
         log.warning("%s is gone or was changed since it was written: made again", path)
         return False
+
+    def holds_another(self, name: str, photos: str | None) -> bool:
+        """Whether a person's folder has a result that was learned from other photos than these.
+
+        Args:
+          photos: digest of those that are there now; None if it cannot be told.
+        """
+        known = self.records[name].photos
+        is_known = known is not None and photos is not None
+        return is_known and known != photos and (self.out / name / RESULT).is_file()
 
     def finished(self, name: str) -> str:
         """SHA-256 of the identity file of a person, hexadecimal."""
@@ -230,7 +265,7 @@ def read(out: Path) -> list[Record]:
     """The newest records of the people of `OUT/jobs.jsonl`; a damaged line is skipped, and named.
 
     Raises:
-        JobsError: there is no such file.
+      JobsError: there is no such file.
     """
     path = Path(out) / MANIFEST
     try:

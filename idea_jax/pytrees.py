@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def stream(key: jax.Array, name: str) -> jax.Array:
@@ -35,18 +37,18 @@ def unflatten(flat: dict) -> dict:
     return tree
 
 
-def stack(trees: Sequence) -> object:
+def stack(trees: Sequence) -> Any:
     """Stacks equal trees leaf by leaf along a new first axis (the identity axis)."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def unstack(tree: object) -> list:
+def unstack(tree: Any) -> list:
     """Inverse of `stack`."""
     size = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(size)]
 
 
-def cast(tree: object, dtype: object) -> object:
+def cast(tree: Any, dtype: Any) -> Any:
     """Casts the floating leaves of a tree to `dtype`; the others stay as they are."""
 
     def cast_leaf(leaf):
@@ -55,7 +57,7 @@ def cast(tree: object, dtype: object) -> object:
     return jax.tree.map(cast_leaf, tree)
 
 
-def abstract(tree: object, shardings: object, dtype: object = None) -> object:
+def abstract(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     """What lowering a program needs of arrays: shapes, types and where they will be.
 
     Args:
@@ -72,6 +74,15 @@ def abstract(tree: object, shardings: object, dtype: object = None) -> object:
     )
 
 
-def count(tree: object) -> int:
+def count(tree: Any) -> int:
     """Number of values in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def tree_digest(tree: dict) -> str:
+    """SHA-256 of the names and values of all leaves, hexadecimal."""
+    digest = hashlib.sha256()
+    for name, leaf in flatten(tree).items():
+        digest.update(name.encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

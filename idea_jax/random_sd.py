@@ -17,11 +17,12 @@ import jax
 
 from idea_jax.data.text import TEMPLATES, shipped_names
 from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.files import atomic_write, say
 from idea_jax.models import sd
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
+from idea_jax.runtime import devices
+from idea_jax.runtime.files import atomic_write, say
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
@@ -63,10 +64,10 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
     """Writes a complete checkpoint in diffusers layout, with random weights; returns the folder.
 
     Args:
-        size: "tiny" (32x32 pictures, for tests), "demo" (64x64), or a real size: "sd15", "sd21".
-        family: "sd2" (the default) or "sd1", which "sd15" implies. They differ as the real ones do:
-            heads per level, projections, activation and padding.
-        seed: of the weights.
+      size: "tiny" (32x32 pictures, for tests), "demo" (64x64), or a real size: "sd15", "sd21".
+      family: "sd2" (the default) or "sd1", which "sd15" implies. They differ as the real ones do:
+        heads per level, projections, activation and padding.
+      seed: of the weights.
 
     Raises: FileExistsError if the folder is not empty; ValueError for an unknown size or family.
     """
@@ -171,10 +172,10 @@ def write_tokenizer(
     The order is CLIP's: 256 bytes, the same at the end of a word, merges, begin, end. "!" has id 0.
 
     Args:
-        words: words, or texts whose words (runs of letters) are taken; case is of no account.
-        pad: token that fills prompts up: "<|endoftext|>" in SD 1.x, "!" in SD 2.x.
-        length: positions of the text encoder.
-        vocab_size: fills the vocabulary up to this size with tokens that no text leads to.
+      words: words, or texts whose words (runs of letters) are taken; case is of no account.
+      pad: token that fills prompts up: "<|endoftext|>" in SD 1.x, "!" in SD 2.x.
+      length: positions of the text encoder.
+      vocab_size: fills the vocabulary up to this size with tokens that no text leads to.
     """
     texts = [unicodedata.normalize("NFC", text).lower() for text in words]
     merges = _merges(dict.fromkeys(w for text in texts for w in re.findall(r"[^\W\d_]+", text)))
@@ -264,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
+        devices.check_backend()
         write(args.folder, args.size, args.family, args.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,15 +12,21 @@ from pathlib import Path
 
 import jax
 
-from idea_jax import cli, faces, portraits, sample, train
-from idea_jax.config import COMPUTE_DTYPES
+from idea_jax import cli
+from idea_jax.config.settings import COMPUTE_DTYPES
 from idea_jax.data import people, text
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import fit, shards, sources
 from idea_jax.enhancer.prepare import Studio, prepare
 from idea_jax.enhancer.settings import CELEBRITIES, EnhancerTrainConfig, PrepareConfig
 from idea_jax.enhancer.sources import Casting, Source
+from idea_jax.errors import InputError
+from idea_jax.faces import finding, portraits
+from idea_jax.faces import models as face_models
 from idea_jax.models import flash, hub, sd
-from idea_jax.results import Base
+from idea_jax.sampling import programs
+from idea_jax.training.results import Base
+from idea_jax.training.start import known_names
 
 PROGRAM = "python -m idea_jax.train_enhancer"
 
@@ -32,20 +38,20 @@ def run_prepare(cfg: PrepareConfig) -> list[Path]:
       as `prepare`, and what is wrong with checkpoint and face model.
     """
     people.places(cfg.identities)
-    faces.check_select(cfg.face_select)
+    face_models.check_select(cfg.face_select)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
     found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype), attention=attention)
-    side, _ = sample.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer = text.load_tokenizer(
+    side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
+    tokenizer = load_tokenizer(
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     ).with_placeholder(fit.PLACEHOLDER, cfg.n_pseudo_tokens)
     path = portraits.find_face_model(
         cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
     )
-    finder = faces.open_finder(
+    finder = finding.open_finder(
         path,
         provider=cfg.face_provider,
         select=cfg.face_select,
@@ -64,12 +70,21 @@ def run_prepare(cfg: PrepareConfig) -> list[Path]:
             prompts=cfg.celebrity_prompt or sources.PROMPTS,
         )
         source = sources.celebrities(
-            *(base, finder, names or train.known_names(found.folder), casting),
-            **{"side": side, "seed": cfg.seed},
+            base,
+            finder,
+            names or known_names(found.folder),
+            casting,
+            side=side,
+            seed=cfg.seed,
         )
     studio = Studio(
-        *(base, finder, side, cfg.crop, cfg.crop_margin),
-        **{"seed": cfg.seed, "shard_pictures": cfg.shard_pictures},
+        base,
+        finder,
+        side,
+        cfg.crop,
+        cfg.crop_margin,
+        seed=cfg.seed,
+        shard_pictures=cfg.shard_pictures,
     )
     index = prepare(source, cfg.prepare, studio)
     print(
@@ -94,7 +109,7 @@ def purge(argv: Sequence[str]) -> int:
         return 2
     try:
         count = shards.purge(argv[1])
-    except (shards.ShardsError, OSError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {cli.describe(error)}", file=sys.stderr)
         return 1
     print(f"{count} files deleted")

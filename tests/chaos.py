@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from idea_jax import checkpoint, jobs
+from idea_jax import jobs
+from idea_jax.formats.identity import read_identity
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 900  # seconds, for a start on a busy machine
@@ -138,7 +139,7 @@ class Job:
         """The digest of each identity file, each of which is whole at any time."""
         found = {}
         for path in self.out.glob(f"*/{jobs.RESULT}"):
-            checkpoint.read_identity(path)
+            read_identity(path)
             found[path.parent.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 

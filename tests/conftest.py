@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from skimage import data as pictures
 
-from idea_jax import random_face, random_sd
+from idea_jax import random_sd
 from idea_jax.data import text
+from idea_jax.faces import random_model
 from idea_jax.models import sd
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,7 +43,7 @@ def random_checkpoint(tmp_path_factory):
     """A tiny Stable Diffusion checkpoint with random weights and a face model."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     random_sd.write(folder, size="tiny")
-    random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    random_model.write_random_recogniser(folder / "face" / "arcface.onnx")
     return folder
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from idea_jax import checkpoint, random_face
-from idea_jax.files import file_digest
+from idea_jax.faces import random_model
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import shared
 from idea_jax.models import sd
+from idea_jax.pytrees import tree_digest
+from idea_jax.runtime.files import file_digest
 
 NAMES = 5
 
@@ -54,7 +55,7 @@ def add_to(folder: Path, seed: int = 0, **changes) -> Path:
     cfg = config(model.text.hidden_size)
     (face_model,) = (folder / "face").glob("*.onnx")
     known = {
-        "base_weights": checkpoint.tree_digest(frozen.cross_kv),
+        "base_weights": tree_digest(frozen.cross_kv),
         "face_model": file_digest(face_model),
     }
     path = folder / enhancers.FILE
@@ -66,6 +67,6 @@ def copy_with_one(plain: Path, folder: Path) -> Path:
     """A copy of a checkpoint, with a face model and an enhancer."""
     shutil.copytree(plain, folder, dirs_exist_ok=True)
     if not (folder / "face").is_dir():
-        random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+        random_model.write_random_recogniser(folder / "face" / "arcface.onnx")
     add_to(folder)
     return folder

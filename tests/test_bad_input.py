@@ -19,11 +19,15 @@ from safetensors.numpy import load_file, save_file
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint, files, learned_embeds, random_face, tensorboard, train
 from idea_jax.data import images
-from idea_jax.files import slug
+from idea_jax.faces import random_model
+from idea_jax.formats import learned_embeds
+from idea_jax.formats.identity import FORMAT, Identity, IdentityError, read_identity, write_identity
 from idea_jax.method import condition
-from idea_jax.results import TrainingError
+from idea_jax.runtime import files
+from idea_jax.runtime.files import slug
+from idea_jax.training import group, tensorboard
+from idea_jax.training.results import TrainingError
 
 # So high that the first step is finite and the second is not. All runs here share it, since each
 # rate is a program of its own, which takes longer to compile than anything else here.
@@ -36,7 +40,7 @@ EARLIER = ("identity.safetensors", "learned_embeds.safetensors", "config.yaml", 
 def person(tmp_path_factory):
     """The file of an identity that fits the checkpoint."""
     rows = np.random.default_rng(0).normal(0, 0.02, (2, 32)).astype(np.float32)
-    identity = checkpoint.Identity(
+    identity = Identity(
         method=condition.make_method("cross_init"),
         trainable={"pseudo_tokens": rows},
         given={"anchor": rows},
@@ -47,7 +51,7 @@ def person(tmp_path_factory):
         steps=1,
     )
     path = tmp_path_factory.mktemp("person") / "identity.safetensors"
-    checkpoint.write_identity(path, identity)
+    write_identity(path, identity)
     learned_embeds.write(path.with_name("learned_embeds.safetensors"), "<person>", rows, {})
     return path
 
@@ -145,14 +149,14 @@ def no_steps(monkeypatch):
     """Leaves the training steps out, and keeps what they would have been given."""
     seen = {}
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         (learner,) = learners
         seen.update(photos=learner.photos, state=learner.state, base=learner.results.base)
         learner.results.losses.append((1, 1.0))
         learner.results.close()
         finish(learner)
 
-    monkeypatch.setattr(train, "train_together", train_together)
+    monkeypatch.setattr(group, "train_together", train_together)
     return seen
 
 
@@ -342,9 +346,9 @@ def edited_identity(source, path, *, tensors=None, **about):
 
     with safe_open(source, "numpy") as file:
         metadata = file.metadata()
-    described = json.loads(metadata[checkpoint.FORMAT])
+    described = json.loads(metadata[FORMAT])
     described["method"].update(about.pop("method", {}))
-    metadata[checkpoint.FORMAT] = json.dumps({**described, **about})
+    metadata[FORMAT] = json.dumps({**described, **about})
     save_file({**load_file(source), **(tensors or {})}, path, metadata)
 
 
@@ -510,7 +514,7 @@ def test_empty_tokenizer_folder(training, sampling, broken):
 
 def test_face_model(training, broken, tmp_path, monkeypatch):
     other = tmp_path / "other.onnx"
-    random_face.write_random_recogniser(other, size=128)
+    random_model.write_random_recogniser(other, size=128)
     training.refuses(
         profile="paper", face_model=other, says=[str(other), "[*, 3, 112, 112]", "128"]
     )
@@ -680,7 +684,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_identity(
     )
     last_good = training.folder / "identity-steps-1.safetensors"
     assert str(last_good) in message
-    identity = checkpoint.read_identity(last_good)
+    identity = read_identity(last_good)
     assert identity.steps == 1 and np.isfinite(identity.trainable["pseudo_tokens"]).all()
 
 
@@ -688,7 +692,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_identity(
 def test_values_that_overflow_are_not_saved(training, monkeypatch, is_reported):
     """A step may be finite and leave values that are not: seen at the next step, or at the end."""
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         (learner,) = learners
         overflown = {"pseudo_tokens": learner.state.trainable["pseudo_tokens"] * np.inf}
         learner.state = learner.state._replace(trainable=overflown, step=np.int32(6))
@@ -697,10 +701,10 @@ def test_values_that_overflow_are_not_saved(training, monkeypatch, is_reported):
                 values = {"loss": np.nan, "grad_norm": np.nan, "finite": False}
                 learner.results.report(7, values, learner.state)
             finish(learner)
-        except (checkpoint.IdentityError, TrainingError) as error:
+        except (IdentityError, TrainingError) as error:
             learner.error = error
 
-    monkeypatch.setattr(train, "train_together", train_together)
+    monkeypatch.setattr(group, "train_together", train_together)
     says = ["step 7: loss nan", "Step 6 had left values", "Lower the learning rate"]
     if not is_reported:
         says = ["identity.safetensors was not written", "a lower learning rate"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ from benchmarks import __main__ as command
 from benchmarks import (
     identities,
     jobs,
+    options,
+    plans,
     quality,
     report,
     settings,
@@ -29,9 +32,11 @@ from benchmarks import (
     torch_job,
     workloads,
 )
+from benchmarks import machine as host
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
-from idea_jax import config
+from idea_jax.config import reading
+from idea_jax.config.settings import SampleConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,7 +119,7 @@ def test_report_says_what_was_left_out_and_takes_the_highest_ceiling_for_the_flo
     assert "makes 2 ms the floor" in report.markdown(result)
     result["sizes"] = {"pictures": 16, "steps": 50}
     result["flops"]["sampling"] = 2e12
-    drawings = command.sampling(["jax"], WORKLOADS["mini", "cpu"])
+    drawings = plans.sampling(["jax"], WORKLOADS["mini", "cpu"])
     result["times"] |= {what: measured(jax=[0, 4000])["a step"] for what in drawings}
     told = report.markdown(result)
     assert "A drawing of 16 needs 2000.0 GF" in told and "makes 1e+03 ms the floor" in told
@@ -135,8 +140,8 @@ def test_whole_jobs_are_reported_with_their_first_and_what_is_inside_without(tmp
 
 
 def test_what_a_measure_saves_is_told_against_what_differs_in_it_alone():
-    args = command.parse(["--device", "gpu", "--ablations", "bfloat16", "moments"])
-    (row,) = command.ablations(WORKLOADS["mini", "gpu"], args).values()
+    args = options.parse(["--device", "gpu", "--ablations", "bfloat16", "moments"])
+    (row,) = plans.ablations(WORKLOADS["mini", "gpu"], args).values()
     assert list(row) == ["best", "calls", "moments", "flash", "bfloat16"]
     result = result_of(
         device="gpu",
@@ -162,11 +167,11 @@ def test_machine_is_busy_by_what_others_compute_now_on_the_cores_of_this_process
         # Of cpu1, which this process may not use, and of all cores nothing is read.
         stat.write_text(f"cpu 99 9 9 9 9 9 9 9 9 9\n{after}\ncpu1 9\n{other}")
 
-    monkeypatch.setattr(command.time, "sleep", others_compute)
-    monkeypatch.setattr(command, "cores", lambda: {0, 2})
-    assert command.busy_share(stat=stat) == pytest.approx((80 + 10) / (400 + 400))
-    monkeypatch.setattr(command.os, "getloadavg", lambda: (0.5, 9, 9))
-    assert command.busy_share(stat=tmp_path / "none") == 0.25
+    monkeypatch.setattr(time, "sleep", others_compute)
+    monkeypatch.setattr(host, "cores", lambda: {0, 2})
+    assert host.busy_share(stat=stat) == pytest.approx((80 + 10) / (400 + 400))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 9, 9))
+    assert host.busy_share(stat=tmp_path / "none") == 0.25
 
 
 @pytest.mark.parametrize(
@@ -194,17 +199,17 @@ def test_machine_is_busy_by_what_others_compute_now_on_the_cores_of_this_process
 )
 def test_flag_that_nothing_would_read_is_refused(flags, told, capsys):
     with pytest.raises(SystemExit):
-        command.parse(flags.split())
+        options.parse(flags.split())
     assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_parts_are_those_that_a_workload_can_measure_and_reports_stay_out_of_the_documentation():
-    args = command.parse([])
-    assert tuple(args.parts) == command.PARTS and args.out == "outputs/benchmarks"
+    args = options.parse([])
+    assert tuple(args.parts) == options.PARTS and args.out == "outputs/benchmarks"
     assert args.ablations == ["cores", "moments", "trainables"]
-    assert command.parse(["--workload", "sd21"]).parts == ("train", "sampling")
-    assert command.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS["gpu"])
-    assert command.parse(["--parts", "kernels"]).parts == ["kernels"]
+    assert options.parse(["--workload", "sd21"]).parts == ("train", "sampling")
+    assert options.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS["gpu"])
+    assert options.parse(["--parts", "kernels"]).parts == ["kernels"]
     lines = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, check=True)
     assert "--out outputs/benchmarks " in lines.stdout.decode()
 
@@ -218,14 +223,14 @@ def test_stacks_are_those_that_the_parts_measure():
         "--parts people --repeats 3": ["jax"],
         "--parts train --patience 1 0.5 --stacks jax eager": ["jax", "eager"],
     }.items():
-        assert command.parse(flags.split()).stacks == stacks
+        assert options.parse(flags.split()).stacks == stacks
 
 
 def test_all_stacks_use_one_gpu(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert command.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "0"
+    assert host.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert command.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "3"
+    assert host.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 def test_jobs_keep_their_programs_whatever_the_shell_says(tmp_path, monkeypatch):
@@ -240,18 +245,18 @@ def test_jobs_keep_their_programs_whatever_the_shell_says(tmp_path, monkeypatch)
 
 def test_without_torch_only_this_project_is_measured(monkeypatch, capsys):
     def version(package):
-        raise command.metadata.PackageNotFoundError(package)
+        raise metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(command.metadata, "version", version)
-    assert command.parse(["--stacks", "jax"]).stacks == ["jax"]
-    assert command.installed(["torch"]) == {}
+    monkeypatch.setattr(metadata, "version", version)
+    assert options.parse(["--stacks", "jax"]).stacks == ["jax"]
+    assert host.installed(["torch"]) == {}
     with pytest.raises(SystemExit):
-        command.parse([])
+        options.parse([])
     assert "need torch and diffusers, which are not installed" in capsys.readouterr().err
 
 
 def test_inputs_of_another_workload_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(host, "busy_share", lambda: 0.0)
     workload = WORKLOADS["tiny", "cpu"]
     about = {"name": "tiny", "folder": str(tmp_path), "batch": 2, "pictures": 2}
     about |= {"dtype": "float32", "more": 1}
@@ -271,7 +276,7 @@ def test_inputs_of_another_workload_are_refused(tmp_path, monkeypatch, capsys):
 def test_run_without_a_result_of_this_project_leaves_the_report_of_another(
     tmp_path, monkeypatch, capsys, part
 ):
-    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(host, "busy_share", lambda: 0.0)
     monkeypatch.setattr(command, "prepare", lambda *_: {})
     gone, calls = StackError("jax: it is gone"), ("train_outputs", "train_time", "ablated_time")
     broken = Instead(dict.fromkeys((*calls, "kernels", "convolutions", "flops"), gone))
@@ -286,7 +291,7 @@ def test_run_without_a_result_of_this_project_leaves_the_report_of_another(
 
 
 def test_device_and_folder_are_looked_at_before_anything_is_made(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "environment", lambda device: {"JAX_PLATFORMS": "nothing"})
+    monkeypatch.setattr(host, "environment", lambda device: {"JAX_PLATFORMS": "nothing"})
     assert command.main(["--device", "gpu", "--out", str(tmp_path)]) == 1
     assert "--device gpu: JAX finds no NVIDIA GPU here" in capsys.readouterr().err
     (tmp_path / "file").touch()
@@ -339,9 +344,9 @@ def test_sizes_that_measure_nothing_are_refused(flags, told, monkeypatch, capsys
 
 def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
     steps = {"steps": 10, "batch": 8, "profile": "paper"}
-    assert command.milliseconds(2.0, "train_time", steps) == 200
-    assert command.milliseconds(2.0, "train_time", steps | {"people": 4}) == 50
-    assert command.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
+    assert plans.milliseconds(2.0, "train_time", steps) == 200
+    assert plans.milliseconds(2.0, "train_time", steps | {"people": 4}) == 50
+    assert plans.milliseconds(2.0, "sample_time", {"pictures": 32, "steps": 50}) == 2000
 
 
 def test_profile_counts_the_own_time_of_each_operation_once():
@@ -364,7 +369,7 @@ def test_profile_counts_the_own_time_of_each_operation_once():
 
 def test_block_that_is_no_whole_number_of_calls_is_refused():
     with pytest.raises(AssertionError, match="a multiple of 8 steps, got 12"):
-        stack_jax.Stack.train_time(None, "paper", 8, steps=12, room=8)
+        stack_jax.JaxStack.train_time(None, "paper", 8, steps=12, room=8)
     assert all(one.block % one.room == 0 for one in WORKLOADS.values())
 
 
@@ -612,10 +617,10 @@ def test_side_measurement_that_fails_is_told_and_the_run_goes_on(tmp_path, monke
             "convolutions": StackError("Traceback\nno memory"),
         }
     )
-    monkeypatch.setattr(command, "busy_share", lambda: 0.0)
+    monkeypatch.setattr(host, "busy_share", lambda: 0.0)
     monkeypatch.setattr(command, "prepare", lambda *_: {})
     monkeypatch.setattr(command, "start", lambda stacks, *_: stacks.update(jax=stack))
-    monkeypatch.setattr(command.jobs, "measure", lambda *_: {})
+    monkeypatch.setattr(jobs, "measure", lambda *_: {})
     parts = ["kernels", "people", "convolutions"]
     assert command.main(["--parts", *parts, "--jobs", "1", "--out", str(out)]) == 1
     result = json.loads((out / "mini-cpu.json").read_text())
@@ -676,7 +681,7 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
     workloads.write("tiny", tmp_path, batch=workload.batch, pictures=2, dtype="float32")
     command.prepare(workload, "cpu", tmp_path)  # finds what it would have written
     about, inputs = settings.read(tmp_path), dict(np.load(tmp_path / "inputs.npz"))
-    ours = stack_jax.Stack(tmp_path, "float32")
+    ours = stack_jax.JaxStack(tmp_path, "float32")
     theirs = stack_torch.open_stack(about, lambda _: inputs, "cpu", "eager", "default")
     types, step = [], theirs.step
 
@@ -686,9 +691,9 @@ def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkp
 
     monkeypatch.setattr(theirs, "step", step_told)
     stacks = {"jax": Served(stack_jax, ours), "eager": Served(stack_torch, theirs)}
-    wanted, measurements = command.comparisons(stacks, workload), report.Measurements()
+    wanted, measurements = plans.comparisons(stacks, workload), report.Measurements()
     differences, failed = {}, {}
-    for part, plan_of in {"train": command.train_steps, "sampling": command.sampling}.items():
+    for part, plan_of in {"train": plans.train_steps, "sampling": plans.sampling}.items():
         plan = plan_of(stacks, workload)
         files = command.first_calls(stacks, wanted[part], plan, measurements, failed, None)
         command.compare(files, tmp_path, "cpu", differences, failed)
@@ -720,11 +725,11 @@ def test_command_lines_of_whole_jobs_are_understood(tmp_path):
     for device, precision in (("cpu", "no"), ("gpu", "bf16")):
         given = tmp_path, about, device, "default", tmp_path / "out", sizes
         (_, script, *learn), (_, *draw), (_, *one) = jobs.commands("jax", *given)
-        cfg = config.parse(config.TrainConfig, learn)
+        cfg = reading.parse(TrainConfig, learn)
         assert script == "train_jax.py" and Path(cfg.train_data_dir, "a.png").is_file()
         assert (cfg.max_train_steps, cfg.train_batch_size) == (sizes["steps"], sizes["batch"])
         for (script, *flags), pictures in ((draw, sizes["pictures"]), (one, 1)):
-            drawn = config.parse(config.SampleConfig, flags)
+            drawn = reading.parse(SampleConfig, flags)
             assert script == "sample_jax.py" and drawn.num_images_per_prompt == pictures
             assert drawn.num_inference_steps == sizes["sampling_steps"]
             assert drawn.identity == [f"{cfg.output_dir}/identity.safetensors"]

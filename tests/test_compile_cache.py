@@ -22,9 +22,17 @@ from skimage import data
 
 import sample_jax
 import train_jax
-from idea_jax import compile_cache, config, devices, learned_embeds, random_face, sample, train
+from idea_jax.config import reading
+from idea_jax.config.settings import SampleConfig, TrainConfig
+from idea_jax.faces import random_model
+from idea_jax.formats import learned_embeds
 from idea_jax.method import anchor, condition
 from idea_jax.models import hub, sd
+from idea_jax.runtime import compile_cache, devices
+from idea_jax.sampling import programs
+from idea_jax.sampling import run as sample
+from idea_jax.training import program as steps
+from idea_jax.training import run as train
 
 OPTIONS = (
     *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
@@ -33,7 +41,7 @@ OPTIONS = (
 # Compiles one program and says whether it was found.
 PROGRAM = """
 import sys, jax, jax.numpy as jnp
-from idea_jax import compile_cache
+from idea_jax.runtime import compile_cache
 compile_cache.use(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 hits = []
@@ -99,7 +107,7 @@ def test_folder_that_cannot_be_written_is_an_error_if_named_and_a_warning_if_not
 
 
 def test_second_process_takes_the_program_of_the_first(tmp_path):
-    root = Path(compile_cache.__file__).parent.parent
+    root = Path(compile_cache.__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "cache")]
     hits = [
@@ -242,7 +250,7 @@ def test_step_and_sampler_are_compiled_while_weights_load_and_not_again(
         return loaded
 
     monkeypatch.setattr(sd, "load", load_last)
-    random_face.write_random_recogniser(tmp_path / "arcface.onnx")
+    random_model.write_random_recogniser(tmp_path / "arcface.onnx")
     settings = "--profile paper --mixed_precision bf16 --steps_per_call 2"
     settings += f" --face_model {tmp_path / 'arcface.onnx'}"
     person = tmp_path / learned_embeds.FILE_NAME
@@ -269,7 +277,7 @@ def test_what_precedes_the_first_step_is_one_program_each(smallest_checkpoint, c
     jax.clear_caches()
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     start = anchor.from_words(model, frozen, ids, bos=1, eos=2)
-    condition.init_given(method, model, key, start, np.ones(512, np.float32))
+    condition.init_given(model, method, key, start, np.ones(512, np.float32))
     names = compiled_names(caplog)
     assert names.count("from_words") == names.count("init_enhancer") == 1
     assert len(names) <= 8, names
@@ -316,10 +324,10 @@ def test_step_is_lowered_for_what_it_is_called_with(
 ):
     """Were a shape, a type or a place another, the call would compile a second program."""
     step = Program()
-    monkeypatch.setattr(train, "step_people", step)
+    monkeypatch.setattr(steps, "step_people", step)
     photos = two_people if are_two else photo_folder
     if "paper" in settings or "official" in settings:
-        random_face.write_random_recogniser(tmp_path / "arcface.onnx")
+        random_model.write_random_recogniser(tmp_path / "arcface.onnx")
         settings += f" --face_model {tmp_path / 'arcface.onnx'}"
     arguments = learning(smallest_checkpoint, photos, tmp_path / "out", settings)
     with pytest.raises(Called):
@@ -332,7 +340,7 @@ def test_sampler_is_lowered_for_what_it_is_called_with(
     settings, smallest_checkpoint, tmp_path, monkeypatch
 ):
     sampler = Program()
-    monkeypatch.setattr(sample, "draw_everywhere", sampler)
+    monkeypatch.setattr(programs, "draw_everywhere", sampler)
     person = tmp_path / "learned_embeds.safetensors"
     learned_embeds.write(person, "<person>", np.zeros((2, 8), np.float32), {})
     with pytest.raises(Called):
@@ -392,7 +400,7 @@ def test_stop_while_a_program_is_compiled_ahead_ends_in_order(tmp_path):
     code = """
 import signal, sys, time
 from types import SimpleNamespace
-from idea_jax import compile_cache
+from idea_jax.runtime import compile_cache
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for programs with &
 def slow():
     time.sleep(0.5)  # by then the block's end waits
@@ -406,7 +414,7 @@ except KeyboardInterrupt:
     print("stopped", flush=True)
     sys.exit(130)
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(compile_cache.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(compile_cache.__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -419,8 +427,6 @@ except KeyboardInterrupt:
 
 def test_both_programs_have_the_flag():
     common = ["--pretrained_model_name_or_path", "mini", "--compile_cache", "off"]
-    assert (
-        config.parse(config.TrainConfig, [*common, "--train_data_dir", "x"]).compile_cache == "off"
-    )
+    assert reading.parse(TrainConfig, [*common, "--train_data_dir", "x"]).compile_cache == "off"
     drawing = [*common, "--identity", "x", "--prompt", "{}"]
-    assert config.parse(config.SampleConfig, drawing).compile_cache == "off"
+    assert reading.parse(SampleConfig, drawing).compile_cache == "off"

@@ -2,17 +2,14 @@
 
 import pytest
 
-from idea_jax.config import (
+from idea_jax.config.reading import build, parse, resolve, to_yaml
+from idea_jax.config.settings import (
     ENHANCER_DEFAULTS,
     PROFILE_DEFAULTS,
-    SCALED,
     ConfigError,
     SampleConfig,
     TrainConfig,
-    build,
-    parse,
-    resolve,
-    to_yaml,
+    settings_of,
 )
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
@@ -224,7 +221,8 @@ def test_preset_gives_defaults_that_flags_override():
     assert parse(TrainConfig, [*fast, "--early_stopping", "5"]).early_stopping == 5
     slow, quick = (parse(TrainConfig, flags) for flags in (REQUIRED, fast))
     assert (slow.max_train_steps, quick.max_train_steps) == (320, 160)
-    rates = [name for name in SCALED["fast"] if name != "max_train_steps"]
+    scaled = (spec.name for spec in settings_of(TrainConfig) if spec.metadata["fast_times"])
+    rates = [name for name in scaled if name != "max_train_steps"]
     assert len(rates) == 4 and slow.kv_learning_rate == 1e-4
     for name in rates:
         assert getattr(quick, name) == 2 * getattr(slow, name)
@@ -329,6 +327,8 @@ def test_fast_takes_no_step_with_a_shared_enhancer(tmp_path):
         ("--train_parts tokens,kv", "must name tokens and enhanced"),
         ("--lr_warmup_steps 320", "must be less than --max_train_steps 320"),
         ("--lr_warmup_steps -1", "must not be negative"),
+        ("--lr_num_cycles 0", "must be greater than 0"),
+        ("--lr_num_cycles 2", "no effect with --lr_scheduler constant: it is of cosine_with"),
     ],
 )
 def test_settings_of_a_shared_enhancer_that_do_not_fit_are_refused(flags, message):
@@ -398,17 +398,39 @@ ORIGINAL = (
 def test_flags_of_the_original_scripts_are_accepted_and_say_why_they_do_nothing(caplog):
     cfg = parse(TrainConfig, [*REQUIRED, *ORIGINAL, "--train_batch_size", "2"])
     with_meaning = {"--center_crop", "--gradient_accumulation_steps", "--validation_prompt_file"}
+    with_meaning.add("--lr_num_cycles")
     said = [record.getMessage() for record in caplog.records]
     for flag in {flag for flag in ORIGINAL if flag.startswith("--")} - with_meaning:
         (line,) = [line for line in said if line.startswith(f"{flag} is ignored: ")]
         assert len(line) > len(flag) + 30
-    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 3
+    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 4
     # Those with a meaning do it.
     assert (cfg.crop, cfg.validation_prompt_file, cfg.train_batch_size) == ("center", "p.txt", 8)
     assert cfg == parse(
         TrainConfig, [*REQUIRED, "--center_crop", "--validation_prompt_file", "p.txt"]
     )
     assert parse(SampleConfig, [*SAMPLE, "--device", "cuda:0"]) == parse(SampleConfig, SAMPLE)
+
+
+def test_a_command_with_every_flag_of_diffusers_textual_inversion_parses():
+    flags = """
+        --save_steps 500 --save_as_full_pipeline --num_vectors 1 --revision main --variant fp16
+        --pretrained_model_name_or_path M --tokenizer_name T --train_data_dir D
+        --placeholder_token <a> --initializer_token toy --learnable_property object --repeats 100
+        --output_dir O --seed 1 --resolution 512 --center_crop --train_batch_size 16
+        --num_train_epochs 100 --max_train_steps 5000 --gradient_accumulation_steps 2
+        --gradient_checkpointing --learning_rate 1e-4 --scale_lr --lr_scheduler cosine_with_restarts
+        --lr_warmup_steps 500 --lr_num_cycles 2 --dataloader_num_workers 0 --adam_beta1 0.9
+        --adam_beta2 0.999 --adam_weight_decay 1e-2 --adam_epsilon 1e-8 --push_to_hub --hub_token T
+        --hub_model_id X --logging_dir logs --mixed_precision bf16 --allow_tf32
+        --report_to tensorboard --validation_prompt {} --num_validation_images 4
+        --validation_steps 100 --validation_epochs 50 --local_rank -1 --checkpointing_steps 500
+        --checkpoints_total_limit 3 --resume_from_checkpoint latest
+        --enable_xformers_memory_efficient_attention --no_safe_serialization
+    """.split()
+    cfg = parse(TrainConfig, [*flags, "--publish_consent"])
+    assert (cfg.lr_scheduler, cfg.lr_num_cycles) == ("cosine_with_restarts", 2)
+    assert cfg.train_batch_size == 32
 
 
 def test_accumulated_steps_are_a_larger_batch_in_every_rate():

@@ -7,14 +7,16 @@ import importlib
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
-from idea_jax import config
+from idea_jax.config import reading
+from idea_jax.config.settings import ConfigError, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = {"train_jax.py": config.TrainConfig, "sample_jax.py": config.SampleConfig}
+CLASSES = {"train_jax.py": TrainConfig, "sample_jax.py": SampleConfig}
 # What a reader puts where a command has three dots; whatever the command says itself wins.
 REST = {
     "train_jax.py": "--pretrained_model_name_or_path MODEL --train_data_dir PHOTOS",
@@ -30,7 +32,7 @@ def console_commands():
     for line in parser["options.entry_points"]["console_scripts"].split("\n"):
         if "=" in line:
             name, module = (part.strip() for part in line.split("="))
-            module = module.partition(":")[0]
+            module = module.partition(":")[0].removesuffix(".__main__")
             yield name, f"{module}.py" if f"{module}.py" in CLASSES else module
 
 
@@ -41,8 +43,13 @@ def commands():
     """(document, command) of every block of code and of every command within a sentence."""
     for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
         content = path.read_text("utf-8")
-        blocks = re.findall(r"^```\w*\n(.*?)^```", content, re.DOTALL | re.MULTILINE)
+        fenced = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+        indented = re.findall(r"(?<=\n\n)(?:    .*\n)+", fenced.sub("", content))
+        blocks = [*fenced.findall(content), *map(textwrap.dedent, indented)]
         lines = [line for block in blocks for line in whole_lines(block)]
+        # What launchers are given is a command, too.
+        lines += [line.rpartition("&& ")[2].rstrip('"') for line in lines if "&& python" in line]
+        lines += [re.sub(r"^srun .*? (?=python)", "", line) for line in lines if "srun " in line]
         named = re.findall(r"`((?:python3?|idea-[\w-]+) [^`]+)`", content)
         # In a sentence, a program without arguments is its name, and N is any number.
         words = [code.split() for code in named]
@@ -94,14 +101,15 @@ def check(command, monkeypatch):
             rest = rest[:2] if program == "train_jax.py" else []
         arguments += rest
     if program in CLASSES:
-        config.parse(CLASSES[program], arguments)
+        reading.parse(CLASSES[program], arguments)
         return
     parse = argparse.ArgumentParser.parse_args
 
     def stop(self, *given):
         raise Parsed(parse(self, *given))
 
-    name = f"{program}.__main__" if (ROOT / program / "__main__.py").is_file() else program
+    is_package = (ROOT / program.replace(".", "/") / "__main__.py").is_file()
+    name = f"{program}.__main__" if is_package else program
     module = importlib.import_module(name)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(sys, "argv", [program, *arguments])
@@ -110,8 +118,11 @@ def check(command, monkeypatch):
 
 
 def test_the_documents_have_commands():
-    assert {document for document, _ in FOUND} >= {"README.md", "faces.md", "guide.md", "scale.md"}
+    documents = {"README.md", "enhancer.md", "faces.md", "guide.md", "scale.md"}
+    assert {document for document, _ in FOUND} >= documents
     assert len(FOUND) > 25
+    assert len([c for d, c in FOUND if d == "enhancer.md" and "idea-train-enhancer" in c]) >= 2
+    assert ("scale.md", "python train_jax.py ... --distributed") in FOUND
 
 
 @pytest.mark.parametrize(("document", "command"), FOUND)
@@ -130,13 +141,13 @@ def test_a_documented_command_is_understood(document, command, monkeypatch):
     ],
 )
 def test_a_command_that_no_program_understands_is_found(command, monkeypatch, capsys):
-    with pytest.raises((SystemExit, config.ConfigError, SyntaxError)):
+    with pytest.raises((SystemExit, ConfigError, SyntaxError)):
         check(command, monkeypatch)
 
 
 def test_every_flag_that_is_only_accepted_stands_in_the_guide():
     guide = (ROOT / "docs" / "guide.md").read_text("utf-8")
-    for flags in config.FOREIGN_FLAGS.values():
+    for flags in reading.FOREIGN_FLAGS.values():
         for flag in flags:
             assert f"`--{flag}`" in guide
 

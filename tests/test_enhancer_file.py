@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from idea_jax import random_sd
-from idea_jax.files import write_tensors
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import shared
+from idea_jax.runtime.files import write_tensors
 
 MODEL = random_sd.config("tiny", "sd2", vocab_size=100)
 CONFIG = made.config(MODEL.text.hidden_size)
@@ -89,7 +89,7 @@ def test_cut_and_hostile_files_are_one_message(whole, tmp_path):
         (with_header({"__metadata__": {enhancers.FORMAT: deep}}, b""), "does not describe itself"),
         (with_header(twice.encode(), data), "does not describe itself"),
         (with_header(whole_number, data), "values of type I32"),
-        (described(format_version=2), "format version 2, expected 1"),
+        (described(format_version=2), "format version 2, expected 1, so that another idea_jax"),
         (described(config=huge), "its dim is 1099511627776"),
         (described(config={"kind": "gpt"}), "does not describe itself"),
         (described(config={**huge, "dim": 33}), "a multiple of 8"),

@@ -18,15 +18,23 @@ from test_compile_cache import Called, Program, check_is_alike, learning
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint, config, faces, jobs, random_face, results, sample
-from idea_jax import train as train_steps
-from idea_jax.data import images, text
-from idea_jax.files import file_digest
+from idea_jax import jobs
+from idea_jax.config import reading
+from idea_jax.config.settings import SampleConfig, TrainConfig
+from idea_jax.data import images
+from idea_jax.faces import embedding, finding, random_model
 from idea_jax.formats import enhancer as enhancers
+from idea_jax.formats.identity import FORMAT, Identity, IdentityError, read_identity, write_identity
 from idea_jax.method import condition, shared
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
-from idea_jax.train_step import rate_over_steps
+from idea_jax.runtime.files import file_digest, json_digest
+from idea_jax.sampling import run as sample
+from idea_jax.training import program, results
+from idea_jax.training import run as train_steps
+from idea_jax.training.fingerprint import LATER, digest_of_settings, fingerprint_of
+from idea_jax.training.start import method_of
+from idea_jax.training.step import rate_over_steps
 
 QUICK = "--train_batch_size 2 --report_to none".split()
 ONE = "--num_inference_steps 1 --num_images_per_prompt 1 --guidance_scale 1".split()
@@ -78,7 +86,7 @@ def predicted(folder, photo_folder, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd, "load", load)
-        patch.setattr(text, "load_tokenizer", load)
+        patch.setattr(train_steps, "load_tokenizer", load)
         assert train(folder, photo_folder, out, "--preset", "fast") == 0
     return out
 
@@ -134,7 +142,7 @@ def somebody(enhancer, model, seed=0, **settings):
     face = rng.normal(size=512).astype(np.float32)
     face /= np.linalg.norm(face)
     key = jax.random.key(seed)
-    person, given = shared.begin_person(enhancer.config, method, model, enhancer.shared, key, face)
+    person, given = shared.begin_person(enhancer.config, model, method, enhancer.shared, key, face)
     np.testing.assert_array_equal(given["anchor"], person["pseudo_tokens"])
     assert "id_embed" not in given and set(person) == set(method.parts())
     person = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), person)
@@ -154,7 +162,7 @@ def together(loaded, *people, frozen=None, strength=1.0):
     methods, persons, givens = zip(*people, strict=True)
     ids = prompt_ids(model, *people)
     return condition.keys_values_together(
-        methods, model, frozen or ours, persons, givens, ids, strength=strength
+        model, methods, frozen or ours, persons, givens, ids, strength=strength
     )
 
 
@@ -193,7 +201,7 @@ def test_strength_zero_is_the_tokens_alone(loaded, enhancer):
     encoded = sd.encode_text(model, frozen, ids, person["pseudo_tokens"])
     tokens = project_kv(frozen.cross_kv, encoded, model.dtype)
     for got in (
-        condition.drawing_keys_values(method, model, frozen, person, given, ids, strength=0.0),
+        condition.drawing_keys_values(model, method, frozen, person, given, ids, strength=0.0),
         together(loaded, (method, person, given), strength=0.0),
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, tokens)
@@ -205,12 +213,12 @@ def test_strength_zero_is_the_tokens_alone(loaded, enhancer):
 def test_no_step_writes_the_person_as_predicted(predicted, folder, enhancer, photo_folder):
     assert {name for name in FILES if (predicted / name).is_file()} == set(FILES)
     assert [path.suffix for path in (predicted / "webui").iterdir()] == [".safetensors"]
-    identity = checkpoint.read_identity(predicted / "identity.safetensors")
+    identity = read_identity(predicted / "identity.safetensors")
     assert (identity.steps, identity.enhancer) == (0, enhancer.sha256)
     assert set(identity.trainable) == {"pseudo_tokens", "enhanced"} and identity.given == {}
     (photo,) = photo_folder.iterdir()
-    finder = faces.open_finder(folder / "face" / "arcface.onnx", needs_detector=False)
-    face = faces.mean_embedding(finder.look(images.PictureFile(photo)).embed[None])
+    finder = finding.open_finder(folder / "face" / "arcface.onnx", needs_detector=False)
+    face = embedding.mean_embedding(finder.look(images.PictureFile(photo)).embed[None])
     expected = shared.predict(enhancer.config, enhancer.shared, face)
     for name, value in expected.items():
         np.testing.assert_allclose(identity.trainable[name], value, atol=1e-6)
@@ -218,13 +226,13 @@ def test_no_step_writes_the_person_as_predicted(predicted, folder, enhancer, pho
     np.testing.assert_array_equal(embeds["<person>"], identity.trainable["pseudo_tokens"])
     run = json.loads((predicted / "run.json").read_text())
     assert (run["steps"], run["last_loss"], run["enhancer"]) == (0, None, enhancer.sha256)
-    cfg = config.parse(config.TrainConfig, ["--config", str(predicted / "config.yaml")])
+    cfg = reading.parse(TrainConfig, ["--config", str(predicted / "config.yaml")])
     assert (cfg.max_train_steps, cfg.kv_learning_rate, cfg.enhancer) == (0, 1e-4, "auto")
 
 
 def test_nothing_measured_from_the_face_is_in_the_file_but_what_was_predicted(predicted):
     with safe_open(predicted / "identity.safetensors", "numpy") as file:
-        about, names = json.loads(file.metadata()[checkpoint.FORMAT]), set(file.keys())
+        about, names = json.loads(file.metadata()[FORMAT]), set(file.keys())
     assert about["format_version"] == 2
     assert names == {"trainable/pseudo_tokens", "trainable/enhanced"}
     assert (predicted / "identity.safetensors").stat().st_mode & 0o077 == 0
@@ -261,9 +269,7 @@ def trained(folder, photo_folder, tmp_path_factory):
 
 
 def test_steps_begin_at_the_prediction(predicted, trained, enhancer):
-    before, after = (
-        checkpoint.read_identity(out / "identity.safetensors") for out in (predicted, trained)
-    )
+    before, after = (read_identity(out / "identity.safetensors") for out in (predicted, trained))
     assert after.steps == 4 and after.enhancer == enhancer.sha256
     assert set(after.trainable) == {"pseudo_tokens", "enhanced", "kv"}
     moved = np.abs(after.trainable["pseudo_tokens"] - before.trainable["pseudo_tokens"]).max()
@@ -304,18 +310,18 @@ def test_parts_and_self_contained_as_asked_for(folder, photo_folder, enhancer, t
     few, all_of_them = tmp_path / "few", tmp_path / "all"
     flags = "--max_train_steps 1 --train_parts".split()
     assert train(folder, photo_folder, few, *flags, "tokens,enhanced") == 0
-    identity = checkpoint.read_identity(few / "identity.safetensors")
+    identity = read_identity(few / "identity.safetensors")
     assert set(identity.trainable) == {"pseudo_tokens", "enhanced"}
     wide = ["tokens,enhanced,kv,adapter", "--self_contained"]
     assert train(folder, photo_folder, all_of_them, *flags, *wide) == 0
-    identity = checkpoint.read_identity(all_of_them / "identity.safetensors")
+    identity = read_identity(all_of_them / "identity.safetensors")
     assert set(identity.trainable) == {"pseudo_tokens", "enhanced", "kv", "adapter"}
     assert identity.enhancer is None and identity.method.kv_rank == 4 + enhancer.config.kv_rank
     # What a run has written as its settings is the same run again.
     for source, expected in ((few, "tokens,enhanced"), (all_of_them, wide[0])):
-        cfg = config.parse(config.TrainConfig, ["--config", str(source / "config.yaml")])
-        again = config.resolve(cfg, {"n_pseudo_tokens": 2, "beta": enhancer.config.beta})
-        assert config.to_yaml(again) == (source / "config.yaml").read_text()
+        cfg = reading.parse(TrainConfig, ["--config", str(source / "config.yaml")])
+        again = reading.resolve(cfg, {"n_pseudo_tokens": 2, "beta": enhancer.config.beta})
+        assert reading.to_yaml(again) == (source / "config.yaml").read_text()
         assert again.train_parts == expected
     # It draws without an enhancer; the other does not, and neither with a wrong one.
     plain = shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("enhancer"))
@@ -344,7 +350,7 @@ def test_people_together_are_as_each_alone_and_go_on_from_their_prediction(
     names = [f"person-0{n}" for n in range(3)]
     records = {record.person: record for record in jobs.read(out)}
     assert {(r.status, r.steps) for r in records.values()} == {("done", 0)}
-    first = {n: checkpoint.read_identity(out / n / jobs.RESULT).trainable for n in names}
+    first = {n: read_identity(out / n / jobs.RESULT).trainable for n in names}
     assert np.abs(first[names[0]]["enhanced"] - first[names[1]]["enhanced"]).max() > 1e-4
     # Nobody is begun again; with more steps they go on; and never back.
     assert train(folder, root, out, *two, "--max_train_steps", 0) == 0
@@ -357,8 +363,8 @@ def test_people_together_are_as_each_alone_and_go_on_from_their_prediction(
     assert "choose another --output_dir" in capsys.readouterr().err
     name = names[1]
     assert train(folder, root / name, tmp_path / "alone", *steps) == 0
-    alone = checkpoint.read_identity(tmp_path / "alone" / jobs.RESULT).trainable
-    beside = checkpoint.read_identity(out / name / jobs.RESULT).trainable
+    alone = read_identity(tmp_path / "alone" / jobs.RESULT).trainable
+    beside = read_identity(out / name / jobs.RESULT).trainable
     for part, value in alone.items():
         np.testing.assert_allclose(beside[part], value, atol=1e-5)
         assert np.abs(value - first[name][part]).max() > 1e-5
@@ -369,9 +375,7 @@ def test_spread_over_devices_with_shards_as_on_one(folder, photo_folder, tmp_pat
     sharded = ["--mesh", "data=2", "--shard_frozen"]
     assert train(folder, photo_folder, tmp_path / "one", *steps, "--mesh", "data=1") == 0
     assert train(folder, photo_folder, tmp_path / "two", *steps, *sharded) == 0
-    one, two = (
-        checkpoint.read_identity(tmp_path / out / jobs.RESULT).trainable for out in ("one", "two")
-    )
+    one, two = (read_identity(tmp_path / out / jobs.RESULT).trainable for out in ("one", "two"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
 
 
@@ -386,7 +390,7 @@ def test_step_is_lowered_for_what_it_is_called_with(
     settings, folder, photo_folder, tmp_path, monkeypatch
 ):
     step = Program()
-    monkeypatch.setattr(train_steps, "step_people", step)
+    monkeypatch.setattr(program, "step_people", step)
     with pytest.raises(Called):
         train_jax.main(learning(folder, photo_folder, tmp_path / "out", settings))
     check_is_alike(step)
@@ -402,6 +406,38 @@ def test_rates_over_the_steps():
     assert values[7] == pytest.approx(0.05) and values[10] == pytest.approx(0, abs=1e-8)
     warm = rate_over_steps(0.1, "constant", 10, 1)
     np.testing.assert_allclose([warm(0), warm(1), warm(9)], [0.05, 0.1, 0.1], atol=1e-8)
+    named = rate_over_steps(0.1, "constant_with_warmup", 10, 1)
+    np.testing.assert_array_equal([named(0), named(9)], [warm(0), warm(9)])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "cycles"),
+    [
+        *(("constant", 1), ("constant_with_warmup", 1), ("linear", 1), ("polynomial", 1)),
+        *(("cosine", 1), ("cosine_with_restarts", 1), ("cosine_with_restarts", 3)),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_rates_after_their_rise_are_those_of_diffusers(scheduler, cycles, warmup):
+    import torch
+    from diffusers.optimization import get_scheduler
+
+    steps, rate = 40, 0.1
+    theirs = get_scheduler(
+        scheduler,
+        torch.optim.SGD([torch.zeros(1)], lr=rate),
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        num_cycles=cycles,
+    )
+    expected = []
+    for _ in range(steps + 1):
+        expected.append(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+    ours = rate_over_steps(rate, scheduler, steps, warmup, cycles)
+    got = [float(ours(step)) if callable(ours) else ours for step in range(steps + 1)]
+    np.testing.assert_allclose(got[warmup:], expected[warmup:], atol=1e-7)
 
 
 # --- drawn from photos ----------------------------------------------------------------------------
@@ -424,13 +460,13 @@ def test_a_photo_draws_as_the_identity_that_was_predicted_from_it(
     # Two photos are one person between them, and the same one twice is one.
     second, pixels = tmp_path / "second.png", np.asarray(Image.open(photo))[:, ::-1] // 2
     Image.fromarray(pixels).save(second)
-    cfg = config.SampleConfig("tiny", photo=[str(photo), str(second), str(photo)], prompt=["{}"])
+    cfg = SampleConfig("tiny", photo=[str(photo), str(second), str(photo)], prompt=["{}"])
     found = hub.resolve(str(folder))
     sitter = sample.see_sitter(cfg, enhancer, sd.read_configs(folder), found)
     assert [seen.name for seen in sitter.photos] == [photo.name, second.name]
-    finder = faces.open_finder(folder / "face" / "arcface.onnx", needs_detector=False)
+    finder = finding.open_finder(folder / "face" / "arcface.onnx", needs_detector=False)
     embeds = [finder.look(images.PictureFile(path)).embed for path in (photo, second)]
-    mean = faces.mean_embedding(np.stack(embeds))
+    mean = embedding.mean_embedding(np.stack(embeds))
     expected = shared.predict(enhancer.config, enhancer.shared, mean)
     for name, value in expected.items():
         np.testing.assert_allclose(sitter.identity.trainable[name], value, atol=1e-6)
@@ -440,7 +476,7 @@ def test_what_does_not_fit_is_one_message(
     folder, smallest_checkpoint, random_checkpoint, photo_folder, predicted, tmp_path, capsys
 ):
     (photo,) = photo_folder.iterdir()
-    random_face.write_random_recogniser(tmp_path / "other.onnx", seed=1)
+    random_model.write_random_recogniser(tmp_path / "other.onnx", seed=1)
     file = folder / enhancers.FILE
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-7])
@@ -493,21 +529,21 @@ def test_other_weights_of_the_same_kind_are_a_warning(
 def test_what_was_begun_before_there_were_these_settings_can_go_on():
     """Neither a checkpoint nor the record of a person of then names them."""
     before = {"seed": 0, "profile": "cross_init", "revision": None}
-    now = {**before, **dict.fromkeys(train_steps.LATER)}
-    assert train_steps.digest_of_settings(now) == jobs.digest(before)
-    assert train_steps.digest_of_settings({**now, "lr_scheduler": "cosine"}) != jobs.digest(before)
-    cfg = config.parse(
-        config.TrainConfig,
+    now = {**before, **dict.fromkeys(LATER)}
+    assert digest_of_settings(now) == json_digest(before)
+    assert digest_of_settings({**now, "lr_scheduler": "cosine"}) != json_digest(before)
+    cfg = reading.parse(
+        TrainConfig,
         "--pretrained_model_name_or_path m --train_data_dir d --profile cross_init".split(),
     )
     base = results.Base(None, None, None, "m", None)
-    about = train_steps.fingerprint_of(cfg, train_steps.method_of(cfg), base, None)
-    assert {name: about[name] for name in train_steps.LATER if about[name] is not None} == {}
+    about = fingerprint_of(cfg, method_of(cfg), base, None)
+    assert {name: about[name] for name in LATER if about[name] is not None} == {}
 
 
 def test_without_an_enhancer_identities_are_written_and_read_as_ever(tmp_path):
     tokens = np.ones((2, 8), np.float32)
-    identity = checkpoint.Identity(
+    identity = Identity(
         method=condition.make_method("cross_init"),
         trainable={"pseudo_tokens": tokens},
         given={"anchor": tokens},
@@ -518,20 +554,20 @@ def test_without_an_enhancer_identities_are_written_and_read_as_ever(tmp_path):
         steps=1,
     )
     path = tmp_path / "identity.safetensors"
-    checkpoint.write_identity(path, identity)
+    write_identity(path, identity)
     with safe_open(path, "numpy") as file:
-        about = json.loads(file.metadata()[checkpoint.FORMAT])
+        about = json.loads(file.metadata()[FORMAT])
     assert about["format_version"] == 1 and "enhancer" not in about
     assert set(about["method"]) == {
         *("profile", "adapter", "train_enhancer", "acts_at_sampling", "regulariser", "cross_init"),
         *("kv", "kv_rank", "num_tokens", "beta", "reg_weight"),
     }
-    got = checkpoint.read_identity(path)
+    got = read_identity(path)
     assert (got.method, got.enhancer, got.needs_enhancer) == (identity.method, None, False)
     # A method of the one kind in a file of the other is refused.
     broken = dataclasses.replace(
         identity, method=dataclasses.replace(identity.method, shared_kv=True, enhanced=True)
     )
-    checkpoint.write_identity(path, broken)
-    with pytest.raises(checkpoint.IdentityError, match="not one of its format version"):
-        checkpoint.read_identity(path)
+    write_identity(path, broken)
+    with pytest.raises(IdentityError, match="not one of its format version"):
+        read_identity(path)

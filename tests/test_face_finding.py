@@ -11,8 +11,10 @@ import scrfd
 from PIL import Image
 from skimage import data
 
-from idea_jax import face_models, faces, random_face
 from idea_jax.data import images
+from idea_jax.faces import embedding, finding, packs, random_model
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import align, training_square
 
 GROUP = Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"  # six people
 ALIGNED = GROUP.with_name("Tom_Hanks_54745.png")  # an aligned crop of one face
@@ -33,8 +35,8 @@ def make(tmp_path):
         folder = tmp_path / "pack"
         folder.mkdir(exist_ok=True)
         scrfd.write_detector(folder / "det.onnx", found, **detector)
-        random_face.write_random_recogniser(folder / "rec.onnx")
-        return faces.open_finder(folder / "rec.onnx", select=select)
+        random_model.write_random_recogniser(folder / "rec.onnx")
+        return finding.open_finder(folder / "rec.onnx", select=select)
 
     return opened
 
@@ -62,7 +64,7 @@ def test_chain_equals_insightfaces_own(make):
 
     finder = make([on_group(WOMAN), on_group(MAN, 0.8), on_group(LAUGHING, 0.7)])
     picture = images.PictureFile(GROUP)
-    found = faces.find_faces(finder.detector, picture.read(), picture)
+    found = finding.find_faces(finder.detector, picture.read(), picture)
     app = FaceAnalysis(str(finder.detector.path.parent), providers=["CPUExecutionProvider"])
     app.prepare(ctx_id=-1, det_size=(640, 640))
     theirs = sorted(
@@ -77,7 +79,7 @@ def test_chain_equals_insightfaces_own(make):
     np.testing.assert_allclose(found[0].points, WOMAN, atol=0.1)
     np.testing.assert_allclose(found[2].points, MAN, atol=0.1)
     for number, face in enumerate(theirs):
-        sight = faces.Finder(finder.recogniser, finder.detector, str(number)).look(picture)
+        sight = finding.Finder(finder.recogniser, finder.detector, str(number)).look(picture)
         np.testing.assert_allclose(sight.embed, face.normed_embedding, atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(sight.embed), 1, rtol=1e-6)
 
@@ -88,7 +90,7 @@ def test_detector_sees_the_picture_in_rgb(make, tmp_path):
     picture = save(tmp_path, image)
     found = [scrfd.face(320, 320, 100)]
     assert make(found, only_with_corner=(250, 120, 10)).look(picture).score == pytest.approx(0.9)
-    with pytest.raises(faces.FaceError, match="no face found"):
+    with pytest.raises(face_models.FaceError, match="no face found"):
         make(found, only_with_corner=(10, 120, 250)).look(picture)
 
 
@@ -99,7 +101,7 @@ def test_a_real_face_comes_out_as_the_aligned_crop_shows_it(make, tmp_path):
     picture = save(tmp_path, Image.fromarray(data.astronaut()))
     sight = finder.look(picture)
     np.testing.assert_allclose(sight.points, ASTRONAUT, atol=0.1)
-    crop = faces.align(picture.read(), sight.points).astype(float).mean(axis=2)
+    crop = align(picture.read(), sight.points).astype(float).mean(axis=2)
     other = np.asarray(images.read_image(ALIGNED)).astype(float).mean(axis=2)
     for pixels in (crop, other):  # eyes are darker than the cheeks below them
         assert pixels[47:57, 33:43].mean() < pixels[66:76, 33:43].mean() - 10
@@ -146,7 +148,7 @@ def test_alignment_undoes_a_similarity(angle, scale, shift):
         - scrfd.apply(scrfd.similarity(angle, scale, (0, 0)), [[56, 56]])
     )
     image, points = dotted(scrfd.similarity(angle, scale, middle[0]))
-    seen = dots(faces.align(image, points))
+    seen = dots(align(image, points))
     # Least squares for x' = a x - b y + c, y' = b x + a y + d.
     x, y = scrfd.TEMPLATE.T
     one, zero = np.ones(5), np.zeros(5)
@@ -163,7 +165,7 @@ def test_large_face_is_averaged_down():
     """Stripes of single pixels on a face of 900 pixels become grey, instead of a pattern."""
     checks = (np.indices((1000, 1000)).sum(0) % 2 * 255).astype(np.uint8)
     image = Image.fromarray(checks).convert("RGB")
-    crop = faces.align(image, scrfd.TEMPLATE * 8.5 + 20)
+    crop = align(image, scrfd.TEMPLATE * 8.5 + 20)
     np.testing.assert_allclose(crop[10:-10, 10:-10], 127.5, atol=2)
 
 
@@ -179,13 +181,13 @@ def test_large_face_is_averaged_down():
     ],
 )
 def test_points_that_are_no_face_are_refused(points, says):
-    with pytest.raises(faces.FaceError, match=says):
-        faces.align(Image.new("RGB", (200, 200)), points)
+    with pytest.raises(face_models.FaceError, match=says):
+        align(Image.new("RGB", (200, 200)), points)
 
 
 def test_a_face_in_profile_is_aligned():
     squeezed = (scrfd.TEMPLATE - 56) * [[0.35, 1]] + 100
-    assert faces.align(Image.new("RGB", (200, 200)), squeezed).shape == (112, 112, 3)
+    assert align(Image.new("RGB", (200, 200)), squeezed).shape == (112, 112, 3)
 
 
 def test_degenerate_points_of_a_detector_name_the_picture(make, tmp_path):
@@ -193,7 +195,7 @@ def test_degenerate_points_of_a_detector_name_the_picture(make, tmp_path):
     for wrong in (points * np.nan, points * 0 + 300):
         finder = make([(box, wrong, score)])
         picture = save(tmp_path, Image.new("RGB", (640, 640), "red"))
-        with pytest.raises(faces.FaceError, match=r"photo\.png: the five points of the face"):
+        with pytest.raises(face_models.FaceError, match=r"photo\.png: the five points of the face"):
             finder.look(picture)
 
 
@@ -217,7 +219,7 @@ class Model:
 
 
 def finder_that(see):
-    return faces.Finder(None, face_models.Detector(Model(see), Path("d.onnx"), "0" * 64, "cpu"))
+    return finding.Finder(None, face_models.Detector(Model(see), Path("d.onnx"), "0" * 64, "cpu"))
 
 
 def sees_discs(pixels, look):
@@ -248,7 +250,7 @@ def test_second_look_places_the_points_of_a_turned_or_small_face(angle, scale, m
     turn = scrfd.similarity(angle, scale, (0, 0))
     image, true = dotted(scrfd.similarity(angle, scale, middle - scrfd.apply(turn, [[56, 56]])[0]))
     finder = finder_that(sees_discs)
-    (first,) = faces.detect(finder.detector, image)
+    (first,) = finding.detect(finder.detector, image)
     across = np.linalg.norm(true[1] - true[0])
     assert np.linalg.norm(first.points - true, axis=1).min() > 0.1 * across
     finder.detector.model.looks = 0
@@ -261,7 +263,7 @@ def test_second_look_places_the_points_of_a_turned_or_small_face(angle, scale, m
     assert np.linalg.norm(centre - true.mean(axis=0)) < 0.2 * across
     assert (sight.box[2:] - sight.box[:2] < 1.25 * across).all()
     # The crop is taken from the picture itself, by the better points.
-    pixels = np.ascontiguousarray(faces.align(image, sight.points))
+    pixels = np.ascontiguousarray(align(image, sight.points))
     assert sight.crop_sha256 == hashlib.sha256(pixels.tobytes()).hexdigest()
     np.testing.assert_allclose(dots(pixels), scrfd.TEMPLATE, atol=1)
 
@@ -270,7 +272,10 @@ def raises(*_):
     raise RuntimeError("a shape that it cannot process")
 
 
-MIDDLE, THERE = 319.5, 640 / faces.LOOK_SIDE  # of the square, and the side of the face's crop in it
+MIDDLE, THERE = (
+    319.5,
+    640 / finding.LOOK_SIDE,
+)  # of the square, and the side of the face's crop in it
 
 
 @pytest.mark.parametrize(
@@ -354,7 +359,7 @@ def test_a_face_that_is_hard_to_find(make, tmp_path, caplog, score, detector, sa
 def test_no_face_names_the_picture_and_the_way_out(make, tmp_path):
     picture = save(tmp_path, Image.new("RGB", (64, 48)), "wall.png")
     for found in ([], [scrfd.face(320, 320, 100, score=0.2)]):
-        with pytest.raises(faces.FaceError, match=r"wall\.png \(64 x 48 .*--pre_aligned"):
+        with pytest.raises(face_models.FaceError, match=r"wall\.png \(64 x 48 .*--pre_aligned"):
             make(found).look(picture)
 
 
@@ -363,7 +368,7 @@ def test_a_picture_that_is_too_thin_for_the_detector_is_found_with_a_border(make
     picture = save(tmp_path, Image.new("RGB", (16, 14000), "navy"), "thin.png")
     sight = make([scrfd.face(320, 320, 100)], only_with_corner=GREY).look(picture)
     assert sight.score == pytest.approx(0.9)
-    with pytest.raises(faces.FaceError, match=r"no face found in .*thin\.png"):
+    with pytest.raises(face_models.FaceError, match=r"no face found in .*thin\.png"):
         make([]).look(picture)
 
 
@@ -373,7 +378,7 @@ def test_a_detector_that_cannot_be_used_on_any_picture(make, tmp_path):
     finder.detector.model._num_anchors = 3
     picture = save(tmp_path, Image.new("RGB", (64, 48)))
     says = r"photo\.png: the detector .*det\.onnx cannot process a picture of 64 x 48"
-    with pytest.raises(faces.FaceError, match=says):
+    with pytest.raises(face_models.FaceError, match=says):
         finder.look(picture)
 
 
@@ -401,10 +406,12 @@ def test_a_single_face_needs_no_notice(make, tmp_path, caplog):
 
 def test_a_choice_that_is_none(make, tmp_path):
     picture = save(tmp_path, Image.new("RGB", (640, 640)))
-    with pytest.raises(faces.FaceError, match=r"photo\.png has 3 face\(s\).*0 to 2"):
+    with pytest.raises(face_models.FaceError, match=r"photo\.png has 3 face\(s\).*0 to 2"):
         make(THREE, select="3").look(picture)
     for select in ("biggest", "-1", "", "1.5", "²"):
-        with pytest.raises(faces.FaceError, match="largest, center, left, right, or a number"):
+        with pytest.raises(
+            face_models.FaceError, match="largest, center, left, right, or a number"
+        ):
             make(THREE, select=select)
 
 
@@ -502,10 +509,10 @@ def test_a_face_at_the_border(make, tmp_path):
     picture = save(tmp_path, Image.new("RGB", (640, 640), "white"))
     sight = finder.look(picture)
     assert sight.box[0] < 0 and sight.box[3] > 640
-    crop = faces.align(picture.read(), sight.points)
+    crop = align(picture.read(), sight.points)
     assert (crop[:20, 80:] == 255).all() and (crop[:, :30] == 0).all()
     assert (crop[90:] == 0).all()
-    (x, y), side, angle = faces.training_square(sight.points, (640, 640))
+    (x, y), side, angle = training_square(sight.points, (640, 640))
     assert (x - side / 2, y + side / 2) == pytest.approx((0, 640), abs=1) and side < 640
     assert abs(angle) < 0.01
 
@@ -519,7 +526,7 @@ EYES_AND_MOUTH = np.array([[450, 400], [550, 400], [500, 450], [460, 510], [540,
 
 def test_training_square_has_the_proportions_of_ffhq():
     """The side is 400, the centre 11 below the eyes."""
-    square = faces.training_square
+    square = training_square
     points = EYES_AND_MOUTH
     assert square(points, (1000, 1000)) == ((500, 411), 400, 0)
     assert square(points, (1000, 500)) == ((500, 300), 400, 0)  # moved up
@@ -536,12 +543,12 @@ def test_training_square_turns_with_the_face(degrees):
     turn = scrfd.similarity(degrees, 1.0, (0, 0))
     turn[:, 2] = 500 - turn[:, :2] @ (500, 411)
     points = scrfd.apply(turn, EYES_AND_MOUTH)
-    centre, side, angle = faces.training_square(points, (1000, 1000))
+    centre, side, angle = training_square(points, (1000, 1000))
     np.testing.assert_allclose(centre, (500, 500), atol=1e-3)
     assert (side, np.degrees(angle)) == (400, pytest.approx(degrees, abs=1e-3))
     # Where there is less room it stays inside, all corners of it.
     for size in ((600, 1000), (1000, 580), (500, 620)):
-        centre, side, angle = faces.training_square(points, size)
+        centre, side, angle = training_square(points, size)
         corners = scrfd.apply(
             scrfd.similarity(np.degrees(angle), side / 2, centre),
             [[-1, -1], [1, -1], [1, 1], [-1, 1]],
@@ -574,17 +581,17 @@ def photos_of_one(count, spread, seed=0):
 def test_photos_unlike_the_others_are_found():
     for count in (3, 4, 12):
         own = photos_of_one(count, 0.8)
-        unlike, similarities = faces.unlike(own)
+        unlike, similarities = embedding.unlike(own)
         assert not unlike.any()
-        np.testing.assert_allclose(similarities, own @ faces.mean_embedding(own), rtol=1e-5)
+        np.testing.assert_allclose(similarities, own @ embedding.mean_embedding(own), rtol=1e-5)
         stranger = np.eye(1, 512, 7, dtype=np.float32)
-        unlike, _ = faces.unlike(np.concatenate([own, stranger]))
+        unlike, _ = embedding.unlike(np.concatenate([own, stranger]))
         assert unlike.tolist() == [False] * count + [True]
     # Photos that are all alike are not told apart by a little noise in one of them.
     alike = np.concatenate([photos_of_one(9, 0.01), photos_of_one(1, 0.2, seed=1)])
-    assert not faces.unlike(alike)[0].any()
+    assert not embedding.unlike(alike)[0].any()
     for few in (np.eye(1, 512, dtype=np.float32), np.eye(2, 512, dtype=np.float32)):
-        assert not faces.unlike(few)[0].any()  # of two, nobody can tell which
+        assert not embedding.unlike(few)[0].any()  # of two, nobody can tell which
 
 
 # --- where the models run -------------------------------------------------------------------------
@@ -595,10 +602,12 @@ def test_cuda_that_is_not_there_is_refused(make, monkeypatch):
 
     path = make(THREE).recogniser.path
     for load, file in (
-        (faces.load_recogniser, path),
-        (faces.load_detector, path.with_name("det.onnx")),
+        (face_models.load_recogniser, path),
+        (face_models.load_detector, path.with_name("det.onnx")),
     ):
-        with pytest.raises(faces.FaceError, match=r"--face_provider cuda: CUDA.*built without it"):
+        with pytest.raises(
+            face_models.FaceError, match=r"--face_provider cuda: CUDA.*built without it"
+        ):
             load(file, "cuda")
     # Built with CUDA, but its libraries do not load: onnxruntime only warns.
     real = onnxruntime.get_available_providers()
@@ -607,16 +616,16 @@ def test_cuda_that_is_not_there_is_refused(make, monkeypatch):
     )
     with (
         pytest.warns(UserWarning, match="CUDAExecutionProvider"),
-        pytest.raises(faces.FaceError, match=r"fell back to CPUExec.*--face_provider cpu"),
+        pytest.raises(face_models.FaceError, match=r"fell back to CPUExec.*--face_provider cpu"),
     ):
-        faces.load_recogniser(path, "cuda")
+        face_models.load_recogniser(path, "cuda")
 
 
 def test_a_model_that_is_no_detector(make, tmp_path):
     finder = make(THREE)
-    with pytest.raises(faces.FaceError, match="not an SCRFD face detector .* got input"):
-        faces.load_detector(finder.recogniser.path)
+    with pytest.raises(face_models.FaceError, match="not an SCRFD face detector .* got input"):
+        face_models.load_detector(finder.recogniser.path)
     scrfd.write_detector(tmp_path / "boxes.onnx", THREE, points=False)
-    with pytest.raises(faces.FaceError, match="five points per face"):
-        faces.load_detector(tmp_path / "boxes.onnx")
-    assert face_models.find_in_pack(tmp_path, "detection").name == "boxes.onnx"
+    with pytest.raises(face_models.FaceError, match="five points per face"):
+        face_models.load_detector(tmp_path / "boxes.onnx")
+    assert packs.find_in_pack(tmp_path, "detection").name == "boxes.onnx"

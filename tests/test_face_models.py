@@ -14,7 +14,8 @@ import pytest
 import scrfd
 from PIL import Image
 
-from idea_jax import face_models, faces, random_face
+from idea_jax.faces import embedding, finding, packs, random_model
+from idea_jax.faces import models as face_models
 
 FOUND = [scrfd.face(320, 320, 200)]
 
@@ -24,10 +25,10 @@ def pack(tmp_path):
     """A folder like buffalo_l, with models for other things in it, too."""
     folder = tmp_path / "some_pack"
     folder.mkdir()
-    random_face.write_random_recogniser(folder / "1k3d68.onnx", size=192)
+    random_model.write_random_recogniser(folder / "1k3d68.onnx", size=192)
     scrfd.write_detector(folder / "det.onnx", FOUND)
-    random_face.write_random_recogniser(folder / "genderage.onnx", size=96)
-    random_face.write_random_recogniser(folder / "rec.onnx")
+    random_model.write_random_recogniser(folder / "genderage.onnx", size=96)
+    random_model.write_random_recogniser(folder / "rec.onnx")
     (folder / "README.txt").write_text("not a model")
     return folder
 
@@ -40,14 +41,14 @@ def home(tmp_path, monkeypatch):
 
 
 def find(folder=None, *, file=None, own=None, accept=False):
-    return face_models.find_recogniser(file, folder, own, accept_licence=accept)
+    return packs.find_recogniser(file, folder, own, accept_licence=accept)
 
 
 def test_pack_files_are_told_apart_by_what_they_are(pack, caplog):
     caplog.set_level("INFO")
     assert find(pack) == pack / "rec.onnx"
-    assert face_models.find_in_pack(pack, "detection") == pack / "det.onnx"
-    finder = faces.open_finder(find(pack))
+    assert packs.find_in_pack(pack, "detection") == pack / "det.onnx"
+    finder = finding.open_finder(find(pack))
     assert finder.detector.path.name == "det.onnx"
     assert finder.detector.provider == finder.recogniser.provider == "CPUExecutionProvider"
     assert "the face models run on the CPUExecutionProvider" in caplog.text
@@ -55,14 +56,14 @@ def test_pack_files_are_told_apart_by_what_they_are(pack, caplog):
 
 def test_order_in_which_models_are_looked_for(pack, home, tmp_path):
     own = tmp_path / "checkpoint" / "face"
-    with pytest.raises(faces.FaceError, match="--face_model_dir PACK.*--accept_face_licence"):
+    with pytest.raises(face_models.FaceError, match="--face_model_dir PACK.*--accept_face_licence"):
         find(own=own)
     for name in ("antelopev2", "buffalo_l"):
         (home / name).mkdir(parents=True)
-        random_face.write_random_recogniser(home / name / f"{name}.onnx")
+        random_model.write_random_recogniser(home / name / f"{name}.onnx")
         assert find(own=own).name == f"{name}.onnx"
     own.mkdir(parents=True)
-    random_face.write_random_recogniser(own / "own.onnx")
+    random_model.write_random_recogniser(own / "own.onnx")
     assert find(own=own).name == "own.onnx"
     assert find(pack, own=own).name == "rec.onnx"
     assert find(file="given.onnx", own=own).name == "given.onnx"
@@ -105,14 +106,16 @@ def damaged_recogniser(pack):
 )
 def test_pack_that_is_none_is_named_with_what_was_expected(pack, change, says):
     change(pack)
-    with pytest.raises(faces.FaceError, match=rf"(?s){says}.*det_10g.onnx.*w600k_r50.onnx"):
+    with pytest.raises(face_models.FaceError, match=rf"(?s){says}.*det_10g.onnx.*w600k_r50.onnx"):
         find(pack)
 
 
 def test_pack_that_is_a_file_or_absent(pack):
-    with pytest.raises(faces.FaceError, match=r"does not exist; expected a folder of insightface"):
+    with pytest.raises(
+        face_models.FaceError, match=r"does not exist; expected a folder of insightface"
+    ):
         find(pack / "none")
-    with pytest.raises(faces.FaceError, match=r"rec.onnx is a file.*--face_model"):
+    with pytest.raises(face_models.FaceError, match=r"rec.onnx is a file.*--face_model"):
         find(pack / "rec.onnx")
 
 
@@ -124,7 +127,7 @@ def test_pack_that_cannot_be_read(pack, monkeypatch):
         monkeypatch.setattr(type(pack), "iterdir", forbidden)
     else:
         pack.chmod(0)
-    with pytest.raises(faces.FaceError, match="some_pack cannot be read: Permission denied"):
+    with pytest.raises(face_models.FaceError, match="some_pack cannot be read: Permission denied"):
         find(pack)
     pack.chmod(0o755)
 
@@ -132,26 +135,26 @@ def test_pack_that_cannot_be_read(pack, monkeypatch):
 def test_pack_without_detector(pack, caplog):
     (pack / "det.onnx").unlink()
     says = r"no detection model: .*Add the detector .*det_10g\.onnx.*--face_model FILE"
-    with pytest.raises(faces.FaceError, match=says):
-        faces.open_finder(find(pack))
+    with pytest.raises(face_models.FaceError, match=says):
+        finding.open_finder(find(pack))
     # Aligned crops need none, and a recogniser alone is used with a warning.
-    assert faces.open_finder(find(pack), pre_aligned=True).detector is None
+    assert finding.open_finder(find(pack), pre_aligned=True).detector is None
     assert "central square" not in caplog.text
-    assert faces.open_finder(find(pack), needs_detector=False).detector is None
+    assert finding.open_finder(find(pack), needs_detector=False).detector is None
     assert "central square of each photo is taken for the face" in caplog.text
 
 
 @pytest.mark.parametrize("needed", [True, False])
 def test_detector_that_is_there_but_unusable_is_an_error(pack, needed):
     (pack / "det.onnx").write_bytes(b"cut off")
-    with pytest.raises(faces.FaceError, match=r"det.onnx \(damaged\).*Replace or remove"):
-        faces.open_finder(find(pack), needs_detector=needed)
+    with pytest.raises(face_models.FaceError, match=r"det.onnx \(damaged\).*Replace or remove"):
+        finding.open_finder(find(pack), needs_detector=needed)
     scrfd.write_detector(pack / "det.onnx", FOUND, points=False)
-    with pytest.raises(faces.FaceError, match="not an SCRFD face detector"):
-        faces.open_finder(find(pack), needs_detector=needed)
+    with pytest.raises(face_models.FaceError, match="not an SCRFD face detector"):
+        finding.open_finder(find(pack), needs_detector=needed)
     (pack / "manifest.json").write_text('{"manifest_version": 2}')
-    with pytest.raises(faces.FaceError, match="the manifest of the face model folder"):
-        faces.open_finder(pack / "rec.onnx", needs_detector=needed)
+    with pytest.raises(face_models.FaceError, match="the manifest of the face model folder"):
+        finding.open_finder(pack / "rec.onnx", needs_detector=needed)
 
 
 # --- hashes ---------------------------------------------------------------------------------------
@@ -174,19 +177,19 @@ def test_known_file_with_another_hash_is_refused_before_onnxruntime(pack, no_onn
     (pack / "rec.onnx").rename(pack / name)
     digest = hashlib.sha256((pack / name).read_bytes()).hexdigest()
     with pytest.raises(
-        faces.FaceError,
+        face_models.FaceError,
         match=rf"{digest}, expected {face_models.KNOWN_SHA256[name]}.*download the pack again",
     ):
-        faces.load_recogniser(pack / name)
+        face_models.load_recogniser(pack / name)
     (pack / "det.onnx").rename(pack / "det_10g.onnx")
-    with pytest.raises(faces.FaceError, match="expected 5838f7fe"):
-        faces.load_detector(pack / "det_10g.onnx")
+    with pytest.raises(face_models.FaceError, match="expected 5838f7fe"):
+        face_models.load_detector(pack / "det_10g.onnx")
 
 
 def test_known_file_with_its_hash_is_taken(pack, monkeypatch):
     digest = hashlib.sha256((pack / "rec.onnx").read_bytes()).hexdigest()
     monkeypatch.setitem(face_models.KNOWN_SHA256, "rec.onnx", digest)
-    assert faces.load_recogniser(pack / "rec.onnx").sha256 == digest
+    assert face_models.load_recogniser(pack / "rec.onnx").sha256 == digest
 
 
 def test_known_hashes_are_hashes():
@@ -207,9 +210,9 @@ def write_manifest(pack, **hashes):
 
 def test_manifest_of_a_pack_names_files_hashes_and_preprocessing(pack, monkeypatch):
     digest = hashlib.sha256((pack / "rec.onnx").read_bytes()).hexdigest()
-    random_face.write_random_recogniser(pack / "a.onnx")  # first by name, but not the one named
+    random_model.write_random_recogniser(pack / "a.onnx")  # first by name, but not the one named
     write_manifest(pack, recognition=digest)
-    finder = faces.open_finder(find(pack))
+    finder = finding.open_finder(find(pack))
     assert finder.recogniser.path.name == "rec.onnx"
     assert (finder.recogniser.model.input_mean, finder.recogniser.model.input_std) == (120, 60)
     assert (finder.detector.model.input_mean, finder.detector.model.input_std) == (100, 50)
@@ -218,11 +221,11 @@ def test_manifest_of_a_pack_names_files_hashes_and_preprocessing(pack, monkeypat
 def test_manifest_without_a_hash_does_not_switch_off_a_known_one(pack, no_onnxruntime, monkeypatch):
     write_manifest(pack)
     for name, load in (
-        ("rec.onnx", faces.load_recogniser),
-        ("det.onnx", faces.load_detector),
+        ("rec.onnx", face_models.load_recogniser),
+        ("det.onnx", face_models.load_detector),
     ):
         monkeypatch.setitem(face_models.KNOWN_SHA256, name, "1" * 64)
-        with pytest.raises(faces.FaceError, match=f"is not the file .* expected {'1' * 64}"):
+        with pytest.raises(face_models.FaceError, match=f"is not the file .* expected {'1' * 64}"):
             load(pack / name)
 
 
@@ -234,14 +237,14 @@ def test_what_is_run_is_what_was_inspected(pack, monkeypatch, name, manifest):
 
     def inspect_and_change(path, expected):
         seen = inspect(path, expected)
-        random_face.write_random_recogniser(path, seed=9)
+        random_model.write_random_recogniser(path, seed=9)
         return seen
 
     monkeypatch.setattr(face_models, "_inspect", inspect_and_change)
-    load = faces.load_recogniser if name == "rec.onnx" else faces.load_detector
+    load = face_models.load_recogniser if name == "rec.onnx" else face_models.load_detector
     if manifest:
         write_manifest(pack)
-        with pytest.raises(faces.FaceError, match="SHA-256 mismatch"):
+        with pytest.raises(face_models.FaceError, match="SHA-256 mismatch"):
             load(pack / name)
         return
     digest = hashlib.sha256((pack / name).read_bytes()).hexdigest()
@@ -249,28 +252,30 @@ def test_what_is_run_is_what_was_inspected(pack, monkeypatch, name, manifest):
     assert loaded.sha256 == digest
     if name == "rec.onnx":
         crop = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
-        random_face.write_random_recogniser(pack / name)
+        random_model.write_random_recogniser(pack / name)
         monkeypatch.undo()
-        again = faces.embed_faces(load(pack / name), [crop])
-        np.testing.assert_array_equal(faces.embed_faces(loaded, [crop]), again)
+        again = embedding.embed_faces(load(pack / name), [crop])
+        np.testing.assert_array_equal(embedding.embed_faces(loaded, [crop]), again)
     else:
-        assert len(faces.detect(loaded, Image.new("RGB", (640, 640)))) == 1
+        assert len(finding.detect(loaded, Image.new("RGB", (640, 640)))) == 1
 
 
 def test_manifest_with_another_hash_is_refused_before_onnxruntime(pack, no_onnxruntime):
     write_manifest(pack, recognition="0" * 64)
-    with pytest.raises(faces.FaceError, match=f"is not the file .* expected {'0' * 64}"):
-        faces.load_recogniser(find(pack))
+    with pytest.raises(face_models.FaceError, match=f"is not the file .* expected {'0' * 64}"):
+        face_models.load_recogniser(find(pack))
 
 
 def test_manifest_that_is_damaged(pack):
     write_manifest(pack)
     text = (pack / "manifest.json").read_text()
     (pack / "manifest.json").write_text(text.replace("det.onnx", "../det.onnx"))
-    with pytest.raises(faces.FaceError, match="manifest of the face model folder .*some_pack"):
+    with pytest.raises(
+        face_models.FaceError, match="manifest of the face model folder .*some_pack"
+    ):
         find(pack)
     (pack / "manifest.json").write_text(text.replace('"recognition"', '"other"'))
-    with pytest.raises(faces.FaceError, match="names no recognition model"):
+    with pytest.raises(face_models.FaceError, match="names no recognition model"):
         find(pack)
 
 
@@ -295,7 +300,7 @@ def test_download_only_after_the_licence_was_accepted(pack, home, monkeypatch, c
     import requests
 
     monkeypatch.setattr(requests, "get", get)
-    with pytest.raises(faces.FaceError, match="non-commercial research only"):
+    with pytest.raises(face_models.FaceError, match="non-commercial research only"):
         find()
     assert asked == [] and not home.exists()
     assert find(accept=True) == home / "buffalo_l" / "rec.onnx"
@@ -307,7 +312,7 @@ def test_download_only_after_the_licence_was_accepted(pack, home, monkeypatch, c
     caplog.set_level("INFO")
     digest = hashlib.sha256(found.read_bytes()).hexdigest()
     monkeypatch.setitem(face_models.KNOWN_SHA256, found.name, digest)
-    faces.open_finder(found)
+    finding.open_finder(found)
     assert caplog.text.count("non-commercial research only") == 1  # of the download, too
 
 
@@ -320,7 +325,7 @@ def test_licence_is_said_once_of_what_is_insightfaces(pack, monkeypatch, caplog,
         monkeypatch.setitem(face_models.KNOWN_SHA256, name[case], digest)
     if case == "manifest":
         write_manifest(pack)
-    faces.open_finder(find(pack), embeds=case != "detector alone")
+    finding.open_finder(find(pack), embeds=case != "detector alone")
     assert caplog.text.count("non-commercial research only") == (case != "own")
     assert ("MODEL.LICENSE says otherwise" in caplog.text) == (case == "manifest")
 
@@ -337,7 +342,9 @@ def test_download_that_fails_leaves_nothing_that_looks_like_a_pack(home, monkeyp
         )
 
     monkeypatch.setattr(requests, "get", get)
-    with pytest.raises(faces.FaceError, match=r"could not download buffalo_l.*--face_model_dir"):
+    with pytest.raises(
+        face_models.FaceError, match=r"could not download buffalo_l.*--face_model_dir"
+    ):
         find(accept=True)
     assert not (home / "buffalo_l").exists()
 
@@ -360,7 +367,7 @@ def test_unpacking_that_is_interrupted_leaves_nothing(pack, home, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         find(accept=True)
     assert list(home.iterdir()) == []
-    with pytest.raises(faces.FaceError, match="No space left"):
+    with pytest.raises(face_models.FaceError, match="No space left"):
         find(accept=True)
     assert list(home.iterdir()) == []
     assert find(accept=True) == home / "buffalo_l" / "rec.onnx"
@@ -370,14 +377,16 @@ def test_unpacking_that_is_interrupted_leaves_nothing(pack, home, monkeypatch):
 def test_damaged_pack_in_insightfaces_own_folder_can_be_removed(home):
     (home / "buffalo_l").mkdir(parents=True)
     (home / "buffalo_l" / "w600k_r50.onnx").write_bytes(b"cut off")
-    with pytest.raises(faces.FaceError, match=r"Remove .*buffalo_l to have a pack downloaded"):
+    with pytest.raises(
+        face_models.FaceError, match=r"Remove .*buffalo_l to have a pack downloaded"
+    ):
         find()
 
 
 def test_packages_that_are_missing_are_named(pack, monkeypatch):
     write_manifest(pack)
     monkeypatch.setitem(sys.modules, "insightface.model_zoo", None)
-    with pytest.raises(faces.FaceError, match="pip install insightface onnxruntime"):
+    with pytest.raises(face_models.FaceError, match="pip install insightface onnxruntime"):
         find(pack)
 
 
@@ -391,7 +400,9 @@ def test_a_missing_package_is_no_reason_to_remove_a_pack(
         write_manifest(pack)
     shutil.copytree(pack, home / "buffalo_l")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(faces.FaceError, match="pip install insightface onnxruntime") as caught:
+    with pytest.raises(
+        face_models.FaceError, match="pip install insightface onnxruntime"
+    ) as caught:
         find()
     assert "Remove" not in str(caught.value)
 
@@ -404,15 +415,15 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
 
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(face_models.FaceError, match="needs a face model"):
-        face_models.find_recogniser(None, None, None, accept_licence=False)
+        packs.find_recogniser(None, None, None, accept_licence=False)
     with pytest.raises(face_models.FaceError, match="no home folder.*--face_model_dir"):
-        face_models.find_recogniser(None, None, None, accept_licence=True)
+        packs.find_recogniser(None, None, None, accept_licence=True)
     with pytest.raises(face_models.FaceError, match="~/pack does not exist"):
-        face_models.find_recogniser(None, "~/pack", None, accept_licence=False)
+        packs.find_recogniser(None, "~/pack", None, accept_licence=False)
 
 
 def test_a_pointer_of_git_lfs_in_a_pack_is_named_as_such(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
     (tmp_path / "w600k_r50.onnx").write_text(pointer)
     with pytest.raises(face_models.FaceError, match="pointer of git-lfs, run git lfs pull"):
-        face_models.find_in_pack(tmp_path, "recognition")
+        packs.find_in_pack(tmp_path, "recognition")

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,15 +13,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from idea_jax import face_table, faces, random_face
-from idea_jax.data import images
+from idea_jax.data import folders, images
+from idea_jax.faces import __main__, finding, random_model
+from idea_jax.faces import models as face_models
+from idea_jax.faces import table as face_table
+from idea_jax.faces.precompute import precompute
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pack")
     scrfd.write_detector(folder / "det.onnx", [scrfd.face(320, 320, 300)])
-    random_face.write_random_recogniser(folder / "rec.onnx")
+    random_model.write_random_recogniser(folder / "rec.onnx")
     return folder
 
 
@@ -42,7 +46,7 @@ def photos(tmp_path):
 def run(pack, photos, tmp_path, capsys):
     def command(*flags, out="faces.safetensors"):
         common = [photos, "--out", tmp_path / out, "--face_model_dir", pack]
-        code = faces.main([str(x) for x in (*common, *flags)])
+        code = __main__.main([str(x) for x in (*common, *flags)])
         return code, capsys.readouterr()
 
     return command
@@ -51,13 +55,13 @@ def run(pack, photos, tmp_path, capsys):
 @pytest.fixture
 def looked(monkeypatch):
     """Names of the pictures that were really looked at."""
-    names, look = [], faces.Finder.look
+    names, look = [], finding.Finder.look
 
     def noted(self, picture):
         names.append(picture.name)
         return look(self, picture)
 
-    monkeypatch.setattr(faces.Finder, "look", noted)
+    monkeypatch.setattr(finding.Finder, "look", noted)
     return names
 
 
@@ -72,7 +76,7 @@ def test_folder_is_computed_and_bad_pictures_are_listed(run, photos, pack, tmp_p
     assert sorted(looked) == ["a.png", "b.jpg", "c.png", "cut.png", "text.jpg"]  # not the copy
     table = face_table.read(out)
     assert sorted(table.names.values()) == ["b.jpg", "c.png", "copy.png"]
-    finder = faces.open_finder(pack / "rec.onnx")
+    finder = finding.open_finder(pack / "rec.onnx")
     for name in ("a.png", "b.jpg", "anna/c.png", "copy.png"):
         picture = images.PictureFile(photos / name)
         read, found = table.look(picture), finder.look(picture)
@@ -82,7 +86,7 @@ def test_folder_is_computed_and_bad_pictures_are_listed(run, photos, pack, tmp_p
 
 def test_the_same_command_goes_on_where_it_stopped(run, photos, tmp_path, looked, monkeypatch):
     """Stopped by the user at the third picture; nothing that was done before is done again."""
-    real = faces.Finder.look
+    real = finding.Finder.look
 
     def stops(self, picture):
         if picture.name == "c.png":
@@ -90,7 +94,7 @@ def test_the_same_command_goes_on_where_it_stopped(run, photos, tmp_path, looked
         return real(self, picture)
 
     with monkeypatch.context() as patch:
-        patch.setattr(faces.Finder, "look", stops)
+        patch.setattr(finding.Finder, "look", stops)
         code, printed = run()
     assert code == 130 and "goes on" in printed.err
     assert "2 of 6 pictures cannot be used" in printed.err and "  text.jpg" in printed.err
@@ -118,7 +122,7 @@ def pictures(photos):
 def test_rows_are_saved_on_the_way(pack, pictures, tmp_path, monkeypatch):
     """Every 30 seconds, of which each picture takes 16; the save itself takes 100."""
     sizes, now = [], [0.0]
-    look, write = faces.Finder.look, face_table.write
+    look, write = finding.Finder.look, face_table.write
 
     def slow_look(self, picture):
         now[0] += 16
@@ -129,18 +133,18 @@ def test_rows_are_saved_on_the_way(pack, pictures, tmp_path, monkeypatch):
         sizes.append(len(table.rows))
         write(path, table)
 
-    monkeypatch.setattr(faces.Finder, "look", slow_look)
+    monkeypatch.setattr(finding.Finder, "look", slow_look)
     monkeypatch.setattr(face_table, "write", slow_write)
-    monkeypatch.setattr(faces.time, "monotonic", lambda: now[0])
-    finder = faces.open_finder(pack / "rec.onnx")
-    assert faces.precompute(pictures, tmp_path / "t.safetensors", finder) == []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    finder = finding.open_finder(pack / "rec.onnx")
+    assert precompute(pictures, tmp_path / "t.safetensors", finder) == []
     assert sizes == [2, 3]
 
 
 def test_a_picture_that_the_recogniser_cannot_process_does_not_stop_the_others(
     pack, pictures, tmp_path, capsys
 ):
-    finder = faces.open_finder(pack / "rec.onnx")
+    finder = finding.open_finder(pack / "rec.onnx")
     model, crops = finder.recogniser.model, []
     get_feat = model.get_feat
 
@@ -151,7 +155,7 @@ def test_a_picture_that_the_recogniser_cannot_process_does_not_stop_the_others(
         return get_feat(crop)
 
     model.get_feat = fails_once
-    ((failed, why),) = faces.precompute(pictures, tmp_path / "t.safetensors", finder)
+    ((failed, why),) = precompute(pictures, tmp_path / "t.safetensors", finder)
     assert failed.name == "b.jpg" and "cannot process a crop (RuntimeError: out of memory)" in why
     assert len(face_table.read(tmp_path / "t.safetensors").rows) == 2
 
@@ -177,12 +181,12 @@ def test_a_table_of_other_models_is_refused_before_models_are_loaded(
     run, pack, tmp_path, monkeypatch
 ):
     assert run()[0] == 0
-    monkeypatch.setattr(faces, "open_finder", None)  # must not be called
+    monkeypatch.setattr(__main__, "open_finder", None)  # must not be called
     for name in ("rec.onnx", "det.onnx"):
         other = tmp_path / f"other {name}"
         shutil.copytree(pack, other)
         if name == "rec.onnx":
-            random_face.write_random_recogniser(other / name, seed=1)
+            random_model.write_random_recogniser(other / name, seed=1)
         else:
             scrfd.write_detector(other / name, [scrfd.face(300, 320, 300)])
         code, printed = run("--face_model_dir", other)
@@ -246,7 +250,7 @@ def test_tables_that_cannot_be_used(run, tmp_path, change, says):
     arrays = load_file(path)
     change(arrays)
     save_file(arrays, path, metadata)
-    with pytest.raises(faces.FaceError, match=says):
+    with pytest.raises(face_models.FaceError, match=says):
         face_table.read(path)
 
 
@@ -312,7 +316,7 @@ def test_table_whose_metadata_are_of_other_types(run, tmp_path, change, says):
     with safe_open(path, "numpy") as file:
         about = file.metadata()["idea_jax.faces"]
     save_file(load_file(path), path, {"idea_jax.faces": change(about)})
-    with pytest.raises(faces.FaceError, match=says):
+    with pytest.raises(face_models.FaceError, match=says):
         face_table.read(path)
 
 
@@ -325,12 +329,12 @@ def test_table_of_a_number_type_that_numpy_lacks(run, tmp_path):
     header["picture_sha256"]["dtype"] = "F8_E5M2"
     header = json.dumps(header).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
-    with pytest.raises(faces.FaceError, match=r"faces\.safetensors is damaged"):
+    with pytest.raises(face_models.FaceError, match=r"faces\.safetensors is damaged"):
         face_table.read(path)
 
 
 def test_what_cannot_be_written_to_is_refused_before_models_are_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(faces, "open_finder", None)  # must not be called
+    monkeypatch.setattr(__main__, "open_finder", None)  # must not be called
     (tmp_path / "folder").mkdir()
     (tmp_path / "text").write_text("x")
     for flags, out, says in (
@@ -353,13 +357,13 @@ def test_what_cannot_be_written_to_is_refused_before_models_are_loaded(run, tmp_
     ],
 )
 def test_settings_that_do_not_fit_are_refused(run, tmp_path, monkeypatch, flags, says):
-    monkeypatch.setattr(faces.images, "list_tree", None)  # must not be called
+    monkeypatch.setattr(folders, "list_tree", None)  # must not be called
     code, printed = run(*flags)
     assert code == 2 and printed.err.startswith("error: ") and says in printed.err
 
 
 def test_no_source_of_pictures(tmp_path, capsys):
-    assert faces.main(["--out", str(tmp_path / "x.safetensors")]) == 2
+    assert __main__.main(["--out", str(tmp_path / "x.safetensors")]) == 2
     assert "missing: a folder, or --dataset with --dataset_dir" in capsys.readouterr().err
 
 
@@ -370,12 +374,21 @@ def test_files_that_are_skipped_are_reported(run, photos, caplog):
 
 
 def test_table_that_is_absent_or_something_else(tmp_path):
-    with pytest.raises(faces.FaceError, match=r"does not exist; write it with: python -m idea_jax"):
+    with pytest.raises(
+        face_models.FaceError, match=r"does not exist; write it with: python -m idea_jax"
+    ):
         face_table.read(tmp_path / "none")
     for metadata in (None, {"idea_jax.faces": "[1]"}, {"idea_jax.faces": '{"format_version": 1}'}):
         save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", metadata)
-        with pytest.raises(faces.FaceError, match="no face embeddings of format version 1 or 2"):
+        with pytest.raises(
+            face_models.FaceError, match="no face embeddings of format version 1 or 2"
+        ):
             face_table.read(tmp_path / "other.safetensors")
+    newer = {"idea_jax.faces": '{"format_version": 9}'}
+    save_file({"x": np.zeros(3)}, tmp_path / "other.safetensors", newer)
+    says = r"1 or 2 \(it has 9\);.* install the idea_jax that"
+    with pytest.raises(face_models.FaceError, match=says):
+        face_table.read(tmp_path / "other.safetensors")
 
 
 def test_module_runs_as_a_command(pack, photos, tmp_path):

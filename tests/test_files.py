@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from idea_jax import pytrees
-from idea_jax.files import atomic_write, slug, write_tensors
+from idea_jax.runtime.files import atomic_write, slug, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 UMASK = os.umask(0)
@@ -104,7 +104,7 @@ def test_streams_differ_and_survive_a_new_process():
 
 def say(text, tmp_path, **how):
     """Runs `files.say` in a process of its own; returns what came of it."""
-    code = "import os, sys\nfrom idea_jax import files\n"
+    code = "import os, sys\nfrom idea_jax.runtime import files\n"
     code += "files.say(os.fsdecode(bytes.fromhex(sys.argv[1])))\nfiles.say('done')"
     return subprocess.run(
         [sys.executable, "-c", code, os.fsencode(text).hex()],

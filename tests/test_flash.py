@@ -11,11 +11,15 @@ from jax.sharding import AxisType, Mesh
 
 import sample_jax
 import train_jax
-from idea_jax import learned_embeds, random_sd, sample, train
+from idea_jax import random_sd
+from idea_jax.formats import learned_embeds
 from idea_jax.method import condition
 from idea_jax.models import flash, sd
 from idea_jax.models.layers import attention
-from idea_jax.train_step import Photos, init_state, make_optimizer, step_people
+from idea_jax.sampling import programs
+from idea_jax.training import run as train
+from idea_jax.training.program import Program, step_people
+from idea_jax.training.step import Photos, init_state, make_optimizer
 
 
 def device(platform, client="", capability=None):
@@ -150,9 +154,9 @@ def test_step_of_people_takes_the_kernel_of_each_accelerator(kind, platform, dat
 
     def state():
         key = jax.random.key(0)
-        trainable = condition.init_trainable(method, model, key, start)
+        trainable = condition.init_trainable(model, method, key, start)
         return init_state(
-            optimizer, trainable, condition.init_given(method, model, key, start, face)
+            optimizer, trainable, condition.init_given(model, method, key, start, face)
         )
 
     def of_two(tree):
@@ -166,8 +170,8 @@ def test_step_of_people_takes_the_kernel_of_each_accelerator(kind, platform, dat
     mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), shapes)
     last = jax.ShapeDtypeStruct((2,), np.int32)
-    about = model, method, optimizer, 2, mesh, is_sharded, 3
-    traced = step_people.trace(*about, shapes, *people, key, last, number)
+    program = Program(model, method, optimizer, 2, mesh, is_sharded, 3)
+    traced = step_people.trace(program, shapes, *people, key, last, number)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert {"cudnn": "__cudnn$fmha", "splash": "tpu_custom_call"}[kind] in text
     assert "1024x1024x" not in text
@@ -194,7 +198,7 @@ def test_kernel_that_was_chosen_reaches_the_networks(
 
     monkeypatch.setattr(flash, "resolve", lambda kind, device, dtype: f"{kind} as resolved")
     monkeypatch.setattr(train, "train_one", lambda work, *_: reached(work.base.model))
-    monkeypatch.setattr(sample, "draw_all", lambda model, *_, **__: reached(model))
+    monkeypatch.setattr(programs, "draw_all", lambda model, *_, **__: reached(model))
     for program, own in ((train_jax, learn), (sample_jax, drawing)):
         with pytest.raises(Reached):
             program.main([str(argument) for argument in (*common, *own)])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from idea_jax import config
+from idea_jax.config import reading
+from idea_jax.config.settings import setting
 
 ROOT = Path(__file__).resolve().parent.parent
 # Started by the benchmark alone, with a fixed number of arguments.
@@ -37,7 +38,9 @@ PROGRAMS = sorted(programs())
 
 
 def test_programs_are_found():
-    assert {"train_jax.py", "sample_jax.py", "idea_jax.faces", "benchmarks.__main__"} < {*PROGRAMS}
+    assert {"train_jax.py", "sample_jax.py", "idea_jax.faces.__main__", "benchmarks.__main__"} < {
+        *PROGRAMS
+    }
     assert {*PROGRAMS} >= WORKERS
 
 
@@ -72,13 +75,13 @@ def test_help_texts_are_told_as_they_are(capsys):
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
-        number: int = config.setting(3, texts[0])
-        word: str = config.setting("5%d", texts[1], choices=("5%d", "y"), switch=("on", "5%d", "y"))
-        yes: bool = config.setting(False, texts[2])
-        words: list[str] | None = config.setting(None, texts[0])
+        number: int = setting(3, texts[0])
+        word: str = setting("5%d", texts[1], choices=("5%d", "y"), switch=("on", "5%d", "y"))
+        yes: bool = setting(False, texts[2])
+        words: list[str] | None = setting(None, texts[0])
 
     with pytest.raises(SystemExit) as stop:
-        config.parse(Settings, ["--help"], prog="program")
+        reading.parse(Settings, ["--help"], prog="program")
     told = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert told.count(f"{texts[0]}") == 2 and f"{texts[0]} (default: 3)" in told

@@ -78,8 +78,9 @@ def test_without_a_home_folder_it_is_said_what_to_set(
     with pytest.raises(CheckpointNotFound, match="there is no folder ~/x, since .*set HOME"):
         resolve("~/x")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
-    with pytest.raises(CheckpointNotFound, match="no home folder for the cache.*HF_HOME"):
-        resolve("a/b")
+    for look in (resolve, hub.resolve_vae):
+        with pytest.raises(CheckpointNotFound, match="no home folder for the cache.*HF_HOME"):
+            look("a/b")
     assert no_network == [] and list(tmp_path.iterdir()) == []
 
 
@@ -414,6 +415,40 @@ def test_what_a_repository_lacks_is_said_before_anything_is_fetched(fake_hub, ca
     with pytest.raises(WeightsError, match=says.replace("some/model", str(folder))):
         for part, stem in hub.WEIGHTS:
             find_weights(folder / part, stem)
+
+
+VAE = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("place", ["", "vae/"])
+def test_an_autoencoder_of_the_hub_is_fetched_once_and_whole(fake_hub, cache, monkeypatch, place):
+    fake_hub.files = [*(place + name for name in VAE), "README.md", f"{place}model.bin"]
+    folder = hub.resolve_vae("some/vae")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(VAE)
+    fake_hub.requests.clear()
+    assert hub.resolve_vae("some/vae") == folder and fake_hub.requests == []
+    # As a download leaves it that was interrupted.
+    (folder / VAE[1]).unlink()
+    assert hub.resolve_vae("some/vae") == folder and (folder / VAE[1]).is_file()
+    (folder / VAE[1]).unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointNotFound, match="the cache does not hold all of it"):
+        hub.resolve_vae("some/vae")
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["config.json", "diffusion_pytorch_model.bin"], "in some/vae; .* pickles .* convert them"),
+        (["vae/config.json", "vae/old.safetensors"], "in some/vae/vae; .* have other names than"),
+        (["README.md"], "some/vae is no autoencoder in diffusers layout: it lacks config.json"),
+    ],
+)
+def test_what_an_autoencoder_lacks_is_said_before_it_is_fetched(fake_hub, files, says):
+    fake_hub.files = files
+    with pytest.raises(CheckpointNotFound, match=says):
+        hub.resolve_vae("some/vae")
+    assert not any("/resolve/" in path for path in fake_hub.requests)
 
 
 def test_a_single_file_in_a_repository_is_to_be_converted(fake_hub):

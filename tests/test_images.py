@@ -5,13 +5,14 @@ import os
 import struct
 import sys
 import zlib
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, features
 
-from idea_jax.data import images as im
+from idea_jax.data import folders, images
 
 RED, GREEN, BLUE, GREY = (200, 30, 20), (20, 180, 40), (30, 40, 210), (128, 128, 128)
 
@@ -64,7 +65,7 @@ def test_list_images_is_sorted_and_reports_the_rest(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    found, skipped = im.list_images(tmp_path)
+    found, skipped = folders.list_images(tmp_path)
     assert [path.name for path in found] == ["a.png", "b.JPG", "c.webp", "d.jpeg"]
     assert {path.name: reason for path, reason in skipped} == {
         ".DS_Store": "hidden",
@@ -78,26 +79,26 @@ def test_list_images_is_sorted_and_reports_the_rest(tmp_path):
 
 def test_list_images_without_pictures_names_folder_types_and_what_is_there(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(im.ImageError, match=r"no pictures in .*\.webp.*notes\.txt") as caught:
-        im.list_images(tmp_path)
+    with pytest.raises(images.ImageError, match=r"no pictures in .*\.webp.*notes\.txt") as caught:
+        folders.list_images(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_list_images_refuses_missing_file_and_unreadable(tmp_path, monkeypatch):
-    with pytest.raises(im.ImageError, match="does not exist"):
-        im.list_images(tmp_path / "absent")
+    with pytest.raises(images.ImageError, match="does not exist"):
+        folders.list_images(tmp_path / "absent")
     (tmp_path / "a.png").write_bytes(b"x")
     with pytest.raises(
-        im.ImageError, match=r"expected a folder of pictures, got the file .*a\.png"
+        images.ImageError, match=r"expected a folder of pictures, got the file .*a\.png"
     ):
-        im.list_images(tmp_path / "a.png")
+        folders.list_images(tmp_path / "a.png")
 
     def denied(self):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(im.Path, "iterdir", denied)  # root may read everything, so no chmod here
-    with pytest.raises(im.ImageError, match="cannot be read: Permission denied"):
-        im.list_images(tmp_path)
+    monkeypatch.setattr(Path, "iterdir", denied)  # root may read everything, so no chmod here
+    with pytest.raises(images.ImageError, match="cannot be read: Permission denied"):
+        folders.list_images(tmp_path)
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
     exif[0x0112] = orientation
     path = tmp_path / f"photo.{suffix}"
     image.save(path, exif=exif, quality=95)
-    result = im.read_image(path)
+    result = images.read_image(path)
     assert result.size == (64, 48)
     assert_upright(result, 12)
     assert result.getexif().get(0x0112, 1) == 1
@@ -135,7 +136,7 @@ def test_colour_modes_keep_their_colours(tmp_path, mode):
     picture.save(path, quality=95)
     with Image.open(path) as stored:
         assert stored.mode == mode
-    assert_upright(im.read_image(path), 12 if mode == "CMYK" else 1)
+    assert_upright(images.read_image(path), 12 if mode == "CMYK" else 1)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA"])
@@ -143,7 +144,7 @@ def test_grey_becomes_rgb(tmp_path, mode):
     grey = quadrants().convert("L")
     path = tmp_path / "grey.png"
     grey.convert(mode).save(path)
-    result = im.read_image(path)
+    result = images.read_image(path)
     assert result.mode == "RGB"
     expected = grey.convert(mode).convert("L")
     np.testing.assert_array_equal(np.asarray(result), np.asarray(expected)[..., None].repeat(3, 2))
@@ -165,13 +166,15 @@ def test_transparency_is_laid_over_white(tmp_path, kind):
     else:
         colours = Image.merge("RGB", [alpha.point(lambda v: 0 if v else 7)] * 3)
         colours.save(path, transparency=(7, 7, 7))
-    result = np.asarray(im.read_image(path))
+    result = np.asarray(images.read_image(path))
     assert (result[:, :16] == 255).all() and (result[:, 16:] == 0).all()
 
 
 def test_half_transparent_red_over_white_is_pink(tmp_path):
     Image.new("RGBA", (32, 32), (255, 0, 0, 128)).save(tmp_path / "a.webp", lossless=True)
-    assert im.read_image(tmp_path / "a.webp").getpixel((3, 3)) == pytest.approx((255, 127, 127), 1)
+    assert images.read_image(tmp_path / "a.webp").getpixel((3, 3)) == pytest.approx(
+        (255, 127, 127), 1
+    )
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
@@ -182,7 +185,7 @@ def test_16_bit_is_scaled_not_clipped(tmp_path, colour_type, channels):
         values[..., -1] = 65535
     path = tmp_path / "deep.png"
     path.write_bytes(png_bytes(values, colour_type))
-    result = im.read_image(path)
+    result = images.read_image(path)
     assert result.mode == "RGB"
     np.testing.assert_allclose(np.asarray(result)[..., 1], ramp / 257.0, atol=1.0)
 
@@ -195,12 +198,12 @@ def test_first_frame_of_animation_is_used(tmp_path, suffix):
     quadrants().save(path, format=form, save_all=True, append_images=[other], quality=95)
     with Image.open(path) as stored:
         assert stored.n_frames == 2
-    assert_upright(im.read_image(path), 12)
+    assert_upright(images.read_image(path), 12)
 
 
 def test_8000_by_8000_is_read(tmp_path):
     Image.new("1", (8000, 8000), 1).save(tmp_path / "large.png")
-    image = im.read_image(tmp_path / "large.png")
+    image = images.read_image(tmp_path / "large.png")
     assert image.size == (8000, 8000) and image.getpixel((7999, 7999)) == (255, 255, 255)
 
 
@@ -209,8 +212,10 @@ def test_8000_by_8000_is_read(tmp_path):
 
 def test_text_file_named_jpg_is_named_for_what_it_is(tmp_path):
     (tmp_path / "photo.jpg").write_text("This is my photo, honestly.\n")
-    with pytest.raises(im.ImageError, match=r"photo\.jpg is not a JPEG.*seems to be a text file"):
-        im.read_image(tmp_path / "photo.jpg")
+    with pytest.raises(
+        images.ImageError, match=r"photo\.jpg is not a JPEG.*seems to be a text file"
+    ):
+        images.read_image(tmp_path / "photo.jpg")
 
 
 @pytest.mark.parametrize(
@@ -225,15 +230,15 @@ def test_text_file_named_jpg_is_named_for_what_it_is(tmp_path):
 )
 def test_other_content_is_described(tmp_path, content, kind):
     (tmp_path / "photo.png").write_bytes(content)
-    with pytest.raises(im.ImageError, match=kind):
-        im.read_image(tmp_path / "photo.png")
+    with pytest.raises(images.ImageError, match=kind):
+        images.read_image(tmp_path / "photo.png")
 
 
 def test_gif_and_tiff_decoders_are_never_used(tmp_path):
     for form in ("GIF", "TIFF"):
         quadrants().save(tmp_path / "photo.png", format=form)
-        with pytest.raises(im.ImageError, match=f"seems to be a {form}"):
-            im.read_image(tmp_path / "photo.png")
+        with pytest.raises(images.ImageError, match=f"seems to be a {form}"):
+            images.read_image(tmp_path / "photo.png")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
@@ -245,10 +250,10 @@ def test_truncated_picture_is_refused_wherever_it_is_cut(tmp_path, form):
     path = tmp_path / "cut.jpg"
     for share in (0.02, 0.1, 0.3, 0.5, 0.8, 0.95):
         path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(im.ImageError, match=r"cut\.jpg .*(cut off|damaged)"):
-            im.read_image(path)
+        with pytest.raises(images.ImageError, match=r"cut\.jpg .*(cut off|damaged)"):
+            images.read_image(path)
     path.write_bytes(whole)
-    assert im.read_image(path).size == (64, 64)
+    assert images.read_image(path).size == (64, 64)
 
 
 @pytest.mark.parametrize("side", [9000, 12000, 50000])
@@ -263,30 +268,30 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch, si
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     (tmp_path / "bomb.png").write_bytes(data)
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
-    with pytest.raises(im.ImageError, match=r"bomb\.png .*scale it down"):
-        im.read_image(tmp_path / "bomb.png")
+    with pytest.raises(images.ImageError, match=r"bomb\.png .*scale it down"):
+        images.read_image(tmp_path / "bomb.png")
 
 
 def test_pillows_own_warning_is_an_error_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(im, "MAX_PIXELS", 10**12)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10**12)
     Image.new("1", (12000, 12000)).save(tmp_path / "bomb.png")
-    with pytest.raises(im.ImageError, match="too large to be decoded safely"):
-        im.read_image(tmp_path / "bomb.png")
+    with pytest.raises(images.ImageError, match="too large to be decoded safely"):
+        images.read_image(tmp_path / "bomb.png")
 
 
 def test_tiny_missing_and_forbidden_pictures_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (15, 400)).save(tmp_path / "thin.png")
-    with pytest.raises(im.ImageError, match=r"thin\.png has 15 x 400 .*at least 16"):
-        im.read_image(tmp_path / "thin.png")
-    with pytest.raises(im.ImageError, match=r"absent\.png does not exist"):
-        im.read_image(tmp_path / "absent.png")
+    with pytest.raises(images.ImageError, match=r"thin\.png has 15 x 400 .*at least 16"):
+        images.read_image(tmp_path / "thin.png")
+    with pytest.raises(images.ImageError, match=r"absent\.png does not exist"):
+        images.read_image(tmp_path / "absent.png")
 
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(im.Image, "open", denied)
-    with pytest.raises(im.ImageError, match=r"no permission to read .*thin\.png"):
-        im.read_image(tmp_path / "thin.png")
+    monkeypatch.setattr(Image, "open", denied)
+    with pytest.raises(images.ImageError, match=r"no permission to read .*thin\.png"):
+        images.read_image(tmp_path / "thin.png")
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -306,7 +311,7 @@ def test_to_pixels_follows_the_published_data_set(shape, center_crop):
         ]
     resized = Image.fromarray(expected).resize((24, 24), resample=Image.Resampling.BICUBIC)
     expected = (np.array(resized).astype(np.uint8) / 127.5 - 1.0).astype(np.float32)
-    result = im.to_pixels(Image.fromarray(array), 24, center_crop=center_crop)
+    result = images.to_pixels(Image.fromarray(array), 24, center_crop=center_crop)
     assert result.dtype == np.float32 and result.shape == (24, 24, 3)
     np.testing.assert_array_equal(result, expected)
 
@@ -314,38 +319,38 @@ def test_to_pixels_follows_the_published_data_set(shape, center_crop):
 def test_to_pixels_center_crop_ignores_the_sides():
     image = Image.new("RGB", (100, 40), RED)
     image.paste(GREEN, (30, 0, 70, 40))
-    result = im.to_pixels(image, 16, center_crop=True)
+    result = images.to_pixels(image, 16, center_crop=True)
     np.testing.assert_allclose((result + 1) * 127.5, np.broadcast_to(GREEN, (16, 16, 3)), atol=1e-4)
-    assert np.ptp(im.to_pixels(image, 16, center_crop=False)[..., 0]) > 1
+    assert np.ptp(images.to_pixels(image, 16, center_crop=False)[..., 0]) > 1
 
 
 def test_to_pixels_refuses_other_modes():
-    with pytest.raises(im.ImageError, match="got mode L"):
-        im.to_pixels(Image.new("L", (32, 32)), 16, center_crop=False)
+    with pytest.raises(images.ImageError, match="got mode L"):
+        images.to_pixels(Image.new("L", (32, 32)), 16, center_crop=False)
 
 
 def test_to_uint8_inverts_the_scaling_of_every_value():
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(values[..., None].repeat(3, 2))
-    pixels = im.to_pixels(image, 16, center_crop=False)
+    pixels = images.to_pixels(image, 16, center_crop=False)
     assert pixels.min() == -1.0 and pixels.max() == 1.0
-    np.testing.assert_array_equal(im.to_uint8(pixels)[..., 0], values)
-    np.testing.assert_array_equal(im.to_uint8(np.array([-3.0, 3.0])), [0, 255])
-    with pytest.raises(im.ImageError, match="finite"):
-        im.to_uint8(np.array([0.0, np.nan]))
+    np.testing.assert_array_equal(images.to_uint8(pixels)[..., 0], values)
+    np.testing.assert_array_equal(images.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+    with pytest.raises(images.ImageError, match="finite"):
+        images.to_uint8(np.array([0.0, np.nan]))
 
 
 def test_image_grid_places_pictures_row_by_row():
     tiles = [np.full((2, 3, 3), value, np.uint8) for value in (10, 20, 30)]
-    grid = im.image_grid(tiles, columns=2)
+    grid = images.image_grid(tiles, columns=2)
     assert grid.shape == (4, 6, 3)
     assert (grid[:2, :3] == 10).all() and (grid[:2, 3:] == 20).all()
     assert (grid[2:, :3] == 30).all() and (grid[2:, 3:] == 255).all()
-    assert im.image_grid(tiles, columns=8).shape == (2, 9, 3)
+    assert images.image_grid(tiles, columns=8).shape == (2, 9, 3)
     with pytest.raises(ValueError, match="one shape"):
-        im.image_grid([tiles[0], tiles[0][:1]], columns=2)
+        images.image_grid([tiles[0], tiles[0][:1]], columns=2)
     with pytest.raises(ValueError, match="expected pictures"):
-        im.image_grid([], columns=2)
+        images.image_grid([], columns=2)
 
 
 # --- saving ---------------------------------------------------------------------------------------
@@ -354,11 +359,11 @@ def test_image_grid_places_pictures_row_by_row():
 def test_save_png_keeps_pixels_text_and_mark(tmp_path):
     pixels = np.random.default_rng(2).integers(0, 256, (8, 9, 3), np.uint8)
     text = {"prompt": "ein Bär 熊 🐻", "seed": "7", "odd": "lone \udc80 surrogate"}
-    im.save_png(tmp_path / "new" / "a.png", pixels, text)
+    images.save_png(tmp_path / "new" / "a.png", pixels, text)
     with Image.open(tmp_path / "new" / "a.png") as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
         assert image.info["xmp"]  # Pillow's name for the packet, so it is where readers look
-    fields = im.read_png_text(tmp_path / "new" / "a.png")
+    fields = images.read_png_text(tmp_path / "new" / "a.png")
     assert fields["prompt"] == text["prompt"] and fields["seed"] == "7"
     assert fields["AIGenerated"] == "true"
     packet = ElementTree.fromstring(fields["XML:com.adobe.xmp"])
@@ -368,14 +373,14 @@ def test_save_png_keeps_pixels_text_and_mark(tmp_path):
 
 def test_save_png_refuses_other_arrays_and_the_reserved_fields(tmp_path):
     with pytest.raises(ValueError, match=r"expected uint8\[H, W, 3\], got float32"):
-        im.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.float32), {})
+        images.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.float32), {})
     with pytest.raises(ValueError, match="reserved"):
-        im.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), {"AIGenerated": "no"})
+        images.save_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), {"AIGenerated": "no"})
 
 
 def test_save_png_failure_keeps_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    im.save_png(path, np.zeros((8, 8, 3), np.uint8), {"n": "1"})
+    images.save_png(path, np.zeros((8, 8, 3), np.uint8), {"n": "1"})
     before = path.read_bytes()
 
     def full(path, data):
@@ -385,7 +390,7 @@ def test_save_png_failure_keeps_the_earlier_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(path), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        im.save_png(path, np.ones((8, 8, 3), np.uint8), {"n": "2"})
+        images.save_png(path, np.ones((8, 8, 3), np.uint8), {"n": "2"})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
@@ -459,7 +464,7 @@ def test_colours_of_a_profile_become_srgb(tmp_path, mode, suffix):
     image = image.quantize(2) if mode == "P" else image.convert(mode)
     lossless = {"quality": 100} if suffix == "jpg" else {"lossless": True}
     image.save(path, icc_profile=profile(DISPLAY_P3), **lossless)
-    read = np.asarray(im.read_image(path))
+    read = np.asarray(images.read_image(path))
     assert read.shape == (32, 32, 3)
     np.testing.assert_allclose(read[16, 16], meant(SKIN, DISPLAY_P3), atol=1.5)
 
@@ -469,7 +474,7 @@ def test_a_profile_and_an_orientation_go_together(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (48, 32), SKIN).save(path, icc_profile=profile(DISPLAY_P3), exif=exif)
-    read = im.read_image(path)
+    read = images.read_image(path)
     assert read.size == (32, 48)
     np.testing.assert_allclose(read.getpixel((9, 9)), meant(SKIN, DISPLAY_P3), atol=3)
 
@@ -480,7 +485,7 @@ def test_a_profile_of_grey_is_applied(tmp_path, mode):
     path = tmp_path / "grey.png"
     value = {"L": 55, "LA": (55, 255), "I;16": 55 * 257}[mode]
     Image.new(mode, (32, 32), value).save(path, icc_profile=profile(None, b"GRAY", gamma=1.0))
-    read = im.read_image(path).getpixel((5, 5))
+    read = images.read_image(path).getpixel((5, 5))
     assert max(read) - min(read) <= 1 and abs(read[0] - 127) <= 2
 
 
@@ -488,7 +493,7 @@ def test_transparency_is_laid_over_white_after_the_colours_are_converted(tmp_pat
     path = tmp_path / "half.png"
     Image.new("RGBA", (32, 32), (*SKIN, 128)).save(path, icc_profile=profile(DISPLAY_P3))
     expected = meant(SKIN, DISPLAY_P3) * 128 / 255 + 255 * 127 / 255
-    np.testing.assert_allclose(im.read_image(path).getpixel((5, 5)), expected, atol=1.5)
+    np.testing.assert_allclose(images.read_image(path).getpixel((5, 5)), expected, atol=1.5)
 
 
 def test_a_profile_that_is_srgb_changes_no_bit(tmp_path):
@@ -497,7 +502,7 @@ def test_a_profile_that_is_srgb_changes_no_bit(tmp_path):
     for index, data in enumerate((srgb, profile(SRGB))):
         path = tmp_path / f"{index}.png"
         Image.fromarray(pixels).save(path, icc_profile=data)
-        np.testing.assert_array_equal(np.asarray(im.read_image(path)), pixels)
+        np.testing.assert_array_equal(np.asarray(images.read_image(path)), pixels)
 
 
 @pytest.mark.parametrize(
@@ -508,7 +513,7 @@ def test_a_broken_profile_is_a_notice(tmp_path, broken, caplog):
     path = tmp_path / "photo.png"
     Image.new("RGB", (32, 32), SKIN).save(path, icc_profile=broken)
     for _ in range(2):
-        assert im.read_image(path).getpixel((5, 5)) == SKIN
+        assert images.read_image(path).getpixel((5, 5)) == SKIN
     assert caplog.text.count("cannot be used") == 1 and str(path) in caplog.text
 
 
@@ -516,7 +521,7 @@ def test_a_profile_for_another_mode_than_the_pictures_is_a_notice_or_converted(t
     """A grey picture with a profile of colours, as scanners write them."""
     path = tmp_path / "grey.png"
     Image.new("L", (32, 32), 100).save(path, icc_profile=profile(DISPLAY_P3))
-    assert im.read_image(path).getpixel((5, 5)) == pytest.approx((100, 100, 100), abs=1)
+    assert images.read_image(path).getpixel((5, 5)) == pytest.approx((100, 100, 100), abs=1)
 
 
 def test_a_cmyk_profile_is_applied_where_it_can_be(tmp_path, caplog):
@@ -525,7 +530,7 @@ def test_a_cmyk_profile_is_applied_where_it_can_be(tmp_path, caplog):
     Image.new("CMYK", (32, 32), (0, 80, 120, 10)).save(path, icc_profile=profile(None, b"CMYK"))
     plain = tmp_path / "plain.jpg"
     Image.new("CMYK", (32, 32), (0, 80, 120, 10)).save(plain)
-    assert im.read_image(path).tobytes() == im.read_image(plain).tobytes()
+    assert images.read_image(path).tobytes() == images.read_image(plain).tobytes()
     assert "cannot be used" in caplog.text
 
 
@@ -552,8 +557,8 @@ def test_photos_of_phones_and_browsers_are_read_upright_and_in_their_colours(tmp
     stored.paste(GREY, (0, 0, 32, 48))  # left, so above once it is upright
     path = tmp_path / f"photo{suffix}"
     save_as(path, stored, exif=exif.tobytes(), icc_profile=profile(DISPLAY_P3))
-    assert im.list_images(tmp_path)[0] == [path]
-    read = im.read_image(path)
+    assert folders.list_images(tmp_path)[0] == [path]
+    read = images.read_image(path)
     assert read.size == (48, 64)
     np.testing.assert_allclose(read.getpixel((24, 54)), meant(SKIN, DISPLAY_P3), atol=5)
     np.testing.assert_allclose(read.getpixel((24, 10)), GREY, atol=5)
@@ -562,16 +567,16 @@ def test_photos_of_phones_and_browsers_are_read_upright_and_in_their_colours(tmp
 def test_a_heic_that_calls_itself_a_jpeg_is_read(tmp_path):
     save_as(tmp_path / "photo.heic", Image.new("RGB", (64, 48), RED))
     (tmp_path / "photo.heic").rename(tmp_path / "photo.jpg")
-    assert im.read_image(tmp_path / "photo.jpg").size == (64, 48)
+    assert images.read_image(tmp_path / "photo.jpg").size == (64, 48)
 
 
 def test_the_package_that_a_heic_needs_is_named(tmp_path, monkeypatch):
     path = tmp_path / "photo.heic"
     path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(im.ImageError, match="photo.heic is a HEIC.*pip install pillow-heif"):
-        im.read_image(path)
+    with pytest.raises(images.ImageError, match="photo.heic is a HEIC.*pip install pillow-heif"):
+        images.read_image(path)
     path.write_bytes(b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + b"\0" * 40)
-    monkeypatch.setattr(im.features, "check", lambda name: False)
-    with pytest.raises(im.ImageError, match="an AVIF, which this build of Pillow cannot read"):
-        im.read_image(path)
+    monkeypatch.setattr(features, "check", lambda name: False)
+    with pytest.raises(images.ImageError, match="an AVIF, which this build of Pillow cannot read"):
+        images.read_image(path)

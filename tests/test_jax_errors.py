@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 import train_jax
-from idea_jax import checkpoint, cli, compile_cache, config, devices, jobs, train
+from idea_jax import cli, jobs, random_sd
+from idea_jax.config.settings import SampleConfig, TrainConfig
+from idea_jax.formats.identity import read_identity
+from idea_jax.mini import lab, looks, quality, world
+from idea_jax.mini.pretrain import __main__ as pretrain
+from idea_jax.runtime import compile_cache, devices
+from idea_jax.training import group, many
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
@@ -31,15 +37,16 @@ def learn(smallest_checkpoint, photo_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("cls", "flags", "advice"),
     [
-        (config.TrainConfig, ["--train_data_dir", "d"], "a smaller --train_batch_size"),
-        (config.SampleConfig, ["--identity", "i", "--prompt", "{}"], "a smaller --batch_size"),
+        (TrainConfig, ["--train_data_dir", "d"], "a smaller --train_batch_size"),
+        (SampleConfig, ["--identity", "i", "--prompt", "{}"], "a smaller --batch_size"),
     ],
 )
 def test_too_little_memory_is_one_message_with_numbers(cls, flags, advice, monkeypatch, capsys):
     """So much is asked for that the operating system refuses it at once."""
-    monkeypatch.setattr(compile_cache, "needs", [3 * 2**30])
+    monkeypatch.setattr(compile_cache, "needs", [7 * 2**30])  # of an earlier run
 
     def run(cfg):
+        compile_cache.needs.append(3 * 2**30)
         return [jnp.zeros((10**9, 4096)).block_until_ready()]
 
     assert cli.main(cls, run, ["--pretrained_model_name_or_path", "m", *flags]) == 1
@@ -56,39 +63,117 @@ def test_too_little_memory_is_one_message_with_numbers(cls, flags, advice, monke
     assert "Traceback" not in said
 
 
+NEEDED = "the program needs 3.0 GiB on each device, weights included"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [  # as XLA for CPUs, GPUs and TPUs has said it to somebody
+        (
+            jax.errors.JaxRuntimeError,
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.",
+            ["4.4 GiB were asked for at once", NEEDED],
+        ),
+        (
+            jax.errors.JaxRuntimeError,
+            "RESOURCE_EXHAUSTED: Failed to allocate request for 32.00MiB (33554432B) on device 0",
+            ["32.0 MiB were asked for at once", NEEDED],
+        ),
+        (
+            jax.errors.JaxRuntimeError,
+            "RESOURCE_EXHAUSTED: Attempting to reserve 10.51G at the bottom of memory. That was "
+            "not possible. There are 8.97G free, 0B reserved, and 8.97G reservable.",
+            ["10.5 GiB were asked for at once, and 9.0 GiB were free", NEEDED],
+        ),
+        (  # weights that do not fit
+            ValueError,
+            "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 196.00M. "
+            "That was not possible. There are 60.94M free.; (0x0x0_HBM0)",
+            ["196.0 MiB were asked for at once, and 60.9 MiB were free", NEEDED],
+        ),
+        (
+            jax.errors.JaxRuntimeError,
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.",
+            ["the program needs 21.9 GiB on a device of 15.5 GiB"],
+        ),
+        (MemoryError, "Unable to allocate 14.9 GiB for an array", ["14.9 GiB were", NEEDED]),
+        (jax.errors.JaxRuntimeError, "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", [NEEDED]),
+    ],
+)
+def test_numbers_of_every_kind_of_device_are_understood(kind, text, says, monkeypatch, tmp_path):
+    error = kind(text)
+    assert devices.is_out_of_memory(error)
+    monkeypatch.setattr(devices, "CONTAINER", tmp_path / "memory.max")
+    for limit, there in (("max", None), (str(2**28), "this machine has 256.0 MiB")):
+        devices.CONTAINER.write_text(f"{limit}\n")
+        first, *parts, last = devices.describe_memory(error, 3 * 2**30).split("; ")
+        assert first == "the memory is too small"
+        assert [part[: len(say)] for part, say in zip(parts, says, strict=True)] == says
+        assert last == there or (there is None and last.startswith("this machine has "))
+    assert not devices.is_out_of_memory(ValueError("a prompt about RESOURCE_EXHAUSTED"))
+
+
 def test_an_error_that_is_none_of_memory_is_not_called_one():
     def run(cfg):
         raise RuntimeError("out of ideas")
 
     flags = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
     with pytest.raises(RuntimeError, match="out of ideas"):
-        cli.main(config.SampleConfig, run, flags)
+        cli.main(SampleConfig, run, flags)
 
 
 def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
-    learn, tmp_path, monkeypatch
+    learn, tmp_path, monkeypatch, caplog
 ):
     chaos.write_people(tmp_path / "people", 5)
-    together, sizes = train.train_together, []
+    together, sizes, needs = group.train_together, [], []
+    begin, begun = many.begin, []
 
-    def with_memory_for_two(cfg, mesh, places, *rest):
-        sizes.append(places)
-        if places > 2:
+    def with_memory_to_begin_three(work, person, *rest):
+        begun.append(person.name)
+        if len(begun) == 4:
+            raise ValueError("RESOURCE_EXHAUSTED: Attempting to allocate 9.00M. There are 1B free.")
+        return begin(work, person, *rest)
+
+    def with_memory_for_two(work, *rest):
+        sizes.append(work.layout.places)
+        needs.extend(compile_cache.needs)
+        if work.layout.places > 2:
             raise jax.errors.JaxRuntimeError(
                 "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
             )
-        return together(cfg, mesh, places, *rest)
+        return together(work, *rest)
 
-    monkeypatch.setattr(train, "train_together", with_memory_for_two)
+    monkeypatch.setattr(group, "train_together", with_memory_for_two)
     in_fours = ["--identities_per_step", "4", "--mesh", "identity=1,data=1"]
     code, said = learn(*in_fours, photos=tmp_path / "people")
     assert code == 0, said
     assert sizes == [4, 2, 2, 2]
     assert {record.status for record in jobs.read(tmp_path / "out")} == {"done"}
-    assert said.count("the memory is too small for 4 people in a step") <= 1
+    (told,) = [r.getMessage() for r in caplog.records if "people in a step:" in r.getMessage()]
+    for phrase in (
+        "4 people in a step: the memory is too small; 0.0 MiB were asked for at once",
+        f"the program needs {devices.gigabytes(needs[0])} on each device",
+        "half of them are tried",
+    ):
+        assert phrase in told
+    # Afterwards it is told what half of them need.
+    assert len(needs) == 4 and needs[0] > needs[1] == needs[2] == needs[3]
+
+    # The same where their photos and states do not fit together.
+    monkeypatch.setattr(group, "train_together", together)
+    monkeypatch.setattr(many, "begin", with_memory_to_begin_three)
+    code, said = learn(*in_fours, photos=tmp_path / "people", out=tmp_path / "begun")
+    assert code == 0, said
+    assert [name[-1] for name in begun] == list("0123" + "01234")
+    assert {record.status for record in jobs.read(tmp_path / "begun")} == {"done"}
+
+    def too_large(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     # Where each device has one person there is nothing left to halve.
-    monkeypatch.setattr(train, "train_together", lambda *_: with_memory_for_two(None, None, 9))
+    monkeypatch.setattr(group, "train_together", too_large)
     alone = ["--identities_per_step", "1", "--mesh", "identity=1,data=1", "--seed", "1"]
     code, said = learn(*alone, photos=tmp_path / "people", out=tmp_path / "other")
     assert code == 1 and "the memory is too small" in said and "Traceback" not in said
@@ -115,7 +200,7 @@ def test_settings_of_jax_that_change_numbers_are_harmless(learn, tmp_path, caplo
         assert f"{name.upper()} is " in caplog.text
     calm, other = (tmp_path / out / jobs.RESULT for out in ("calm", "foreign"))
     assert calm.read_bytes() == other.read_bytes()
-    assert checkpoint.read_identity(other).steps == 2
+    assert read_identity(other).steps == 2
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
@@ -133,7 +218,38 @@ def test_a_backend_that_is_not_there_is_one_message(platform, tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"JAX has no device of JAX_PLATFORMS={platform}" in done.stderr
-    assert "unset JAX_PLATFORMS" in done.stderr
+    assert "unset JAX_PLATFORMS" in done.stderr and "()" not in done.stderr
+
+
+def test_every_program_says_that_a_backend_is_not_there(tmp_path, monkeypatch, capsys):
+    def absent():
+        raise RuntimeError("no such backend")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    for main, flags in (
+        (random_sd.main, [tmp_path / "checkpoint"]),
+        (world.main, [tmp_path / "sheet.png"]),
+        (pretrain.main, [tmp_path / "mini"]),
+        (quality.main, []),
+        (lab.main, []),
+        (looks.main, []),
+    ):
+        assert main([str(flag) for flag in flags]) == 1
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and "JAX has no device of JAX_PLATFORMS=" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["train_jax.py", "sample_jax.py"])
+def test_a_setting_of_jax_that_is_none_is_one_message(program):
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, program), "--help"],
+        env={**os.environ, "JAX_ENABLE_X64": "maybe", "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "'maybe'" in done.stderr and "JAX_ENABLE_X64" in done.stderr
 
 
 def test_gigabytes_are_readable():

@@ -14,9 +14,12 @@ import weakref
 import chaos
 import pytest
 
+import idea_jax
 import train_jax
-from idea_jax import devices, jobs, train
-from idea_jax.files import WriteError
+from idea_jax import jobs
+from idea_jax.runtime import devices, versions
+from idea_jax.runtime.files import WriteError
+from idea_jax.training import group, many
 
 TWO = "--max_train_steps 2 --train_batch_size 1 --report_to none --profile cross_init".split()
 IN_PAIRS = [*TWO, "--identities_per_step", "2", "--mesh", "identity=1,data=1"]
@@ -51,7 +54,7 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
 
     for path, whole in zip(photos_of_one, good, strict=True):
         path.write_bytes(whole[:60])
-    begin, broken, followed = train.begin, [], []
+    begin, broken, followed = many.begin, [], []
 
     def begin_with_a_fault(work, person, *rest):
         learner = begin(work, person, *rest)
@@ -62,7 +65,7 @@ def test_people_who_fail_are_taken_out_and_the_rest_is_as_without_them(
             learner.photos = photos._replace(mean=photos.mean * float("nan"))
         return learner
 
-    monkeypatch.setattr(train, "begin", begin_with_a_fault)
+    monkeypatch.setattr(many, "begin", begin_with_a_fault)
     capsys.readouterr()
     gc.disable()
     try:
@@ -150,19 +153,62 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
     }  # fmt: skip
 
 
+def test_whose_photos_are_others_now_is_not_taken_for_done_nor_replaced(
+    run, tmp_path, capsys, caplog
+):
+    root, out = tmp_path / "root", tmp_path / "out"
+    chaos.write_people(root, 2)
+    chaos.write_people(tmp_path / "others", 5)
+    assert run(root, out) == 0
+    before, kept = digests(out), tmp_path / "first.png"
+    (root / "person-00" / "0.png").rename(kept)
+    shutil.copy(tmp_path / "others" / "person-04" / "0.png", root / "person-00" / "photo-x.png")
+    # More steps, which without checkpoints begin with the other photos; and as many as before.
+    for flags, count in ((["--max_train_steps", "3", "--identities", "0:1"], 1), ([], 2)):
+        caplog.clear()
+        assert run(root, out, *flags) == 1
+        said = capsys.readouterr().err
+        failed = f"1 of {count} people failed"
+        for phrase in (failed, str(out / "person-00"), str(root), "photos back"):
+            assert phrase in said
+        assert "photo-x" not in said + caplog.text + (out / jobs.MANIFEST).read_text()
+        assert digests(out) == before
+    # Who has the first photos again, under whatever name, is done.
+    (root / "person-00" / "photo-x.png").unlink()
+    kept.rename(root / "person-00" / "renamed.png")
+    written = (out / "person-00" / jobs.RESULT).stat().st_mtime_ns
+    assert run(root, out) == 0
+    assert (out / "person-00" / jobs.RESULT).stat().st_mtime_ns == written
+    assert {r.person: (r.status, r.why) for r in jobs.read(out)} == {
+        "person-00": ("done", None), "person-01": ("done", None)
+    }  # fmt: skip
+    # Once the folder is gone the other person is learned.
+    shutil.rmtree(out / "person-00")
+    shutil.copy(tmp_path / "others" / "person-04" / "0.png", root / "person-00" / "renamed.png")
+    assert run(root, out) == 0
+    assert digests(out)["person-00"] != before["person-00"]
+
+
 def test_other_settings_are_refused_before_anybody_is_done(run, tmp_path, capsys, monkeypatch):
     root, out = tmp_path / "root", tmp_path / "out"
     chaos.write_people(root, 3)
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         return signal.SIGTERM  # before anybody is done
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_together", train_together)
+        patch.setattr(group, "train_together", train_together)
         assert run(root, out) == 143
     before = (out / jobs.MANIFEST).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "versions", lambda: {"idea_jax": "99.0"})
+        assert run(root, out, "--seed", "7") == 1
+    said = capsys.readouterr().err
+    assert "person-00 was trained with other settings or weights than these (seed: 0 -> 7" in said
+    assert f"; it was written with idea_jax {idea_jax.__version__} (now 99.0))" in said
+    (out / jobs.SETTINGS).write_text("{")  # then it is not known what they were
     assert run(root, out, "--seed", "7") == 1
-    assert "person-00 was trained with other settings" in capsys.readouterr().err
+    assert "other settings or weights than these; use" in capsys.readouterr().err
     assert (out / jobs.MANIFEST).read_text() == before and not digests(out)
     shutil.rmtree(root / "person-02")  # who was not begun yet
     assert run(root, out) == 1
@@ -322,7 +368,7 @@ CORES = """
 import os, sys
 from pathlib import Path
 os.sched_getaffinity = lambda process: set(range(int(sys.argv[2])))
-from idea_jax import devices
+from idea_jax.runtime import devices
 devices.use_cores(Path(sys.argv[1]))
 import jax
 print(jax.device_count())

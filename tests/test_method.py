@@ -10,10 +10,13 @@ import pytest
 import reference
 import torch
 
-from idea_jax import config, train
+from idea_jax.config import reading
+from idea_jax.config.settings import TrainConfig
 from idea_jax.method import anchor, condition, loss, modules
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
+from idea_jax.training.fingerprint import fingerprint_of
+from idea_jax.training.start import method_of
 
 D = 32
 
@@ -34,8 +37,8 @@ def face():
 def person(method, model, face, seed=0):
     start = jax.random.normal(jax.random.key(seed + 100), (method.num_tokens, D))
     key = jax.random.key(seed)
-    trainable = condition.init_trainable(method, model, key, start)
-    return trainable, condition.init_given(method, model, key, start, face)
+    trainable = condition.init_trainable(model, method, key, start)
+    return trainable, condition.init_given(model, method, key, start, face)
 
 
 def perturb(tree, seed=0, scale=0.3):
@@ -157,7 +160,7 @@ def added_loss(cfg, squared_distance, away, seed):
     squared distance and each token lies `away` from its own, in a random direction."""
     rng = np.random.default_rng(seed)
     # The adapter's networks need a model, and have no part in this.
-    method = dataclasses.replace(train.method_of(cfg), adapter=False)
+    method = dataclasses.replace(method_of(cfg), adapter=False)
 
     def of_length(length, rows):
         steps = rng.normal(size=(rows, 1024))
@@ -165,7 +168,7 @@ def added_loss(cfg, squared_distance, away, seed):
 
     rows = np.concatenate([np.zeros((1, 1024)), of_length(np.sqrt(squared_distance), 1)])
     rows = np.float32(rows + rng.normal(size=1024))
-    given = condition.init_given(method, None, jax.random.key(0), rows, None)
+    given = condition.init_given(None, method, jax.random.key(0), rows, None)
     tokens = jnp.float32(rows + of_length(away, 2))
     return float(
         method.reg_weight * condition.regulariser(method, {"pseudo_tokens": tokens}, given)
@@ -174,7 +177,7 @@ def added_loss(cfg, squared_distance, away, seed):
 
 def settings(*flags):
     needed = ("--pretrained_model_name_or_path", "m", "--train_data_dir", "d")
-    return config.parse(config.TrainConfig, [*needed, *flags])
+    return reading.parse(TrainConfig, [*needed, *flags])
 
 
 DENOISING = (0.1, 0.2)  # mean squared error of Stable Diffusion's noise prediction
@@ -211,7 +214,7 @@ def test_a_checkpoint_of_another_regulariser_is_not_gone_on_from():
 
     def said(*flags):
         cfg = settings(*flags)
-        return train.fingerprint_of(cfg, train.method_of(cfg), base, None).get("regulariser")
+        return fingerprint_of(cfg, method_of(cfg), base, None).get("regulariser")
 
     assert said() == "mahalanobis_truncated"
     assert said("--regulariser", "exact") == "mahalanobis"
@@ -235,9 +238,9 @@ def test_fresh_identity_draws_as_plain_tokens(loaded, face, kv):
     trainable, given = person(method, model, face)
     ids = prompt_ids(model)
     plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
-    context = condition.context(method, model, frozen, trainable, given, ids)
+    context = condition.context(model, method, frozen, trainable, given, ids)
     np.testing.assert_array_equal(context, plain)
-    kv_tree = condition.keys_values(method, model, frozen, trainable, context)
+    kv_tree = condition.keys_values(model, method, frozen, trainable, context)
     expected = project_kv(frozen.cross_kv, plain, model.dtype)
     jax.tree.map(np.testing.assert_array_equal, kv_tree, expected)
 
@@ -248,16 +251,16 @@ def test_low_rank_delta_equals_the_full_delta_of_its_product(loaded, face):
     full = condition.make_method("paper", kv="full")
     trainable, given = person(low, model, face)
     trainable = perturb(trainable)
-    context = condition.context(low, model, frozen, trainable, given, prompt_ids(model))
+    context = condition.context(model, low, frozen, trainable, given, prompt_ids(model))
     product = jax.tree.map(
         lambda d: d["down"] @ d["up"], trainable["kv"], is_leaf=lambda node: "down" in node
     )
-    got = condition.keys_values(low, model, frozen, trainable, context, strength=0.7)
+    got = condition.keys_values(model, low, frozen, trainable, context, strength=0.7)
     merged = jax.tree.map(lambda w, d: w + 0.7 * d, frozen.cross_kv, product)
     expected = project_kv(merged, context, model.dtype)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
     as_full = condition.keys_values(
-        full, model, frozen, trainable | {"kv": product}, context, strength=0.7
+        model, full, frozen, trainable | {"kv": product}, context, strength=0.7
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), as_full, expected)
 
@@ -273,7 +276,7 @@ def test_strength_zero_leaves_the_tokens_alone(loaded, face):
 
     def draw(strength):
         return condition.drawing_keys_values(
-            method, model, frozen, trainable, given, ids, strength=strength
+            model, method, frozen, trainable, given, ids, strength=strength
         )
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), draw(0.0), expected)
@@ -288,9 +291,9 @@ def test_official_identity_draws_with_the_tokens_alone(loaded, face):
     trainable = perturb(trainable)
     ids = prompt_ids(model)
     plain = sd.encode_text(model, frozen, ids, trainable["pseudo_tokens"])
-    trained = condition.context(method, model, frozen, trainable, given, ids)
+    trained = condition.context(model, method, frozen, trainable, given, ids)
     assert np.abs(trained - plain).max() > 1e-3  # the adapter acts while training
-    drawn = condition.drawing_keys_values(method, model, frozen, trainable, given, ids)
+    drawn = condition.drawing_keys_values(model, method, frozen, trainable, given, ids)
     expected = project_kv(frozen.cross_kv, plain, model.dtype)
     jax.tree.map(np.testing.assert_array_equal, drawn, expected)
 
@@ -298,7 +301,7 @@ def test_official_identity_draws_with_the_tokens_alone(loaded, face):
 def together(people, model, frozen, ids, strength=1.0):
     methods, trainables, givens = zip(*people, strict=True)
     return condition.keys_values_together(
-        methods, model, frozen, trainables, givens, ids, strength=strength
+        model, methods, frozen, trainables, givens, ids, strength=strength
     )
 
 
@@ -312,7 +315,7 @@ def test_several_people_reduce_to_one(loaded, face, kv):
     ids = prompt_ids(model)
     ids[:, 20:22] = [V, V + 1]
     expected = condition.drawing_keys_values(
-        method, model, frozen, one[1], given, ids, strength=0.7
+        model, method, frozen, one[1], given, ids, strength=0.7
     )
     alone = together([one], model, frozen, ids, 0.7)
     jax.tree.map(np.testing.assert_array_equal, alone, expected)
@@ -381,8 +384,8 @@ def test_face_reaches_the_condition(loaded, face):
     trainable = perturb(trainable)
     other = given | {"id_embed": -given["id_embed"]}
     ids = prompt_ids(model)
-    a = condition.context(method, model, frozen, trainable, given, ids)
-    b = condition.context(method, model, frozen, trainable, other, ids)
+    a = condition.context(model, method, frozen, trainable, given, ids)
+    b = condition.context(model, method, frozen, trainable, other, ids)
     assert np.abs(a - b).max() > 1e-4
 
 

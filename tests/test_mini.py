@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,14 +18,34 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from idea_jax import faces
-from idea_jax.config import ConfigError
+from idea_jax.config.settings import ConfigError
 from idea_jax.data import text
-from idea_jax.files import file_digest
+from idea_jax.data.tokenizer import load_tokenizer
+from idea_jax.faces.crops import align
 from idea_jax.formats import enhancer
-from idea_jax.mini import captions, drawings, lab, networks, people, pretrain, quality, traits
+from idea_jax.mini import captions, drawings, lab, networks, people, quality, traits
+from idea_jax.mini.pretrain import __main__ as pretraining
+from idea_jax.mini.pretrain import faces, order
+from idea_jax.mini.pretrain import fit as fitting
+from idea_jax.mini.pretrain import stages as all_stages
+from idea_jax.mini.pretrain import text as captioning
+from idea_jax.mini.pretrain.autoencoder import features_apart, train_decoder
+from idea_jax.mini.pretrain.budget import BUDGETS
+from idea_jax.mini.pretrain.crops import CROP_SHIFT, aligned_crop, disturbed, unit
+from idea_jax.mini.pretrain.run import (
+    RECOGNISER,
+    RECORD,
+    SUMS,
+    TEXT_LENGTH,
+    PretrainError,
+    Run,
+    write_record,
+)
+from idea_jax.mini.pretrain.start import name_embeddings
+from idea_jax.mini.pretrain.text import caption_ids
 from idea_jax.models import hub, sd
 from idea_jax.random_sd import write_tokenizer
+from idea_jax.runtime.files import file_digest
 
 # People and their names
 
@@ -33,7 +54,7 @@ def test_names_are_unique_words_and_say_half_of_a_face_each():
     first, last = people.first_names(), people.last_names()
     assert len({*first, *last}) == 2 * people.NAMES
     assert all(re.fullmatch("[a-z]{3,}", name) for name in (*first, *last))
-    one, other = people.named(np.array([3, 3]), np.array([5, 8])), traits.Identity._fields
+    one, other = people.named(np.array([3, 3]), np.array([5, 8])), traits.Traits._fields
     for field in other[: traits.CODE_SIZE]:
         left, right = getattr(one, field)
         assert left == right, f"{field} changed with the last name"
@@ -131,8 +152,8 @@ def test_prompts_ask_for_what_they_say():
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     words = [*captions.words(), *people.name_parts(), *people.first_names(), *people.last_names()]
-    size = write_tokenizer(folder, words, pad="!", length=pretrain.TEXT_LENGTH)
-    return text.load_tokenizer(folder, size, pretrain.TEXT_LENGTH)
+    size = write_tokenizer(folder, words, pad="!", length=TEXT_LENGTH)
+    return load_tokenizer(folder, size, TEXT_LENGTH)
 
 
 def test_each_name_is_one_token_and_captions_fit_the_text_encoder(tokenizer):
@@ -143,7 +164,7 @@ def test_each_name_is_one_token_and_captions_fit_the_text_encoder(tokenizer):
         len(tokenizer.ids(captions.caption(rng, random_words(rng), people.full_name(1, 2))))
         for _ in range(2000)
     )
-    assert longest <= pretrain.TEXT_LENGTH - 2
+    assert longest <= TEXT_LENGTH - 2
     # Also the texts that people are trained with, with the tokens of a placeholder.
     learner = tokenizer.with_placeholder("<person>", 2)
     for prompt in text.training_prompts(learner.placeholder):
@@ -154,7 +175,7 @@ def test_each_name_is_one_token_and_captions_fit_the_text_encoder(tokenizer):
 def test_names_of_similar_people_start_close_to_each_other(tokenizer):
     """The distance of two names' embeddings follows the difference of their codes."""
     table = np.random.default_rng(0).normal(0, 0.02, (tokenizer.vocab_size, 64)).astype(np.float32)
-    named = pretrain.name_embeddings(tokenizer, table)
+    named = name_embeddings(tokenizer, table)
     ids = np.concatenate([tokenizer.ids(name) for name in people.first_names()[:200]])
     who = people.named(np.arange(200), np.zeros(200, int))
     rows = named[ids]
@@ -216,21 +237,21 @@ def test_features_apart_sees_what_each_layer_gives():
     (last,) = (x for x in layers if x.ndim == 2)
     np.testing.assert_array_equal(last, net.apply({"params": params}, one))
     cosines = [
-        jnp.sum(pretrain.unit(a) * pretrain.unit(b), axis=-1).mean()
+        jnp.sum(unit(a) * unit(b), axis=-1).mean()
         for a, b in zip(layers, networks.outputs(net, params, other), strict=True)
     ]
     expected = 2 - 2 * np.mean(cosines)  # the squared distance of two unit vectors
-    value = pretrain.features_apart(net, params, one, other)
+    value = features_apart(net, params, one, other)
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
 def test_margin_loss_is_the_cross_entropy_of_a_wider_angle():
     angles = np.array([[1.2, 0.9, 2.0]])
     own = jnp.array([[1.0, 0.0, 0.0]])
-    wider = angles + np.array([[pretrain.MARGIN, 0, 0]])
-    logits = pretrain.SCALE * np.cos(wider)
+    wider = angles + np.array([[faces.MARGIN, 0, 0]])
+    logits = faces.SCALE * np.cos(wider)
     expected = -np.log(np.exp(logits[0, 0]) / np.exp(logits).sum())
-    got = pretrain.margin_loss(jnp.cos(jnp.asarray(angles)), own)
+    got = faces.margin_loss(jnp.cos(jnp.asarray(angles)), own)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -249,13 +270,13 @@ def gradient(seed, side=64):
 def test_aligned_crop_is_that_of_insightface(far):
     """Also where the crop reaches beyond the edge of the picture."""
     image, points = gradient(0), POINTS + np.float32(far)
-    theirs = faces.align(Image.fromarray(image), points).astype(np.float32)
+    theirs = align(Image.fromarray(image), points).astype(np.float32)
     to_float = drawings.to_float(image)
-    ours = (np.asarray(pretrain.aligned_crop(to_float, points, size=112)) + 1) * 127.5
+    ours = (np.asarray(aligned_crop(to_float, points, size=112)) + 1) * 127.5
     assert np.abs(ours - theirs).max() < 2 and theirs.std() > 20
     # At half the size it is what the recogniser's first layer leaves of theirs.
     halved = theirs.reshape(56, 2, 56, 2, 3).mean((1, 3))
-    half = (np.asarray(pretrain.aligned_crop(to_float, points, size=56)) + 1) * 127.5
+    half = (np.asarray(aligned_crop(to_float, points, size=56)) + 1) * 127.5
     assert np.abs(half - halved).mean() < 1
     assert (theirs[-1, -1] == 0).all() == bool(far)
 
@@ -264,7 +285,7 @@ def test_aligned_crop_moves_turns_and_scales_what_is_on_it():
     image = drawings.to_float(gradient(1))
 
     def crop(**off):
-        return np.asarray(pretrain.aligned_crop(image, POINTS, size=56, **off))[4:-4, 4:-4]
+        return np.asarray(aligned_crop(image, POINTS, size=56, **off))[4:-4, 4:-4]
 
     straight = crop()
     moved = crop(shift=(4 / 56, -2 / 56))
@@ -284,13 +305,13 @@ def test_crops_in_training_are_as_far_off_as_is_said_and_no_further():
     count = 64
     images = jnp.broadcast_to(jnp.asarray(image), (count, 64, 64, 3))
     points = jnp.broadcast_to(POINTS, (count, 5, 2))
-    seen = np.asarray(pretrain.disturbed(images, jax.random.key(0), 56, points)).mean(-1)
+    seen = np.asarray(disturbed(images, jax.random.key(0), 56, points)).mean(-1)
     brightest = np.stack([np.unravel_index(p.argmax(), p.shape) for p in seen])[:, ::-1]
-    straight = np.asarray(pretrain.aligned_crop(images[0], POINTS, size=56)).mean(-1)
+    straight = np.asarray(aligned_crop(images[0], POINTS, size=56)).mean(-1)
     at = np.array(np.unravel_index(straight.argmax(), straight.shape))[::-1]
     mirrored = np.stack([np.abs(brightest - at), np.abs(brightest - [55 - at[0], at[1]])])
     off = mirrored[np.argmin(mirrored.sum(-1), axis=0), np.arange(count)]
-    allowed = pretrain.CROP_SHIFT * 56 + 2
+    allowed = CROP_SHIFT * 56 + 2
     assert off.max() <= allowed
     assert off.max() >= 2 and off.std() > 0.5
 
@@ -300,7 +321,7 @@ def test_crops_in_training_are_as_far_off_as_is_said_and_no_further():
 
 @pytest.fixture
 def run(tmp_path):
-    return pretrain.Run(tmp_path / "out", tmp_path / "work", pretrain.BUDGETS["tiny"], 0, True)
+    return Run(tmp_path / "out", tmp_path / "work", BUDGETS["tiny"], 0, True)
 
 
 def test_an_interrupted_training_ends_like_one_that_was_not(run, monkeypatch):
@@ -318,16 +339,16 @@ def test_an_interrupted_training_ends_like_one_that_was_not(run, monkeypatch):
         return rng.standard_normal((4, 12)).astype(np.float32)
 
     def train(name):
-        optimizer = pretrain.muon(params, 20, 0.3)
+        optimizer = fitting.muon(params, 20, 0.3)
         # The name decides the random numbers, so both runs have the same, in folders of their own.
-        other = pretrain.Run(run.folder, run.work / name, run.budget, 0, True)
-        return pretrain.fit(other, "test", params, loss, batch, 20, optimizer, ema=0.9)
+        other = Run(run.folder, run.work / name, run.budget, 0, True)
+        return fitting.fit(other, "test", params, loss, batch, 20, optimizer, ema=0.9)
 
     calls, stop = [], None
     straight, losses = train("straight")
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
-    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0)
     calls, stop = [], 7
     threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
@@ -341,7 +362,7 @@ def test_an_interrupted_training_ends_like_one_that_was_not(run, monkeypatch):
 
 @pytest.mark.parametrize("save_seconds", [0, 120])
 def test_a_loss_that_is_no_number_stops_a_training_and_is_not_saved(run, monkeypatch, save_seconds):
-    monkeypatch.setattr(pretrain, "SAVE_SECONDS", save_seconds)
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", save_seconds)
     params = {"a": {"bias": jnp.zeros(1)}}
 
     def loss(params, batch, key):
@@ -349,9 +370,7 @@ def test_a_loss_that_is_no_number_stops_a_training_and_is_not_saved(run, monkeyp
 
     inputs = iter([1.0, 1.0, np.inf, 1.0, 1.0])
     with pytest.raises(FloatingPointError, match="the loss of test is inf at step 2"):
-        pretrain.fit(
-            run, "test", params, loss, lambda rng: next(inputs), 5, pretrain.muon(params, 5)
-        )
+        fitting.fit(run, "test", params, loss, lambda rng: next(inputs), 5, fitting.muon(params, 5))
     file = run.work / "test.state.safetensors"
     if save_seconds:
         assert not file.is_file()
@@ -367,7 +386,7 @@ def test_weights_that_are_no_numbers_are_not_saved(run):
         return jnp.sqrt(jnp.sum(jnp.square(params["a"]["bias"])))  # 0, and its gradient 0 / 0
 
     with pytest.raises(FloatingPointError, match="weights of test are not finite at step 1"):
-        pretrain.fit(run, "test", params, loss, lambda rng: 0, 1, pretrain.muon(params, 1))
+        fitting.fit(run, "test", params, loss, lambda rng: 0, 1, fitting.muon(params, 1))
     assert not (run.work / "test.state.safetensors").exists()
 
 
@@ -386,24 +405,24 @@ def test_seconds_of_a_stage_are_those_of_all_its_processes(run, monkeypatch):
 
     def stage(run):
         for name in ("one", "two"):
-            pretrain.fit(run, name, params, loss, batch, 2, pretrain.muon(params, 2))
+            fitting.fit(run, name, params, loss, batch, 2, fitting.muon(params, 2))
         return {}
 
-    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(pretrain, "STAGES", {"stage": stage})
-    monkeypatch.setattr(pretrain, "NEEDS", {})
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(all_stages, "STAGES", {"stage": stage})
+    monkeypatch.setattr(all_stages, "NEEDS", {})
     run.folder.mkdir()
     calls = []
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(run)
+        order.pretrain(run)
     for name in ("one", "two"):
         file = run.work / f"{name}.state.safetensors"
         saved = load_file(file)
         assert 0 < saved["seconds"] < 60
         save_file({**saved, "seconds": np.array(saved["seconds"] + 1000)}, file)
-    pretrain.pretrain(run)
+    order.pretrain(run)
     assert len(calls) == 5
-    record = json.loads((run.folder / pretrain.RECORD).read_text())
+    record = json.loads((run.folder / RECORD).read_text())
     assert 2000 <= record["stages"]["stage"]["seconds"] < 2100
 
 
@@ -414,12 +433,12 @@ def test_an_average_is_returned_where_one_is_asked_for(run):
     def loss(params, batch, key):
         return jnp.sum(jnp.square(params["a"]["bias"] - 1.0))
 
-    last, _ = pretrain.fit(run, "last", params, loss, lambda rng: 0, 2, pretrain.muon(params, 2))
-    one, _ = pretrain.fit(
-        run, "one", params, loss, lambda rng: 0, 1, pretrain.muon(params, 2), ema=0.99
+    last, _ = fitting.fit(run, "last", params, loss, lambda rng: 0, 2, fitting.muon(params, 2))
+    one, _ = fitting.fit(
+        run, "one", params, loss, lambda rng: 0, 1, fitting.muon(params, 2), ema=0.99
     )
-    mean, _ = pretrain.fit(
-        run, "mean", params, loss, lambda rng: 0, 2, pretrain.muon(params, 2), ema=0.99
+    mean, _ = fitting.fit(
+        run, "mean", params, loss, lambda rng: 0, 2, fitting.muon(params, 2), ema=0.99
     )
     first, second = float(one["a"]["bias"][0]) / 0.9, float(last["a"]["bias"][0])
     expected = (2 / 11) * 0.9 * first + (9 / 11) * second
@@ -428,30 +447,30 @@ def test_an_average_is_returned_where_one_is_asked_for(run):
 
 def test_another_budget_does_not_continue_a_checkpoint(run):
     run.folder.mkdir()
-    pretrain.write_json(run.folder / pretrain.RECORD, {"seed": 1, "budget": {}, "stages": {}})
+    write_record(run.folder, {"seed": 1, "budget": {}, "stages": {}})
     with pytest.raises(ValueError, match="another seed or budget"):
-        pretrain.pretrain(run)
+        order.pretrain(run)
 
 
 def test_a_work_folder_of_another_run_is_not_taken(run, monkeypatch):
     """Its drawings and states would pass for those of this seed."""
-    monkeypatch.setattr(pretrain, "STAGES", {"one": lambda run: {}})
-    monkeypatch.setattr(pretrain, "NEEDS", {})
+    monkeypatch.setattr(all_stages, "STAGES", {"one": lambda run: {}})
+    monkeypatch.setattr(all_stages, "NEEDS", {})
     run.folder.mkdir()
-    pretrain.pretrain(run)
+    order.pretrain(run)
     other = dataclasses.replace(run, folder=run.folder.with_name("other"), seed=run.seed + 1)
     other.folder.mkdir()
     with pytest.raises(ValueError, match="another seed or budget"):
-        pretrain.pretrain(other)
-    pretrain.pretrain(dataclasses.replace(other, seed=run.seed))
+        order.pretrain(other)
+    order.pretrain(dataclasses.replace(other, seed=run.seed))
 
 
 def test_a_folder_of_something_else_is_not_written_to(run):
     other = run.folder / "unet" / "diffusion_pytorch_model.safetensors"
     other.parent.mkdir(parents=True)
     other.write_text("weights of somebody")
-    with pytest.raises(pretrain.PretrainError, match="not empty and has no pretraining.json"):
-        pretrain.pretrain(run)
+    with pytest.raises(PretrainError, match="not empty and has no pretraining.json"):
+        order.pretrain(run)
     assert [path for path in run.folder.rglob("*") if path.is_file()] == [other]
 
 
@@ -464,23 +483,23 @@ def test_a_run_that_was_interrupted_in_its_first_stage_is_continued(run, monkeyp
         return {}
 
     calls = []
-    monkeypatch.setattr(pretrain, "STAGES", {"one": stage})
-    monkeypatch.setattr(pretrain, "NEEDS", {})
+    monkeypatch.setattr(all_stages, "STAGES", {"one": stage})
+    monkeypatch.setattr(all_stages, "NEEDS", {})
     with pytest.raises(KeyboardInterrupt):
-        pretrain.pretrain(run)
-    pretrain.pretrain(run)
-    assert "one" in json.loads((run.folder / pretrain.RECORD).read_text())["stages"]
+        order.pretrain(run)
+    order.pretrain(run)
+    assert "one" in json.loads((run.folder / RECORD).read_text())["stages"]
 
 
 def test_two_processes_do_not_run_one_stage(run, monkeypatch):
     def stage(run):
-        with pytest.raises(pretrain.PretrainError, match="stage one .* by another process"):
-            pretrain.pretrain(run)
+        with pytest.raises(PretrainError, match="stage one .* by another process"):
+            order.pretrain(run)
         return {}
 
-    monkeypatch.setattr(pretrain, "STAGES", {"one": stage})
-    monkeypatch.setattr(pretrain, "NEEDS", {})
-    pretrain.pretrain(run)
+    monkeypatch.setattr(all_stages, "STAGES", {"one": stage})
+    monkeypatch.setattr(all_stages, "NEEDS", {})
+    order.pretrain(run)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +512,7 @@ def test_two_processes_do_not_run_one_stage(run, monkeypatch):
 )
 def test_what_cannot_be_begun_is_said_in_a_line(tmp_path, monkeypatch, capsys, args, said):
     monkeypatch.chdir(tmp_path)
-    assert pretrain.main(["out", *args]) == 1
+    assert pretraining.main(["out", *args]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -507,11 +526,11 @@ def test_jobs_run_the_command_itself(tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         args = [".", "--budget", "tiny", "--jobs", "2", "--stages", "prepare", "--seed", "3"]
-        assert pretrain.main(args) == 0
+        assert pretraining.main(args) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    record = json.loads((folder / pretrain.RECORD).read_text())
+    record = json.loads((folder / RECORD).read_text())
     assert record["seed"] == 3 and list(record["stages"]) == ["prepare"]
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert (tmp_path / "out-work" / "prepare.log").is_file()
@@ -521,15 +540,15 @@ def test_check_sums_are_of_what_belongs_to_the_checkpoint(run):
     run.folder.mkdir()
     (run.folder / "names.txt").write_text("Anna\n")
     (run.folder / ".tmp-left.safetensors").write_text("of a process that was killed")
-    pretrain.finish(run)
-    names = [line.split("  ")[1] for line in (run.folder / pretrain.SUMS).read_text().splitlines()]
+    all_stages.finish(run)
+    names = [line.split("  ")[1] for line in (run.folder / SUMS).read_text().splitlines()]
     assert names == ["README.md", "names.txt"]
 
 
 def test_what_another_folder_was_made_with_is_asked_for_by_name(run):
     """The decoder needs a recogniser that an earlier version did not keep."""
     with pytest.raises(ValueError, match="recogniser.safetensors is missing"):
-        run.made_before(pretrain.RECOGNISER)
+        run.made_before(RECOGNISER)
 
 
 def test_a_record_from_before_there_was_a_stage_is_continued(run, monkeypatch):
@@ -537,29 +556,29 @@ def test_a_record_from_before_there_was_a_stage_is_continued(run, monkeypatch):
     done = []
     stages = {name: lambda run, name=name: done.append(name) or {} for name in ("old", "new")}
     stages["finish"] = lambda run: done.append("finish") or {}
-    monkeypatch.setattr(pretrain, "STAGES", stages)
-    monkeypatch.setattr(pretrain, "NEEDS", {})
+    monkeypatch.setattr(all_stages, "STAGES", stages)
+    monkeypatch.setattr(all_stages, "NEEDS", {})
     budget = json.loads(json.dumps(dataclasses.asdict(run.budget)))
     before = {name: value for name, value in budget.items() if name != "detector"}
     record = {"seed": 0, "budget": before, "stages": {"old": {}, "finish": {}}}
     run.folder.mkdir()
-    pretrain.write_json(run.folder / pretrain.RECORD, record)
-    pretrain.pretrain(run)
+    write_record(run.folder, record)
+    order.pretrain(run)
     assert done == ["new", "finish"]
-    after = json.loads((run.folder / pretrain.RECORD).read_text())
+    after = json.loads((run.folder / RECORD).read_text())
     assert after["budget"] == budget and list(after["stages"]) == ["old", "new", "finish"]
-    pretrain.pretrain(run)
+    order.pretrain(run)
     assert len(done) == 2
-    pretrain.write_json(run.folder / pretrain.RECORD, record | {"budget": before | {"each": 99}})
+    write_record(run.folder, record | {"budget": before | {"each": 99}})
     with pytest.raises(ValueError, match="another seed or budget"):
-        pretrain.pretrain(run)
+        order.pretrain(run)
 
 
 # Stands for the command: does a stage in no time, or fails, and notes when it was at work.
 STAGE = """
 import json, sys, time
 from pathlib import Path
-from idea_jax.files import atomic_write
+from idea_jax.runtime.files import atomic_write
 from filelock import FileLock
 folder, name = Path(sys.argv[1]), sys.argv[-1]
 begun = time.time()
@@ -583,15 +602,15 @@ def stages(run, monkeypatch, tmp_path):
     script.write_text(STAGE)
 
     def go(needs, jobs, only=()):
-        monkeypatch.setattr(pretrain, "STAGES", dict.fromkeys(needs))
-        monkeypatch.setattr(pretrain, "NEEDS", needs)
+        monkeypatch.setattr(all_stages, "STAGES", dict.fromkeys(needs))
+        monkeypatch.setattr(all_stages, "NEEDS", needs)
         run.folder.mkdir(exist_ok=True)
         about = {"seed": run.seed, "budget": dataclasses.asdict(run.budget), "stages": {}}
-        if not (run.folder / pretrain.RECORD).is_file():
-            pretrain.write_json(run.folder / pretrain.RECORD, about)
+        if not (run.folder / RECORD).is_file():
+            write_record(run.folder, about)
         command = [sys.executable, str(script), str(run.folder)]
-        pretrain.pretrain_at_once(run, only, jobs, command)
-        return json.loads((run.folder / pretrain.RECORD).read_text())["stages"]
+        order.pretrain_at_once(run, only, jobs, command)
+        return json.loads((run.folder / RECORD).read_text())["stages"]
 
     return go
 
@@ -609,15 +628,15 @@ def test_a_stage_that_fails_stops_the_others_and_says_why(stages, run):
     with pytest.raises(ChildProcessError, match="stage bad failed.* 3:\nTraceback: it went wrong"):
         stages({"good": [], "bad": ["good"], "long": ["good"], "after": ["long"]}, 3)
     assert time.monotonic() - started < 20
-    assert list(json.loads((run.folder / pretrain.RECORD).read_text())["stages"]) == ["good"]
+    assert list(json.loads((run.folder / RECORD).read_text())["stages"]) == ["good"]
     with pytest.raises(ValueError, match="stage after needs long, which is not done yet"):
         stages({"good": [], "bad": ["good"], "long": ["good"], "after": ["long"]}, 3, ["after"])
 
 
 def test_every_stage_comes_after_those_that_it_needs():
-    names = list(pretrain.STAGES)
-    assert set(pretrain.NEEDS) == set(names) - {"prepare"}
-    for name, needs in pretrain.NEEDS.items():
+    names = list(all_stages.STAGES)
+    assert set(all_stages.NEEDS) == set(names) - {"prepare"}
+    for name, needs in all_stages.NEEDS.items():
         assert all(names.index(needed) < names.index(name) for needed in needs)
 
 
@@ -641,12 +660,12 @@ def test_captions_do_not_depend_on_who_makes_them(run, tokenizer, monkeypatch):
     set_ = drawings.Drawings(np.zeros((8, 1), np.uint8), names, scenes)
     budget = dataclasses.replace(run.budget, captions=2)
     run = dataclasses.replace(run, budget=budget)
-    alone = pretrain.caption_ids(run, set_, tokenizer)
-    monkeypatch.setattr(pretrain, "CAPTIONED", 3)
-    monkeypatch.setattr(pretrain.os, "cpu_count", lambda: 2)
-    shared = pretrain.caption_ids(run, set_, tokenizer)
+    alone = caption_ids(run, set_, tokenizer)
+    monkeypatch.setattr(captioning, "CAPTIONED", 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    shared = caption_ids(run, set_, tokenizer)
     for ids, same in zip(alone, shared, strict=True):
-        assert ids.shape == (8, 2, pretrain.TEXT_LENGTH) and ids.dtype == np.int16
+        assert ids.shape == (8, 2, TEXT_LENGTH) and ids.dtype == np.int16
         np.testing.assert_array_equal(ids, same)
     seed = [run.seed, 7, 1, *b"captions"]
     np.testing.assert_array_equal(
@@ -752,10 +771,10 @@ def test_photo_without_a_face_stops_the_lab_before_the_first_training(monkeypatc
     folder = hub.resolve(hub.MINI).folder
     drawn = np.asarray(Image.open(lab.__file__.replace("lab.py", "photo.png")).convert("RGB"))
     photos = (drawn, np.full_like(drawn, 90))
-    met = [lab.Person(photo[None], None, None) for photo in photos]
+    met = [lab.Acquaintance(photo[None], None, None) for photo in photos]
     monkeypatch.setattr(lab, "meet", lambda *_, **__: met)
     monkeypatch.setattr(lab.quality, "load", lambda _: quality.Mini(None, None, None, folder))
-    monkeypatch.setattr(lab, "Learner", None)  # must not be called
+    monkeypatch.setattr(lab, "Lab", None)  # must not be called
     monkeypatch.setattr(lab, "judge_pictures", None)
     assert lab.main(["--people", "2", "--profiles", "cross_init", "paper"]) == 1
     message = capsys.readouterr().err
@@ -786,26 +805,24 @@ def share_of_listed(run, ids):
 def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path, monkeypatch):
     """`pretrain` from nothing: each loss falls, the folder is whole, and done stages stay done."""
     batches = {}
-    fit = pretrain.fit
+    fit = fitting.fit
 
     def noted(run, name, params, loss, batch, *args, **kwargs):
         batches[name] = batch
         return fit(run, name, params, loss, batch, *args, **kwargs)
 
-    monkeypatch.setattr(pretrain, "fit", noted)
-    run = pretrain.Run(
-        tmp_path / "tiny", tmp_path / "work", pretrain.BUDGETS["tiny"], 0, quiet=True
-    )
+    monkeypatch.setattr(fitting, "fit", noted)
+    run = Run(tmp_path / "tiny", tmp_path / "work", BUDGETS["tiny"], 0, quiet=True)
     vae, vae_before = run.folder / VAE, tmp_path / "before.safetensors"
 
     def decoder(run):
         shutil.copy(vae, vae_before)
-        return pretrain.train_decoder(run)
+        return train_decoder(run)
 
-    monkeypatch.setitem(pretrain.STAGES, "decoder", decoder)
-    pretrain.pretrain(run)
-    record = json.loads((run.folder / pretrain.RECORD).read_text())
-    assert list(record["stages"]) == list(pretrain.STAGES)
+    monkeypatch.setitem(all_stages.STAGES, "decoder", decoder)
+    order.pretrain(run)
+    record = json.loads((run.folder / RECORD).read_text())
+    assert list(record["stages"]) == list(all_stages.STAGES)
     losses = {
         f"{name} {what}": values
         for name, stage in record["stages"].items()
@@ -827,8 +844,10 @@ def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path, monkeypatch
         shares[name] = share_of_listed(run, np.concatenate(seen))
     assert shares["clip"] == shares["unet"] == 0
     assert all(0.35 < shares[name] < 0.6 for name in ("unet_names", "unet_again"))
-    monkeypatch.setattr(pretrain, "STAGES", dict.fromkeys(pretrain.STAGES))  # none can be called
-    pretrain.pretrain(run)
+    monkeypatch.setattr(
+        all_stages, "STAGES", dict.fromkeys(all_stages.STAGES)
+    )  # none can be called
+    order.pretrain(run)
     # Its shared enhancer fits it, and its recogniser.
     made = enhancer.read(run.folder / enhancer.FILE)
     recogniser = file_digest(run.folder / "face" / "recogniser.onnx")

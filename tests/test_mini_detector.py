@@ -7,7 +7,9 @@ import pytest
 from insightface.utils import face_align
 from PIL import Image
 
-from idea_jax import faces
+from idea_jax.faces import finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import alignment
 from idea_jax.mini import composites, detector, drawings, people, quality
 
 TEMPLATE = np.array(face_align.arcface_dst)
@@ -54,7 +56,7 @@ def test_crop_square_is_that_of_insightfaces_alignment():
         got_centre, got_side = composites.crop_square(points)
         np.testing.assert_allclose(got_centre, centre, atol=1e-4)
         assert got_side == pytest.approx(side, rel=1e-5)
-        matrix = faces.alignment(points)
+        matrix = alignment(points)
         corners = np.array([[0, 0], [111, 0], [111, 111], [0, 111]]) - matrix[:, 2]
         corners = corners @ np.linalg.inv(matrix[:, :2]).T
         np.testing.assert_allclose(corners.mean(0), got_centre, atol=1e-3)
@@ -182,13 +184,13 @@ def test_loss_leaves_what_is_cut_alone_and_nothing_else():
 
 def test_insightface_reads_off_what_the_network_says(tmp_path, monkeypatch):
     """A network without kernels at its end says one thing everywhere: its biases."""
-    net = detector.Detector((4, 8, 8, 8), blocks=1)
+    net = detector.DetectorNet((4, 8, 8, 8), blocks=1)
     params = net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape), params)
     params["score_16"]["bias"] = jnp.array([0.0, 3.0])
     detector.write_onnx(tmp_path / "detector.onnx", net, params)
-    loaded = faces.load_detector(tmp_path / "detector.onnx")
+    loaded = face_models.load_detector(tmp_path / "detector.onnx")
     size = composites.SIZE
     assert loaded.model.static_input_size == (size, size)
     image = Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8))
@@ -209,7 +211,7 @@ def test_insightface_reads_off_what_the_network_says(tmp_path, monkeypatch):
             zip(corners[sure > 0.5], points[sure > 0.5], sure[sure > 0.5], strict=True)
         )
     best = max(expected, key=lambda face: face[2])
-    got = max(faces.detect(loaded, image), key=lambda face: face.score)
+    got = max(finding.detect(loaded, image), key=lambda face: face.score)
     assert got.score == pytest.approx(best[2], abs=1e-3)
     np.testing.assert_allclose(got.box, best[0], atol=0.1)
     np.testing.assert_allclose(got.points, best[1], atol=0.1)
@@ -225,8 +227,8 @@ def test_findings_are_counted_and_measured(monkeypatch):
         placed(0, 40, np.array([30.0, 200.0])),
         there[2] + 1,
     ]
-    answers = [faces.Face(np.zeros(4), points, 0.9) for points in found]
-    monkeypatch.setattr(quality.faces, "detect", lambda *_, **__: answers)
+    answers = [finding.Face(np.zeros(4), points, 0.9) for points in found]
+    monkeypatch.setattr(finding, "detect", lambda *_, **__: answers)
     done = quality.detect(None, [picture])
     assert (done.faces, done.right, done.wrong) == (2, 1, 1)
     off = np.linalg.norm(found[0] - there[0], axis=1).mean()

@@ -17,11 +17,18 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-from idea_jax import demo, faces, portraits, train
+from idea_jax import demo
 from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
-from idea_jax.mini import captions, drawings, lab, looks, people, pretrain, quality, traits, world
+from idea_jax.faces import embedding, finding, portraits
+from idea_jax.faces.crops import align, training_square
+from idea_jax.mini import captions, drawings, lab, looks, people, quality, traits, world
+from idea_jax.mini.pretrain import stages as all_stages
+from idea_jax.mini.pretrain.budget import BUDGETS
+from idea_jax.mini.pretrain.run import RECORD, SUMS
 from idea_jax.models import hub
+from idea_jax.training import learner as learners
+from idea_jax.training.start import known_names
 
 QUALITY = Path(__file__).resolve().parent.parent / "docs" / "mini_quality.json"
 
@@ -33,14 +40,14 @@ def mini():
 
 def test_files_are_those_that_were_trained():
     folder = hub.resolve("mini").folder
-    lines = (folder / pretrain.SUMS).read_text().splitlines()
+    lines = (folder / SUMS).read_text().splitlines()
     sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
-    assert files.keys() - sums.keys() == {pretrain.RECORD, pretrain.SUMS}
+    assert files.keys() - sums.keys() == {RECORD, SUMS}
     for name, digest in sums.items():
         assert hashlib.sha256(files[name].read_bytes()).hexdigest() == digest, name
     assert sum(path.stat().st_size for path in files.values()) <= 25_000_000
-    assert train.known_names(folder) == people.named_people()
+    assert known_names(folder) == people.named_people()
 
 
 def test_quality_on_a_small_sample(mini):
@@ -75,7 +82,7 @@ def test_documentation_has_the_numbers_that_were_measured():
 
 def test_a_short_personalisation_beats_its_start(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
-    learner = lab.Learner(mini, lab.read_config("paper_alone", {"max_train_steps": 50}))
+    learner = lab.Lab(mini, lab.read_config("paper_alone", {"max_train_steps": 50}))
     scoring = mini.scoring()
     prompts = captions.PROMPTS
     gains = []
@@ -123,7 +130,7 @@ def test_two_people_are_told_apart_by_the_faces_that_are_found(mini):
 
 
 def test_detector_finds_faces_of_any_size_turned_and_aside(mini):
-    """Pictures of another size than the detector's own, and what faces.py makes of them."""
+    """Pictures of another size than the detector's own, and what faces/finding.py makes of them."""
     who = people.unnamed("validation", 6)
     scenes = drawings.random_scenes(jax.random.key(1), (6,))
     scenes = scenes._replace(style=np.zeros(6, np.int32), light=np.zeros(6, np.int32))
@@ -148,7 +155,7 @@ def test_detector_finds_faces_of_any_size_turned_and_aside(mini):
             continue
         assert off < 0.2 * across, number
         # Heads are tilted a little themselves, so the angle is that between the points.
-        turned, true = (faces.training_square(p, (384, 384))[2] for p in (seen.points, there))
+        turned, true = (training_square(p, (384, 384))[2] for p in (seen.points, there))
         assert abs(np.degrees(turned - true)) < 12, number
 
 
@@ -163,7 +170,7 @@ def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
     assert same > 0.75 and same > other + 0.15
     # Small, aside and turned: the person is found there, and upright in what is learned from.
     points = mini.finder().look_at(Image.fromarray(pixels), "the photo").points
-    (x, y), side, angle = faces.training_square(points, pixels.shape[1::-1])  # without margin
+    (x, y), side, angle = training_square(points, pixels.shape[1::-1])  # without margin
     assert side < 110 and np.hypot(x - 128, y - 128) > 30 and 15 < np.degrees(angle) < 33
 
 
@@ -173,12 +180,12 @@ def test_second_look_recognises_the_person_of_the_demo(mini):
     set_ = drawings.portraits(people.unnamed("test", demo.PERSON + 1), 8, jax.random.key(0))
     rows = np.flatnonzero(set_.who == demo.PERSON)
     pictures = [Image.fromarray(set_.images[row]) for row in rows]
-    crops = [faces.align(p, set_.points[row]) for p, row in zip(pictures, rows, strict=True)]
-    true = faces.mean_embedding(faces.embed_faces(finder.recogniser, crops))
+    crops = [align(p, set_.points[row]) for p, row in zip(pictures, rows, strict=True)]
+    true = embedding.mean_embedding(embedding.embed_faces(finder.recogniser, crops))
     with Image.open(demo.PHOTO) as photo:
         photo = photo.convert("RGB")
-    (once,) = faces.find_faces(finder.detector, photo, "the photo")
-    first = faces.embed_faces(finder.recogniser, [faces.align(photo, once.points)])[0] @ true
+    (once,) = finding.find_faces(finder.detector, photo, "the photo")
+    first = embedding.embed_faces(finder.recogniser, [align(photo, once.points)])[0] @ true
     second = finder.look_at(photo, "the photo").embed @ true
     assert first < 0.88 and second > 0.95
 
@@ -218,10 +225,10 @@ def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):
 
 def test_record_says_how_it_was_made(mini):
     """All of it by the command as it stands: its stages, with its sizes and steps."""
-    record = json.loads((mini.folder / pretrain.RECORD).read_text())
+    record = json.loads((mini.folder / RECORD).read_text())
     assert record.keys() == {"seed", "budget", "stages"}
-    assert record["budget"] == json.loads(json.dumps(dataclasses.asdict(pretrain.BUDGETS["full"])))
-    assert list(record["stages"]) == list(pretrain.STAGES)
+    assert record["budget"] == json.loads(json.dumps(dataclasses.asdict(BUDGETS["full"])))
+    assert list(record["stages"]) == list(all_stages.STAGES)
     for name, stage in record["stages"].items():
         for what, losses in stage.items():
             if what.startswith("losses"):
@@ -265,14 +272,14 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch, caps
     short = tmp_path / "short.yaml"
     short.write_text(demo.CONFIG.read_text().replace("max_train_steps: ", "max_train_steps: 10 # "))
     monkeypatch.setattr(demo, "CONFIG", short)
-    trained_on, training_pixels = [], train.training_pixels
+    trained_on, training_pixels = [], learners.training_pixels
 
     def recorded(*args):
         for name, pixels in training_pixels(*args):
             trained_on.append(to_uint8(pixels))
             yield name, pixels
 
-    monkeypatch.setattr(train, "training_pixels", recorded)
+    monkeypatch.setattr(learners, "training_pixels", recorded)
     assert demo.main([str(tmp_path / "demo")]) == 0
     page = (tmp_path / "demo" / "index.html").read_text()
     assert not re.findall(r"https?://|src=(?!\"data:)|href", page)

@@ -260,7 +260,7 @@ def test_kinds_occur_with_their_shares_and_traits_evenly():
 def test_first_and_last_name_share_the_traits(people):
     code = np.random.default_rng(0).uniform(size=(2, traits.CODE_SIZE)).astype(np.float32)
     person = traits.identity_from_code(code)
-    for row, fields in enumerate(np.split(np.array(traits.Identity._fields), 2)):
+    for row, fields in enumerate(np.split(np.array(traits.Traits._fields), 2)):
         other = code.copy()
         other[row] = 1 - other[row]
         relative = traits.identity_from_code(other)

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from idea_jax.models import hub, sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
-from idea_jax.models.layers import GroupNorm, UnsupportedConfig, attention, timestep_embedding
+from idea_jax.models.config_reader import UnsupportedConfig
+from idea_jax.models.layers import GroupNorm, attention, timestep_embedding
 from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import VAEConfig
 from idea_jax.pytrees import cast

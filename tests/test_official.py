@@ -17,7 +17,7 @@ from torch import nn
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.train_step import Photos, draw_batch, init_state, make_optimizer, train_step
+from idea_jax.training.step import Photos, draw_batch, init_state, make_optimizer, train_step
 
 STEPS, BATCH, LR, REG_WEIGHT = 5, 4, 1.5e-3 * 8, 8e-4
 D = 32  # text width of the small sd2 models
@@ -137,9 +137,9 @@ def test_official_profile_reproduces_the_published_steps(tmp_path, spread):
     start = rng.normal(size=(1, D)) + spread * 4 * rng.normal(size=(2, D))
     start = jnp.asarray(start, jnp.float32)
     face = rng.normal(size=512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
     assert (float(given["metric"]["ridge"]) == 0) == (spread == 1.0)
-    trainable = condition.init_trainable(method, model, key, start)
+    trainable = condition.init_trainable(model, method, key, start)
     pictures = rng.uniform(-1, 1, size=(2, 32, 32, 3)).astype(np.float32)
     pairs = np.stack([pictures, pictures[:, :, ::-1]], axis=1).reshape(4, 32, 32, 3)
     mean, logvar = sd.encode_image(model, frozen, pairs)

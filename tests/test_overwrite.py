@@ -7,8 +7,9 @@ from PIL import Image
 from skimage import data as pictures
 
 import train_jax
-from idea_jax import checkpoint
-from idea_jax.config import TrainConfig, parse
+from idea_jax.config.reading import parse
+from idea_jax.config.settings import TrainConfig
+from idea_jax.formats.identity import read_identity
 
 FLAGS = "--max_train_steps 2 --train_batch_size 1 --profile cross_init --save_steps 1".split()
 
@@ -62,7 +63,7 @@ def test_a_second_person_is_refused_and_the_first_stays(run, photos, tmp_path):
     assert contents(out) == before
     # The same person may be trained again.
     assert run("anna", "<anna>", "--seed", "1")[0] == 0
-    assert checkpoint.read_identity(out / "identity.safetensors").seed == 1
+    assert read_identity(out / "identity.safetensors").seed == 1
 
 
 def test_overwrite_leaves_nothing_of_the_first_beside_the_second(run, tmp_path):
@@ -84,7 +85,7 @@ def test_overwrite_leaves_nothing_of_the_first_beside_the_second(run, tmp_path):
         *(path.name for path in (out / "logs").iterdir()),
     }
     assert len(list((out / "logs").iterdir())) == 1
-    assert checkpoint.read_identity(out / "identity.safetensors").placeholder == "<bert>"
+    assert read_identity(out / "identity.safetensors").placeholder == "<bert>"
     # The settings that were kept do not replace anybody when they are used again.
     assert "overwrite: false" in (out / "config.yaml").read_text()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idea_jax.data import images, people
+from idea_jax.data import folders, images, people
 
 # Identity_No of the pictures 000001.jpg, 000002.jpg, ..., and the split that each is in.
 IDENTITIES = (2880, 7, 7, 91, 2880, 7, 2880, 2880)
@@ -188,8 +188,8 @@ def test_each_folder_is_a_person_and_copies_count_once(root, caplog):
     }
     assert [p.name for p in images.without_copies(found["anna"])] == ["a.png", "b.jpg"]
     assert "skipped z.png: a copy of a.png" in caplog.text
-    assert images.has_only_folders(root) and not images.has_only_folders(root / "anna")
-    paths, skipped = images.list_tree(root)
+    assert folders.has_only_folders(root) and not folders.has_only_folders(root / "anna")
+    paths, skipped = folders.list_tree(root)
     assert [path.name for path in paths] == ["x.webp", "a.png", "b.jpg", "z.png", "a.png"]
     assert {path.name for path, _ in skipped} == {".hidden", "notes.txt", "empty", "list.txt"}
 
@@ -244,7 +244,7 @@ def test_a_folder_that_cannot_be_read(root, monkeypatch):
     else:
         (root / "anna").chmod(0)
     found = people.from_folders(root)
-    _, skipped = images.list_tree(root)
+    _, skipped = folders.list_tree(root)
     (root / "anna").chmod(0o755)
     reason = f"the folder of pictures {root / 'anna'} cannot be read: Permission denied"
     with pytest.raises(images.ImageError, match=reason):

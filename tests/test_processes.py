@@ -10,13 +10,13 @@ import time
 import chaos
 import pytest
 
-from idea_jax import devices
+from idea_jax.runtime import devices
 
 # What a process does once it has joined the others; `pause` is short, `work` is longer.
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from idea_jax import devices
+from idea_jax.runtime import devices
 
 def pause(): time.sleep(0.2)
 

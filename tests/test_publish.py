@@ -6,7 +6,9 @@ import huggingface_hub
 import pytest
 import yaml
 
-from idea_jax import config, publish, results
+from idea_jax.config import reading
+from idea_jax.config.settings import ConfigError, TrainConfig
+from idea_jax.training import publish, results
 
 
 class Hub:
@@ -74,20 +76,20 @@ def test_failed_upload_says_what_is_left_to_do(tmp_path, hub, monkeypatch):
 
 def settings(*flags):
     needed = ("--pretrained_model_name_or_path", "m", "--train_data_dir", "d")
-    return config.parse(config.TrainConfig, [*needed, *flags])
+    return reading.parse(TrainConfig, [*needed, *flags])
 
 
 def test_nobody_is_published_who_did_not_agree():
-    with pytest.raises(config.ConfigError, match="publish_consent"):
+    with pytest.raises(ConfigError, match="publish_consent"):
         settings("--push_to_hub")
     for flag in (("--publish_consent",), ("--hub_model_id", "a"), ("--hub_token", "t")):
-        with pytest.raises(config.ConfigError, match="without --push_to_hub"):
+        with pytest.raises(ConfigError, match="without --push_to_hub"):
             settings(*flag)
 
 
 def test_no_file_keeps_the_token_or_publishes_again(tmp_path):
     cfg = settings("--push_to_hub", "--publish_consent", "--hub_token", "secret")
-    assert "secret" not in config.to_yaml(cfg)
+    assert "secret" not in reading.to_yaml(cfg)
     base = SimpleNamespace(name="m", revision=None, tokenizer=None)
     kept = results.Results(cfg, None, base, tmp_path, [], lambda word: False)
     kept.save_run(0, 0.0, SimpleNamespace(held_out=[]), "0" * 64, tmp_path)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from idea_jax import random_sd
-from idea_jax.data.text import TEMPLATES, Placeholder, fill, load_tokenizer, shipped_names
+from idea_jax.data.text import TEMPLATES, Placeholder, fill, shipped_names
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.models import hub, sd
 
 

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from idea_jax import checkpoint, learned_embeds, results
-from idea_jax.data.text import load_tokenizer
+from idea_jax.data.tokenizer import load_tokenizer
+from idea_jax.formats import learned_embeds
+from idea_jax.formats.identity import Identity, write_identity
 from idea_jax.method import condition
 from idea_jax.random_sd import write_tokenizer
-from idea_jax.results import Occupant
+from idea_jax.training import results
+from idea_jax.training.results import Occupant
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ ANNA = Occupant("<anna>", "digest", "photos/anna")
 
 
 def write_person(path, placeholder):
-    identity = checkpoint.Identity(
+    identity = Identity(
         method=condition.make_method("cross_init"),
         trainable={"pseudo_tokens": ROWS},
         given={"anchor": ROWS},
@@ -59,7 +61,7 @@ def write_person(path, placeholder):
         seed=0,
         steps=1,
     )
-    checkpoint.write_identity(path, identity)
+    write_identity(path, identity)
 
 
 @pytest.mark.parametrize(

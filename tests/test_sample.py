@@ -16,17 +16,33 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import sample_jax
-from idea_jax import checkpoint, config, files, learned_embeds, sample
+from idea_jax.config import reading
+from idea_jax.config.settings import ConfigError, SampleConfig
 from idea_jax.data import images, text
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
+from idea_jax.formats import learned_embeds
+from idea_jax.formats.identity import Identity, write_identity
 from idea_jax.method import condition
 from idea_jax.models import sd
+from idea_jax.runtime import files
+from idea_jax.sampling import plan as sitters_of
+from idea_jax.sampling import programs
+from idea_jax.sampling.plan import (
+    Sitter,
+    padded,
+    plan,
+    read_prompts,
+    read_sitters,
+    read_tokens,
+    weighted_tokens,
+)
 
 
 @pytest.fixture(scope="module")
 def loaded(random_checkpoint):
     model, frozen = sd.load(random_checkpoint)
-    tokenizer = text.load_tokenizer(random_checkpoint / "tokenizer", model.text.vocab_size, 77)
+    tokenizer = load_tokenizer(random_checkpoint / "tokenizer", model.text.vocab_size, 77)
     return model, frozen, tokenizer.with_placeholder("<person>", 2)
 
 
@@ -38,11 +54,11 @@ def identity(loaded):
     rng = np.random.default_rng(0)
     start = rng.normal(size=(2, 32)).astype(np.float32)
     key = jax.random.key(0)
-    trainable = condition.init_trainable(method, model, key, start)
+    trainable = condition.init_trainable(model, method, key, start)
     trainable = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), trainable)
     face = rng.normal(size=512)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    return checkpoint.Identity(
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    return Identity(
         method=method,
         trainable=jax.tree.map(np.float32, trainable),
         given=given,
@@ -57,8 +73,8 @@ def identity(loaded):
 def keys_values(loaded, identity, prompt="a photo of {}", negative="", strength=1.0):
     model, frozen, tokenizer = loaded
     ids = tokenizer([text.fill(prompt, tokenizer.placeholders[0]), negative])
-    return sample.prompt_keys_values(
-        identity.method, model, frozen, identity.trainable, identity.given, *ids,
+    return programs.prompt_keys_values(
+        model, identity.method, frozen, identity.trainable, identity.given, *ids,
         jnp.float32(strength),
     )  # fmt: skip
 
@@ -73,11 +89,14 @@ def draw(
     eta=0.0,
     interval=None,
 ):
-    drawn = sample.draw(
-        loaded[0], loaded[1], kv, jnp.uint32(7), jnp.asarray(indices, jnp.int32),
-        jnp.float32(guidance_scale), size=(32, 32), scheduler=scheduler, steps=4,
-        is_guided=is_guided, eta=eta, interval=interval,
-    )  # fmt: skip
+    drawn = programs.draw(
+        *loaded[:2],
+        kv,
+        jnp.uint32(7),
+        jnp.asarray(indices, jnp.int32),
+        jnp.float32(guidance_scale) if is_guided else None,
+        programs.Sampling((32, 32), scheduler, 4, eta, interval),
+    )
     return np.asarray(drawn)
 
 
@@ -118,10 +137,10 @@ def test_each_step_has_the_row_of_its_own_timestep(loaded, identity, scheduler, 
 def test_many_pictures_are_decoded_in_parts(loaded, monkeypatch):
     model, frozen, _ = loaded
     latents = jax.random.normal(jax.random.key(3), (5, 4, 4, 4))
-    monkeypatch.setattr(sample, "DECODED", 2)
+    monkeypatch.setattr(programs, "DECODED", 2)
     whole, parts = (
         jax.jit(functools.partial(function, model)).trace(frozen, latents)
-        for function in (sd.decode, sample.decode)
+        for function in (sd.decode, programs.decode)
     )
     assert "f32[5,8,8," in str(whole.jaxpr) and "f32[5,8,8," not in str(parts.jaxpr)
     expected, drawn = (traced.lower().compile()(frozen, latents) for traced in (whole, parts))
@@ -132,22 +151,24 @@ def test_devices_draw_while_pictures_are_taken_away_and_prompts_are_read_once(lo
     """Two prompts, four pictures each, in calls of two on one device."""
     happened = []
 
-    def pretend(mesh, model, frozen, kv, seed, indices, guidance_scale, **settings):
+    def pretend(mesh, model, frozen, kv, seed, indices, guidance_scale, sampling):
         happened.append("call")
-        assert settings == {"size": (2, 2), "is_guided": True}
+        assert (guidance_scale, sampling.size) == (3.0, (2, 2))
         prompt = np.asarray(kv)[:, 0, 0, 0]
         level = (10 * prompt[:, None] + np.asarray(indices)) / 127.5 - 1
         return np.broadcast_to(level[..., None, None, None], (*indices.shape, 2, 2, 3))
 
-    def keys_values(frozen, number):
+    def keys_values(number, frozen):
         happened.append(f"text {number}")
         return jnp.full((2, 1, 1), number, jnp.float32)
 
-    monkeypatch.setattr(sample, "draw_everywhere", pretend)
+    monkeypatch.setattr(programs, "draw_everywhere", pretend)
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    settings = {"seed": 0, "count": 4, "batch_size": 2, "guidance_scale": 3.0, "size": (2, 2)}
+    settings = {"seed": 0, "count": 4, "batch_size": 2, "guidance_scale": 3.0}
+    prompts = [functools.partial(keys_values, number) for number in range(2)]
+    sampling = programs.Sampling((2, 2), "ddim", 4)
     drawn = []
-    for pictures in sample.draw_all(loaded[0], {}, keys_values, 2, **settings):
+    for pictures in programs.draw_all(loaded[0], {}, prompts, sampling, **settings):
         happened.append("taken")
         drawn.append(pictures[:, 0, 0, 0].tolist())
     assert drawn == [[0, 1, 2, 3], [10, 11, 12, 13]]
@@ -223,7 +244,7 @@ def test_command_writes_pictures_grid_and_what_made_them(
     random_checkpoint, identity, tmp_path, capsys
 ):
     file = tmp_path / "identity.safetensors"
-    checkpoint.write_identity(file, identity)
+    write_identity(file, identity)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\ufeff\na photo of {}\n\na painting of {}\na photo of {}\n", "utf-8")
     save_dir = tmp_path / "pictures"
@@ -252,7 +273,7 @@ def test_command_writes_pictures_grid_and_what_made_them(
 
 def test_other_settings_get_a_folder_of_their_own(random_checkpoint, identity, tmp_path):
     file = tmp_path / "identity.safetensors"
-    checkpoint.write_identity(file, identity)
+    write_identity(file, identity)
     save_dir = tmp_path / "pictures"
     base = (random_checkpoint, file, save_dir, "--prompt", "{}", "--guidance_scale", 2)
     for seed, count in ((0, 1), (0, 1), (1, 2), (0, 2)):
@@ -272,7 +293,7 @@ def test_legacy_embeddings_draw_as_the_same_tokens(random_checkpoint, identity, 
     base = (random_checkpoint, None, tmp_path / "webui", "--prompt", "a photo of {}")
     assert run(*base, "--learned_embedding_path", webui) == 0
     file = tmp_path / "identity.safetensors"
-    checkpoint.write_identity(file, identity)
+    write_identity(file, identity)
     base = (random_checkpoint, file, tmp_path / "all", "--prompt", "a photo of {}")
     assert run(*base, "--id_strength", 0) == 0
     (silenced,) = (tmp_path / "all").iterdir()
@@ -288,7 +309,7 @@ def test_guidance_where_no_step_lies_is_refused(
 ):
     """It would be none at all, and the negative prompt would not be heard."""
     file = tmp_path / "identity.safetensors"
-    checkpoint.write_identity(file, identity)
+    write_identity(file, identity)
     one = ["--prompt", "{}", "--negative_prompt", "blurry", "--num_inference_steps", "1", *flags]
     assert run(random_checkpoint, file, tmp_path / "out", *one) == 1
     assert "no step of --num_inference_steps 1 lies within" in capsys.readouterr().err
@@ -301,11 +322,11 @@ def test_weights_and_chunks_equal_the_rule_computed_by_hand(loaded, identity):
     method = condition.make_method("cross_init")
     trainable = {"pseudo_tokens": identity.trainable["pseudo_tokens"]}
     prompt = "(a photo:1.5) of {} " + "dog " * 90
-    named = sample.weighted_tokens(tokenizer, prompt, {"{}": tokenizer.placeholder.text})
+    named = weighted_tokens(tokenizer, prompt, {"{}": tokenizer.placeholder.text})
     empty = tokenizer.chunks([("", 1.0)])
-    negative = sample.padded(empty, empty, 2)
-    people = ((method,), model, frozen, (trainable,), ({},))
-    kv = sample.cast_keys_values(*people, named, negative, jnp.float32(1))
+    negative = padded(empty, empty, 2)
+    people = (model, (method,), frozen, (trainable,), ({},))
+    kv = programs.cast_keys_values(*people, named, negative, jnp.float32(1))
 
     tokens = tokenizer.ids(
         prompt.replace("(", "").replace(":1.5)", "").format("<person>_v0 <person>_v1")
@@ -329,7 +350,7 @@ def test_weights_and_chunks_equal_the_rule_computed_by_hand(loaded, identity):
 
 def config_of(**changes):
     given = {"pretrained_model_name_or_path": "m", "identity": ["i"], "prompt": ["{}"], **changes}
-    return config.build(config.SampleConfig, {}, given)
+    return reading.build(SampleConfig, {}, given)
 
 
 def test_one_of_several_tokens_is_chosen_by_its_name(tmp_path):
@@ -338,29 +359,29 @@ def test_one_of_several_tokens_is_chosen_by_its_name(tmp_path):
     save_file({**tokens, "a": np.full((2, 32), 7, np.float32)}, path)
     for asked, value in (("<a>", 0), ("<b>", 1), ("B", 1), ("a", 7)):
         cfg = config_of(identity=None, learned_embedding_path=str(path), token=asked)
-        identity, _ = sample.read_tokens(cfg)
+        identity, _ = read_tokens(cfg)
         assert (identity.trainable["pseudo_tokens"] == value).all()
-    with pytest.raises(config.ConfigError, match="--token chooses from --learned_embedding_path"):
+    with pytest.raises(ConfigError, match="--token chooses from --learned_embedding_path"):
         config_of(token="<a>")
 
 
 def test_a_folder_stands_for_the_identity_in_it(identity, tmp_path):
     (tmp_path / "anna").mkdir()
-    checkpoint.write_identity(tmp_path / "anna" / "identity.safetensors", identity)
+    write_identity(tmp_path / "anna" / "identity.safetensors", identity)
     file = tmp_path / "anna" / "identity.safetensors"
     for given, name in (
         (tmp_path / "anna", "anna"),
         (file, "anna"),
         (f"eve={tmp_path / 'anna'}", "eve"),
     ):
-        (sitter,) = sample.read_sitters(config_of(identity=[str(given)]))
+        (sitter,) = read_sitters(config_of(identity=[str(given)]))
         assert (sitter.name, sitter.source) == (name, file)
 
 
 def test_comments_and_blank_lines_of_a_prompt_file_are_no_prompts(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# of the sea\n\n{} on the beach\n   # {} alone\n a #1 photo of {} \n", "utf-8")
-    found = sample.read_prompts(config_of(prompt=None, prompt_file=str(path)))
+    found = read_prompts(config_of(prompt=None, prompt_file=str(path)))
     assert found == ["{} on the beach", "a #1 photo of {}"]
 
 
@@ -369,11 +390,11 @@ def test_the_person_in_the_negative_prompt_is_refused_however_named(
     loaded, identity, random_checkpoint, negative
 ):
     model, _, _ = loaded
-    plain = text.load_tokenizer(random_checkpoint / "tokenizer", model.text.vocab_size, 77)
-    sitters = [sample.Sitter("anna", identity, Path("identity.safetensors"))]
-    with pytest.raises(config.ConfigError, match="leave <person> out of it"):
-        sample.plan(config_of(negative_prompt=negative), ["{}"], sitters, plain)
-    _, tokens = sample.plan(config_of(negative_prompt="a person"), ["{}"], sitters, plain)
+    plain = load_tokenizer(random_checkpoint / "tokenizer", model.text.vocab_size, 77)
+    sitters = [Sitter("anna", identity, Path("identity.safetensors"))]
+    with pytest.raises(ConfigError, match="leave <person> out of it"):
+        plan(config_of(negative_prompt=negative), ["{}"], sitters, plain)
+    _, tokens = plan(config_of(negative_prompt="a person"), ["{}"], sitters, plain)
     assert (tokens.ids < model.text.vocab_size).all()
 
 
@@ -381,18 +402,18 @@ def test_negative_prompt_that_names_the_person_is_refused(
     random_checkpoint, identity, tmp_path, capsys
 ):
     file = tmp_path / "identity.safetensors"
-    checkpoint.write_identity(file, identity)
+    write_identity(file, identity)
     args = (random_checkpoint, file, tmp_path / "x", "--prompt", "{}")
     assert run(*args, "--negative_prompt", "<person>_v0 ugly") == 1
     assert "drawn by the plain model" in capsys.readouterr().err
 
 
 def test_person_may_be_called_anything_that_a_prompt_can_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample.checkpoint, "read_identity", str)
+    monkeypatch.setattr(sitters_of, "read_identity", str)
     file = tmp_path / "a=b" / "identity.safetensors"
     given = [str(file), f"jürgen={file}", f"anna smith={file}", f"x.1={file}"]
-    cfg = config.SampleConfig("tiny", identity=given, prompt=["{}"])
-    sitters = sample.read_sitters(cfg)
+    cfg = SampleConfig("tiny", identity=given, prompt=["{}"])
+    sitters = read_sitters(cfg)
     assert [sitter.name for sitter in sitters] == ["a=b", "jürgen", "anna smith", "x.1"]
     assert {sitter.source for sitter in sitters} == {file}
 
@@ -407,7 +428,7 @@ def test_several_people_alone_and_in_one_picture(random_checkpoint, identity, tm
         )
         (tmp_path / name).mkdir()
         files_of[name] = tmp_path / name / "identity.safetensors"
-        checkpoint.write_identity(files_of[name], changed)
+        write_identity(files_of[name], changed)
     save_dir = tmp_path / "pictures"
     both = [f"twin={files_of['anna']}", "--identity", files_of["anna"], files_of["bert"]]
     prompts = ["a photo of {}", "{anna} and {bert}", "{twin} and {anna}"]

@@ -15,16 +15,8 @@ from test_train_step import PAPER, optimizer_for, person
 from idea_jax import pytrees, random_sd
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.train_step import (
-    EVALUATION_SAMPLES,
-    Plateau,
-    draw_batch,
-    evaluate_people,
-    shard_axes,
-    shard_specs,
-    step_people,
-    training_loss,
-)
+from idea_jax.training.program import Program, check_plateaus, shard_axes, shard_specs, step_people
+from idea_jax.training.step import EVALUATION_SAMPLES, Plateau, draw_batch, training_loss
 
 PLACES, BATCH = 4, 2
 ALL = np.full(PLACES, 100, np.int32)
@@ -60,7 +52,7 @@ def everybody(loaded):
     return [person(loaded, PAPER, seed, pictures=3)[:2] for seed in range(6)]
 
 
-class Program:
+class Steps:
     """The step on a mesh: its compiled text, and a way to take steps with it."""
 
     def __init__(
@@ -71,11 +63,16 @@ class Program:
         self.mesh = Mesh(devices, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
         specs = shard_specs(frozen, data) if is_sharded else jax.tree.map(lambda _: P(), frozen)
         self.frozen = jax.tree.map(lambda leaf, spec: self.put(leaf, spec), frozen, specs)
-        self.about = (model, PAPER, OPTIMIZER, BATCH, self.mesh, is_sharded, room)
+        self.program = Program(model, PAPER, OPTIMIZER, BATCH, self.mesh, is_sharded, room)
         states, photos = self.stacked([everybody[0]] * places)
         self.lowered = step_people.lower(
-            *(*self.about, self.frozen, states, photos),
-            *(jax.random.key(0), ALL[:places], np.int32(1)),
+            self.program,
+            self.frozen,
+            states,
+            photos,
+            jax.random.key(0),
+            ALL[:places],
+            np.int32(1),
         )
 
     def put(self, tree, spec=PEOPLE):
@@ -92,8 +89,13 @@ class Program:
         states, photos = self.stacked(people)
         for count in calls:
             states, metrics = step_people(
-                *(*self.about, self.frozen, states, photos),
-                *(jax.random.key(0), self.put(last), np.int32(count)),
+                self.program,
+                self.frozen,
+                states,
+                photos,
+                jax.random.key(0),
+                self.put(last),
+                np.int32(count),
             )
         host = jax.device_get(states)
         lanes = [jax.tree.map(lambda x, i=i: x[i], host) for i in range(len(people))]
@@ -102,7 +104,7 @@ class Program:
 
 @pytest.fixture(scope="module")
 def alone(loaded, everybody):
-    return Program(loaded, everybody, 1, 1)
+    return Steps(loaded, everybody, 1, 1)
 
 
 def convolutions(text):
@@ -141,7 +143,7 @@ def assert_equal(a, b):
 
 def test_each_convolution_stays_one_over_the_samples_of_all_people(loaded, everybody, alone):
     many = convolutions(alone.text())
-    one = Program(loaded, everybody, 1, 1, places=1)
+    one = Steps(loaded, everybody, 1, 1, places=1)
     expected = one.lowered.as_text().count("stablehlo.convolution")
     assert len(many) == expected > 10
     assert set(many) == {(PLACES * BATCH, False)}
@@ -169,7 +171,7 @@ def test_result_depends_on_nobody_else_and_not_on_the_place(everybody, alone):
 
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_people_need_no_collective_and_samples_one_all_reduce(loaded, everybody, alone, is_sharded):
-    spread = Program(loaded, everybody, 2, 2, is_sharded=is_sharded)
+    spread = Steps(loaded, everybody, 2, 2, is_sharded=is_sharded)
     text = spread.text()
     # Devices 0, 1 hold the samples of some people, 2, 3 those of the others.
     ((shapes, reduce),) = re.findall(r"= (.*?) all-reduce(?:-start)?\((.*)", text)
@@ -205,7 +207,7 @@ def test_people_need_no_collective_and_samples_one_all_reduce(loaded, everybody,
 
 def test_several_steps_in_one_call_are_those_of_single_calls(loaded, everybody, alone):
     """Also somebody who ends in the middle of a call, and somebody whose numbers are none."""
-    several = Program(loaded, everybody, 2, 1, room=3)
+    several = Steps(loaded, everybody, 2, 1, room=3)
     zero, one, two, three, _, _ = everybody
     broken = two[0]._replace(trainable=jax.tree.map(lambda x: x * np.nan, two[0].trainable)), two[1]
     people, last = [zero, one, broken, three], np.array([100, 2, 100, 100], np.int32)
@@ -228,7 +230,7 @@ def test_evaluation_is_the_loss_on_samples_that_never_change(loaded, everybody, 
     drawn = draw_batch(model, photos, stream(key, "evaluation"), 0, EVALUATION_SAMPLES)
     steps = np.arange(1, 2 * EVALUATION_SAMPLES, 2) * 1000 // (2 * EVALUATION_SAMPLES)
     drawn = drawn._replace(timesteps=jnp.asarray(steps, jnp.int32))
-    _, (loss, _) = training_loss(model, PAPER, state.trainable, frozen, state.given, drawn)
+    _, (loss, _) = training_loss(model, PAPER, frozen, state.trainable, state.given, drawn)
 
     def with_plateau(best, since):
         return state._replace(plateau=Plateau(np.float32(best), np.int32(since)))
@@ -240,11 +242,10 @@ def test_evaluation_is_the_loss_on_samples_that_never_change(loaded, everybody, 
         (loss * 1.005, 3): (loss * 1.005, 4),
         (loss * 2, 1): (loss * 2, 1),
     }
-    for program in (alone, Program(loaded, everybody, 2, 2, is_sharded=True)):
+    for program in (alone, Steps(loaded, everybody, 2, 2, is_sharded=True)):
         states, everyone = program.stacked([(with_plateau(*case), photos) for case in cases])
         due = program.put(np.array([True, True, True, False]))
-        about = model, PAPER, program.mesh, program.about[5]
-        seen = evaluate_people(*about, program.frozen, states, everyone, key, due)
+        seen = check_plateaus(program.program, program.frozen, states, everyone, key, due)
         for lane, (best, since) in enumerate(cases.values()):
             np.testing.assert_allclose(seen.plateau.best[lane], best, rtol=1e-5)
             assert int(seen.plateau.since[lane]) == since

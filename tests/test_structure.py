@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from benchmarks import flops
-from idea_jax import pytrees, random_sd, sample
+from idea_jax import pytrees, random_sd
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
-from idea_jax.train_step import Photos, draw_batch, init_state, make_optimizer, train_step
+from idea_jax.sampling import programs
+from idea_jax.training.step import Photos, draw_batch, init_state, make_optimizer, train_step
 
 GIGA, SAMPLES = 1e9, 8
 
@@ -42,8 +43,8 @@ def person_of(model, kv):
 
     def state():
         key = jax.random.key(0)
-        trainable = condition.init_trainable(method, model, key, start)
-        given = condition.init_given(method, model, key, start, face)
+        trainable = condition.init_trainable(model, method, key, start)
+        given = condition.init_given(model, method, key, start, face)
         return init_state(optimizer, trainable, given)
 
     side, T = model.unet.sample_size, model.text.max_position_embeddings
@@ -115,9 +116,9 @@ def test_full_size_picture_of_fifty_guided_steps_needs_exactly_the_known_flops(s
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
 
     def draw(frozen, kv, indices):
-        options = {"size": (512, 512), "scheduler": "ddim", "steps": 50, "is_guided": True}
+        sampling = programs.Sampling((512, 512), "ddim", 50)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return programs.draw(model, frozen, kv, *parts, sampling)
 
     counted = flops.needed(draw, shapes, kv, abstract(1, dtype=jnp.int32)) / GIGA
     np.testing.assert_allclose(counted, 82600, rtol=1e-3)
@@ -166,10 +167,10 @@ def test_sampler_reads_neither_text_encoder_nor_cross_attention_kernels(tiny):
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
 
     def draw(frozen, kv):
-        options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
+        sampling = programs.Sampling((32, 32), "ddim", 4)
         indices = jnp.arange(3, dtype=jnp.int32)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0)
+        return programs.draw(model, frozen, kv, *parts, sampling)
 
     used = reads(draw, shapes, kv)
     assert set(jax.tree.leaves((used.text, used.cross_kv))) == {False}
@@ -187,9 +188,9 @@ def test_loop_of_the_sampler_embeds_no_timestep(tiny, interval):
     kv = jax.tree.map(lambda kernel: abstract(2, 77, kernel.shape[1]), shapes.cross_kv)
 
     def draw(frozen, kv, indices):
-        options = {"size": (32, 32), "scheduler": "ddim", "steps": 4, "is_guided": True}
+        sampling = programs.Sampling((32, 32), "ddim", 4, interval=interval)
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
-        return sample.draw(model, frozen, kv, *parts, **options, eta=0.0, interval=interval)
+        return programs.draw(model, frozen, kv, *parts, sampling)
 
     jaxpr = jax.make_jaxpr(draw)(shapes, kv, abstract(3, dtype=jnp.int32)).jaxpr
     (call,) = [e for e in jaxpr.eqns if "jaxpr" in e.params]

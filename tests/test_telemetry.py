@@ -26,8 +26,8 @@ print(json.dumps({"package": __name__, "switches": {n: os.environ.get(n) for n i
 raise ImportError("that was all")
 """
 REACH = {
-    "onnxruntime": "from idea_jax import faces; faces.load_recogniser('face.onnx')",
-    "insightface": "from idea_jax import faces; faces.alignment([[0.0, 0.0]] * 5)",
+    "onnxruntime": "from idea_jax.faces import models; models.load_recogniser('face.onnx')",
+    "insightface": "from idea_jax.faces import crops; crops.alignment([[0.0, 0.0]] * 5)",
     "huggingface_hub": "from idea_jax.models import hub; hub.resolve('somebody/something')",
 }
 
@@ -50,7 +50,7 @@ def test_switches_are_set_before_what_they_switch_off(tmp_path, package, given, 
 
 # In a network of its own: a name server that knows nobody, and what it is asked by a program.
 ALONE = r"""
-import fcntl, json, socket, struct, subprocess, sys, threading
+import fcntl, json, os, socket, struct, subprocess, sys, threading
 UP = struct.pack("16sH14x", b"lo", 0x1 | 0x40)
 server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 fcntl.ioctl(server, 0x8914, UP)  # SIOCSIFFLAGS: up and running
@@ -65,27 +65,50 @@ def serve():
             at += 1 + query[at]
         asked.append(".".join(name))
         server.sendto(query[:2] + b"\x81\x83" + query[4:6] + bytes(6) + query[12:], sender)
+def tried():
+    # Connections, and packets that have no way out: the kernel counts them for each network.
+    count = 0
+    for kind in ("Ip", "Tcp"):
+        lines = [line.split() for line in open("/proc/net/snmp") if line.startswith(kind + ":")]
+        row = dict(zip(*lines))
+        count += int(row.get("OutNoRoutes", 0)) + int(row.get("ActiveOpens", 0))
+    six = "/proc/net/snmp6"
+    lines = [line.split() for line in open(six)] if os.path.exists(six) else []
+    return count + sum(int(line[1]) for line in lines if line[0] == "Ip6OutNoRoutes")
 threading.Thread(target=serve, daemon=True).start()
-try:
-    socket.getaddrinfo("control.example", 443)
-except OSError:
-    pass
-done = subprocess.run([sys.executable, "-c", sys.argv[1]], capture_output=True, text=True)
-print(json.dumps({"code": done.returncode, "out": done.stdout, "err": done.stderr, "asked": asked}))
+control = tried()
+for ask in (
+    lambda: socket.getaddrinfo("control.example", 443),
+    lambda: socket.create_connection(("192.0.2.1", 443)),
+):
+    try:
+        ask()
+    except OSError:
+        pass
+before = tried()
+done = subprocess.run([sys.executable, "-c", *sys.argv[1:]], capture_output=True, text=True)
+about = {"asked": asked, "control": before - control, "tried": tried() - before}
+print(json.dumps({"code": done.returncode, "out": done.stdout, "err": done.stderr, **about}))
 """
-FIND = """
+# All of a user's way, with the mini's face models: a face is found, its person learned and drawn.
+LEARN = """
+import sys
 from pathlib import Path
-from PIL import Image
+import sample_jax, train_jax
 import idea_jax
-from idea_jax import faces
-mini = Path(idea_jax.__file__).parent / "mini"
-finder = faces.open_finder(mini / "checkpoint" / "face" / "recogniser.onnx")
-with Image.open(mini / "photo.png") as photo:
-    print(finder.look_at(photo.convert("RGB"), "the photo").embed.shape)
+checkpoint, photos, work = sys.argv[1:]
+model = ["--pretrained_model_name_or_path", checkpoint]
+pack = str(Path(idea_jax.__file__).parent / "mini" / "checkpoint" / "face")
+face = ["--face_model_dir", pack, "--crop", "face", "--train_data_dir", photos]
+steps = "--max_train_steps 1 --train_batch_size 1 --checkpointing_steps 1".split()
+assert train_jax.main([*model, *face, *steps, "--output_dir", work + "/anna"]) == 0
+draw = "--num_images_per_prompt 1 --num_inference_steps 1 --prompt {}".split()
+drawn = ["--identity", work + "/anna", "--save_dir", work + "/drawn"]
+assert sample_jax.main([*model, *draw, *drawn]) == 0
 """
 
 
-def alone(tmp_path, code, **changes):
+def alone(tmp_path, code, *arguments, **changes):
     """Runs Python code where nobody can be reached, and an empty home: (what came of it, files)."""
     home = tmp_path / "home"
     home.mkdir()
@@ -96,7 +119,7 @@ def alone(tmp_path, code, **changes):
     for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
         env.pop(name, None)
     done = subprocess.run(
-        [*command, sys.executable, "-c", ALONE, code],
+        [*command, sys.executable, "-c", ALONE, code, *arguments],
         env=env,
         cwd=tmp_path,
         capture_output=True,
@@ -122,9 +145,22 @@ def namespaces():
     pytest.skip(why)
 
 
-def test_finding_a_face_asks_nobody_and_leaves_nothing(tmp_path, namespaces):
-    seen, files = alone(tmp_path, FIND)
-    assert seen["code"] == 0 and seen["out"] == "(512,)\n", seen["err"]
-    # The control shows that a question would have been heard.
-    assert set(seen["asked"]) == {"control.example"}
+def test_a_person_is_found_learned_and_drawn_and_nobody_is_asked_and_nothing_left(
+    tmp_path, namespaces, smallest_checkpoint
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(ROOT / "idea_jax" / "mini" / "photo.png", photos)
+    paths = [str(path) for path in (smallest_checkpoint, photos, tmp_path)]
+    programs = {"JAX_COMPILATION_CACHE_DIR": os.environ["IDEA_JAX_TEST_CACHE"]}
+    seen, files = alone(tmp_path, LEARN, *paths, **programs)
+    assert seen["code"] == 0, seen["err"]
+    assert (tmp_path / "anna" / "identity.safetensors").is_file()
+    assert len(list((tmp_path / "drawn").glob("*/00000.png"))) == 1
+    # The control shows that a question would have been heard, and a connection counted.
+    assert set(seen["asked"]) == {"control.example"} and seen["control"] > 0
+    assert seen["tried"] == 0
     assert files == []
+    # Nothing lies beside the two folders that were named.
+    ours = {"photos", "home", "resolv.conf", "anna", "drawn"}
+    assert {path.name for path in tmp_path.iterdir()} == ours

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from idea_jax.data import text
-from idea_jax.data.text import Placeholder, TextError, load_tokenizer
+from idea_jax.data.text import Placeholder, TextError
+from idea_jax.data.tokenizer import load_tokenizer, name_token_ids, training_ids, word_token_ids
 from idea_jax.random_sd import write_tokenizer
 
 WORDS = "a photo of the face person cat dog beach wearing hat and on tom hanks brad pitt o'neal"
@@ -344,11 +345,11 @@ def test_a_long_prompt_goes_on_in_further_chunks(folder):
 def test_more_tokens_of_a_person_than_a_text_of_training_holds_are_told_so(folder):
     tokenizer = load(folder).with_placeholder("<x>", 70)
     with pytest.raises(TextError, match="70 pseudo tokens are too many.*take at most") as error:
-        text.training_ids(tokenizer)
+        training_ids(tokenizer)
     most = int(str(error.value).split("at most ")[1].split()[0])
-    assert text.training_ids(load(folder).with_placeholder("<x>", most)).shape == (81, 77)
+    assert training_ids(load(folder).with_placeholder("<x>", most)).shape == (81, 77)
     with pytest.raises(TextError, match="too many"):
-        text.training_ids(load(folder).with_placeholder("<x>", most + 1))
+        training_ids(load(folder).with_placeholder("<x>", most + 1))
 
 
 @pytest.mark.parametrize("length", ["null", "1000000000000000019884624838656", "1e30"])
@@ -397,7 +398,7 @@ def test_loading_needs_no_torch_and_prints_nothing(folder):
     code = f"""
 import sys
 sys.modules["torch"] = None
-from idea_jax.data.text import load_tokenizer
+from idea_jax.data.tokenizer import load_tokenizer
 assert "transformers" not in sys.modules
 load_tokenizer({str(folder)!r}, {size_of(folder)}, 77).with_placeholder("<x>", 2)(["<x>_v0"])
 """
@@ -408,7 +409,7 @@ load_tokenizer({str(folder)!r}, {size_of(folder)}, 77).with_placeholder("<x>", 2
 def test_loading_does_not_import_torch(folder):
     code = f"""
 import sys
-from idea_jax.data.text import load_tokenizer
+from idea_jax.data.tokenizer import load_tokenizer
 load_tokenizer({str(folder)!r}, {size_of(folder)}, 77)(["a cat"])
 assert "torch" not in sys.modules
 """
@@ -466,7 +467,7 @@ def test_absent_names_file_is_refused(tmp_path):
 def test_name_token_ids_are_the_first_tokens(folder):
     tokenizer = load(folder)
     one = {word: tokenizer.ids(word)[0] for word in ("tom", "hanks", "brad", "o", "'", "neal")}
-    ids = text.name_token_ids(tokenizer, ["Tom Hanks", "Brad", "O'Neal"], 3)
+    ids = name_token_ids(tokenizer, ["Tom Hanks", "Brad", "O'Neal"], 3)
     expected = [
         [one["tom"], one["hanks"], -1],
         [one["brad"], -1, -1],
@@ -478,14 +479,14 @@ def test_name_token_ids_are_the_first_tokens(folder):
 
 def test_column_without_any_token_is_refused(folder):
     with pytest.raises(TextError, match="none of the 2 names has 3 tokens"):
-        text.name_token_ids(load(folder), ["Tom Hanks", "Brad Pitt"], 3)
+        name_token_ids(load(folder), ["Tom Hanks", "Brad Pitt"], 3)
 
 
 def test_word_token_ids_wants_one_token_a_word(folder):
     tokenizer = load(folder)
-    ids = text.word_token_ids(tokenizer, ["Person", "cat"], 2)
+    ids = word_token_ids(tokenizer, ["Person", "cat"], 2)
     assert ids.tolist() == tokenizer.ids("person cat").tolist()
     with pytest.raises(TextError, match="'zaphod' has 4"):
-        text.word_token_ids(tokenizer, ["zaphod", "cat"], 2)
+        word_token_ids(tokenizer, ["zaphod", "cat"], 2)
     with pytest.raises(TextError, match="need 2 words"):
-        text.word_token_ids(tokenizer, ["cat"], 2)
+        word_token_ids(tokenizer, ["cat"], 2)

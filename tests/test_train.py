@@ -20,10 +20,12 @@ from safetensors.numpy import load_file, save_file
 
 import sample_jax
 import train_jax
-from idea_jax import checkpoint, face_models, tensorboard
 from idea_jax.data import images
 from idea_jax.diffusion.samplers import initial_noise
-from idea_jax.results import Results
+from idea_jax.faces import models as face_models
+from idea_jax.formats.identity import read_identity
+from idea_jax.training import tensorboard
+from idea_jax.training.results import Results
 
 
 def train(checkpoint_folder, photos, out, *flags):
@@ -52,7 +54,7 @@ def straight(random_checkpoint, photo_folder, tmp_path_factory):
 
 
 def test_training_writes_what_it_promises(straight, random_checkpoint):
-    identity = checkpoint.read_identity(straight / "identity.safetensors")
+    identity = read_identity(straight / "identity.safetensors")
     assert identity.method.profile == "paper" and identity.steps == 6 and identity.seed == 5
     assert identity.base_model == random_checkpoint.name  # a name, not the user's path
     assert identity.placeholder == "<person>"
@@ -66,9 +68,7 @@ def test_training_writes_what_it_promises(straight, random_checkpoint):
     run = json.loads((straight / "run.json").read_text())
     assert run["steps"] == 6 and np.isfinite(run["last_loss"]) and "jax" in run["versions"]
     for step in (2, 4):
-        assert (
-            checkpoint.read_identity(straight / f"identity-steps-{step}.safetensors").steps == step
-        )
+        assert read_identity(straight / f"identity-steps-{step}.safetensors").steps == step
     (grid,) = (straight / "validation").iterdir()
     assert grid.name.startswith("step-00004-a-photo-of-")
     assert Image.open(grid).size == (64, 32)
@@ -94,7 +94,7 @@ def test_a_log_does_without_pytorch_and_leaves_it_to_others(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from idea_jax import tensorboard
+from idea_jax.training import tensorboard
 log = tensorboard.Log(Path(sys.argv[1]))
 log.scalars({"loss": 1.5}, 1)
 log.close()
@@ -102,7 +102,7 @@ assert "torch" not in sys.modules, "PyTorch was imported"
 import torch
 assert torch.zeros(1).item() == 0
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(tensorboard.__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tensorboard.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=True)
     (file,) = tmp_path.iterdir()
     assert b"loss" in file.read_bytes()
@@ -317,13 +317,13 @@ def test_early_stopping_ends_where_nothing_is_gained(random_checkpoint, photo_fo
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     last = ["--max_train_steps", "20"]
     assert train(random_checkpoint, photo_folder, whole, *flags, *patience, *last) == 0
-    assert checkpoint.read_identity(whole / "identity.safetensors").steps == 6
+    assert read_identity(whole / "identity.safetensors").steps == 6
     assert json.loads((whole / "run.json").read_text())["steps"] == 6
     resume = ["--resume_from_checkpoint", "latest"]
     for how, last, expected in ((patience, 4, 4), (fast, 20, 6), (patience, 30, 6)):
         last = [*how, "--max_train_steps", str(last)]
         assert train(random_checkpoint, photo_folder, parts, *flags, *last, *resume) == 0
-        assert checkpoint.read_identity(parts / "identity.safetensors").steps == expected
+        assert read_identity(parts / "identity.safetensors").steps == expected
     assert digest(parts / "identity.safetensors") == digest(whole / "identity.safetensors")
 
 
@@ -332,4 +332,4 @@ def test_early_stopping_lets_somebody_go_on_who_gains(random_checkpoint, photo_f
     flags = "--early_stopping 1 --evaluation_steps 2 --train_batch_size 2".split()
     flags += "--learning_rate 0.05 --profile textual_inversion --max_train_steps 8".split()
     assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 0
-    assert checkpoint.read_identity(tmp_path / "identity.safetensors").steps > 4
+    assert read_identity(tmp_path / "identity.safetensors").steps > 4

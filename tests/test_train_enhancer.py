@@ -16,17 +16,23 @@ import pytest
 from PIL import Image
 from test_people import write_celeb_a
 
-from idea_jax import face_table, random_face, train_enhancer
-from idea_jax.config import parse
+from idea_jax import train_enhancer
+from idea_jax.config.reading import parse
 from idea_jax.data import text
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, fit, likeness, prepare, samples, settings, shards, sources
+from idea_jax.enhancer import ridge as ridges
 from idea_jax.enhancer import step as steps
+from idea_jax.enhancer.beginning import flat, refuse_another
 from idea_jax.enhancer.shards import ShardsError
-from idea_jax.files import WriteError
+from idea_jax.faces import models as face_models
+from idea_jax.faces import random_model
+from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
 from idea_jax.models import sd
-from idea_jax.results import Base
+from idea_jax.runtime.files import WriteError
+from idea_jax.training.results import Base, OccupiedError
 
 SIDE = 8
 
@@ -36,14 +42,14 @@ def checkpoint(smallest_checkpoint, tmp_path_factory):
     """The smallest checkpoint, with a recogniser and without a detector."""
     folder = tmp_path_factory.mktemp("model") / "smallest"
     shutil.copytree(smallest_checkpoint, folder)
-    random_face.write_random_recogniser(folder / "face" / "arcface.onnx")
+    random_model.write_random_recogniser(folder / "face" / "arcface.onnx")
     return folder
 
 
 @pytest.fixture(scope="module")
 def base(checkpoint):
     model, frozen = sd.load(checkpoint)
-    tokenizer = text.load_tokenizer(
+    tokenizer = load_tokenizer(
         checkpoint / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
     return Base(model, frozen, tokenizer.with_placeholder("<person>", 2), "smallest", None)
@@ -63,13 +69,13 @@ def in_memory(counts=(2, 1, 3, 2, 2), named=False):
         box = np.array([2, 2, 18, 18], np.float32)
         sight = face_table.Sight(box, None, 1.0, "0" * 64, unit([person, place]))
         said = ("a photo of {}",) * (place % 2)
-        return sources.Portrait(sources.Drawn(f"{person}-{place}", image), said, sight)
+        return sources.Portrait(sources.DrawnPicture(f"{person}-{place}", image), said, sight)
 
     def people(first):
         for number in range(first, len(counts)):
             name = np.array([number % 50 + 1, number % 7 + 1], np.int32) if named else None
             portraits = [portrait(number, place) for place in range(counts[number])]
-            yield sources.Person(number, portraits, name)
+            yield sources.NumberedPerson(number, portraits, name)
 
     return sources.Source("memory", "ours", len(counts), people, {}, "f" * 64)
 
@@ -206,22 +212,53 @@ def test_purge_deletes_what_was_prepared_and_nothing_else(quiet, tmp_path, capsy
 def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, capsys):
     """No face, unreadable, somebody without any; too few people is one message."""
     good = in_memory((2, 2))
-    blind = sources.Portrait(sources.Drawn("blind.png", Image.new("RGB", (20, 20))))
+    blind = sources.Portrait(sources.DrawnPicture("blind.png", Image.new("RGB", (20, 20))))
 
     def people(first):
         for person in good.people(0):
             yield person._replace(portraits=[blind, *person.portraits])
-        yield sources.Person(2, [blind])
+        yield sources.NumberedPerson(2, [blind])
 
     index = prepare.prepare(replace(good, people=people, count=3), tmp_path / "a", studio)
     assert (index.people, index.pictures, index.rejected) == (2, 4, 3)
     said = capsys.readouterr().err
     assert "3 pictures cannot be used" in said and said.count("blind.png") == 3
-    faceless = replace(good, people=lambda first: iter([sources.Person(0, [blind])]), count=1)
+    faceless = replace(
+        good, people=lambda first: iter([sources.NumberedPerson(0, [blind])]), count=1
+    )
     with pytest.raises(ShardsError, match=r"of the 1 people only 0 can be used.*two people"):
         prepare.prepare(faceless, tmp_path / "b", studio)
     with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
         prepare.prepare(good, tmp_path / "b", replace(studio, seed=1))
+
+
+def test_other_pictures_in_the_places_of_the_first_are_noticed(studio, tmp_path):
+    def write(number, texts=""):
+        for person in "ab":
+            (tmp_path / person).mkdir(exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 20 + number, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / person / "1.png")
+        (tmp_path / "a" / "captions.jsonl").write_text(texts)
+        return replace(sources.from_folders(tmp_path), face_model="f" * 64)
+
+    out = tmp_path / ".out"
+    out.mkdir()
+    first = write(0)
+    prepare.begin(first, out, studio)
+    prepare.begin(write(0), out, studio)
+    said = '{"file": "1.png", "text": "{} at sea"}'
+    for other in (write(1), write(0, said)):
+        with pytest.raises(ShardsError, match=r"prepared in another way \(the pictures differ\)"):
+            prepare.begin(other, out, studio)
+    # A folder from before this was noted goes on.
+    older = replace(shards.read_index(out), facts={"pictures": first.facts["pictures"]})
+    shards.write_index(out, older)
+    prepare.begin(write(1), out, studio)
+    # One that another version made is no damaged one.
+    about = json.loads((out / shards.INDEX).read_text())
+    (out / shards.INDEX).write_text(json.dumps({**about, "format_version": 9}))
+    with pytest.raises(ShardsError, match=r"version 9, expected .* or install the idea_jax that"):
+        prepare.begin(write(1), out, studio)
 
 
 def test_folders_of_people_may_have_captions(tmp_path):
@@ -245,7 +282,7 @@ class Finder:
     def look_at(self, image, name):
         red, green, _ = image.getpixel((0, 0))
         if red != 1:
-            raise prepare.faces.FaceError(f"{red} faces")
+            raise face_models.FaceError(f"{red} faces")
         box = np.array([0, 0, 4, 4], np.float32)
         near = unit(green // 10) + 0.2 * unit(1000 + green)
         return face_table.Sight(box, None, 1.0, "", near / np.linalg.norm(near))
@@ -254,7 +291,7 @@ class Finder:
 def test_drawings_of_a_celebrity_count_if_they_are_alike():
     def portrait(red, green):
         image = Image.new("RGB", (20, 20), (red, green, 0))
-        return sources.Portrait(sources.Drawn(f"{green}", image))
+        return sources.Portrait(sources.DrawnPicture(f"{green}", image))
 
     shown = [portrait(1, 10), portrait(1, 11), portrait(1, 50), portrait(0, 12), portrait(1, 13)]
     kept, rejected = sources.cast(Finder(), shown, 0.5)
@@ -299,9 +336,9 @@ def test_held_out_people_are_drawn_from_one_picture(base, begun, quiet, monkeypa
     config, tree = begun
     mesh = drawing.mesh_of(jax.devices())
     placed = replace(base, frozen=drawing.put(base.frozen, mesh))
-    about = {"prompt": "a photo of {}", "count": 2, "guidance": 3.0, "side": SIDE, "seed": 0}
+    sitting = likeness.Sitting("a photo of {}", count=2, guidance=3.0, side=SIDE, seed=0)
     found = likeness.measure(
-        config, drawing.put(tree, mesh), placed, mesh, sitters * 4, Red(), **about
+        config, drawing.put(tree, mesh), placed, mesh, sitters * 4, Red(), sitting
     )
     assert found.found == 1 and -1 <= found.worst <= found.mean <= 1
     assert found.grid.shape == (SIDE, SIDE * 8, 3)
@@ -392,14 +429,18 @@ def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=Non
     losses = []
     for number in range(3):
         rows = [plan.sample(8 * number + row) for row in range(8)]
-        batch = samples.Batch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+        batch = samples.EnhancerBatch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
         if number == poison:
             batch = batch._replace(face=batch.face * np.nan)
         inputs = {"seed": np.uint32(0), "step": np.int32(number)}
         inputs["stop"] = np.zeros(count, np.int32)
         state, metrics = steps.train_step(
-            *(base.model, config, recipe, optimizer, mesh, is_sharded),
-            *(frozen, state, constants, batch, inputs),
+            steps.EnhancerProgram(base.model, config, recipe, optimizer, mesh, is_sharded),
+            frozen,
+            state,
+            constants,
+            batch,
+            inputs,
         )
         losses.append(float(metrics.loss))
     return jax.device_get(state), losses
@@ -480,6 +521,28 @@ def test_result_says_what_it_is_of(straight):
     assert np.abs(tokens[0] - tokens[1]).max() > 0
 
 
+def test_an_enhancer_of_other_people_is_not_replaced(
+    flags, straight, quiet, celeb_a, tmp_path, capsys
+):
+    out = shutil.copytree(straight, tmp_path / "out")
+    before = contents(out)
+    other = [str(quiet) if word == str(celeb_a) else word for word in flags]
+    assert train_enhancer.main([*other, "--output_dir", str(out)]) == 1
+    said = capsys.readouterr().err
+    for phrase in (f"3 people and 8 pictures of {celeb_a}", str(quiet), "choose another"):
+        assert phrase in said
+    assert contents(out) == before
+    # Of the same people it may be trained again, also where its settings are no longer there.
+    cfg = parse(settings.EnhancerTrainConfig, [*flags, "--output_dir", str(out), "--seed", "1"])
+    about = enhancer.read(out / fit.RESULT).about
+    refuse_another(cfg, about, out / fit.RESULT)
+    (out / "config.yaml").unlink()
+    refuse_another(cfg, about, out / fit.RESULT)
+    (out / fit.RESULT).write_bytes(b"cut")
+    with pytest.raises(OccupiedError, match="unknown people .* this run trains on 3"):
+        refuse_another(cfg, about, out / fit.RESULT)
+
+
 def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, monkeypatch, capsys):
     inputs_of = fit.inputs_of
 
@@ -538,7 +601,7 @@ def test_two_processes_train_what_one_does(flags, straight, tmp_path):
 )
 def test_bad_input_is_one_message(flags, celeb_a, change, message, tmp_path, capsys):
     other = tmp_path / "other.onnx"
-    random_face.write_random_recogniser(other, seed=1)
+    random_model.write_random_recogniser(other, seed=1)
     kept = flags[:2] + flags[4:] if change[0] == "--data" else flags
     change = [word.format(celeb_a=celeb_a, other=other) for word in change]
     assert train_enhancer.main([*kept, *change, "--output_dir", str(tmp_path / "out")]) == 1
@@ -581,8 +644,8 @@ def test_regression_is_exact_in_the_file_and_needs_no_step(studio, checkpoint, f
     folder = samples.open_folder(tmp_path / "data")
     model, frozen = sd.load(checkpoint)
     people = [np.arange(len(folder.people))]
-    faces, targets = fit.flat(*fit.ridge.examples([folder], people, model, frozen))
-    ridge = fit.ridge.fit(faces, targets)
+    faces, targets = flat(*ridges.examples([folder], people, model, frozen))
+    ridge = ridges.fit(faces, targets)
     assert found.about["ridge"]["names"] == 20 and found.about["steps"] == 0
     face = unit(5)
     expected = ridge.target_mean + (face - ridge.face_mean) @ ridge.kernel
@@ -594,7 +657,7 @@ def test_regression_finds_a_linear_map_and_says_how_good_it_is():
     rng = np.random.default_rng(0)
     faces = np.stack([unit(i) for i in range(600)])
     kernel = rng.standard_normal((512, 6))
-    exact = fit.ridge.fit(faces, faces @ kernel + 3)
+    exact = ridges.fit(faces, faces @ kernel + 3)
     assert exact.r2 > 0.8
-    noise = fit.ridge.fit(faces, rng.standard_normal((600, 6)))
+    noise = ridges.fit(faces, rng.standard_normal((600, 6)))
     assert noise.r2 < 0.05

@@ -12,8 +12,19 @@ from safetensors import safe_open
 from test_people import celeb_a  # noqa: F401  (a fixture)
 
 import train_jax
-from idea_jax import checkpoint, face_models, face_table, faces, random_face, train
+from idea_jax.config.settings import TrainConfig
 from idea_jax.data import images, people
+from idea_jax.faces import __main__, embedding, finding, random_model
+from idea_jax.faces import models as face_models
+from idea_jax.faces import table as face_table
+from idea_jax.faces.crops import training_square
+from idea_jax.faces.portraits import Portraits
+from idea_jax.formats.identity import read_identity
+from idea_jax.models import hub
+from idea_jax.training import group
+from idea_jax.training import learner as learners
+from idea_jax.training import run as command
+from idea_jax.training.photos import training_pixels
 
 QUICK = "--max_train_steps 1 --train_batch_size 1 --report_to none".split()
 CROSS = ["--profile", "cross_init", *QUICK]
@@ -24,7 +35,7 @@ def pack(tmp_path_factory):
     """Its detector sees one face, 100 pixels large in the middle of the left half."""
     folder = tmp_path_factory.mktemp("pack")
     scrfd.write_detector(folder / "det.onnx", [scrfd.face(160, 160, 100)])
-    random_face.write_random_recogniser(folder / "rec.onnx")
+    random_model.write_random_recogniser(folder / "rec.onnx")
     return folder
 
 
@@ -44,21 +55,21 @@ def seen(monkeypatch):
     """Leaves the steps out, and keeps what they would have been given."""
     kept = {"pixels": []}
 
-    def train_together(cfg, mesh, places, pictures, room, step, evaluate, learners, finish):
+    def train_together(work, learners, finish):
         for learner in learners:
             about = learner.checkpoints.fingerprint
             kept.update(state=learner.state, photos=learner.photos, fingerprint=about)
             finish(learner)
             learner.results.close()
 
-    encode = train.encode_pixels
+    encode = learners.encode_pixels
 
     def encode_pixels(base, pictures):
         kept["pixels"] = list(pictures)
         return encode(base, kept["pixels"])
 
-    monkeypatch.setattr(train, "train_together", train_together)
-    monkeypatch.setattr(train, "encode_pixels", encode_pixels)
+    monkeypatch.setattr(group, "train_together", train_together)
+    monkeypatch.setattr(learners, "encode_pixels", encode_pixels)
     return kept
 
 
@@ -85,7 +96,7 @@ def test_crop_face_trains_on_the_square_around_it(run, seen, pack, tmp_path):
     ((name, pixels),) = seen["pixels"]
     image = images.read_image(photos / "0.png")
     points = (scrfd.TEMPLATE - 56) * 100 / 112 + 160  # the detector's 640 are the photo's width
-    centre, side, angle = faces.training_square(points.astype(np.float32), image.size)
+    centre, side, angle = training_square(points.astype(np.float32), image.size)
     assert 100 < side < 250 and abs(angle) < 0.01 and name == "0.png"
     expected = images.crop_turned(image, centre, side, angle)
     np.testing.assert_array_equal(pixels, images.to_pixels(expected, 32, center_crop=False))
@@ -99,13 +110,13 @@ def test_a_face_that_is_too_small_to_train_on_is_reported(tmp_path, caplog):
     photos = write_photos(tmp_path / "photos", "red", "blue")
     pictures = [images.PictureFile(photos / name) for name in ("0.png", "1.png")]
     points = [((scrfd.TEMPLATE - 56) * side / 112 + 160).astype(np.float32) for side in (20, 100)]
-    sights = [faces.Sight(None, five, 1.0, "", None) for five in points]
-    cfg = train.TrainConfig("mini", "photos", profile="cross_init", crop="face")
-    portraits = train.Portraits(pictures, sights, None)
-    widths = [faces.training_square(five, (640, 320))[1] for five in points]
-    list(train.training_pixels(cfg, portraits, 2 * widths[0]))
+    sights = [face_table.Sight(None, five, 1.0, "", None) for five in points]
+    cfg = TrainConfig("mini", "photos", profile="cross_init", crop="face")
+    portraits = Portraits(pictures, sights, None)
+    widths = [training_square(five, (640, 320))[1] for five in points]
+    list(training_pixels(cfg, portraits, 2 * widths[0]))
     assert caplog.text == ""
-    ((name, pixels), _) = train.training_pixels(cfg, portraits, 2 * widths[0] + 1)
+    ((name, pixels), _) = training_pixels(cfg, portraits, 2 * widths[0] + 1)
     assert name == "0.png" and pixels.shape == (2 * widths[0] + 1,) * 2 + (3,)
     assert "on 1 of 2 photos the square around the face is smaller than half" in caplog.text
     assert f"0.png ({widths[0]} pixels)" in caplog.text and "1.png" not in caplog.text
@@ -124,7 +135,7 @@ def test_a_run_on_precomputed_faces_resumes_a_direct_one(
     flags = ["--profile", profile, *QUICK, "--crop", "face"]
     assert run(photos, *flags, "--face_model_dir", pack, "--face_provider", "cuda") == 0
     direct = seen["fingerprint"]
-    assert faces.main([str(x) for x in (photos, "--out", table, "--face_model_dir", pack)]) == 0
+    assert __main__.main([str(x) for x in (photos, "--out", table, "--face_model_dir", pack)]) == 0
     assert run(photos, *flags, "--face_embeddings", table) == 0
     assert seen["fingerprint"] == direct
     assert ("face_model" in direct) == (profile == "official") and direct["detector"] is not None
@@ -136,7 +147,7 @@ def test_precomputed_faces_do_without_onnxruntime(run, seen, pack, tmp_path, mon
     assert run(photos, *flags, *models) == 0
     direct, fingerprint, pixels = seen["state"], seen["fingerprint"], seen["pixels"]
     table = tmp_path / "faces.safetensors"
-    assert faces.main([str(x) for x in (photos, "--out", table, *models)]) == 0
+    assert __main__.main([str(x) for x in (photos, "--out", table, *models)]) == 0
     for package in ("onnxruntime", "onnx", "insightface", "cv2"):
         for module in [name for name in sys.modules if name.partition(".")[0] == package]:
             monkeypatch.setitem(sys.modules, module, None)
@@ -161,7 +172,7 @@ def test_precomputed_faces_do_without_onnxruntime(run, seen, pack, tmp_path, mon
 def test_pictures_that_were_not_precomputed_are_named(run, pack, tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", "red")
     table = tmp_path / "faces.safetensors"
-    assert faces.main([str(photos), "--out", str(table), "--face_model_dir", str(pack)]) == 0
+    assert __main__.main([str(photos), "--out", str(table), "--face_model_dir", str(pack)]) == 0
     write_photos(photos, "blue", "green")
     capsys.readouterr()
     assert run(photos, *QUICK, "--face_embeddings", table) == 1
@@ -173,7 +184,7 @@ def test_pictures_without_a_row_are_left_out(run, seen, pack, tmp_path, caplog):
     """The two commands of a folder with one photo without a face, in which others have one."""
     photos = write_photos(tmp_path / "photos", "red")
     table = tmp_path / "faces.safetensors"
-    assert faces.main([str(photos), "--out", str(table), "--face_model_dir", str(pack)]) == 0
+    assert __main__.main([str(photos), "--out", str(table), "--face_model_dir", str(pack)]) == 0
     Image.new("RGB", (64, 64)).save(photos / "wall.png")
     assert run(photos, *QUICK, "--crop", "face", "--face_embeddings", table) == 0
     assert "left out" in caplog.text and "wall.png is not among the 1 pictures" in caplog.text
@@ -202,9 +213,9 @@ def test_photo_of_somebody_else_is_reported_and_left_out_if_asked(
     assert "It is left out" in caplog.text
     assert int(seen["photos"].count) == 4
     (photos / "stranger.png").unlink()
-    finder = faces.open_finder(pack / "rec.onnx")
+    finder = finding.open_finder(pack / "rec.onnx")
     embeds = [finder.look(images.PictureFile(p)).embed for p in sorted(photos.iterdir())]
-    mean = faces.mean_embedding(np.stack(embeds))
+    mean = embedding.mean_embedding(np.stack(embeds))
     np.testing.assert_array_equal(mean, seen["state"].given["id_embed"])
     assert mean @ with_stranger < 0.999
 
@@ -273,7 +284,7 @@ def test_celeb_a_people_are_trained(run, seen, celeb_a, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {".lock-0", "00007", "00091", "jobs.jsonl"}
     for name, held_out in (("00007", 2), ("00091", 0)):
-        assert checkpoint.read_identity(out / name / "identity.safetensors").base_model == "tiny"
+        assert read_identity(out / name / "identity.safetensors").base_model == "tiny"
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == held_out
     (picture,) = people.from_celeb_a(celeb_a)["00091"]  # the last one that was begun
     ((_, pixels),) = seen["pixels"]
@@ -287,10 +298,10 @@ def test_faces_of_celeb_a_are_precomputed(run, seen, celeb_a, tmp_path, capsys, 
     folder = tmp_path / "pack"
     folder.mkdir()
     scrfd.write_detector(folder / "det.onnx", [scrfd.face(320, 320, 100)])
-    random_face.write_random_recogniser(folder / "rec.onnx")
+    random_model.write_random_recogniser(folder / "rec.onnx")
     dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
     table, models = tmp_path / "faces.safetensors", ["--face_model_dir", folder]
-    assert faces.main([str(x) for x in (*dataset, "--out", table, *models)]) == 0
+    assert __main__.main([str(x) for x in (*dataset, "--out", table, *models)]) == 0
     assert capsys.readouterr().out == f"{table}\n"
     assert "CelebA is for non-commercial research only" in caplog.text
     found = people.choose(people.from_celeb_a(celeb_a), "0:2")
@@ -305,7 +316,7 @@ def test_faces_of_celeb_a_are_precomputed(run, seen, celeb_a, tmp_path, capsys, 
         (["--identities", "5:"], "holds nobody"),
         (["--dataset_dir", tmp_path, "--identities", "0:2"], "no prepared CelebA"),
     ):
-        assert faces.main([str(x) for x in (*dataset, *flags, "--out", table, *models)]) == 1
+        assert __main__.main([str(x) for x in (*dataset, *flags, "--out", table, *models)]) == 1
         assert says in capsys.readouterr().err
 
 
@@ -339,7 +350,7 @@ def test_photo_without_a_face_is_named(run, tmp_path, capsys):
     pack = tmp_path / "pack"
     pack.mkdir()
     scrfd.write_detector(pack / "det.onnx", [])
-    random_face.write_random_recogniser(pack / "rec.onnx")
+    random_model.write_random_recogniser(pack / "rec.onnx")
     photos = write_photos(tmp_path / "photos", "red")
     assert run(photos, *QUICK, "--face_model_dir", pack) == 1
     message = capsys.readouterr().err
@@ -376,10 +387,10 @@ def test_what_is_cheap_to_see_comes_before_pictures_are_read(run, tmp_path, caps
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "bert").write_text("a file")
     with monkeypatch.context() as patch:
-        patch.setattr(train.hub, "resolve", None)  # must not be called
+        patch.setattr(hub, "resolve", None)  # must not be called
         assert run(root, *CROSS) == 1
         assert "cannot write" in capsys.readouterr().err
-        patch.setattr(train, "people_of", None)
+        patch.setattr(command, "people_of", None)
         assert run(root, *CROSS, "--identities", "a:b") == 1
         assert "must be FROM:TO" in capsys.readouterr().err
         assert run(root, *QUICK, "--face_select", "first") == 1

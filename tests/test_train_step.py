@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from idea_jax import pytrees, random_sd
 from idea_jax.method import condition
 from idea_jax.models import sd
-from idea_jax.train_step import (
+from idea_jax.training.step import (
     Photos,
     draw_batch,
     init_state,
@@ -62,8 +62,8 @@ def person(loaded, method, seed, pictures=2):
     rng = np.random.default_rng(seed)
     face = rng.normal(size=512)
     start = jnp.asarray(rng.normal(size=(2, D)), jnp.float32)
-    given = condition.init_given(method, model, key, start, face / np.linalg.norm(face))
-    trainable = condition.init_trainable(method, model, key, start)
+    given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))
+    trainable = condition.init_trainable(model, method, key, start)
     # An open gate, so that the gradients of everything behind it are alive from the first step.
     trainable["adapter"]["gamma"] = jnp.float32(0.5)
     vocab = model.text.vocab_size
@@ -139,7 +139,7 @@ def test_step_holds_no_gradient_of_a_frozen_weight(loaded):
     batch = draw_batch(model, photos, key, jnp.int32(0), BATCH)
 
     def loss_fn(frozen, trainable):
-        return training_loss(model, PAPER, trainable, frozen, state.given, batch)[0]
+        return training_loss(model, PAPER, frozen, trainable, state.given, batch)[0]
 
     own = {tuple(sorted(leaf.shape)) for leaf in jax.tree.leaves(state.trainable)}
     kernels = {
@@ -272,8 +272,8 @@ def test_bf16_computes_close_to_float32_and_learns_in_float32(loaded):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(model, frozen):
-        grad = jax.value_and_grad(training_loss, argnums=2, has_aux=True)
-        (total, _), grads = grad(model, PAPER, state.trainable, frozen, state.given, batch)
+        grad = jax.value_and_grad(training_loss, argnums=3, has_aux=True)
+        (total, _), grads = grad(model, PAPER, frozen, state.trainable, state.given, batch)
         return total, grads
 
     (full_loss, full), (half_loss, rounded) = gradients(model, frozen), gradients(half, narrow)

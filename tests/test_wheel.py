@@ -1,11 +1,14 @@
 """What is installed is whole: a wheel, unpacked in another folder, shows every `--help`."""
 
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from test_documents import CONSOLE, FOUND
 from test_help import PROGRAMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,3 +64,36 @@ def test_every_program_of_a_wheel_shows_its_help(unpacked, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.strip().endswith(str(unpacked / "idea_jax" / "__init__.py"))
     assert shown.stdout.count("usage:") == len(names)
+
+
+# Documented commands that need no weights but those of a wheel, and no hours.
+ALONE = (
+    *("--pretrained_model_name_or_path mini", "configs/mini_paper.yaml", "idea_jax.mini.world"),
+    *("write_random_recogniser", "idea_jax.random_sd"),
+)
+
+
+@pytest.mark.slow
+def test_documented_commands_of_a_wheel_run(unpacked, tmp_path):
+    chosen = [command for _, command in FOUND if any(words in command for words in ALONE)]
+    assert len(chosen) >= 7
+    # What they name: a photo, a folder of photos, and the package's files as in a checkout.
+    photo = unpacked / "idea_jax" / "mini" / "photo.png"
+    for folder in ("photos", "PHOTOS", "idea_jax/mini"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(photo, tmp_path / folder)
+    shutil.copy(photo, tmp_path)
+    (tmp_path / "configs").symlink_to(unpacked / "idea_jax" / "configs")
+    environment = {"PYTHONPATH": str(unpacked), "PATH": "", "HOME": str(tmp_path / "home")}
+    for command in sorted(chosen, key=lambda command: "idea-sample" in command):  # after learning
+        program, *words = shlex.split(command, comments=True)
+        words = [CONSOLE[program], *words] if program in CONSOLE else words
+        words = [str(unpacked / word) if word.endswith("_jax.py") else word for word in words]
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"

@@ -1,7 +1,6 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
 import functools
-import hashlib
 import io
 import logging
 import math
@@ -9,30 +8,36 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from idea_jax.files import atomic_write
+from idea_jax.errors import InputError
+from idea_jax.runtime.files import atomic_write, file_digest
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif")
 # Decoders of rarer formats are where Pillow's security holes have been; these suffice for photos.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF")
+
 # Brands that a phone's HEIC begins with, behind "ftyp"; its decoder is a package of its own.
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
 # Checked on the header, before any pixel is decoded. Above 8000x8000 and the 50-megapixel phones,
 # and below the 89 megapixels from which Pillow itself warns.
 MAX_PIXELS = 80_000_000
 MIN_SIDE = 16
+
 # Modes that a profile can speak of, by the colour space that it names.
 _MODES_OF_PROFILES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+
 
 # The IPTC code for pictures made by a trained model, in the XMP property that search engines and
 # picture agencies read: https://cv.iptc.org/newscodes/digitalsourcetype/ (PNG keyword: XMP part 3).
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _XMP_KEYWORD = "XML:com.adobe.xmp"
+
 _XMP_PACKET = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -43,156 +48,12 @@ _XMP_PACKET = (
     "</rdf:Description></rdf:RDF></x:xmpmeta>"
     '<?xpacket end="w"?>'
 )
+
 _MARKER = "AIGenerated"
 
 
-class ImageError(ValueError):
+class ImageError(InputError, ValueError):
     """A picture or folder of pictures that cannot be used; the message names it and says why."""
-
-
-class NoPicturesError(ImageError):
-    """A folder holds no file that is a picture by its name; `is_empty`: nor anything that is not
-    hidden."""
-
-    is_empty = False
-
-
-def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Returns the pictures directly in `folder`, sorted by name, and what was skipped with reasons.
-
-    A picture is known by its suffix (`SUFFIXES`, upper or lower case); whether it can be read is
-    found out by `read_image`.
-
-    Raises:
-        ImageError: `folder` is missing, no folder, unreadable or without pictures.
-    """
-    images, skipped = _scan(Path(folder))
-    if not images:
-        raise _no_pictures(Path(folder), skipped)
-    return images, skipped
-
-
-def has_only_folders(folder: str | Path) -> bool:
-    """Whether a folder has no picture itself, but sub-folders that are not hidden.
-
-    Raises:
-        ImageError: `folder` is missing, no folder or unreadable.
-    """
-    images, skipped = _scan(Path(folder))
-    return not images and any(reason == "sub-folder" for _, reason in skipped)
-
-
-def list_people(
-    root: str | Path,
-) -> tuple[dict[str, list[Path] | ImageError], list[tuple[Path, str]]]:
-    """Returns the pictures in the sub-folders of `root`, by the names of these, both sorted.
-
-    Of a sub-folder that is unreadable or has no pictures, the error that says so. Then what was
-    skipped with reasons: in the sub-folders, sub-folders that are hidden or nobody's, and files in
-    `root`. Nobody's are empty ones, and those whose name begins with `__` and that hold no picture,
-    which archives and tools leave behind.
-
-    Raises:
-        ImageError: `root` is missing, no folder or unreadable, or no sub-folder has a picture.
-    """
-    _, people, skipped = _scan_tree(Path(root))
-    errors = [found for found in people.values() if isinstance(found, ImageError)]
-    if len(errors) == len(people):
-        raise errors[0] if errors else _no_pictures(Path(root), skipped)
-    return people, skipped
-
-
-def list_tree(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Returns the pictures directly in `root`, then those in its sub-folders; and what was skipped.
-
-    Raises:
-        ImageError: as `list_people`, but pictures directly in `root` suffice.
-    """
-    images, people, skipped = _scan_tree(Path(root))
-    for name, found in people.items():
-        if isinstance(found, ImageError):
-            skipped.append((Path(root) / name, str(found)))
-        else:
-            images += found
-    if not images:
-        raise _no_pictures(Path(root), skipped)
-    return images, skipped
-
-
-def report_skipped(skipped: Sequence[tuple[Path, str]]) -> None:
-    """Logs what the functions above have skipped."""
-    for path, reason in skipped:
-        log.warning("skipped %s: %s", path, reason)
-
-
-def _scan_tree(
-    root: Path,
-) -> tuple[list[Path], dict[str, list[Path] | ImageError], list[tuple[Path, str]]]:
-    """Pictures in `root`, those of each sub-folder or why it has none, and what was skipped."""
-    own, entries = _scan(root)
-    people, skipped = {}, []
-    for entry, reason in entries:
-        if reason != "sub-folder":
-            skipped.append((entry, reason))
-            continue
-        try:
-            people[entry.name], inside = list_images(entry)
-            skipped += inside
-        except ImageError as error:
-            is_nobody = isinstance(error, NoPicturesError) and (
-                error.is_empty or entry.name.startswith("__")
-            )
-            if is_nobody:
-                skipped.append((entry, "it holds no pictures"))
-            else:
-                people[entry.name] = error
-    return own, people, skipped
-
-
-def _scan(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    images, skipped = [], []
-    try:
-        for entry in sorted(folder.iterdir()):
-            reason = _reason_to_skip(entry)
-            if reason:
-                skipped.append((entry, reason))
-            else:
-                images.append(entry)
-    except FileNotFoundError:
-        raise ImageError(f"the folder of pictures {folder} does not exist") from None
-    except NotADirectoryError:
-        raise ImageError(
-            f"expected a folder of pictures, got the file {folder}; pass the folder that holds it"
-        ) from None
-    except OSError as error:
-        raise ImageError(
-            f"the folder of pictures {folder} cannot be read: {error.strerror}"
-        ) from error
-    return images, skipped
-
-
-def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> NoPicturesError:
-    shown = (f"{path.relative_to(folder)} ({reason})" for path, reason in skipped[:5])
-    found = ", ".join(shown) or "nothing"
-    more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
-    error = NoPicturesError(
-        f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
-        f"found {found}{more}"
-    )
-    error.is_empty = all(reason == "hidden" for _, reason in skipped)
-    return error
-
-
-def _reason_to_skip(entry: Path) -> str | None:
-    if entry.name.startswith("."):
-        return "hidden"
-    if entry.is_dir():
-        return "sub-folder"
-    if not entry.is_file():
-        return "not a regular file"
-    if entry.suffix.lower() not in SUFFIXES:
-        return f"suffix {entry.suffix or '(none)'}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -216,8 +77,7 @@ class PictureFile:
 
     def sha256(self) -> str:
         """Hex digest of the file's bytes."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(self.path)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -227,7 +87,7 @@ def readable(pictures: Sequence[PictureFile]) -> list[PictureFile]:
     """Returns the pictures that can be read; the others are reported.
 
     Raises:
-        ImageError: none can; what is wrong with the first.
+      ImageError: none can; what is wrong with the first.
     """
     good, errors = [], []
     for picture in pictures:
@@ -238,8 +98,8 @@ def readable(pictures: Sequence[PictureFile]) -> list[PictureFile]:
             errors.append(error)
     if not good:
         raise errors[0]
-    for error in errors:
-        log.warning("left out: %s", error)
+    for reason in errors:
+        log.warning("left out: %s", reason)
     return good
 
 
@@ -266,8 +126,8 @@ def read_image(path: str | Path) -> Image.Image:
     taken.
 
     Raises:
-        ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP/AVIF/HEIC, larger than
-            `MAX_PIXELS` or smaller than `MIN_SIDE` on a side; or what decodes it is not installed.
+      ImageError: the file is missing, cut off, damaged, no JPEG/PNG/WebP/AVIF/HEIC, larger than
+        `MAX_PIXELS` or smaller than `MIN_SIDE` on a side; or what decodes it is not installed.
     """
     path = Path(path)
     try:
@@ -304,7 +164,7 @@ def _formats_of(path: Path) -> tuple[str, ...]:
     """The formats that a file may have, by Pillow's names; told by its content, not by its suffix.
 
     Raises:
-        ImageError: what decodes it is not installed.
+      ImageError: what decodes it is not installed.
     """
     with open(path, "rb") as file:
         head = file.read(64)
@@ -339,7 +199,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def to_rgb(image: Image.Image, name: object) -> Image.Image:
+def to_rgb(image: Image.Image, name: Any) -> Image.Image:
     """A decoded picture as 8-bit RGB: sRGB, over white where it is transparent.
 
     A colour profile that cannot be used is reported with the picture's `name`, and left out.
@@ -362,7 +222,7 @@ def to_rgb(image: Image.Image, name: object) -> Image.Image:
     return image
 
 
-def _to_srgb(image: Image.Image, profile: bytes, name: object) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: bytes, name: Any) -> Image.Image:
     """A picture whose colours are those that its profile means, in sRGB."""
     try:
         convert, is_srgb = _conversion(profile)
@@ -382,7 +242,7 @@ def _conversion(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, bool]:
     """What converts a profile's colours to sRGB, and whether it leaves all as they are.
 
     Raises:
-        PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
+      PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
     """
     opened = ImageCms.getOpenProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space.strip()
@@ -453,8 +313,8 @@ def crop_turned(
     """Returns a turned square of a picture, upright: [side, side] pixels.
 
     Args:
-        centre: in pixels from the upper left corner.
-        angle: of its upper edge in the picture, radians, clockwise.
+      centre: in pixels from the upper left corner.
+      angle: of its upper edge in the picture, radians, clockwise.
     """
     cos, sin = math.cos(angle), math.sin(angle)
     x = centre[0] - side / 2 * (cos - sin)
@@ -475,7 +335,7 @@ def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray
     `value / 127.5 - 1` in float64, rounded once).
 
     Raises:
-        ImageError: `image` is not 8-bit RGB.
+      ImageError: `image` is not 8-bit RGB.
     """
     if image.mode != "RGB":
         raise ImageError(f"expected an RGB picture, got mode {image.mode}; use read_image")
@@ -491,7 +351,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     Inverse of the scaling in `to_pixels` for each of the 256 values.
 
     Raises:
-        ImageError: some value is not finite.
+      ImageError: some value is not finite.
     """
     images = np.asarray(images, np.float32)
     if not np.isfinite(images).all():

@@ -9,12 +9,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax.data import images
+from idea_jax.data import folders, images
+from idea_jax.errors import InputError
 
 LICENCE = "CelebA is for non-commercial research only; do not pass its pictures on"
 HOW_TO_PREPARE = (
@@ -25,7 +27,7 @@ HOW_TO_PREPARE = (
 )
 
 
-class PeopleError(ValueError):
+class PeopleError(InputError, ValueError):
     """People that cannot be had; the message says where they were looked for and what to do."""
 
 
@@ -34,8 +36,8 @@ class StoredPicture:
     """A picture of a prepared data set; has what `images.PictureFile` has.
 
     Attributes:
-        source: the data set, its pictures not decoded.
-        index: of the picture in it.
+      source: the data set, its pictures not decoded.
+      index: of the picture in it.
     """
 
     source: Sequence[Mapping]
@@ -50,7 +52,7 @@ class StoredPicture:
         """The picture, 8-bit RGB.
 
         Raises:
-            ImageError: the data set is damaged.
+          ImageError: the data set is damaged.
         """
         try:
             with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
@@ -82,7 +84,15 @@ class NoPictures:
         """There is nothing to read.
 
         Raises:
-            ImageError: always.
+          ImageError: always.
+        """
+        raise self.error
+
+    def sha256(self) -> str:
+        """As `read`.
+
+        Raises:
+          ImageError: always.
         """
         raise self.error
 
@@ -106,10 +116,10 @@ def from_folders(root: str | Path) -> dict[str, list[images.PictureFile | NoPict
     out is reported.
 
     Raises:
-        ImageError: as `images.list_people`.
+      ImageError: as `folders.list_people`.
     """
-    people, skipped = images.list_people(root)
-    images.report_skipped(skipped)
+    people, skipped = folders.list_people(root)
+    folders.report_skipped(skipped)
     return {
         name: [NoPictures(found)]
         if isinstance(found, images.ImageError)
@@ -124,11 +134,11 @@ def from_celeb_a(data_dir: str | Path) -> dict[str, list[StoredPicture]]:
     All of its splits are taken together: they keep people apart, not pictures.
 
     Args:
-        data_dir: the `data_dir` that tensorflow-datasets prepared it in; it holds `celeb_a/`.
+      data_dir: the `data_dir` that tensorflow-datasets prepared it in; it holds `celeb_a/`.
 
     Raises:
-        PeopleError: a package is missing, or the set is not prepared, damaged, or not in a format
-            that is read without TensorFlow.
+      PeopleError: a package is missing, or the set is not prepared, damaged, or not in a format
+        that is read without TensorFlow.
     """
     people: dict[str, list[StoredPicture]] = {}
     try:
@@ -165,7 +175,7 @@ def places(identities: str | None) -> slice:
     """Returns the range that `choose` is given.
 
     Raises:
-        PeopleError: it is none.
+      PeopleError: it is none.
     """
     match = re.fullmatch(r"(\d*)(:?)(\d*)", ":" if identities is None else identities)
     if not match or not (match[1] or match[2]):
@@ -174,14 +184,14 @@ def places(identities: str | None) -> slice:
     return slice(first, (int(match[3]) if match[3] else None) if match[2] else first + 1)
 
 
-def choose(people: Mapping[str, list], identities: str | None) -> dict[str, list]:
+def choose(people: Mapping[str, Any], identities: str | None) -> dict[str, list]:
     """Returns the people whose places, in the order of names, are in a range.
 
     Args:
-        identities: `FROM:TO` without TO, as in Python, either may be left out; or one place.
+      identities: `FROM:TO` without TO, as in Python, either may be left out; or one place.
 
     Raises:
-        PeopleError: it is no range, or holds nobody.
+      PeopleError: it is no range, or holds nobody.
     """
     names = list(people)[places(identities)]
     if not names:
@@ -196,7 +206,7 @@ def split(name: str, pictures: Sequence, count: int | None, seed: int) -> Person
     there. None takes all pictures to train on.
 
     Raises:
-        PeopleError: the person has fewer pictures.
+      PeopleError: the person has fewer pictures.
     """
     if count is None:
         return Person(name, tuple(pictures))

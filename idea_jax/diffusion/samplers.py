@@ -38,15 +38,15 @@ def ddim(
     """Returns latents of the shape of `x`, sampled by DDIM.
 
     Args:
-        predict: see the module's docstring.
-        x: float32[B, h, w, C], standard normal.
-        steps: 1 .. num_train_timesteps.
-        eta: 0 (deterministic) .. 1 (as much noise as ancestral sampling adds).
-        keys: typed keys[B], one per image; needed for eta > 0. The noise that step i adds to image
-            b is `normal(fold_in(keys[b], i))`.
+      predict: see the module's docstring.
+      x: float32[B, h, w, C], standard normal.
+      steps: 1 .. num_train_timesteps.
+      eta: 0 (deterministic) .. 1 (as much noise as ancestral sampling adds).
+      keys: typed keys[B], one per image; needed for eta > 0. The noise that step i adds to image
+        b is `normal(fold_in(keys[b], i))`.
 
     Raises:
-        ValueError: `steps` or `eta` out of range, `x` not floating, no key per image for eta > 0.
+      ValueError: `steps` or `eta` out of range, `x` not floating, no key per image for eta > 0.
 
     Source: arXiv 2010.02502, eq. 12 and 16.
     """
@@ -104,7 +104,7 @@ def visited_timesteps(sampler: str, cfg: ScheduleConfig, steps: int) -> np.ndarr
     They are different, so what depends on them alone can be computed once for all steps.
 
     Raises:
-        ScheduleError: see `schedule.inference_timesteps`.
+      ScheduleError: see `schedule.inference_timesteps`.
     """
     if sampler == "ddim":
         return inference_timesteps(cfg, steps, cfg.timestep_spacing or "leading")
@@ -116,9 +116,9 @@ def guided(predict: Predict, guidance_scale: float | jax.Array) -> Predict:
     """Returns a `predict` with classifier-free guidance, one call of twice the batch per step.
 
     Args:
-        predict: takes `x` of 2 B images, of which the first B get the unconditional (or negative)
-            text and the last B the prompt.
-        guidance_scale: 1 is the prompt alone; Stable Diffusion's usual value is 7.5.
+      predict: takes `x` of 2 B images, of which the first B get the unconditional (or negative)
+        text and the last B the prompt.
+      guidance_scale: 1 is the prompt alone; Stable Diffusion's usual value is 7.5.
 
     Source: arXiv 2207.12598, eq. 6, in the form `unconditional + scale * (conditional -
     unconditional)` of the Stable Diffusion code.
@@ -137,9 +137,9 @@ def guided_between(
     """Returns a `predict` that guides in the middle of the way only: half of the work elsewhere.
 
     Args:
-        guided: see `guided`; taken where the timestep lies within the interval, its ends included.
-        plain: the prompt alone, for the others.
-        interval: low and high end, as parts of `num_train_timesteps`: 0 is the clean picture.
+      guided: see `guided`; taken where the timestep lies within the interval, its ends included.
+      plain: the prompt alone, for the others.
+      interval: low and high end, as parts of `num_train_timesteps`: 0 is the clean picture.
 
     Source: arXiv 2404.07724, which gives the interval in noise levels.
     """
@@ -167,9 +167,9 @@ def initial_noise(
     Image i of a seed depends on the seed and on i only, so it is the same in any batch.
 
     Args:
-        seed: the seed of the run.
-        indices: int32[B], the images' numbers within the run.
-        shape: of one image's latents, (h, w, C).
+      seed: the seed of the run.
+      indices: int32[B], the images' numbers within the run.
+      shape: of one image's latents, (h, w, C).
     """
     return _initial_noise(jax.random.key(seed), jnp.asarray(indices), tuple(shape))
 

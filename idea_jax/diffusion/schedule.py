@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idea_jax.errors import InputError
+
 SPACINGS = ("leading", "trailing", "linspace")
 
 # What a scheduler_config.json may say beside the fields of ScheduleConfig, as diffusers' schedulers
@@ -106,7 +108,7 @@ _HARMLESS_KEYS = frozenset(
 _STEPS_OFFSET = 1
 
 
-class ScheduleError(ValueError):
+class ScheduleError(InputError, ValueError):
     """A noise schedule or a number of sampling steps that is not supported."""
 
 
@@ -138,8 +140,8 @@ class ScheduleConfig:
         """Reads the contents of a `scheduler_config.json`; `where` names it in the error.
 
         Raises:
-            ScheduleError: a value that this code does not implement, a key it does not know, or a
-                missing key; the message lists all of them.
+          ScheduleError: a value that this code does not implement, a key it does not know, or a
+            missing key; the message lists all of them.
         """
         known = {field.name for field in fields(cls)}
         accepted = known | set(_SUPPORTED_VALUES) | set(_SOLVER_SETTINGS) | _HARMLESS_KEYS
@@ -223,11 +225,11 @@ def add_noise(
     """Returns the noised latents, float32 of the shape of `latents`.
 
     Args:
-        latents, noise: float32[B, ...].
-        timesteps: int32[B] in 0 .. num_train_timesteps - 1.
+      latents, noise: float32[B, ...].
+      timesteps: int32[B] in 0 .. num_train_timesteps - 1.
 
     Raises:
-        ValueError: the three shapes do not fit together.
+      ValueError: the three shapes do not fit together.
 
     Source: arXiv 2006.11239, eq. 4.
     """
@@ -268,13 +270,13 @@ def inference_timesteps(
     """Returns the timesteps that a sampler visits: int32[steps], strictly decreasing.
 
     Args:
-        steps: 1 .. num_train_timesteps.
-        spacing: "leading", "trailing" or "linspace".
-        drop_lowest: whether "leading" and "linspace" lay out one timestep more and drop the lowest,
-            as the DPM-Solvers of diffusers do; "trailing" is the same for every sampler.
+      steps: 1 .. num_train_timesteps.
+      spacing: "leading", "trailing" or "linspace".
+      drop_lowest: whether "leading" and "linspace" lay out one timestep more and drop the lowest,
+        as the DPM-Solvers of diffusers do; "trailing" is the same for every sampler.
 
     Raises:
-        ScheduleError: an unknown spacing, or a number of steps that has no timesteps.
+      ScheduleError: an unknown spacing, or a number of steps that has no timesteps.
 
     Source: arXiv 2305.08891, table 2, with the rounding of diffusers.
     """

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from idea_jax import sample
 from idea_jax.data.images import to_uint8
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
+from idea_jax.sampling import programs
 
 WHOLE = P()  # on every device
 
@@ -23,7 +24,7 @@ def mesh_of(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def put(tree: object, mesh: Mesh, spec: P | object = WHOLE) -> object:
+def put(tree: Any, mesh: Mesh, spec: Any = WHOLE) -> Any:
     """Arrays that every process holds whole, on the devices of all processes.
 
     Nothing is sent: each process puts its devices' parts there itself.
@@ -46,7 +47,7 @@ def put(tree: object, mesh: Mesh, spec: P | object = WHOLE) -> object:
     return jax.tree.map(place, tree, spec)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("size", "scheduler", "steps"))
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
 def draw_rows(
     mesh: Mesh,
     model: sd.StableDiffusion,
@@ -54,10 +55,7 @@ def draw_rows(
     kv: dict,
     numbers: jax.Array,
     guidance_scale: jax.Array,
-    *,
-    size: tuple[int, int],
-    scheduler: str,
-    steps: int,
+    sampling: programs.Sampling,
 ) -> jax.Array:
     """Draws one picture a row: float32[R, height, width, 3] in [-1, 1], rows spread over `data`.
 
@@ -69,11 +67,8 @@ def draw_rows(
 
     def one(frozen, kv, numbers, guidance_scale):
         def row(kv, number):
-            return sample.draw(
-                *(model, frozen, kv, number[0], number[1:].astype(jnp.int32), guidance_scale),
-                **{"size": size, "scheduler": scheduler, "steps": steps},
-                **{"is_guided": True, "eta": 0.0},
-            )[0]
+            seed, picture = number[0], number[1:].astype(jnp.int32)
+            return programs.draw(model, frozen, kv, seed, picture, guidance_scale, sampling)[0]
 
         return jax.vmap(row)(kv, numbers)
 
@@ -115,7 +110,8 @@ def draw_in_batches(
     keys_values: Callable[[np.ndarray], dict],
     numbers: np.ndarray,
     each: int,
-    **settings,
+    sampling: programs.Sampling,
+    guidance_scale: float,
 ) -> Iterator[np.ndarray]:
     """Yields uint8[R', height, width, 3], batch by batch, of rows in calls of one shape.
 
@@ -126,16 +122,16 @@ def draw_in_batches(
       keys_values: numbers of rows, int[B] -> leaves [B, 2, T, inner].
       numbers: uint32[R, 2], as of `draw_rows`.
       each: rows that a device draws at once, at most.
-      settings: the further arguments of `draw_rows`.
+      guidance_scale: more than 1.
     """
     size = min(each, -(-len(numbers) // mesh.size)) * mesh.size
-    guidance = np.float32(settings.pop("guidance_scale"))
+    guidance = np.float32(guidance_scale)
     for first in range(0, len(numbers), size):
         # The last call is filled up with its last row.
         rows = np.minimum(np.arange(first, first + size), len(numbers) - 1)
         kv = put(jax.device_get(keys_values(rows)), mesh, P("data"))
         drawn = draw_rows(
-            mesh, model, frozen, kv, put(numbers[rows], mesh, P("data")), guidance, **settings
+            mesh, model, frozen, kv, put(numbers[rows], mesh, P("data")), guidance, sampling
         )
         if jax.process_count() > 1:
             drawn = process_allgather(drawn, tiled=True)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -11,12 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
-from idea_jax import face_models, faces
 from idea_jax.data import images, text
 from idea_jax.enhancer import drawing
 from idea_jax.enhancer.samples import Folder
+from idea_jax.faces import embedding, finding, packs
+from idea_jax.faces import models as face_models
 from idea_jax.method import shared
-from idea_jax.results import Base
+from idea_jax.sampling.programs import Sampling
+from idea_jax.training.results import Base
 
 STEPS = 25
 DRAWN = 4  # pictures that a device draws at once
@@ -24,7 +27,7 @@ COLUMNS = 8  # of the grid
 LARGEST_SHARE = 4  # one of so many people is held out at most
 
 
-class Sitter(NamedTuple):
+class HeldOut(NamedTuple):
     """Somebody who is held out: the face of one picture, the mean of the others; float32[512]."""
 
     face: np.ndarray
@@ -50,7 +53,7 @@ class Likeness(NamedTuple):
 
 def hold_out(
     folders: Sequence[Folder], count: int, seed: int
-) -> tuple[list[np.ndarray], list[Sitter]]:
+) -> tuple[list[np.ndarray], list[HeldOut]]:
     """Returns numbers of the people of each folder to train on, and those who are held out.
 
     Whoever is held out has two pictures or more. A quarter of all people are held out at most, and
@@ -70,13 +73,24 @@ def hold_out(
     for place, number in chosen:
         folder = folders[place]
         records = folder.people[number]
-        others = faces.mean_embedding(folder.faces.face[records[1:]])
-        sitters.append(Sitter(folder.faces.face[records[0]], others))
+        others = embedding.mean_embedding(folder.faces.face[records[1:]])
+        sitters.append(HeldOut(folder.faces.face[records[0]], others))
     left = [
         np.array([n for n in range(len(folder.people)) if (place, n) not in out], int)
         for place, folder in enumerate(folders)
     ]
     return left, sitters
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """How held-out people are drawn: each `count` times, `side` pixels wide and high."""
+
+    prompt: str
+    count: int
+    guidance: float
+    side: int
+    seed: int
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -98,16 +112,11 @@ def measure(
     tree: shared.Shared,
     base: Base,
     mesh: Mesh,
-    sitters: Sequence[Sitter],
-    finder: faces.Finder | None,
-    *,
-    prompt: str,
-    count: int,
-    guidance: float,
-    side: int,
-    seed: int,
+    sitters: Sequence[HeldOut],
+    finder: finding.Finder | None,
+    sitting: Sitting,
 ) -> Likeness | None:
-    """Draws everybody who is held out `count` times. All processes of a mesh call it together.
+    """Draws everybody who is held out, as a sitting says. All processes of a mesh call it together.
 
     Args:
       base: its frozen weights lie on the mesh, whole or split.
@@ -116,9 +125,10 @@ def measure(
     Raises:
       TextError: the prompt does not name the person.
     """
-    empty, ids = base.tokenizer(["", text.fill(prompt, base.tokenizer.placeholder)])
+    empty, ids = base.tokenizer(["", text.fill(sitting.prompt, base.tokenizer.placeholder)])
+    count = sitting.count
     rows = np.repeat(np.stack([sitter.face for sitter in sitters]), count, axis=0)
-    numbers = np.array([(seed, i) for i in range(len(rows))], np.uint32)
+    numbers = np.array([(sitting.seed, i) for i in range(len(rows))], np.uint32)
     # Whole on every device: without gradients there is room for it.
     is_split = any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(base.frozen))
     frozen = _gathered(mesh, base.frozen) if is_split else base.frozen
@@ -128,16 +138,17 @@ def measure(
     def keys_values(chosen):
         return _keys_values(config, base.model, near, own, rows[chosen], ids, empty)
 
-    settings = {"size": (side, side), "scheduler": "dpmpp_2m", "steps": STEPS}
-    drawn = np.concatenate(
-        list(
-            drawing.draw_in_batches(
-                *(mesh, base.model, frozen, keys_values, numbers, DRAWN),
-                **settings,
-                guidance_scale=guidance,
-            )
-        )
+    batches = drawing.draw_in_batches(
+        mesh,
+        base.model,
+        frozen,
+        keys_values,
+        numbers,
+        DRAWN,
+        Sampling((sitting.side,) * 2, "dpmpp_2m", STEPS),
+        sitting.guidance,
     )
+    drawn = np.concatenate(list(batches))
     if finder is None:
         return None
     similar = np.zeros(len(drawn))
@@ -147,7 +158,7 @@ def measure(
             embed = finder.look_at(Image.fromarray(picture), "a drawing").embed
             similar[row] = embed @ sitters[row // count].others
             is_found[row] = True
-        except faces.FaceError:
+        except face_models.FaceError:
             pass
     each = similar.reshape(-1, count).mean(axis=1)
     grid = images.image_grid(list(drawn), count * max(1, COLUMNS // count))
@@ -156,18 +167,16 @@ def measure(
 
 def find_face_model(
     face_model: str | None, face_model_dir: str | None, folder, wanted: str
-) -> faces.Finder:
+) -> finding.Finder:
     """The finder whose recogniser has prepared the data.
 
     Raises:
       FaceError: there is none, or it is another one.
     """
-    path = face_models.find_recogniser(
-        face_model, face_model_dir, folder / "face", accept_licence=False
-    )
-    finder = faces.open_finder(path, needs_detector=False)
+    path = packs.find_recogniser(face_model, face_model_dir, folder / "face", accept_licence=False)
+    finder = finding.open_finder(path, needs_detector=False)
     if finder.about.face_model != wanted:
-        raise faces.FaceError(
+        raise face_models.FaceError(
             f"--data was prepared with the recogniser of SHA-256 {wanted}, and {path.name} has "
             f"{finder.about.face_model}; name the other one with --face_model, or leave the "
             "validation out with --validation_steps 0"

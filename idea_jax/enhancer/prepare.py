@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,19 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import faces, jobs
-from idea_jax.checkpoint import tree_digest
+from idea_jax import jobs
 from idea_jax.data import images, text
 from idea_jax.enhancer import drawing, shards
-from idea_jax.enhancer.shards import Faces, Index, Record, Shard, ShardsError
-from idea_jax.enhancer.sources import Person, Portrait, Source
-from idea_jax.face_table import Sight
-from idea_jax.files import check_writable
+from idea_jax.enhancer.shards import Faces, Index, Shard, ShardRecord, ShardsError
+from idea_jax.enhancer.sources import NumberedPerson, Portrait, Source
+from idea_jax.faces import finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import alignment, training_square
+from idea_jax.faces.table import Sight
 from idea_jax.models import sd
-from idea_jax.pytrees import cast
-from idea_jax.results import Base
+from idea_jax.pytrees import cast, tree_digest
+from idea_jax.runtime.files import check_writable
+from idea_jax.training.results import Base
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ SMALL = (36, 160)  # pixels of the face's crop
 ENCODED = 8  # pictures that a device encodes at once
 
 # What can be wrong with one picture, and does not concern the others.
-PICTURE_ERRORS = (faces.FaceError, images.ImageError, OSError)
+PICTURE_ERRORS = (face_models.FaceError, images.ImageError, OSError)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ class Studio:
       finder: what finds and embeds faces; None if every picture brings its face along. A picture
         that does not bring that of its small or turned version is then not embedded so.
       side: of the training pictures, in pixels.
-      crop, crop_margin: what of a picture is trained on; as in `config.TrainConfig`.
+      crop, crop_margin: what of a picture is trained on; as in `TrainConfig`.
       seed: of the small and turned versions.
       shard_pictures: at least so many pictures make a shard.
     """
 
     base: Base
-    finder: faces.Finder | None
+    finder: finding.Finder | None
     side: int
     crop: str = "face"
     crop_margin: float = 1.0
@@ -78,7 +81,7 @@ def prepare(source: Source, out: str | Path, studio: Studio, *, quiet: bool = Fa
     check_writable(out)
     with jobs.only_run(out, 0):
         index = begin(source, out, studio)
-        rejected: list[tuple[object, str]] = []
+        rejected: list[tuple[Any, str]] = []
         try:
             for number, first, stop in todo(out, index):
                 index = write_range(source, out, studio, index, (number, first, stop), rejected)
@@ -106,7 +109,10 @@ def begin(source: Source, out: Path, studio: Studio) -> Index:
     if (out / shards.INDEX).exists():
         index = shards.read_index(out)
         before, now = index.made_of(), fresh.made_of()
+        # What earlier versions have not noted cannot differ.
+        before["facts"] = {**now["facts"], **before["facts"]}
         differs = [name for name in now if before[name] != now[name]]
+        differs = ["the pictures" if name == "facts" else name for name in differs]
         if differs:
             raise ShardsError(
                 f"{out} was prepared in another way ({', '.join(differs)} differ); choose another "
@@ -142,8 +148,11 @@ def describe(source: Source, studio: Studio) -> Index:
         licence=source.licence,
         facts=source.facts,
         settings={
-            **{"crop": studio.crop, "crop_margin": studio.crop_margin, "side": studio.side},
-            **{"seed": studio.seed, "shard_pictures": studio.shard_pictures},
+            "crop": studio.crop,
+            "crop_margin": studio.crop_margin,
+            "side": studio.side,
+            "seed": studio.seed,
+            "shard_pictures": studio.shard_pictures,
         },
         num_tokens=placeholder.n,
         vocab_size=model.text.vocab_size,
@@ -180,7 +189,7 @@ def write_range(
     studio: Studio,
     index: Index,
     span: tuple[int, int, int | None],
-    rejected: list[tuple[object, str]],
+    rejected: list[tuple[Any, str]],
 ) -> Index:
     """Writes the shards of a part of the source; returns the index with them.
 
@@ -191,8 +200,9 @@ def write_range(
     shards.clean(out, index)
     number, first, stop = span
     last = source.count if stop is None else stop
-    held: list[tuple[Person, list[tuple[Portrait, Sight, np.ndarray]]]] = []
-    bad, place = [], first
+    held: list[tuple[NumberedPerson, list[tuple[Portrait, Sight, np.ndarray]]]] = []
+    bad: list[tuple[Any, str]] = []
+    place = first
 
     def write(index):
         if not held and not bad:
@@ -241,7 +251,7 @@ def with_rejected(out: Path, index: Index, until: int, count: int) -> Index:
     return index
 
 
-def look(studio: Studio, person: Person) -> tuple[list, list[tuple[object, str]]]:
+def look(studio: Studio, person: NumberedPerson) -> tuple[list, list[tuple[Any, str]]]:
     """The usable pictures of a person: (portrait, sight, turned face) each; and the others."""
     good, bad = [], list(person.rejected)
     for place, portrait in enumerate(person.portraits):
@@ -251,10 +261,10 @@ def look(studio: Studio, person: Person) -> tuple[list, list[tuple[object, str]]
             sight = portrait.sight
             if sight is None:
                 if studio.finder is None:
-                    raise faces.FaceError("its face is not known, and nothing finds faces")
+                    raise face_models.FaceError("its face is not known, and nothing finds faces")
                 sight = studio.finder.look_at(image, picture)
             if studio.crop == "face" and sight.points is None:
-                raise faces.FaceError("nobody looked for its eyes, which --crop face needs")
+                raise face_models.FaceError("nobody looked for its eyes, which --crop face needs")
             other = portrait.turned
             if other is None:
                 rng = np.random.default_rng([studio.seed, person.number, place])
@@ -274,7 +284,7 @@ def turned(
         return np.zeros(shards.WIDTH, np.float32)
     side = float(max(sight.box[2:] - sight.box[:2]))
     if sight.points is not None:  # of what the recogniser is given, in pixels of the picture
-        side = faces.SIZE / float(np.hypot(*faces.alignment(sight.points)[:, 0]))
+        side = face_models.SIZE / float(np.hypot(*alignment(sight.points)[:, 0]))
     scale = min(1.0, size / max(side, 1.0))
     small = image.resize([max(images.MIN_SIDE, round(n * scale)) for n in image.size])
     try:
@@ -282,7 +292,7 @@ def turned(
             small.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor=(127,) * 3),
             "a small version",
         )
-    except faces.FaceError:
+    except face_models.FaceError:
         return np.zeros(shards.WIDTH, np.float32)
     return np.asarray(found.embed, np.float32)
 
@@ -291,12 +301,12 @@ def pixels_of(studio: Studio, portrait: Portrait, sight: Sight) -> np.ndarray:
     """What of a picture is trained on: float32[side, side, 3] in [-1, 1]."""
     image = portrait.picture.read()
     if studio.crop == "face":
-        centre, width, angle = faces.training_square(sight.points, image.size, studio.crop_margin)
+        centre, width, angle = training_square(sight.points, image.size, studio.crop_margin)
         image = images.crop_turned(image, centre, width, angle)
     return images.to_pixels(image, studio.side, center_crop=studio.crop == "center")
 
 
-def encode(studio: Studio, held: list) -> tuple[list[Record], Faces]:
+def encode(studio: Studio, held: list) -> tuple[list[ShardRecord], Faces]:
     """Records and faces of people's pictures.
 
     Args:
@@ -315,7 +325,7 @@ def encode(studio: Studio, held: list) -> tuple[list[Record], Faces]:
     for (person, portrait, _, _), (mean, std) in zip(flat, moments, strict=True):
         filled = [text.fill(said, tokenizer.placeholder) for said in portrait.texts]
         ids = tokenizer(filled) if filled else np.zeros((0, length), np.int32)
-        records.append(Record(person.number, ids, mean, std))
+        records.append(ShardRecord(person.number, ids, mean, std))
     columns = [
         (
             person.number,
@@ -371,7 +381,7 @@ def _encode(model, frozen, both):
     return mean.reshape(shape), jnp.exp(0.5 * logvar).reshape(shape)
 
 
-def report(rejected: list[tuple[object, str]], quiet: bool) -> None:
+def report(rejected: list[tuple[Any, str]], quiet: bool) -> None:
     """Prints the pictures that cannot be used, as a table."""
     if not rejected or quiet:
         return

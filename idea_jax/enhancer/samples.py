@@ -21,7 +21,7 @@ READERS = 8  # threads
 MEAN_OF = 4  # pictures at most whose faces are averaged
 
 
-class Batch(NamedTuple):
+class EnhancerBatch(NamedTuple):
     """Samples of a step, or the part of them that a process or a device has.
 
     Attributes:
@@ -149,7 +149,7 @@ class Plan:
                 del self.known[old]
         return drawn
 
-    def sample(self, number: int) -> Batch:
+    def sample(self, number: int) -> EnhancerBatch:
         """Sample `number` of the run: leaves without the first axis.
 
         Raises:
@@ -165,7 +165,7 @@ class Plan:
         mirror = int(self.flip and u[1] < 0.5)
         texts = shown.token_ids if len(shown.token_ids) else folder.texts
         ids = texts[int(u[2] * len(texts))]
-        return Batch(np.int32(row), face, shown.mean[mirror], shown.std[mirror], ids)
+        return EnhancerBatch(np.int32(row), face, shown.mean[mirror], shown.std[mirror], ids)
 
     def face_of(
         self, folder: Folder, others: np.ndarray, own: np.ndarray, u: np.ndarray
@@ -195,7 +195,7 @@ class Plan:
 class _Source:
     """The samples of a run from a step on, as grain reads them: of process p every n-th."""
 
-    def __init__(self, sample: Callable[[int], Batch], first: int, count: int):
+    def __init__(self, sample: Callable[[int], EnhancerBatch], first: int, count: int):
         self.sample, self.first, self.count = sample, first, count
 
     def __len__(self) -> int:
@@ -229,12 +229,12 @@ class Reader:
         self.iterator = iter(dataset.to_iter_dataset(options).batch(size))
         self.waited, self.began = 0.0, time.monotonic()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[EnhancerBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> EnhancerBatch:
         started = time.monotonic()
-        batch = Batch(**next(self.iterator))
+        batch = EnhancerBatch(**next(self.iterator))
         self.waited += time.monotonic() - started
         return batch
 

@@ -1,8 +1,8 @@
-"""What preparing and training the shared enhancer are; filled as `idea_jax.config` says."""
+"""What preparing and training the shared enhancer are; filled as `idea_jax.config.reading` says."""
 
 from dataclasses import dataclass
 
-from idea_jax.config import (
+from idea_jax.config.settings import (
     ATTENTION,
     ATTENTIONS,
     COMPILE_CACHE,
@@ -140,13 +140,13 @@ class PrepareConfig:
 class EnhancerTrainConfig:
     """Everything that decides what a training of the shared enhancer does."""
 
-    pretrained_model_name_or_path: str = setting(..., CHECKPOINT)
+    pretrained_model_name_or_path: str = setting(..., CHECKPOINT, free=True)
     data: list[str] = setting(
-        ..., "prepared folders, FOLDER or FOLDER=WEIGHT; --prepare makes them"
+        ..., "prepared folders, FOLDER or FOLDER=WEIGHT; --prepare makes them", free=True
     )
-    output_dir: str = setting("enhancer-output", "folder that receives all results")
+    output_dir: str = setting("enhancer-output", "folder that receives all results", free=True)
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
-    variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    variant: str | None = setting(None, "file variant of the weights, such as fp16", free=True)
     # The enhancer
     kind: str = setting("mlp", "what leads from a face to a person's start", choices=KINDS)
     width: int = setting(512, "of its hidden layers")
@@ -159,7 +159,9 @@ class EnhancerTrainConfig:
         choices=STARTS,
     )
     celeb_path: str | None = setting(
-        None, "file of names, one per line (default: the checkpoint's own, or the shipped list)"
+        None,
+        "file of names, one per line (default: the checkpoint's own, or the shipped list)",
+        free=True,
     )
     # Samples
     small_faces: float = setting(
@@ -190,37 +192,50 @@ class EnhancerTrainConfig:
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
-    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
+    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS, free=True)
     shard_frozen: bool = setting(
-        False, "split the frozen weights over all devices, for devices with little memory"
+        False,
+        "split the frozen weights over all devices, for devices with little memory",
+        free=True,
     )
     distributed: bool = setting(
-        False, "one of several processes: docs/scale.md says how they are started"
+        False, "one of several processes: docs/scale.md says how they are started", free=True
     )
-    compile_cache: str | None = setting(None, COMPILE_CACHE)
+    compile_cache: str | None = setting(None, COMPILE_CACHE, free=True)
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way
-    validation_steps: int = setting(250, "measure likeness at 0 steps every N steps (0: never)")
+    validation_steps: int = setting(
+        250, "measure likeness at 0 steps every N steps (0: never)", free=True
+    )
     validation_people: int = setting(
         16, "people who are held out for that, at most a quarter of all"
     )
-    validation_prompt: str = setting("a photo of {}", "what is drawn of them")
-    num_validation_images: int = setting(2, "pictures of each")
-    validation_guidance: float = setting(5.0, "classifier-free guidance of these, more than 1")
-    face_model_dir: str | None = setting(None, "folder of the pack that prepared the data")
-    face_model: str | None = setting(None, "the recogniser that prepared the data")
-    checkpointing_steps: int = setting(
-        0, "write a checkpoint to resume from every N steps (0: none)"
+    validation_prompt: str = setting("a photo of {}", "what is drawn of them", free=True)
+    num_validation_images: int = setting(2, "pictures of each", free=True)
+    validation_guidance: float = setting(
+        5.0, "classifier-free guidance of these, more than 1", free=True
     )
-    checkpoints_total_limit: int | None = setting(None, "keep only the newest N checkpoints")
-    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder")
+    face_model_dir: str | None = setting(
+        None, "folder of the pack that prepared the data", free=True
+    )
+    face_model: str | None = setting(None, "the recogniser that prepared the data", free=True)
+    checkpointing_steps: int = setting(
+        0, "write a checkpoint to resume from every N steps (0: none)", free=True
+    )
+    checkpoints_total_limit: int | None = setting(
+        None, "keep only the newest N checkpoints", free=True
+    )
+    resume_from_checkpoint: str | None = setting(None, "'latest' or a checkpoint folder", free=True)
     save_dtype: str = setting(
         "float32",
         "type of the values in the result's file",
         choices=("float32", "float16", "bfloat16"),
+        free=True,
     )
-    report_to: str = setting("tensorboard", "log of the losses", choices=("tensorboard", "none"))
-    logging_dir: str = setting("logs", "folder of that log, inside output_dir")
+    report_to: str = setting(
+        "tensorboard", "log of the losses", choices=("tensorboard", "none"), free=True
+    )
+    logging_dir: str = setting("logs", "folder of that log, inside output_dir", free=True)
 
     def __post_init__(self):
         positive(self, "width", "kv_rank", "train_batch_size", "gradient_accumulation_steps")

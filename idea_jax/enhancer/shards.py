@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from idea_jax.files import atomic_write, cannot_write, file_digest, write_tensors
+from idea_jax.errors import InputError
+from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, write_tensors
 
 INDEX = "index.json"
 FORMAT, FORMAT_VERSION = "idea_jax.enhancer.data", 1
@@ -26,11 +27,11 @@ WIDTH = 512  # of a face embedding
 MAX_TEXTS = 10_000  # of one picture; far above what anybody writes
 
 
-class ShardsError(ValueError):
+class ShardsError(InputError, ValueError):
     """A prepared folder is missing, damaged, not complete, or for something else."""
 
 
-class Record(NamedTuple):
+class ShardRecord(NamedTuple):
     """One picture, without its face.
 
     Attributes:
@@ -146,7 +147,7 @@ class Index:
 # --- records --------------------------------------------------------------------------------------
 
 
-def encode(record: Record) -> bytes:
+def encode(record: ShardRecord) -> bytes:
     """A record as bytes: person, K, the token ids, mean, std; little-endian."""
     ids = np.ascontiguousarray(record.token_ids, "<i4")
     head = np.array([record.person, len(ids)], "<i4")
@@ -154,7 +155,7 @@ def encode(record: Record) -> bytes:
     return b"".join(leaf.tobytes() for leaf in (head, ids, *moments))
 
 
-def decode(raw: bytes, index: Index) -> Record:
+def decode(raw: bytes, index: Index) -> ShardRecord:
     """The record that `encode` made these bytes of.
 
     Raises:
@@ -170,7 +171,7 @@ def decode(raw: bytes, index: Index) -> Record:
     mean, std = np.frombuffer(raw[end:], "<f2").reshape(2, *shape)
     if count and not (ids.min() >= 0 and ids.max() < index.vocab_size + index.num_tokens):
         raise ShardsError("a record holds token ids that the text encoder does not have")
-    return Record(person, ids, mean, std)
+    return ShardRecord(person, ids, mean, std)
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def write_index(folder: Path, index: Index) -> None:
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def write_shard(folder: Path, number: int, records: Sequence[Record], faces: Faces) -> dict:
+def write_shard(folder: Path, number: int, records: Sequence[ShardRecord], faces: Faces) -> dict:
     """Writes the two files of a shard, atomically; returns what `Shard` holds of them.
 
     Raises:
@@ -220,7 +221,8 @@ def write_shard(folder: Path, number: int, records: Sequence[Record], faces: Fac
 
 def files_of(folder: Path, number: int) -> tuple[Path, Path]:
     """The two files of a shard: records and faces."""
-    return tuple(Path(folder) / f"{number:05d}.{kind}" for kind in ("array_record", "safetensors"))
+    stem = f"{number:05d}"
+    return Path(folder) / f"{stem}.array_record", Path(folder) / f"{stem}.safetensors"
 
 
 def purge(folder: str | Path) -> int:
@@ -285,10 +287,12 @@ def read_index(folder: str | Path) -> Index:
         )
     try:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if about.pop("format") != FORMAT or about.pop("format_version") != FORMAT_VERSION:
+        form, version = about.pop("format"), about.pop("format_version")
+        if form != FORMAT or version != FORMAT_VERSION:
             raise ShardsError(
-                f"{folder / INDEX} is not of format {FORMAT}, version {FORMAT_VERSION}; prepare "
-                "the folder again, with this version"
+                f"{folder / INDEX} is of format {form}, version {version}, expected {FORMAT}, "
+                f"version {FORMAT_VERSION}; prepare the folder again with this version, or install "
+                "the idea_jax that wrote it"
             )
         about.pop("notice")
         entries = about.pop("shards")
@@ -309,10 +313,11 @@ def read_index(folder: str | Path) -> Index:
 def wrong_index(index: Index) -> list[str]:
     """What in an index is not what a preparation writes."""
     problems = []
-    for instance in (index, *index.shards):
+    instances: list[Any] = [index, *index.shards]
+    for instance in instances:
         for spec in fields(instance):
-            value, kind = getattr(instance, spec.name), spec.type
-            kind = list if spec.name == "shards" else kind
+            value: Any = getattr(instance, spec.name)
+            kind: Any = list if spec.name == "shards" else spec.type
             if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31):
                 problems.append(f"{spec.name} is {value!r:.40}")
     if problems:
@@ -360,8 +365,8 @@ def read_faces(folder: Path, index: Index) -> Faces:
                 arrays: Mapping = load_file(path)
             except SafetensorError as error:
                 raise ShardsError(str(error)) from error
-            kinds = {name: np.int32 if name in ("person", "name_ids") else np.float32
-                     for name in shapes}  # fmt: skip
+            numbers = ("person", "name_ids")
+            kinds = {name: np.int32 if name in numbers else np.float32 for name in shapes}
             for name, shape in shapes.items():
                 value = arrays.get(name)
                 if value is None or value.shape != (shard.pictures, *shape):
@@ -415,7 +420,7 @@ class Pictures:
     def __len__(self) -> int:
         return int(self.first[-1])
 
-    def __getitem__(self, number: int) -> Record:
+    def __getitem__(self, number: int) -> ShardRecord:
         shard = int(np.searchsorted(self.first, number, side="right")) - 1
         with damage(self.paths[shard]):
             (raw,) = self.readers[shard].read([int(number - self.first[shard])])

@@ -3,24 +3,27 @@
 A source yields people as numbers, in an order that is the same every time, from any place on.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import faces
-from idea_jax.data import images, people, text
+from idea_jax.data import folders, images, people, text
+from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import drawing
 from idea_jax.enhancer.shards import ShardsError
-from idea_jax.face_table import Sight
-from idea_jax.results import Base
+from idea_jax.faces import finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.table import Sight
+from idea_jax.runtime.files import json_digest
+from idea_jax.sampling.programs import Sampling
+from idea_jax.training.results import Base
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +52,13 @@ class Portrait(NamedTuple):
       turned: float32[512], the face on a small or turned version of it, if that is known.
     """
 
-    picture: object
+    picture: Any
     texts: tuple[str, ...] = ()
     sight: Sight | None = None
     turned: np.ndarray | None = None
 
 
-class Person(NamedTuple):
+class NumberedPerson(NamedTuple):
     """One person: their place in the source, their pictures, and tokens of their name.
 
     Attributes:
@@ -67,7 +70,7 @@ class Person(NamedTuple):
     number: int
     portraits: Sequence[Portrait]
     name_ids: np.ndarray | None = None
-    rejected: Sequence[tuple[object, str]] = ()
+    rejected: Sequence[tuple[Any, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,12 @@ class Source:
     kind: str
     licence: str
     count: int
-    people: Callable[[int], Iterator[Person]]
+    people: Callable[[int], Iterator[NumberedPerson]]
     facts: dict = field(default_factory=dict)
     face_model: str | None = None
 
 
-class Drawn(NamedTuple):
+class DrawnPicture(NamedTuple):
     """A picture in memory; has what `images.PictureFile` has."""
 
     name: str
@@ -108,12 +111,12 @@ def from_folders(root: str | Path, identities: str | None = None) -> Source:
     text of a picture, with {} for the person.
 
     Raises:
-      ImageError: as `images.list_people`.
+      ImageError: as `folders.list_people`.
       PeopleError: `identities` holds nobody.
       ShardsError: a captions file is damaged.
     """
-    found, skipped = images.list_people(root)
-    images.report_skipped([(path, why) for path, why in skipped if path.name != CAPTIONS])
+    found, skipped = folders.list_people(root)
+    folders.report_skipped([(path, why) for path, why in skipped if path.name != CAPTIONS])
     chosen = people.choose(found, identities)
     texts = {name: read_captions(Path(root) / name / CAPTIONS) for name in chosen}
 
@@ -147,15 +150,29 @@ def of_people(
     Args:
       portraits: name -> pictures of that person.
     """
-    counts = [len(portraits(name)) for name in names]
+    everyone = [portraits(name) for name in names]
     # Not their names: those of few people could be guessed from a digest.
-    digest = hashlib.sha256(json.dumps(counts).encode()).hexdigest()
+    facts = {
+        "pictures": json_digest([len(them) for them in everyone]),
+        # By which other pictures, or other words for them, in their places are noticed.
+        "contents": json_digest(
+            [[(size_of(p.picture), *p.texts) for p in them] for them in everyone]
+        ),
+    }
 
     def everybody(first):
         for number in range(first, len(names)):
-            yield Person(number, portraits(names[number]))
+            yield NumberedPerson(number, portraits(names[number]))
 
-    return Source(kind, licence, len(names), everybody, {"pictures": digest})
+    return Source(kind, licence, len(names), everybody, facts)
+
+
+def size_of(picture: Any) -> int | None:
+    """Bytes of a picture's file; None where it has none."""
+    try:
+        return picture.path.stat().st_size
+    except (AttributeError, OSError):
+        return None
 
 
 def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
@@ -213,7 +230,7 @@ class Casting:
 
 def celebrities(
     base: Base,
-    finder: faces.Finder,
+    finder: finding.Finder,
     names: Sequence[str],
     casting: Casting,
     *,
@@ -230,7 +247,7 @@ def celebrities(
       side: of the pictures, in pixels.
     """
     tokenizer, N = base.tokenizer, base.tokenizer.placeholder.n
-    name_ids = text.name_token_ids(tokenizer, names, N)
+    name_ids = name_token_ids(tokenizer, names, N)
     mesh = drawing.mesh_of(jax.local_devices())
     frozen = drawing.put(base.frozen, mesh)
     empty = tokenizer([""])[0]
@@ -248,9 +265,14 @@ def celebrities(
             return drawing.plain_keys_values(base.model, base.frozen, ids[rows], empty)
 
         drawn = drawing.draw_in_batches(
-            *(mesh, base.model, frozen, keys_values, seeds, casting.batch),
-            **{"size": (side, side), "scheduler": "dpmpp_2m", "steps": casting.steps},
-            guidance_scale=casting.guidance_scale,
+            mesh,
+            base.model,
+            frozen,
+            keys_values,
+            seeds,
+            casting.batch,
+            Sampling((side, side), "dpmpp_2m", casting.steps),
+            casting.guidance_scale,
         )
         pictures = np.concatenate(list(drawn))
         return pictures.reshape(len(numbers), casting.pictures, *pictures.shape[1:])
@@ -263,35 +285,39 @@ def celebrities(
             for number, pictures in zip(numbers, drawn, strict=False):
                 found = [
                     Portrait(
-                        Drawn(f"{names[number]} {i}", Image.fromarray(p)), (prompt(number, i),)
+                        DrawnPicture(f"{names[number]} {i}", Image.fromarray(p)),
+                        (prompt(number, i),),
                     )
                     for i, p in enumerate(pictures)
                 ]
                 kept, rejected = cast(finder, found, casting.likeness)
-                yield Person(number, kept, name_ids[number], rejected)
+                yield NumberedPerson(number, kept, name_ids[number], rejected)
 
-    digest = hashlib.sha256(json.dumps([list(names), list(casting.prompts)]).encode()).hexdigest()
+    digest = json_digest([list(names), list(casting.prompts)])
     facts = {
-        **{"names_and_prompts": digest, "seed": seed, "pictures": casting.pictures},
-        **{"steps": casting.steps, "guidance_scale": casting.guidance_scale},
+        "names_and_prompts": digest,
+        "seed": seed,
+        "pictures": casting.pictures,
+        "steps": casting.steps,
+        "guidance_scale": casting.guidance_scale,
         "likeness": casting.likeness,
     }
     return Source("celebrities", DRAWN_LICENCE, len(names), everybody, facts)
 
 
 def cast(
-    finder: faces.Finder, portraits: Sequence[Portrait], likeness: float
-) -> tuple[list[Portrait], list[tuple[object, str]]]:
+    finder: finding.Finder, portraits: Sequence[Portrait], likeness: float
+) -> tuple[list[Portrait], list[tuple[Any, str]]]:
     """Those of a name's pictures that count, with their faces; and the others, with the reasons."""
     seen, rejected = [], []
     for portrait in portraits:
         image, name = portrait.picture.read(), portrait.picture.name
         try:
-            count = len(faces.find_faces(finder.detector, image, name)) if finder.detector else 1
+            count = len(finding.find_faces(finder.detector, image, name)) if finder.detector else 1
             if count != 1:
-                raise faces.FaceError(f"{count} faces, expected one")
+                raise face_models.FaceError(f"{count} faces, expected one")
             seen.append(portrait._replace(sight=finder.look_at(image, name)))
-        except faces.FaceError as error:
+        except face_models.FaceError as error:
             rejected.append((portrait.picture, str(error)))
     while len(seen) > 1:
         embeds = np.stack([portrait.sight.embed for portrait in seen])

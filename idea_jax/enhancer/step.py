@@ -6,6 +6,7 @@ so that one device, many, and many processes compute the same numbers.
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -17,11 +18,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from idea_jax.diffusion import schedule
-from idea_jax.enhancer.samples import Batch
+from idea_jax.enhancer.samples import EnhancerBatch
 from idea_jax.method import shared
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.train_step import gatherer, shard_specs
+from idea_jax.training.program import gatherer, shard_specs
 
 
 class EnhancerState(NamedTuple):
@@ -58,7 +59,7 @@ class Recipe(NamedTuple):
     ema: float = 0.999
 
 
-class Metrics(NamedTuple):
+class EnhancerMetrics(NamedTuple):
     """loss, grad_norm: float32[]; finite: bool[], False: the step was not taken; stop: int32[],
     how many devices have been asked to stop."""
 
@@ -108,7 +109,7 @@ def errors(
     recipe: Recipe,
     tree: shared.Shared,
     frozen: sd.Frozen,
-    batch: Batch,
+    batch: EnhancerBatch,
     key: jax.Array,
 ) -> jax.Array:
     """The weighted error of each sample, float32[B].
@@ -146,7 +147,7 @@ def gradients(
     recipe: Recipe,
     state: tuple[dict, dict],
     frozen: sd.Frozen,
-    batch: Batch,
+    batch: EnhancerBatch,
     key: jax.Array,
     gather: Callable[[sd.Frozen], sd.Frozen] | None,
 ) -> tuple[jax.Array, dict]:
@@ -185,20 +186,33 @@ def gradients(
     return jax.tree.map(lambda leaf: leaf / recipe.size, total)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=7)
+@dataclass(frozen=True)
+class EnhancerProgram:
+    """All that the step is compiled for, besides the shapes of its arrays.
+
+    Attributes:
+      mesh: of all devices, with the axis `data`; `recipe.size` is a multiple of its devices times
+        `recipe.parts`.
+      shard_frozen: the frozen weights are split over `data` as `program.shard_specs` says.
+    """
+
+    model: sd.StableDiffusion
+    config: shared.EnhancerConfig
+    recipe: Recipe
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    shard_frozen: bool = False
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def train_step(
-    model: sd.StableDiffusion,
-    config: shared.EnhancerConfig,
-    recipe: Recipe,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    is_sharded: bool,
+    program: EnhancerProgram,
     frozen: sd.Frozen,
     state: EnhancerState,
     constants: dict,
-    batch: Batch,
+    batch: EnhancerBatch,
     inputs: dict,
-) -> tuple[EnhancerState, Metrics]:
+) -> tuple[EnhancerState, EnhancerMetrics]:
     """Takes one step; one all-reduce, of the gradients.
 
     When the loss or a gradient is not finite the state comes back as it was, and so it does from
@@ -206,16 +220,14 @@ def train_step(
     however late, still holds the last good state.
 
     Args:
-      mesh: of all devices, with the axis `data`; `recipe.size` is a multiple of its devices times
-        `recipe.parts`.
-      is_sharded: the frozen weights are split over `data` as `train_step.shard_specs` says.
       state: donated.
       constants: the other parts of the shared tree.
       batch: leaves [size, ...], split over `data`, in any order of rows.
       inputs: "seed", uint32[], of the run; "step", int32[], how many steps were taken before;
         "stop", int32[devices], split over `data`: whether a device's process was asked to stop.
     """
-    gather = gatherer(frozen, mesh) if is_sharded else None
+    model, config, recipe, mesh = program.model, program.config, program.recipe, program.mesh
+    gather = gatherer(frozen, mesh) if program.shard_frozen else None
 
     def of_device(frozen, trained, constants, batch, key, stop):
         loss, grads = gradients(
@@ -225,20 +237,18 @@ def train_step(
         flat, unravel = ravel_pytree((loss, stop[0].astype(jnp.float32), grads))
         return unravel(jax.lax.psum(flat, "data"))
 
+    of_frozen = shard_specs(frozen, mesh.shape["data"]) if gather else P()
     spread = jax.shard_map(
         of_device,
         mesh=mesh,
-        in_specs=(
-            shard_specs(frozen, mesh.shape["data"]) if gather else P(),
-            *(P(), P(), P("data"), P(), P("data")),
-        ),
+        in_specs=(of_frozen, P(), P(), P("data"), P(), P("data")),
         out_specs=P(),
         check_vma=False,  # Pallas' kernels do not say over which axes their results vary
     )
     key = stream(jax.random.key(inputs["seed"]), "enhancer step")
     key = jax.random.fold_in(key, inputs["step"])
     loss, stop, grads = spread(frozen, state.trained, constants, batch, key, inputs["stop"])
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -248,4 +258,4 @@ def train_step(
     taken = EnhancerState(trained, average, opt_state, state.step + 1)
     is_taken = finite & (inputs["step"] == state.step)
     kept = jax.tree.map(lambda new, old: jnp.where(is_taken, new, old), taken, state)
-    return kept, Metrics(loss, grad_norm, finite, stop.astype(jnp.int32))
+    return kept, EnhancerMetrics(loss, grad_norm, finite, stop.astype(jnp.int32))

@@ -8,11 +8,13 @@ from the tensors.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,16 @@ import numpy as np
 import safetensors
 
 from idea_jax import pytrees
-from idea_jax.files import write_tensors
+from idea_jax.errors import InputError
 from idea_jax.method import condition, shared
-from idea_jax.method.modules import IDAdapter
+from idea_jax.method.modules import FACE_WIDTH, IDAdapter
 from idea_jax.models import hub, sd
+from idea_jax.pytrees import tree_digest
+from idea_jax.runtime.files import (
+    write_tensors,
+)
+
+log = logging.getLogger(__name__)
 
 FILE = Path(hub.ENHANCER)  # inside a checkpoint's folder
 FORMAT, FORMAT_VERSION = "idea_jax.enhancer", 1
@@ -51,7 +59,7 @@ ABOUT = {
 }
 
 
-class EnhancerError(ValueError):
+class EnhancerError(InputError, ValueError):
     """A file of a shared ID-Enhancer cannot be used; the message names it and says why."""
 
 
@@ -62,7 +70,7 @@ class Enhancer:
     Attributes:
       config: what its networks look like.
       shared: the tree of float32 NumPy arrays.
-      about: keys of `ABOUT`: the checkpoint (`base_weights` is `checkpoint.tree_digest` of its
+      about: keys of `ABOUT`: the checkpoint (`base_weights` is `pytrees.tree_digest` of its
         `cross_kv`) and the recogniser (SHA-256 of its file) that it was trained for, on how many
         people and pictures from where, and under what licence.
       sha256: of its file, hexadecimal; None before it is written.
@@ -164,7 +172,10 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
         )
         version = description["format_version"]
         if version != FORMAT_VERSION:
-            raise EnhancerError(f"it has format version {version}, expected {FORMAT_VERSION}")
+            raise EnhancerError(
+                f"it has format version {version}, expected {FORMAT_VERSION}, so that another "
+                "idea_jax wrote it, which can be installed to read it"
+            )
         config, about = shared.EnhancerConfig(**description["config"]), description["about"]
     except EnhancerError:
         raise
@@ -190,7 +201,7 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
 def check(
     enhancer: Enhancer,
     model: sd.StableDiffusion,
-    where: object,
+    where: Any,
     *,
     face_model: str | None,
     num_tokens: int | None = None,
@@ -213,7 +224,7 @@ def check(
     else:
         method = shared.person_method(config, kv="low_rank", kv_rank=config.kv_rank)
         wanted = jax.eval_shape(
-            lambda key: condition.init_kv(method, model, key), jax.random.key(0)
+            lambda key: condition.init_kv(model, method, key), jax.random.key(0)
         )
         want = {name: leaf.shape for name, leaf in pytrees.flatten(wanted).items()}
         got = {name: leaf.shape for name, leaf in pytrees.flatten(enhancer.shared["kv"]).items()}
@@ -245,7 +256,7 @@ def is_for_weights(enhancer: Enhancer, digests: Collection[str]) -> bool:
     """Whether it was trained on these weights; on others of the same kind it can be used, too.
 
     Args:
-      digests: `checkpoint.tree_digest` of the `cross_kv`, of each compute type that it may have
+      digests: `pytrees.tree_digest` of the `cross_kv`, of each compute type that it may have
         been trained with.
     """
     return enhancer.about["base_weights"] in digests
@@ -269,7 +280,7 @@ def wrong_config(config: shared.EnhancerConfig) -> list[str]:
     return problems
 
 
-def wrong_about(about: object) -> list[str]:
+def wrong_about(about: Any) -> list[str]:
     """What is missing in `about`, or of another type."""
     if not isinstance(about, dict):
         return ["it does not say how it was made"]
@@ -317,7 +328,7 @@ def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, 
 
     def fresh(key):
         known = jnp.zeros((names, N, D))
-        network = config.network.init(key, jnp.zeros(512), jnp.zeros((N, D)), known)
+        network = config.network.init(key, jnp.zeros(FACE_WIDTH), jnp.zeros((N, D)), known)
         adapter = IDAdapter(D, config.beta).init(key, jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D)))
         return {
             "enhancer": network["params"],
@@ -363,7 +374,7 @@ def to_float32(entry: dict) -> np.ndarray:
     return values.astype(np.float32).reshape(entry["shape"])
 
 
-def without_repetition(pairs: list[tuple[str, object]]) -> dict:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict:
     """A JSON object; a key that stands in it twice is an error."""
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -371,7 +382,7 @@ def without_repetition(pairs: list[tuple[str, object]]) -> dict:
     return values
 
 
-def texts(values: object) -> Iterator[str]:
+def texts(values: Any) -> Iterator[str]:
     """All texts in nested dicts and lists."""
     if isinstance(values, dict):
         values = [*values.keys(), *values.values()]
@@ -390,3 +401,32 @@ def is_path(text: str) -> bool:
 def listed(problems: list[str]) -> str:
     more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
     return "; ".join(problems[:LISTED]) + more
+
+
+def introduce(path: Path, enhancer: Enhancer) -> str:
+    """What a user should know of a shared ID-Enhancer, in a line."""
+    about = enhancer.about
+    return (
+        f"shared ID-Enhancer: {path}, trained on {about['people']} people for "
+        f"{about['base_model']}; {about['licence']}"
+    )
+
+
+def warn_of_weights(enhancer: Enhancer, frozen: sd.Frozen, name: str) -> None:
+    """Says if a shared ID-Enhancer was trained on other weights than these.
+
+    Args:
+      frozen: in bfloat16 nothing is said, as its digest may be that of the float32 weights.
+      name: of the checkpoint.
+    """
+    kernels = jax.device_get(frozen.cross_kv)
+    if jax.tree.leaves(kernels)[0].dtype != np.float32:
+        return
+    types = (kernels, pytrees.cast(kernels, jnp.bfloat16))
+    if not is_for_weights(enhancer, [tree_digest(tree) for tree in types]):
+        log.warning(
+            "the shared ID-Enhancer was trained for %s, on other weights than those of %s: people "
+            "may be less like themselves",
+            enhancer.about["base_model"],
+            name,
+        )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from idea_jax.method import loss
-from idea_jax.method.modules import IDAdapter, IDEnhancer
+from idea_jax.method.modules import FACE_WIDTH, IDAdapter, IDEnhancer
 from idea_jax.models import sd
 from idea_jax.models.unet import cross_kv_shapes, project_kv
 from idea_jax.pytrees import stream
@@ -133,7 +133,7 @@ def make_method(profile: str, *, regulariser: str | None = None, **settings) -> 
 # One program each, which is kept for the next run: operation by operation a start takes seconds.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init_trainable(
-    method: Method, model: sd.StableDiffusion, key: jax.Array, start: jax.Array
+    model: sd.StableDiffusion, method: Method, key: jax.Array, start: jax.Array
 ) -> Trainable:
     """Returns one person's trainables at step 0; the drawing is then that of plain tokens.
 
@@ -151,21 +151,21 @@ def init_trainable(
         adapter = IDAdapter(D, method.beta)
         trainable["adapter"] = adapter.init(stream(key, "adapter"), context, enhanced)["params"]
     if "enhancer" in parts:
-        trainable["enhancer"] = init_enhancer(method, model, key)
+        trainable["enhancer"] = init_enhancer(model, method, key)
     if "kv" in parts:
-        trainable["kv"] = init_kv(method, model, stream(key, "kv"))
+        trainable["kv"] = init_kv(model, method, stream(key, "kv"))
     return trainable
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def init_enhancer(method: Method, model: sd.StableDiffusion, key: jax.Array) -> dict:
+def init_enhancer(model: sd.StableDiffusion, method: Method, key: jax.Array) -> dict:
     """Random ID-Enhancer parameters of the person with this key."""
     anchor = jnp.zeros((method.num_tokens, model.text.hidden_size))
     enhancer = IDEnhancer(model.text.hidden_size)
-    return enhancer.init(stream(key, "enhancer"), jnp.zeros(512), anchor)["params"]
+    return enhancer.init(stream(key, "enhancer"), jnp.zeros(FACE_WIDTH), anchor)["params"]
 
 
-def init_kv(method: Method, model: sd.StableDiffusion, key: jax.Array) -> dict:
+def init_kv(model: sd.StableDiffusion, method: Method, key: jax.Array) -> dict:
     """K/V deltas that start at zero effect, in the structure of `Frozen.cross_kv`.
 
     A full delta is a zero kernel. A low-rank one is {"down": [D, r], "up": [r, inner]} with a
@@ -185,8 +185,8 @@ def init_kv(method: Method, model: sd.StableDiffusion, key: jax.Array) -> dict:
 
 
 def init_given(
-    method: Method,
     model: sd.StableDiffusion,
+    method: Method,
     key: jax.Array,
     anchor: jax.Array,
     id_embed: np.ndarray | None,
@@ -205,13 +205,13 @@ def init_given(
     if method.keeps_face:
         given["id_embed"] = jnp.array(id_embed, jnp.float32)
         if not method.train_enhancer:
-            given["enhancer"] = init_enhancer(method, model, key)
+            given["enhancer"] = init_enhancer(model, method, key)
     return given
 
 
 def context(
-    method: Method,
     model: sd.StableDiffusion,
+    method: Method,
     frozen: sd.Frozen,
     trainable: Trainable,
     given: Given,
@@ -229,13 +229,13 @@ def context(
     if not method.adapter:
         return encoded
     return encoded + adapter_contribution(
-        method, model, frozen, trainable, given, encoded, strength
+        model, method, frozen, trainable, given, encoded, strength
     )
 
 
 def adapter_contribution(
-    method: Method,
     model: sd.StableDiffusion,
+    method: Method,
     frozen: sd.Frozen,
     trainable: Trainable,
     given: Given,
@@ -256,8 +256,8 @@ def adapter_contribution(
 
 
 def keys_values(
-    method: Method,
     model: sd.StableDiffusion,
+    method: Method,
     frozen: sd.Frozen,
     trainable: Trainable,
     context: jax.Array,
@@ -270,14 +270,14 @@ def keys_values(
     two thin products, and the frozen kernel stays one array for all people under `jax.vmap`.
     """
     kv = project_kv(frozen.cross_kv, context, model.dtype)
-    for deltas in kv_contributions(method, model, frozen, trainable, context, strength):
+    for deltas in kv_contributions(model, method, frozen, trainable, context, strength):
         kv = jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
     return kv
 
 
 def kv_contributions(
-    method: Method,
     model: sd.StableDiffusion,
+    method: Method,
     frozen: sd.Frozen,
     trainable: Trainable,
     context: jax.Array,
@@ -307,8 +307,8 @@ def kv_contributions(
 
 
 def drawing_keys_values(
-    method: Method,
     model: sd.StableDiffusion,
+    method: Method,
     frozen: sd.Frozen,
     trainable: Trainable,
     given: Given,
@@ -323,13 +323,13 @@ def drawing_keys_values(
     if not method.acts_at_sampling:
         encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
         return project_kv(frozen.cross_kv, encoded, model.dtype)
-    condition = context(method, model, frozen, trainable, given, token_ids, strength=strength)
-    return keys_values(method, model, frozen, trainable, condition, strength=strength)
+    condition = context(model, method, frozen, trainable, given, token_ids, strength=strength)
+    return keys_values(model, method, frozen, trainable, condition, strength=strength)
 
 
 def keys_values_together(
-    methods: Sequence[Method],
     model: sd.StableDiffusion,
+    methods: Sequence[Method],
     frozen: sd.Frozen,
     trainables: Sequence[Trainable],
     givens: Sequence[Given],
@@ -357,16 +357,17 @@ def keys_values_together(
     context = encoded
     for share, (method, trainable, given) in zip(shares, people, strict=True):
         if method.acts_at_sampling and method.adapter:
-            added = adapter_contribution(method, model, frozen, trainable, given, encoded, strength)
+            added = adapter_contribution(model, method, frozen, trainable, given, encoded, strength)
             context = context + share * added
     kv = project_kv(frozen.cross_kv, context, model.dtype)
     for share, (method, trainable, _) in zip(shares, people, strict=True):
         if not method.acts_at_sampling:
             continue
-        for deltas in kv_contributions(method, model, frozen, trainable, context, strength):
+        for deltas in kv_contributions(model, method, frozen, trainable, context, strength):
             kv = jax.tree.map(
                 lambda plain, delta, share=share: plain + (share * delta).astype(plain.dtype),
-                *(kv, deltas),
+                kv,
+                deltas,
             )
     return kv
 

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from idea_jax.models.layers import UnsupportedConfig
+from idea_jax.models.config_reader import UnsupportedConfig
 
 NUM_HEADS = 8  # arXiv 2507.11990 and the published code use eight heads everywhere
+
+FACE_WIDTH = 512  # of a face embedding, as ArcFace gives it
 
 
 def uniform(bound: float):
@@ -73,7 +75,7 @@ class IDEnhancer(nn.Module):
     dim: int
 
     def setup(self):
-        self.expand = linear(512, self.dim)
+        self.expand = linear(FACE_WIDTH, self.dim)
         self.query = linear(self.dim, self.dim)
         self.key_value = linear(self.dim, self.dim)
         self.attention = MultiheadAttention(self.dim)
@@ -99,7 +101,7 @@ class IDAdapter(nn.Module):
     """
 
     dim: int
-    beta: float = 0.4
+    beta: float
 
     def setup(self):
         self.project = linear(2 * self.dim, self.dim)

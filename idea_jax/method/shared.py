@@ -10,12 +10,13 @@ people; how it is trained is this project's (docs/enhancer.md).
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from idea_jax.method import condition
-from idea_jax.method.modules import IDAdapter, SharedEnhancer
+from idea_jax.method.modules import FACE_WIDTH, IDAdapter, SharedEnhancer
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 
@@ -66,14 +67,16 @@ def init_shared(
     names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
     known = (names - start[None]) / scale if config.kind == "names" else names[:0]
     shared = {"start": start, "scale": jnp.float32(scale), "names": known}
-    faces = config.network.init(stream(key, "enhancer"), jnp.ones(512), _anchor(shared), known)
+    faces = config.network.init(
+        stream(key, "enhancer"), jnp.ones(FACE_WIDTH), _anchor(shared), known
+    )
     adapter = IDAdapter(D, config.beta)
     context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D))
     return shared | {
         "enhancer": faces["params"],
         "adapter": adapter.init(stream(key, "adapter"), context, enhanced)["params"],
         "kv": condition.init_kv(
-            person_method(config, kv="low_rank", kv_rank=config.kv_rank), model, stream(key, "kv")
+            model, person_method(config, kv="low_rank", kv_rank=config.kv_rank), stream(key, "kv")
         ),
     }
 
@@ -122,8 +125,8 @@ def keys_values(
 
     def one(id_embed, ids, strength):
         person = predict(config, shared, id_embed)
-        text = condition.context(method, model, frozen, person, {}, ids[None], strength=strength)
-        kv = condition.keys_values(method, model, frozen, person, text, strength=strength)
+        text = condition.context(model, method, frozen, person, {}, ids[None], strength=strength)
+        kv = condition.keys_values(model, method, frozen, person, text, strength=strength)
         return jax.tree.map(lambda leaf: leaf[0], kv)
 
     return jax.vmap(one)(id_embeds, token_ids, strength)
@@ -161,8 +164,8 @@ def person_method(
 
 def begin_person(
     config: EnhancerConfig,
-    method: condition.Method,
     model: sd.StableDiffusion,
+    method: condition.Method,
     shared: Shared,
     key: jax.Array,
     id_embed: jax.Array,
@@ -175,8 +178,8 @@ def begin_person(
       key: the person's key.
       id_embed: float32[512] of unit norm.
     """
-    person = _begin(config, method, model, shared, key, id_embed)
-    given = condition.init_given(method, model, key, shared["start"], None)
+    person = _begin(config, model, method, shared, key, id_embed)
+    given = condition.init_given(model, method, key, shared["start"], None)
     given["anchor"] = jnp.array(person["pseudo_tokens"])
     return person, given
 
@@ -184,8 +187,8 @@ def begin_person(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _begin(
     config: EnhancerConfig,
-    method: condition.Method,
     model: sd.StableDiffusion,
+    method: condition.Method,
     shared: Shared,
     key: jax.Array,
     id_embed: jax.Array,
@@ -195,7 +198,7 @@ def _begin(
     if not method.shared_adapter:
         person["adapter"] = jax.tree.map(jnp.array, shared["adapter"])
     if method.kv != "none":
-        person["kv"] = condition.init_kv(method, model, stream(key, "kv"))
+        person["kv"] = condition.init_kv(model, method, stream(key, "kv"))
     return person
 
 
@@ -243,7 +246,7 @@ def self_contained(
             lambda ours, own: own + ours["down"] @ ours["up"], kv, trainable["kv"], is_leaf=is_delta
         )
     whole = {"adapter": shared["adapter"], **trainable, "kv": kv}
-    ours = {"shared_adapter": False, "shared_kv": False}
+    ours: dict[str, Any] = {"shared_adapter": False, "shared_kv": False}
     if method.kv != "full":
         ours |= {"kv": "low_rank", "kv_rank": rank}
     return replace(method, **ours), whole

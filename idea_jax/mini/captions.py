@@ -99,8 +99,8 @@ def caption(rng: np.random.Generator, scene: Mapping[str, str], name: str) -> st
     an unnamed style is any style. Light and framing are plain where nothing is said, nearly always.
 
     Args:
-        scene: as `scene_words` returns it.
-        name: full name or placeholder.
+      scene: as `scene_words` returns it.
+      name: full name or placeholder.
     """
     parts = _parts(rng, scene, 0.6)
     rng.shuffle(parts)
@@ -120,7 +120,7 @@ def pair_caption(
     for scene, name in zip(scenes, names, strict=True):
         parts = [p for p in _parts(rng, scene, 0.3) if "background" not in p and "wall" not in p]
         people.append(" ".join([name, *parts[:1]]))
-    text = _opening(rng, scenes[0] | {"framing": "plain"}) + one_of(rng, _PAIRS).format(*people)
+    text = _opening(rng, {**scenes[0], "framing": "plain"}) + one_of(rng, _PAIRS).format(*people)
     if rng.random() < 0.5:
         text += " " + _phrase(rng, _BACKGROUNDS, scenes[0]["background"])
     return text

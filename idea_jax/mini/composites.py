@@ -56,8 +56,8 @@ def compose(rng: np.random.Generator, alone: Drawn, pairs: Drawn) -> Composite:
     """Returns one picture.
 
     Args:
-        alone: drawings of one person each.
-        pairs: drawings of two.
+      alone: drawings of one person each.
+      pairs: drawings of two.
     """
     kinds = {"filled": 0.25, "pair": 0.1, "around": 0.2, "pasted": 0.4, "nobody": 0.05}
     kind = rng.choice(list(kinds), p=list(kinds.values()))
@@ -88,19 +88,21 @@ def placed(
     """Returns a picture with one face of known size and turn, and that face's points, in pixels.
 
     Args:
-        image: uint8[S, S, 3], a drawing of one person; its background goes on to all sides.
-        points: float32[5, 2], of the drawing.
-        side: of the face's crop, which lies inside the picture.
-        degrees: by which it is turned, clockwise.
+      image: uint8[S, S, 3], a drawing of one person; its background goes on to all sides.
+      points: float32[5, 2], of the drawing.
+      side: of the face's crop, which lies inside the picture.
+      degrees: by which it is turned, clockwise.
 
     Returns:
-        uint8[SIZE, SIZE, 3], of some light, perhaps blurred or noisy; float32[5, 2].
+      uint8[SIZE, SIZE, 3], of some light, perhaps blurred or noisy; float32[5, 2].
     """
     centre = rng.uniform(side / 2, SIZE - side / 2, 2)
     picture, (five,) = _moved(
         Image.fromarray(image),
         points[None].astype(float) + 0.5,
-        *(side, np.radians(degrees), centre),
+        side,
+        np.radians(degrees),
+        centre,
         endless=True,
     )
     return _as_taken(rng, picture), (five - 0.5).astype(np.float32)
@@ -126,9 +128,9 @@ def turned(
     """Returns a picture of SIZE with one drawing's face in its middle, and its points [5, 2].
 
     Args:
-        points: float[5, 2], as `world.landmarks` has them.
-        side: of the face's ArcFace crop, in pixels.
-        angle: by which it is turned, in radians.
+      points: float[5, 2], as `world.landmarks` has them.
+      side: of the face's ArcFace crop, in pixels.
+      angle: by which it is turned, in radians.
     """
     centre = np.full(2, SIZE / 2)
     five = np.asarray(points, float)[None] + 0.5
@@ -177,10 +179,10 @@ def _moved(
     """Returns a picture with the drawing in it, its edges drawn out to all sides, and the points.
 
     Args:
-        side: of the first face's crop; its middle then comes to `centre`. Without, the drawing is
-            as large as the picture, and it is the drawing's middle.
-        window: the part of the picture that is returned: left, top, right, bottom.
-        endless: drawn out as far as the picture goes, not only half as far as the drawing does.
+      side: of the first face's crop; its middle then comes to `centre`. Without, the drawing is
+        as large as the picture, and it is the drawing's middle.
+      window: the part of the picture that is returned: left, top, right, bottom.
+      endless: drawn out as far as the picture goes, not only half as far as the drawing does.
     """
     zoom, pivot = SIZE / image.width, np.full(2, image.width / 2)
     if side is not None:

@@ -26,7 +26,7 @@ PIXEL_MEAN, PIXEL_STD = 127.5, 128.0  # as SCRFD takes its pixels
 Found = list[tuple[jax.Array, jax.Array, jax.Array]]
 
 
-class Detector(nn.Module):
+class DetectorNet(nn.Module):
     """Pictures float[B, S, S, 3], scaled as SCRFD does, to (scores, boxes, points) of each stride.
 
     Scores are logits float32[B, H, W, 2]; boxes float32[B, H, W, 2, 4] how far left, top, right and
@@ -92,7 +92,7 @@ def loss(found: Found, points: jax.Array, state: jax.Array) -> jax.Array:
     the next anchors, it may be.
 
     Args:
-        points, state: those of composites.Composite, float32[B, F, 5, 2] and int32[B, F].
+      points, state: those of composites.Composite, float32[B, F, 5, 2] and int32[B, F].
     """
     exists = state != composites.NONE
     centre, side = composites.crop_square(points)
@@ -140,7 +140,7 @@ def _places(count: int, stride: int) -> jax.Array:
     return jnp.stack(jnp.meshgrid(steps, steps), axis=-1)
 
 
-def write_onnx(path: str | Path, net: Detector, params: dict) -> None:
+def write_onnx(path: str | Path, net: DetectorNet, params: dict) -> None:
     """Writes the detector as insightface's SCRFD class takes it: nine outputs, a fixed size."""
     graph, size = networks.Graph(), composites.SIZE
     # Boxes and points in strides instead of anchors.

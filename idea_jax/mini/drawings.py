@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write
 from idea_jax.mini import captions, people, world
-from idea_jax.mini.traits import Identity, Scene, random_scene
+from idea_jax.mini.traits import Scene, Traits, random_scene
 from idea_jax.pytrees import stream
+from idea_jax.runtime.files import atomic_write
 
 SIZE = 64
 PART = 2048  # drawings a file
@@ -31,7 +31,7 @@ class Drawings(NamedTuple):
     scenes: Scene  # int32[N, 2] leaves: (left, right)
 
 
-class Portraits(NamedTuple):
+class DrawnPortraits(NamedTuple):
     """Drawings of one person each."""
 
     images: np.ndarray  # uint8[N, 64, 64, 3]
@@ -75,13 +75,13 @@ def _in_batches(draw_batch: Callable, args: tuple) -> np.ndarray:
     return np.concatenate(images)[:count]
 
 
-def draw(who: Identity, scenes: Scene, keys: jax.Array, size: int = SIZE) -> np.ndarray:
+def draw(who: Traits, scenes: Scene, keys: jax.Array, size: int = SIZE) -> np.ndarray:
     """Returns uint8[B, size, size, 3] of leaves [B]: `world.draw` of each."""
     return _in_batches(partial(_draw_each, size=size), (who, scenes, keys))
 
 
 def draw_pairs(
-    left: Identity, right: Identity, left_scenes: Scene, right_scenes: Scene, keys: jax.Array
+    left: Traits, right: Traits, left_scenes: Scene, right_scenes: Scene, keys: jax.Array
 ) -> np.ndarray:
     """Returns uint8[B, 64, 64, 3] of leaves [B]: `world.draw_pair` of each."""
     return _in_batches(_draw_pairs, (left, right, left_scenes, right_scenes, keys))
@@ -95,14 +95,14 @@ def random_scenes(key: jax.Array, shape: tuple[int, ...]) -> Scene:
 
 
 def portraits(
-    who: Identity, each: int, key: jax.Array, folder: Path | None = None, progress: Callable = iter
-) -> Portraits:
+    who: Traits, each: int, key: jax.Array, folder: Path | None = None, progress: Callable = iter
+) -> DrawnPortraits:
     """Returns `each` drawings of every person, in random scenes, ordered by person.
 
     Args:
-        who: leaves [P].
-        folder: where parts are kept; None keeps nothing.
-        progress: wraps the iteration over parts.
+      who: leaves [P].
+      folder: where parts are kept; None keeps nothing.
+      progress: wraps the iteration over parts.
     """
     count = each * len(who.skin)
     person = np.repeat(np.arange(len(who.skin), dtype=np.int32), each)
@@ -115,10 +115,10 @@ def portraits(
 
     everybody = jax.tree.map(lambda leaf: leaf[person], who)
     images = _parts(part, count, folder, progress)
-    return Portraits(images, person, scenes, points(everybody, scenes, keys))
+    return DrawnPortraits(images, person, scenes, points(everybody, scenes, keys))
 
 
-def points(who: Identity, scenes: Scene, keys: jax.Array) -> np.ndarray:
+def points(who: Traits, scenes: Scene, keys: jax.Array) -> np.ndarray:
     """Returns where the faces are on the drawings of these keys: float32[B, 5, 2], as
     `world.landmarks`, of leaves [B]."""
     # The same keys on purpose, as they are the same poses.
@@ -128,11 +128,11 @@ def points(who: Identity, scenes: Scene, keys: jax.Array) -> np.ndarray:
 _landmarks = jax.jit(jax.vmap(world.landmarks))
 
 
-def pairs(who: Identity, count: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def pairs(who: Traits, count: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Returns `count` drawings of two people each, and where their faces are.
 
     Args:
-        who: leaves [P].
+      who: leaves [P].
 
     Returns: uint8[count, 64, 64, 3], float32[count, 2, 5, 2] as `world.landmarks_of_pair`.
     """

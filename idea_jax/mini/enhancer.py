@@ -14,18 +14,20 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import checkpoint, faces, jobs
-from idea_jax.data.text import load_tokenizer
-from idea_jax.enhancer import fit, shards, sources
+from idea_jax.data.tokenizer import load_tokenizer
+from idea_jax.enhancer import fit, sources
 from idea_jax.enhancer.prepare import Studio, prepare
 from idea_jax.enhancer.settings import EnhancerTrainConfig
-from idea_jax.face_table import Sight
-from idea_jax.files import atomic_write
+from idea_jax.faces import embedding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import align
+from idea_jax.faces.table import Sight
 from idea_jax.formats import enhancer as files
 from idea_jax.mini import captions, composites, drawings, people, traits
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.results import Base, TrainingError
+from idea_jax.runtime.files import atomic_write
+from idea_jax.training.results import Base
 
 SPLIT = "enhancer"
 TEXTS = 3  # of a picture
@@ -36,13 +38,8 @@ SMALL = (36.0, 160.0)  # sides of the crop on the small and turned version, in p
 LICENCE = "MIT: drawn by a program, all people are made up"
 
 
-# What can be wrong with a training, of the input or the disk.
-ERRORS = (
-    *(shards.ShardsError, TrainingError, checkpoint.CheckpointError, jobs.JobsError),
-    *(faces.FaceError, OSError),
-)
 # What else than the defaults decides the training.
-SETTINGS = {
+SETTINGS: dict = {
     "start": "cross_init",
     "learning_rate": 1.5e-3,
     "ema_decay": 0.99,
@@ -61,7 +58,7 @@ class World(NamedTuple):
     seed: int = 0
 
 
-def source(recogniser: faces.Recogniser, world: World) -> sources.Source:
+def source(recogniser: face_models.Recogniser, world: World) -> sources.Source:
     """People of the drawn world as numbers, with their pictures, captions and faces.
 
     None of them is in another split of `mini.people`.
@@ -76,7 +73,7 @@ def source(recogniser: faces.Recogniser, world: World) -> sources.Source:
     scenes = drawings.random_scenes(stream(key, "scenes"), (total,))
     keys = jax.random.split(stream(key, "drawings"), total)
 
-    def of_block(first: int, last: int) -> Iterator[sources.Person]:
+    def of_block(first: int, last: int) -> Iterator[sources.NumberedPerson]:
         rows = np.arange(first * each, last * each)
         who = jax.tree.map(lambda leaf: leaf[rows // each], everybody)
         some = jax.tree.map(lambda leaf: leaf[rows], scenes)
@@ -90,13 +87,13 @@ def source(recogniser: faces.Recogniser, world: World) -> sources.Source:
                 words = captions.scene_words(traits.Scene(*(leaf[row] for leaf in some)))
                 texts = tuple(captions.caption(rng, words, "{}") for _ in range(TEXTS))
                 sight, turned = look(recogniser, rng, images[row], points[row])
-                picture = sources.Drawn(
+                picture = sources.DrawnPicture(
                     f"person {number}, picture {place}", Image.fromarray(images[row])
                 )
                 portraits.append(sources.Portrait(picture, texts, sight, turned))
-            yield sources.Person(number, portraits)
+            yield sources.NumberedPerson(number, portraits)
 
-    def from_place(first: int) -> Iterator[sources.Person]:
+    def from_place(first: int) -> Iterator[sources.NumberedPerson]:
         for start in range(first, count, BLOCK):
             yield from of_block(start, min(start + BLOCK, count))
 
@@ -107,7 +104,10 @@ def source(recogniser: faces.Recogniser, world: World) -> sources.Source:
 
 
 def look(
-    recogniser: faces.Recogniser, rng: np.random.Generator, image: np.ndarray, points: np.ndarray
+    recogniser: face_models.Recogniser,
+    rng: np.random.Generator,
+    image: np.ndarray,
+    points: np.ndarray,
 ) -> tuple[Sight, np.ndarray]:
     """What is seen of the face on a drawing, and the embedding of a small or turned version of it.
 
@@ -117,12 +117,12 @@ def look(
     picture = Image.fromarray(image)
     _, side = composites.crop_square(points.astype(float))
     seen = (points + rng.normal(0, POINTS_OFF * side, points.shape)).astype(np.float32)
-    crop = faces.align(picture, seen)
+    crop = align(picture, seen)
     size = float(np.exp(rng.uniform(*np.log(SMALL))))
     angle = np.radians(rng.uniform(-composites.TURNED, composites.TURNED))
     larger, five = composites.turned(picture, points, size, angle)
     five = (five + rng.normal(0, POINTS_OFF * size, five.shape)).astype(np.float32)
-    embed, turned = faces.embed_faces(recogniser, [crop, faces.align(larger, five)])
+    embed, turned = embedding.embed_faces(recogniser, [crop, align(larger, five)])
     box = np.concatenate([points.min(axis=0), points.max(axis=0)]).astype(np.float32)
     return Sight(box, seen, 1.0, "", embed), turned
 
@@ -141,7 +141,7 @@ def train(folder: Path, work: Path, world: World, steps: int, size: int) -> dict
     tokenizer = load_tokenizer(folder / "tokenizer", text.vocab_size, text.max_position_embeddings)
     base = Base(model, frozen, tokenizer.with_placeholder(fit.PLACEHOLDER, 2), folder.name, None)
     data, out = work / "enhancer-data", work / "enhancer"
-    recogniser = faces.load_recogniser(folder / "face" / "recogniser.onnx")
+    recogniser = face_models.load_recogniser(folder / "face" / "recogniser.onnx")
     prepare(source(recogniser, world), data, Studio(base, None, drawings.SIZE, crop="none"))
     cfg = EnhancerTrainConfig(
         pretrained_model_name_or_path=str(folder),

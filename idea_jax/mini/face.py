@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idea_jax.mini.traits import Identity, Scene
+from idea_jax.mini.traits import Scene, Traits
 
 Layer = tuple[jax.Array, jax.Array]
 
@@ -183,7 +183,7 @@ def lighter(colour: jax.Array, amount: float) -> jax.Array:
     return colour + (1 - colour) * amount
 
 
-def head(frame: Frame, who: Identity) -> jax.Array:
+def head(frame: Frame, who: Traits) -> jax.Array:
     """Returns the distance to the face: an ellipse that narrows to the jaw, with a squarer chin."""
     below = jnp.clip(frame.y / frame.height, 0.0, 1.2)
     taper = 1 - (0.15 + 0.11 * who.jaw) * below * below
@@ -191,7 +191,7 @@ def head(frame: Frame, who: Identity) -> jax.Array:
     return ellipse(frame.x / taper, frame.y, frame.width, frame.height, square)
 
 
-def person(who: Identity, scene: Scene, frame: Frame) -> list[Layer]:
+def person(who: Traits, scene: Scene, frame: Frame) -> list[Layer]:
     """Returns the layers of a person, back to front."""
     skin = choose(_SKIN, who.skin)
     hair = choose(_HAIR, who.hair_colour)
@@ -214,7 +214,7 @@ def person(who: Identity, scene: Scene, frame: Frame) -> list[Layer]:
     ]
 
 
-def landmarks(who: Identity, scene: Scene, frame: Frame) -> jax.Array:
+def landmarks(who: Traits, scene: Scene, frame: Frame) -> jax.Array:
     """Returns float32[5, 2], (x, y) in coordinates of the head: ArcFace's five points.
 
     Left eye, right eye, tip of the nose, left and right corner of the mouth, as seen. The eyes are
@@ -236,7 +236,7 @@ def _outline(frame: Frame, shape: jax.Array, strength: float = 1.0) -> Layer:
     return strength * frame.line * stroke(shape, 0.026, frame.pixel), rgb(0.13, 0.11, 0.13)
 
 
-def _body(frame: Frame, who: Identity, scene: Scene, skin: jax.Array) -> list[Layer]:
+def _body(frame: Frame, who: Traits, scene: Scene, skin: jax.Array) -> list[Layer]:
     x, y, pixel = frame.body_x, frame.body_y, frame.pixel
     shirt = cloth(scene.shirt)
     neck_width = 0.185 + 0.035 * who.neck
@@ -261,7 +261,7 @@ def _body(frame: Frame, who: Identity, scene: Scene, skin: jax.Array) -> list[La
     ]
 
 
-def _ears(frame: Frame, who: Identity, skin: jax.Array) -> list[Layer]:
+def _ears(frame: Frame, who: Traits, skin: jax.Array) -> list[Layer]:
     size = 0.098 + 0.034 * who.ear_size
     x = jnp.abs(frame.x + 0.35 * frame.turn) - frame.width
     ear = ellipse(x - 0.25 * size, frame.y - 0.03, size, 1.35 * size)
@@ -274,7 +274,7 @@ def _ears(frame: Frame, who: Identity, skin: jax.Array) -> list[Layer]:
 
 
 def _face(
-    frame: Frame, who: Identity, skin: jax.Array, face: jax.Array, inside: jax.Array
+    frame: Frame, who: Traits, skin: jax.Array, face: jax.Array, inside: jax.Array
 ) -> list[Layer]:
     u, v = frame.x / frame.width, frame.y / frame.height
     cheek = ellipse(jnp.abs(frame.x - frame.turn) - 0.27, frame.y - 0.165 - frame.nod, 0.12, 0.09)
@@ -291,7 +291,7 @@ def _face(
     ]
 
 
-def _nose(frame: Frame, who: Identity, skin: jax.Array) -> list[Layer]:
+def _nose(frame: Frame, who: Traits, skin: jax.Array) -> list[Layer]:
     x, y = frame.x - 1.7 * frame.turn, frame.y - 1.3 * frame.nod
     base = _nose_base(who)
     width = 0.085 + 0.032 * who.nose_width
@@ -312,12 +312,12 @@ def _nose(frame: Frame, who: Identity, skin: jax.Array) -> list[Layer]:
     ]
 
 
-def _nose_base(who: Identity) -> jax.Array:
+def _nose_base(who: Traits) -> jax.Array:
     """Returns y of the underside of the nose."""
     return 0.165 + 0.055 * who.nose_length
 
 
-def _beard(frame: Frame, who: Identity, hair: jax.Array, face: jax.Array) -> list[Layer]:
+def _beard(frame: Frame, who: Traits, hair: jax.Array, face: jax.Array) -> list[Layer]:
     x, y = frame.x - frame.turn, frame.y - frame.nod
     parts = choose(_BEARD_PARTS, who.beard)
     mouth = _mouth_height(who)
@@ -341,13 +341,13 @@ def _beard(frame: Frame, who: Identity, hair: jax.Array, face: jax.Array) -> lis
     ]
 
 
-def _mouth_height(who: Identity) -> jax.Array:
+def _mouth_height(who: Traits) -> jax.Array:
     """Returns y of the middle of the mouth."""
     return 0.335 + 0.028 * who.mouth_height + 0.03 * who.nose_length
 
 
 def _mouth(
-    frame: Frame, who: Identity, scene: Scene, skin: jax.Array, inside: jax.Array
+    frame: Frame, who: Traits, scene: Scene, skin: jax.Array, inside: jax.Array
 ) -> list[Layer]:
     x, y = frame.x - 1.15 * frame.turn, frame.y - 1.15 * frame.nod - _mouth_height(who)
     look = {name: choose(row, scene.expression) for name, row in _EXPRESSION.items()}
@@ -388,7 +388,7 @@ def _mouth(
     ]
 
 
-def _eye_place(frame: Frame, who: Identity) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _eye_place(frame: Frame, who: Traits) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns x and y from the centre of the nearer eye, x outwards; and half its width, height."""
     width = 0.122 + 0.020 * who.eye_size
     height = 0.088 + 0.020 * who.eye_size
@@ -400,7 +400,7 @@ def _eye_place(frame: Frame, who: Identity) -> tuple[jax.Array, jax.Array, jax.A
 
 
 def _eyes(
-    frame: Frame, who: Identity, scene: Scene, skin: jax.Array, inside: jax.Array
+    frame: Frame, who: Traits, scene: Scene, skin: jax.Array, inside: jax.Array
 ) -> list[Layer]:
     x, y, width, height = _eye_place(frame, who)
     pixel = frame.pixel
@@ -452,7 +452,7 @@ def _eyes(
 
 
 def _brows(
-    frame: Frame, who: Identity, scene: Scene, hair: jax.Array, inside: jax.Array
+    frame: Frame, who: Traits, scene: Scene, hair: jax.Array, inside: jax.Array
 ) -> list[Layer]:
     x, y, width, height = _eye_place(frame, who)
     raised = choose(_EXPRESSION["brow"], scene.expression)
@@ -469,7 +469,7 @@ def _brows(
     ]
 
 
-def _glasses(frame: Frame, who: Identity) -> list[Layer]:
+def _glasses(frame: Frame, who: Traits) -> list[Layer]:
     x, y, _, _ = _eye_place(frame, who._replace(eye_tilt=0.0 * who.eye_tilt))
     worn = (who.glasses > 0).astype(jnp.float32)
     colour = choose(_RIMS, who.glasses)
@@ -495,7 +495,7 @@ def _glasses(frame: Frame, who: Identity) -> list[Layer]:
 
 
 def _hair(
-    frame: Frame, who: Identity, scene: Scene, colour: jax.Array, face: jax.Array
+    frame: Frame, who: Traits, scene: Scene, colour: jax.Array, face: jax.Array
 ) -> tuple[list[Layer], list[Layer]]:
     """Returns the layers of the hair behind the head, and of that in front of it."""
     x, y, pixel = frame.x, frame.y, frame.pixel
@@ -572,7 +572,7 @@ def _hair(
     ]
 
 
-def _hat(frame: Frame, who: Identity, scene: Scene) -> list[Layer]:
+def _hat(frame: Frame, who: Traits, scene: Scene) -> list[Layer]:
     x, y, pixel = frame.x, frame.y, frame.pixel
     colour = cloth(scene.hat_colour)
     cap, beanie, brimmed = ((scene.hat == kind).astype(jnp.float32) for kind in (1, 2, 3))

@@ -24,14 +24,36 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax import config, faces, group, results, sample, train
+from idea_jax.config import reading
+from idea_jax.config.settings import TrainConfig, check_seed
+from idea_jax.data import text
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write, check_writable, say
+from idea_jax.enhancer.sources import DrawnPicture
+from idea_jax.errors import InputError
+from idea_jax.faces import embedding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.portraits import Portraits
 from idea_jax.method import shared
 from idea_jax.mini import captions, drawings, people, quality, traits
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
-from idea_jax.train_step import IdentityState, draw_and_step, evaluate, init_state
+from idea_jax.runtime import devices
+from idea_jax.runtime.files import atomic_write, check_writable, say
+from idea_jax.sampling import programs
+from idea_jax.training import group, results
+from idea_jax.training.photos import encode_pixels, training_pixels
+from idea_jax.training.program import Program, draw_and_step
+from idea_jax.training.start import (
+    first_values,
+    known_names,
+    method_of,
+    optimizer_of,
+    placeholder_of,
+    settle,
+    starting_ids,
+    starting_tokens,
+)
+from idea_jax.training.step import IdentityState, Photos, check_plateau, init_state
 
 PROFILES = ("paper", "paper_alone", "official", "cross_init", "textual_inversion")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -39,11 +61,11 @@ REFERENCES = 8  # true drawings of a person that pictures of them are compared w
 DRAWS = 2000  # of the bootstrap
 
 # One program for everybody who is learned with the same method and optimiser object.
-_step = jax.jit(draw_and_step, static_argnums=(0, 1, 2, 3), donate_argnums=5)
-_evaluate = jax.jit(evaluate, static_argnums=(0, 1), donate_argnums=3)
+_step = jax.jit(draw_and_step, static_argnums=0, donate_argnums=2)
+_check_plateau = jax.jit(check_plateau, static_argnums=(0, 1), donate_argnums=3)
 
 
-class Person(NamedTuple):
+class Acquaintance(NamedTuple):
     """One person of the drawn world, and what is known about them."""
 
     photos: np.ndarray  # uint8[photos, 64, 64, 3], all that training sees
@@ -68,7 +90,7 @@ def meet(
     seed: int = 0,
     prompts: Sequence[captions.Prompt] = captions.PROMPTS,
     photos: int = 1,
-) -> list[Person]:
+) -> list[Acquaintance]:
     """Returns people of a split by their numbers; a photo is a plain one, without a hat.
 
     A person's drawings depend on the seed and their number, not on who else is asked for, and the
@@ -80,7 +102,7 @@ def meet(
     for number in numbers:
         key = jax.random.fold_in(stream(jax.random.key(seed), f"lab {split}"), number)
         plain = {"hat": "none", "expression": "neutral"}
-        wanted = [plain, *({},) * REFERENCES]
+        wanted: list[Mapping[str, str]] = [plain, *({},) * REFERENCES]
         wanted += [prompt.asks for prompt in prompts for _ in range(pictures)]
         scenes = _scenes(stream(key, "scenes"), wanted)
         rows = np.full(len(wanted), number)
@@ -95,7 +117,7 @@ def meet(
             scenes = _scenes(stream(more, "scenes"), [plain] * (photos - 1))
             keys = jax.random.split(stream(more, "drawings"), photos - 1)
             first = np.concatenate([first, drawings.draw(who, scenes, keys)])
-        met.append(Person(first, quality.embed(scoring, references), true))
+        met.append(Acquaintance(first, quality.embed(scoring, references), true))
     return met
 
 
@@ -113,39 +135,29 @@ def _scenes(key: jax.Array, wanted: Sequence[Mapping[str, str]]) -> traits.Scene
     return traits.Scene(**columns)
 
 
-class Picture(NamedTuple):
-    """A picture in memory that is read as one on disk; see `data.images.PictureFile`."""
-
-    name: str
-    image: Image.Image
-
-    def read(self) -> Image.Image:
-        return self.image
-
-
-class Learner:
+class Lab:
     """Trains people one after the other with one config; compiles once for all of them."""
 
-    def __init__(self, mini: quality.Mini, cfg: config.TrainConfig):
-        cfg, self.enhancer = train.settle(cfg, mini.folder)
+    def __init__(self, mini: quality.Mini, cfg: TrainConfig):
+        cfg, self.enhancer = settle(cfg, mini.folder)
         self.mini, self.cfg = mini, cfg
-        self.method = train.method_of(cfg, self.enhancer)
-        placeholder = train.placeholder_of(cfg)
+        self.method = method_of(cfg, self.enhancer)
+        placeholder = placeholder_of(cfg)
         tokenizer = mini.tokenizer.with_placeholder(placeholder.token, placeholder.n)
         self.frozen, self.start = mini.frozen, None
         self.base = results.Base(mini.model, mini.frozen, tokenizer, hub.MINI, None)
         if self.enhancer is None:
-            names = train.known_names(mini.folder)
-            ids = train.starting_ids(cfg, self.method, tokenizer, names)
-            self.start = train.starting_tokens(cfg, self.method, self.base, ids)
+            names = known_names(mini.folder)
+            ids = starting_ids(cfg, self.method, tokenizer, names)
+            self.start = starting_tokens(cfg, self.method, self.base, ids)
         else:
             self.frozen = mini.frozen._replace(shared=shared.frozen_part(self.enhancer.shared))
         if cfg.max_train_steps:
-            self.optimizer = train.optimizer_of(cfg, self.method)
+            self.optimizer = optimizer_of(cfg, self.method)
         needs_finder = self.method.uses_face or cfg.crop == "face"
         self.finder = mini.finder() if needs_finder else None
 
-    def begin(self, photos: np.ndarray) -> tuple[IdentityState, train.Photos | None]:
+    def begin(self, photos: np.ndarray) -> tuple[IdentityState, Photos | None]:
         """Returns the state before the first step, and what is trained on, if there are steps.
 
         Args:
@@ -153,19 +165,17 @@ class Learner:
         """
         cfg, model, key = self.cfg, self.mini.model, jax.random.key(self.cfg.seed)
         pictures = [
-            Picture(f"photo {number}", Image.fromarray(photo))
+            DrawnPicture(f"photo {number}", Image.fromarray(photo))
             for number, photo in enumerate(photos)
         ]
         sights = [self.finder.look_at(p.image, p.name) for p in pictures] if self.finder else []
         uses_face = self.method.uses_face
-        face = faces.mean_embedding(np.stack([s.embed for s in sights])) if uses_face else None
-        trainable, given = train.first_values(
-            self.method, model, key, self.enhancer, self.start, face
-        )
+        face = embedding.mean_embedding(np.stack([s.embed for s in sights])) if uses_face else None
+        trainable, given = first_values(model, self.method, key, self.enhancer, self.start, face)
         if not cfg.max_train_steps:
             return IdentityState(trainable, given, (), jnp.int32(0), None), None
-        seen = train.Portraits(pictures, sights, face)
-        moments = train.encode_pixels(self.base, train.training_pixels(cfg, seen, drawings.SIZE))
+        seen = Portraits(pictures, sights, face)
+        moments = encode_pixels(self.base, training_pixels(cfg, seen, drawings.SIZE))
         return init_state(self.optimizer, trainable, given), moments
 
     def learn(
@@ -179,21 +189,13 @@ class Learner:
         """
         state, moments = self.begin(photos)
         mini, cfg, key = self.mini, self.cfg, jax.random.key(self.cfg.seed)
+        program = Program(mini.model, self.method, self.optimizer, cfg.train_batch_size)
         losses = []
         for number in range(1, 1 + (cfg.max_train_steps if steps is None else steps)):
-            state, metrics = _step(
-                mini.model,
-                self.method,
-                self.optimizer,
-                cfg.train_batch_size,
-                self.frozen,
-                state,
-                moments,
-                key,
-            )
+            state, metrics = _step(program, self.frozen, state, moments, key)
             losses.append(metrics.loss)
             if group.is_evaluated(cfg, number):
-                state = _evaluate(mini.model, self.method, self.frozen, state, moments, key)
+                state = _check_plateau(mini.model, self.method, self.frozen, state, moments, key)
                 if group.has_plateau(cfg, state):
                     break
         return jax.block_until_ready(state), [float(loss) for loss in losses]
@@ -213,11 +215,11 @@ class Learner:
           strength: of adapter and K/V delta; 0 draws with the tokens alone, as other programs do.
         """
         mini, tokenizer = self.mini, self.base.tokenizer
-        filled = [train.text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
+        filled = [text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
         empty, *ids = tokenizer(["", *filled])
         kv = _keys_values(
-            self.method,
             mini.model,
+            self.method,
             self.frozen,
             state.trainable,
             state.given,
@@ -231,7 +233,7 @@ class Learner:
 
 # Of several prompts, leaf by leaf as of one.
 _keys_values = jax.jit(
-    jax.vmap(sample.prompt_keys_values, in_axes=(None,) * 5 + (0, None, None)),
+    jax.vmap(programs.prompt_keys_values, in_axes=(None,) * 5 + (0, None, None)),
     static_argnums=(0, 1),
 )
 
@@ -241,18 +243,14 @@ def _draw(model, frozen, kv, seed, count):
     """float32[prompts, count, 64, 64, 3]; together the rows cost a CPU a third of one by one."""
 
     def one(kv):
-        return sample.draw(
+        return programs.draw(
             model,
             frozen,
             kv,
             seed,
             jnp.arange(count, dtype=jnp.int32),
             jnp.float32(quality.GUIDANCE),
-            size=(drawings.SIZE,) * 2,
-            scheduler="ddim",
-            steps=quality.STEPS,
-            is_guided=True,
-            eta=0.0,
+            programs.Sampling((drawings.SIZE,) * 2, "ddim", quality.STEPS),
         )
 
     return jax.vmap(one)(kv)
@@ -260,15 +258,15 @@ def _draw(model, frozen, kv, seed, count):
 
 def judge_pictures(
     mini: quality.Mini,
-    scoring: faces.Recogniser,
-    person: Person,
+    scoring: face_models.Recogniser,
+    person: Acquaintance,
     pictures: np.ndarray,
     prompts: Sequence[captions.Prompt] = captions.PROMPTS,
 ) -> tuple[float, float]:
     """Returns similarity to a person, and the share of what the prompts asked for.
 
     Args:
-        pictures: uint8[prompts, pictures, 64, 64, 3], in the order of `prompts`.
+      pictures: uint8[prompts, pictures, 64, 64, 3], in the order of `prompts`.
     """
     flat = pictures.reshape(-1, *pictures.shape[2:])
     similarity = quality.embed(scoring, flat) @ person.references.T
@@ -286,10 +284,10 @@ class Protocol(NamedTuple):
     """How people are measured.
 
     Attributes:
-        split, people: who; photos: of each, to learn from.
-        pictures: drawn for each prompt.
-        strength: of adapter and K/V delta; 0 draws with the tokens alone.
-        seed: of people's drawings and of the pictures.
+      split, people: who; photos: of each, to learn from.
+      pictures: drawn for each prompt.
+      strength: of adapter and K/V delta; 0 draws with the tokens alone.
+      seed: of people's drawings and of the pictures.
     """
 
     split: str = "test"
@@ -302,7 +300,7 @@ class Protocol(NamedTuple):
 
 def experiment(
     mini: quality.Mini,
-    configs: dict[str, config.TrainConfig],
+    configs: dict[str, TrainConfig],
     protocol: Protocol,
     progress: Callable = iter,
 ) -> dict[str, list[Score]]:
@@ -312,11 +310,11 @@ def experiment(
     prompts ask.
 
     Raises:
-        FaceError: a config needs faces, and on some photos none is found; nothing is trained then.
+      FaceError: a config needs faces, and on some photos none is found; nothing is trained then.
     """
     split, count, photos, pictures, strength, seed = protocol
     met = meet(mini, split, range(count), pictures, seed, photos=photos)
-    if any(train.method_of(cfg).uses_face for cfg in configs.values()):
+    if any(method_of(cfg).uses_face for cfg in configs.values()):
         check_faces(mini, met)
     scoring = mini.scoring()
     scores: dict[str, list[Score]] = {}
@@ -325,7 +323,7 @@ def experiment(
             result = judge_pictures(mini, scoring, person, other.true)
             scores.setdefault(name, []).append(Score(*result))
     for name, cfg in configs.items():
-        learner = Learner(mini, cfg)
+        learner = Lab(mini, cfg)
         learner.learn(met[0].photos, min(1, learner.cfg.max_train_steps))  # compiles
         for person in progress(met):
             started = time.perf_counter()
@@ -338,13 +336,13 @@ def experiment(
     return scores
 
 
-def check_faces(mini: quality.Mini, met: Sequence[Person]) -> None:
+def check_faces(mini: quality.Mini, met: Sequence[Acquaintance]) -> None:
     """Raises FaceError, with people's numbers, unless a face is found on each of their photos."""
     finder = mini.finder()
     found = np.array([quality.look(finder, person.photos)[0].all() for person in met])
     if not found.all():
         numbers = ", ".join(map(str, np.flatnonzero(~found)))
-        raise faces.FaceError(
+        raise face_models.FaceError(
             f"no face is found on the photos of {(~found).sum()} of {len(met)} people (counted "
             f"from 0: {numbers}); take another --seed, fewer --people, or --profiles cross_init "
             "textual_inversion, which need no face"
@@ -405,11 +403,11 @@ def differences(scores: dict[str, list[Score]]) -> str:
 
 def swept(
     profiles: Sequence[str], overrides: dict, sweep: tuple[str, list] | None
-) -> dict[str, config.TrainConfig]:
+) -> dict[str, TrainConfig]:
     """Returns the configs of an experiment by what the table calls them.
 
     Args:
-        sweep: a setting and the values that it takes, one after the other.
+      sweep: a setting and the values that it takes, one after the other.
     """
     if sweep is None:
         return {profile: read_config(profile, overrides) for profile in profiles}
@@ -421,13 +419,13 @@ def swept(
     }
 
 
-def read_config(profile: str, overrides: dict) -> config.TrainConfig:
+def read_config(profile: str, overrides: dict) -> TrainConfig:
     """Reads configs/mini_PROFILE.yaml with some settings replaced."""
     path, photos = CONFIGS / f"mini_{profile}.yaml", {"train_data_dir": "."}
-    values = config.read_yaml(str(path))
+    values = reading.read_yaml(str(path))
     # Names and types are looked at in what a file says, so once as if the file said them.
-    config.build(config.TrainConfig, values | overrides, photos, source=f"{path} or --set")
-    return config.build(config.TrainConfig, values, photos | overrides)
+    reading.build(TrainConfig, values | overrides, photos, source=f"{path} or --set")
+    return reading.build(TrainConfig, values, photos | overrides)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -451,10 +449,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
     args = parser.parse_args(argv)
-    sweep = [args.sweep] if args.sweep else []
-    if bad := [s for s in [*args.set, *sweep] if "=" not in s]:
+    given = [*args.set, args.sweep] if args.sweep else args.set
+    if bad := [s for s in given if "=" not in s]:
         parser.error(f"--set and --sweep: expected KEY=VALUE, got {bad[0]!r}")
     overrides = yaml.safe_load("\n".join(s.replace("=", ": ", 1) for s in args.set)) or {}
+    sweep = None
     if args.sweep:
         key, values = args.sweep.split("=", 1)
         sweep = key, [yaml.safe_load(value) for value in values.split(",")]
@@ -469,13 +468,14 @@ def main(argv: list[str] | None = None) -> int:
         args.split, args.people, args.photos, args.pictures, args.id_strength, args.seed
     )
     try:
-        config.check_seed(args.seed)
+        check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
+        devices.check_backend()
         mini = quality.load(args.checkpoint)
-        configs = swept(args.profiles, overrides, sweep or None)
+        configs = swept(args.profiles, overrides, sweep)
         scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))
-    except (faces.FaceError, *quality.INPUT_ERRORS) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     say(markdown(scores))

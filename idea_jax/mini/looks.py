@@ -18,10 +18,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import config, faces
+from idea_jax.config.settings import check_seed
+from idea_jax.errors import InputError
+from idea_jax.faces import embedding, finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import align
 from idea_jax.mini import composites, drawings, people
 from idea_jax.models import hub
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
 
 DEGREES = (0, 10, 20, 30, 40, 50)
 SIDES = (36, 50, 70, 110, 220)  # of the face's crop, in pixels of a picture of composites.SIZE
@@ -39,7 +44,7 @@ class Seen(NamedTuple):
     best: float  # by its true points
 
 
-class Row(NamedTuple):
+class LookRow(NamedTuple):
     """Of some of the faces: means, and 1.96 standard errors of the mean gain."""
 
     name: str
@@ -50,7 +55,7 @@ class Row(NamedTuple):
     uncertain: float
 
 
-def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Seen]:
+def look(finder: finding.Finder, split: str, count: int, seed: int = 0) -> list[Seen]:
     """Looks at the first `count` people of a split, once for each size and angle.
 
     Faces that are not found at all are left out.
@@ -60,7 +65,7 @@ def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Se
     rng = np.random.default_rng([seed, *b"looks"])
 
     def embed(image: Image.Image, points: np.ndarray) -> np.ndarray:
-        return faces.embed_faces(finder.recogniser, [faces.align(image, points)])[0]
+        return embedding.embed_faces(finder.recogniser, [align(image, points)])[0]
 
     seen = []
     for person in range(count):
@@ -69,25 +74,27 @@ def look(finder: faces.Finder, split: str, count: int, seed: int = 0) -> list[Se
         for degrees in DEGREES:
             for side in SIDES:
                 number = rng.integers(len(rows))
-                others = faces.mean_embedding(np.delete(own, number, axis=0))
+                others = embedding.mean_embedding(np.delete(own, number, axis=0))
                 image, true = composites.placed(
-                    *(rng, set_.images[rows[number]], set_.points[rows[number]]),
+                    rng,
+                    set_.images[rows[number]],
+                    set_.points[rows[number]],
                     side=side,
                     degrees=degrees * rng.choice([-1, 1]),
                 )
                 picture, name = Image.fromarray(image), f"a picture of person {person}"
                 try:
-                    found = faces.find_faces(finder.detector, picture, name)
-                except faces.FaceError:
+                    found = finding.find_faces(finder.detector, picture, name)
+                except face_models.FaceError:
                     continue
-                first = faces.choose(found, finder.select, picture.size, name)
+                first = finding.choose(found, finder.select, picture.size, name)
                 each = [first.points, finder.look_at(picture, name).points, true]
                 likeness = [float(embed(picture, points) @ others) for points in each]
                 seen.append(Seen(degrees, side, person, *likeness))
     return seen
 
 
-def table(seen: Sequence[Seen]) -> list[Row]:
+def table(seen: Sequence[Seen]) -> list[LookRow]:
     """Returns the rows: all faces, those turned by each angle, those of each size."""
     parts = {"all": seen}
     parts |= {f"turned {d}°": [s for s in seen if s.degrees == d] for d in DEGREES}
@@ -99,12 +106,12 @@ def table(seen: Sequence[Seen]) -> list[Row]:
         who = np.array([s.person for s in them])
         gains = [np.mean((second - first)[who == person]) for person in np.unique(who)]
         uncertain = 1.96 * np.std(gains, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.nan
-        means = (float(values.mean()) for values in (first, second, best))
-        rows.append(Row(name, len(them), *means, float(uncertain)))
+        a, b, c = (float(values.mean()) for values in (first, second, best))
+        rows.append(LookRow(name, len(them), a, b, c, float(uncertain)))
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[LookRow]) -> str:
     """Returns the table as Markdown."""
     lines = ["| faces | pictures | first look | second look | gain | true points |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -133,10 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.people < 1:
         parser.error(f"--people: expected at least 1, got {args.people}")
     try:
-        config.check_seed(args.seed)
+        check_seed(args.seed)
+        devices.check_backend()
         folder = hub.resolve(args.checkpoint).folder
-        finder = faces.open_finder(Path(folder) / "face" / "recogniser.onnx")
-    except (config.ConfigError, faces.FaceError, OSError) as error:
+        finder = finding.open_finder(Path(folder) / "face" / "recogniser.onnx")
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(markdown(table(look(finder, args.split, args.people, args.seed))))

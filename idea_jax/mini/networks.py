@@ -8,8 +8,8 @@ import numpy as np
 from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
-from idea_jax.files import atomic_write
 from idea_jax.pytrees import flatten, unflatten
+from idea_jax.runtime.files import atomic_write
 
 SLOPE = 0.1  # of the activation below zero
 _OPSET = 17

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from idea_jax.mini.traits import CODE_SIZE, Identity, identity_from_code
+from idea_jax.mini.traits import CODE_SIZE, Traits, identity_from_code
 
 NAMES = 1000  # first names, and as many last names
 # People without a name, by use.
@@ -59,13 +59,13 @@ def name_codes() -> np.ndarray:
     return _rng("name codes").random((2, NAMES, CODE_SIZE), np.float32)
 
 
-def named(first: np.ndarray, last: np.ndarray) -> Identity:
+def named(first: np.ndarray, last: np.ndarray) -> Traits:
     """Returns the people with these names: leaves of shape [...] for indices int[...]."""
     codes = name_codes()
     return identities(np.stack([codes[0, first], codes[1, last]], axis=-2))
 
 
-def unnamed(split: str, count: int) -> Identity:
+def unnamed(split: str, count: int) -> Traits:
     """Returns the first `count` people without a name of a split: leaves of shape [count].
 
     Raises: ValueError for an unknown split.
@@ -75,11 +75,11 @@ def unnamed(split: str, count: int) -> Identity:
     return identities(_rng(f"people for {split}").random((count, 2, CODE_SIZE), np.float32))
 
 
-def identities(codes: np.ndarray) -> Identity:
+def identities(codes: np.ndarray) -> Traits:
     """Returns the people of codes float32[..., 2, CODE_SIZE]: leaves of shape [...]."""
     leading = codes.shape[:-2]
     flat = _identities()(codes.reshape(-1, 2, CODE_SIZE))
-    return Identity(*(np.asarray(leaf).reshape(leading) for leaf in flat))
+    return Traits(*(np.asarray(leaf).reshape(leading) for leaf in flat))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,24 +17,22 @@ import jax
 import numpy as np
 from PIL import Image
 
-from idea_jax import config, faces, sample
-from idea_jax.data import text
+from idea_jax.config.settings import check_seed
 from idea_jax.data.images import to_uint8
-from idea_jax.files import atomic_write, check_writable, say
+from idea_jax.data.tokenizer import Tokenizer, load_tokenizer
+from idea_jax.errors import InputError
+from idea_jax.faces import embedding, finding
+from idea_jax.faces import models as face_models
+from idea_jax.faces.crops import face_crop
 from idea_jax.mini import captions, composites, drawings, networks, people, traits
-from idea_jax.models import hub, layers, sd, weights
+from idea_jax.models import hub, sd
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
+from idea_jax.runtime.files import atomic_write, check_writable, say
+from idea_jax.sampling import programs
 
 STEPS, GUIDANCE = 50, 3.0
-# Mistakes of the input or the disk: one message, no traceback.
-INPUT_ERRORS = (
-    config.ConfigError,
-    text.TextError,
-    weights.WeightsError,
-    layers.UnsupportedConfig,
-    OSError,
-)
 REPORTED = ("shirt", "background", "hat", "hat_colour", "expression", "style")
 
 
@@ -59,23 +57,23 @@ class Mini:
 
     model: sd.StableDiffusion
     frozen: sd.Frozen
-    tokenizer: text.Tokenizer
+    tokenizer: Tokenizer
     folder: Path
 
-    def scoring(self) -> faces.Recogniser:
+    def scoring(self) -> face_models.Recogniser:
         """The recogniser that scores whole pictures, and that personalisation never sees."""
-        return faces.load_recogniser(self.folder / "face" / "scoring.onnx")
+        return face_models.load_recogniser(self.folder / "face" / "scoring.onnx")
 
-    def finder(self) -> faces.Finder:
+    def finder(self) -> finding.Finder:
         """What personalisation sees of a picture: a face is found, aligned and embedded."""
-        return faces.open_finder(self.folder / "face" / "recogniser.onnx")
+        return finding.open_finder(self.folder / "face" / "recogniser.onnx")
 
 
 def load(name_or_path: str = hub.MINI) -> Mini:
     """Loads the shipped mini, or one from a folder that `pretrain` wrote."""
     folder = hub.resolve(name_or_path).folder
     model, frozen = sd.load(folder)
-    tokenizer = text.load_tokenizer(
+    tokenizer = load_tokenizer(
         folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
     return Mini(model, frozen, tokenizer, folder)
@@ -84,18 +82,18 @@ def load(name_or_path: str = hub.MINI) -> Mini:
 # Reading pictures
 
 
-def embed(recogniser: faces.Recogniser, images: np.ndarray) -> np.ndarray:
+def embed(recogniser: face_models.Recogniser, images: np.ndarray) -> np.ndarray:
     """Returns float32[N, 512] of unit norm for pictures uint8[N, H, W, 3] with one face each."""
-    crops = [faces.face_crop(Image.fromarray(image), pre_aligned=False) for image in images]
-    return faces.embed_faces(recogniser, crops)
+    crops = [face_crop(Image.fromarray(image), pre_aligned=False) for image in images]
+    return embedding.embed_faces(recogniser, crops)
 
 
-def look(finder: faces.Finder, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def look(finder: finding.Finder, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns on which pictures uint8[N, H, W, 3] a face is found, bool[N], and float32[M, 512]:
     the embeddings of these, of unit norm."""
-    found, embeds = np.zeros(len(images), bool), [np.zeros((0, faces.WIDTH), np.float32)]
+    found, embeds = np.zeros(len(images), bool), [np.zeros((0, face_models.WIDTH), np.float32)]
     for number, image in enumerate(images):
-        with contextlib.suppress(faces.FaceError):
+        with contextlib.suppress(face_models.FaceError):
             embeds.append(finder.look_at(Image.fromarray(image), f"picture {number}").embed[None])
             found[number] = True
     return found, np.concatenate(embeds)
@@ -118,7 +116,7 @@ def read_scenes(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
 _judge = jax.jit(lambda net, params, x: net.apply({"params": params}, x), static_argnums=0)
 
 
-def kept(asks: dict[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def kept(asks: Mapping[str, str], seen: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns bool[N] for each thing that a prompt asks for: whether the pictures show it."""
     return {field: seen[field] == captions.KINDS[field].index(kind) for field, kind in asks.items()}
 
@@ -138,16 +136,14 @@ def draw(
 ) -> np.ndarray:
     """Draws a prompt without a person of the user's: uint8[count, 64, 64, 3]."""
     side = drawings.SIZE
-    return sample.draw_prompt(
+    return programs.draw_prompt(
         mini.model,
         mini.frozen,
         plain_keys_values(mini, prompt),
+        programs.Sampling((side, side), "ddim", steps),
         seed=seed,
         count=count,
         batch_size=batch_size,
-        size=(side, side),
-        scheduler="ddim",
-        steps=steps,
         guidance_scale=guidance,
     )
 
@@ -206,7 +202,8 @@ def verification(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the similarities of `pairs` // 2 random pairs of the same person, and of others."""
     half, count = pairs // 2, len(who)
-    same, different = [], []
+    same: list[tuple] = []
+    different: list[tuple] = []
     while min(len(same), len(different)) < half:
         one, other = rng.integers(0, count, 2)
         if who[one] != who[other]:
@@ -231,7 +228,7 @@ class Detection(NamedTuple):
     points: list[float]  # of each right one: mean distance of the points, in distances of the eyes
 
 
-def detect(detector: faces.Detector, pictures: Sequence[composites.Composite]) -> Detection:
+def detect(detector: face_models.Detector, pictures: Sequence[composites.Composite]) -> Detection:
     """Runs a detector as training does at first.
 
     A finding belongs to the face whose crop's middle is nearest, if that is less than half the
@@ -245,7 +242,7 @@ def detect(detector: faces.Detector, pictures: Sequence[composites.Composite]) -
         centre, side = composites.crop_square(there.astype(float))
         taken = np.zeros(len(there), bool)
         count += int(sure.sum())
-        for face in faces.detect(detector, Image.fromarray(picture.image)):
+        for face in finding.detect(detector, Image.fromarray(picture.image)):
             middle, _ = composites.crop_square(face.points.astype(float))
             apart = np.linalg.norm(centre - middle, axis=-1) / side
             if not len(there) or apart.min() > 0.5 or taken[apart.argmin()]:
@@ -261,7 +258,7 @@ def detect(detector: faces.Detector, pictures: Sequence[composites.Composite]) -
 
 
 def composed_pictures(
-    set_: drawings.Portraits, who: traits.Identity, count: int, key: jax.Array
+    set_: drawings.DrawnPortraits, who: traits.Traits, count: int, key: jax.Array
 ) -> list[composites.Composite]:
     """Returns pictures as the detector learned from them, of these people and their drawings."""
     alone = composites.Drawn(set_.images, set_.points[:, None])
@@ -270,28 +267,81 @@ def composed_pictures(
     return [composites.compose(rng, alone, pairs) for _ in range(count)]
 
 
-def gallery(recogniser: faces.Recogniser, count: int, each: int, key: jax.Array) -> np.ndarray:
+def gallery(
+    recogniser: face_models.Recogniser, count: int, each: int, key: jax.Array
+) -> np.ndarray:
     """Returns float32[count, 512]: the mean embedding of true drawings of the named people."""
     who = people.named(np.arange(count), np.arange(count))
     set_ = drawings.portraits(who, each, key)
     embeds = embed(recogniser, set_.images).reshape(count, each, -1)
-    return np.stack([faces.mean_embedding(them) for them in embeds])
+    return np.stack([embedding.mean_embedding(them) for them in embeds])
 
 
-def detection(detector: faces.Detector, pictures: Sequence[composites.Composite]) -> list[Row]:
+def detection(
+    detector: face_models.Detector, pictures: Sequence[composites.Composite]
+) -> list[Row]:
     """Returns how well the faces on larger pictures are found."""
     done = detect(detector, pictures)
+    found, wrong = done.right / done.faces, done.wrong / (done.right + done.wrong)
+    off, what = float(np.mean(done.points)), "points of a face, off by (eyes' distance)"
     return [
-        Row("faces on larger pictures, found", 100 * done.right / done.faces, None, 97.0, "%"),
-        Row(
-            "findings that are none", 100 * done.wrong / (done.right + done.wrong), None, 3.0, "%",
-            True,
-        ),
-        Row(
-            "points of a face, off by (eyes' distance)", 100 * float(np.mean(done.points)), None,
-            15.0, "%", True,
-        ),
-    ]  # fmt: skip
+        Row("faces on larger pictures, found", 100 * found, None, 97.0, "%"),
+        Row("findings that are none", 100 * wrong, None, 3.0, "%", True),
+        Row(what, 100 * off, None, 15.0, "%", True),
+    ]
+
+
+def found_by_name(
+    mini: Mini,
+    scoring: face_models.Recogniser,
+    known: np.ndarray,
+    chosen: np.ndarray,
+    starts: Sequence[int],
+    each: int,
+) -> float:
+    """Returns the share of pictures of named people that are most like the person of that name.
+
+    Args:
+      known: as of `gallery`.
+      chosen: int[P], numbers of people, with a seed for each in `starts`.
+      each: pictures of a person.
+    """
+    drawn = np.concatenate(
+        [
+            draw(mini, f"a photo of {people.full_name(i, i)}", each, seed=start, batch_size=each)
+            for i, start in zip(chosen, starts, strict=True)
+        ]
+    )
+    found = (embed(scoring, drawn) @ known.T).argmax(axis=1)
+    return float(np.mean(found == np.repeat(chosen, each)))
+
+
+def as_prompted(
+    mini: Mini,
+    held_out: drawings.DrawnPortraits,
+    chosen: np.ndarray,
+    starts: Sequence[int],
+    each: int,
+) -> list[Row]:
+    """Returns how often the pictures show what their prompts ask for, a row for each thing.
+
+    The ceiling is how often the judge reads it off true drawings. Arguments as in `found_by_name`.
+    """
+    hits: dict[str, list] = {}
+    for number, person in enumerate(chosen):
+        prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
+        name = people.full_name(person, person)
+        pictures = draw(mini, prompt.text.format(name), each, seed=starts[number], batch_size=each)
+        for field, is_kept in kept(prompt.asks, read_scenes(mini.folder, pictures)).items():
+            hits.setdefault(field, []).extend(is_kept)
+    seen, rows = read_scenes(mini.folder, held_out.images), []
+    for field in REPORTED:
+        right = seen[field] == getattr(held_out.scenes, field)
+        if field == "hat_colour":
+            right = right[held_out.scenes.hat > 0]
+        value, ceiling = 100 * float(np.mean(hits[field])), 100 * float(right.mean())
+        rows.append(Row(f"{field.replace('_', ' ')} as prompted", value, ceiling, 85.0, "%"))
+    return rows
 
 
 def table(
@@ -307,11 +357,11 @@ def table(
     """Measures everything.
 
     Args:
-        named: how many people the model draws, as a photo and in one of the prompts.
-        unnamed: how many people are drawn for the autoencoder, the recognisers and the judge.
-        pairs: of unnamed people, half of them the same person twice.
-        each: drawings of a person: of the unnamed ones, of all names for the gallery, of the model.
-        composed: larger pictures with people somewhere on them.
+      named: how many people the model draws, as a photo and in one of the prompts.
+      unnamed: how many people are drawn for the autoencoder, the recognisers and the judge.
+      pairs: of unnamed people, half of them the same person twice.
+      each: drawings of a person: of the unnamed ones, of all names for the gallery, of the model.
+      composed: larger pictures with people somewhere on them.
     """
     key = stream(jax.random.key(seed), "quality")
     rng = np.random.default_rng([seed, *b"quality"])
@@ -338,7 +388,7 @@ def table(
         value = auc(*verification(embeds, who, pairs, rng))
         rows.append(Row(f"face/{name}.onnx, AUC of {pairs:,} pairs", value, None, 0.99, ""))
 
-    # Named people, found again among all names
+    # Named people, found again among all names, and what prompts ask for, on the same people
     known = gallery(scoring, people.NAMES, each, stream(key, "gallery"))
     chosen = np.sort(rng.choice(people.NAMES, named, replace=False))
     true = drawings.portraits(people.named(chosen, chosen), each, stream(key, "true drawings"))
@@ -347,40 +397,10 @@ def table(
     ceiling = 100 * float(np.mean(found == chosen[true.who[photos]]))
     # Noise of their own for everybody: few starts that all share say little about the others.
     starts = [(seed * people.NAMES + int(person)) % 2**32 for person in chosen]
-    drawn = np.concatenate(
-        [
-            draw(mini, f"a photo of {people.full_name(i, i)}", each, seed=start, batch_size=each)
-            for i, start in zip(chosen, starts, strict=True)
-        ]
-    )
-    found = (embed(scoring, drawn) @ known.T).argmax(axis=1)
-    value = 100 * float(np.mean(found == np.repeat(chosen, each)))
-    rows.append(
-        Row(f"named people found first of {people.NAMES:,}", value, ceiling, 0.7 * ceiling, "%")
-    )
-
-    # Prompts, on the same people
-    hits: dict[str, list] = {}
-    for number, person in enumerate(chosen):
-        prompt = captions.PROMPTS[number % len(captions.PROMPTS)]
-        name = people.full_name(person, person)
-        pictures = draw(mini, prompt.text.format(name), each, seed=starts[number], batch_size=each)
-        for field, is_kept in kept(prompt.asks, read_scenes(mini.folder, pictures)).items():
-            hits.setdefault(field, []).extend(is_kept)
-    seen = read_scenes(mini.folder, held_out.images)
-    for field in REPORTED:
-        right = seen[field] == getattr(held_out.scenes, field)
-        if field == "hat_colour":
-            right = right[held_out.scenes.hat > 0]
-        rows.append(
-            Row(
-                f"{field.replace('_', ' ')} as prompted",
-                100 * float(np.mean(hits[field])),
-                100 * float(right.mean()),
-                85.0,
-                "%",
-            )
-        )
+    value = 100 * found_by_name(mini, scoring, known, chosen, starts, each)
+    what = f"named people found first of {people.NAMES:,}"
+    rows.append(Row(what, value, ceiling, 0.7 * ceiling, "%"))
+    rows += as_prompted(mini, held_out, chosen, starts, each)
 
     draw(mini, "a photo", 16)
     started = time.perf_counter()
@@ -425,11 +445,12 @@ def main(argv: list[str] | None = None) -> int:
             f"got {args.people}"
         )
     try:
-        config.check_seed(args.seed)
+        check_seed(args.seed)
         if args.json:
             check_writable(args.json.parent)
+        devices.check_backend()
         mini = load(args.checkpoint)
-    except INPUT_ERRORS as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = table(mini, args.seed, args.people)

@@ -22,7 +22,7 @@ LIGHTS = ("plain", "dark", "bright")
 FRAMINGS = ("plain", "close-up", "cropped")
 
 
-class Identity(NamedTuple):
+class Traits(NamedTuple):
     """Who: float32 traits uniform in [-1, 1], and int32 numbers of kinds.
 
     The first half is what a first name says, the second half what a last name says: a family has
@@ -109,10 +109,10 @@ SCENE_KINDS = {
     "light": np.array([8.0, 1.0, 1.0]),
     "framing": np.array([8.0, 1.0, 1.0]),
 }
-CODE_SIZE = len(Identity._fields) // 2
+CODE_SIZE = len(Traits._fields) // 2
 
 
-def identity_from_code(code: jax.Array) -> Identity:
+def identity_from_code(code: jax.Array) -> Traits:
     """Returns the person that a code describes: float32[2, CODE_SIZE] in [0, 1).
 
     Row 0 is the code of the first name, row 1 that of the last name. A trait follows its number in
@@ -121,12 +121,12 @@ def identity_from_code(code: jax.Array) -> Identity:
     numbers = jnp.asarray(code, jnp.float32).reshape(-1)
     values = (
         _kind(number, KINDS[field]) if field in KINDS else 2 * number - 1
-        for field, number in zip(Identity._fields, numbers, strict=True)
+        for field, number in zip(Traits._fields, numbers, strict=True)
     )
-    return Identity(*values)
+    return Traits(*values)
 
 
-def random_identity(key: jax.Array) -> Identity:
+def random_identity(key: jax.Array) -> Traits:
     """Returns a person drawn from the distribution of all people."""
     return identity_from_code(jax.random.uniform(key, (2, CODE_SIZE)))
 
@@ -165,7 +165,7 @@ def make_scene(
     return Scene(*(np.int32(number) for number in numbers))
 
 
-def distance(one: Identity, other: Identity) -> np.ndarray:
+def distance(one: Traits, other: Traits) -> np.ndarray:
     """Returns float[...]: how different two people are, from 0 (the same) to 1, trait by trait.
 
     A trait counts half the difference of its values, a kind 1 where it differs; the result is the
@@ -173,9 +173,9 @@ def distance(one: Identity, other: Identity) -> np.ndarray:
     """
     squares = (
         np.not_equal(a, b) if field in KINDS else np.square((np.asarray(a) - np.asarray(b)) / 2)
-        for field, a, b in zip(Identity._fields, one, other, strict=True)
+        for field, a, b in zip(Traits._fields, one, other, strict=True)
     )
-    return np.sqrt(sum(squares) / len(Identity._fields))
+    return np.sqrt(sum(squares) / len(Traits._fields))
 
 
 def _kind(number: jax.Array, shares: np.ndarray) -> jax.Array:

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from idea_jax.data.images import image_grid, save_png, to_uint8
+from idea_jax.errors import InputError
 from idea_jax.mini import face
 from idea_jax.mini.traits import (
-    Identity,
     Nuisance,
     Scene,
+    Traits,
     random_identity,
     random_nuisance,
     random_scene,
 )
 from idea_jax.pytrees import stream
+from idea_jax.runtime import devices
 
 
 class View(NamedTuple):
@@ -35,7 +37,7 @@ class View(NamedTuple):
 
 
 def draw(
-    who: Identity, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
+    who: Traits, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
 ) -> jax.Array:
     """Returns a picture of one person: float32[size, size, 3] in [-1, 1].
 
@@ -45,8 +47,8 @@ def draw(
 
 
 def draw_pair(
-    left: Identity,
-    right: Identity,
+    left: Traits,
+    right: Traits,
     left_scene: Scene,
     right_scene: Scene,
     key: jax.Array,
@@ -62,7 +64,7 @@ def draw_pair(
 
 
 def landmarks(
-    who: Identity, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
+    who: Traits, scene: Scene, key: jax.Array, size: int = 64, view: View | None = None
 ) -> jax.Array:
     """Returns ArcFace's five points of the person whom `draw` draws: float32[5, 2], (x, y).
 
@@ -74,8 +76,8 @@ def landmarks(
 
 
 def landmarks_of_pair(
-    left: Identity,
-    right: Identity,
+    left: Traits,
+    right: Traits,
     left_scene: Scene,
     right_scene: Scene,
     key: jax.Array,
@@ -87,13 +89,13 @@ def landmarks_of_pair(
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def draw_many(who: Identity, scenes: Scene, keys: jax.Array, size: int = 64) -> jax.Array:
+def draw_many(who: Traits, scenes: Scene, keys: jax.Array, size: int = 64) -> jax.Array:
     """Returns float32[B, size, size, 3]: `draw` for leaves and keys with a leading axis B."""
     return jax.vmap(functools.partial(draw, size=size))(who, scenes, keys)
 
 
 def paint(
-    people: tuple[Identity, ...],
+    people: tuple[Traits, ...],
     scenes: tuple[Scene, ...],
     nuisances: tuple[Nuisance, ...],
     size: int,
@@ -122,7 +124,7 @@ def paint(
 
 
 def locate(
-    people: tuple[Identity, ...],
+    people: tuple[Traits, ...],
     scenes: tuple[Scene, ...],
     nuisances: tuple[Nuisance, ...],
     size: int,
@@ -259,7 +261,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("sheet", help="PNG file to write")
     parser.add_argument("--seed", type=int, default=0, help="of the people and scenes (default: 0)")
     args = parser.parse_args(argv)
-    save_png(args.sheet, contact_sheet(args.seed), {})
+    try:
+        devices.check_backend()
+        save_png(args.sheet, contact_sheet(args.seed), {})
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

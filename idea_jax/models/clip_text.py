@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from idea_jax.models.layers import ConfigReader, attention, layer_norm
+from idea_jax.models.config_reader import ConfigReader
+from idea_jax.models.layers import attention, layer_norm
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -60,10 +61,19 @@ class CLIPTextConfig:
         # Origin, initialisation, ids that only the pooled output needs, and the width of a
         # projection that Stable Diffusion does not use.
         read.ignore(
-            *("_name_or_path", "_commit_hash", "_attn_implementation_autoset"),
-            *("transformers_version", "torch_dtype", "dtype", "return_dict"),
-            *("initializer_factor", "initializer_range", "projection_dim"),
-            *("bos_token_id", "eos_token_id", "pad_token_id"),
+            "_name_or_path",
+            "_commit_hash",
+            "_attn_implementation_autoset",
+            "transformers_version",
+            "torch_dtype",
+            "dtype",
+            "return_dict",
+            "initializer_factor",
+            "initializer_range",
+            "projection_dim",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
         )
         if not read.problems:
             read.refuse(

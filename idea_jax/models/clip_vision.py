@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from idea_jax.models.clip_text import ACTIVATIONS, CLIPEncoder
-from idea_jax.models.layers import ConfigReader, layer_norm
+from idea_jax.models.config_reader import ConfigReader
+from idea_jax.models.layers import layer_norm
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,14 @@ class CLIPVisionConfig:
         read.expect("attention_dropout", 0.0)
         read.expect("dropout", 0.0)
         read.ignore(
-            *("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype"),
-            *("initializer_factor", "initializer_range", "return_dict"),
+            "_name_or_path",
+            "_commit_hash",
+            "transformers_version",
+            "torch_dtype",
+            "dtype",
+            "initializer_factor",
+            "initializer_range",
+            "return_dict",
         )
         if not read.problems:
             read.refuse(

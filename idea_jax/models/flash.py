@@ -8,11 +8,13 @@ shorter sequences, stay with plain XLA.
 import jax
 import jax.numpy as jnp
 
+from idea_jax.errors import InputError
+
 MIN_POSITIONS = 1024  # shorter sequences have weights that fit the caches
 SPLASH_BLOCKS = (512, 256, 128)  # positions in a tile; the first that divides the sequence
 
 
-class UnsupportedAttention(ValueError):
+class UnsupportedAttention(InputError, ValueError):
     """The kernel that was asked for does not run on this device or in this type."""
 
 
@@ -94,8 +96,14 @@ def splash(
     B, T, C = q.shape
     block = next(size for size in SPLASH_BLOCKS if T % size == 0)
     names = (
-        *("block_q", "block_kv", "block_kv_compute"),
-        *("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"),
+        "block_q",
+        "block_kv",
+        "block_kv_compute",
+        "block_q_dkv",
+        "block_kv_dkv",
+        "block_kv_dkv_compute",
+        "block_q_dq",
+        "block_kv_dq",
     )
     kernel = make_splash_mha(
         MultiHeadMask([FullMask((T, T))] * num_heads),

@@ -7,14 +7,16 @@ import re
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from idea_jax.errors import InputError
 from idea_jax.models.weights import WeightsError, absent, find_weights
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 # Repositories that their owners withdrew, and where the same files are kept since.
 MIRRORS = {
@@ -52,7 +54,7 @@ PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
 SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole checkpoint
 
 
-class CheckpointNotFound(FileNotFoundError):
+class CheckpointNotFound(InputError, FileNotFoundError):
     """No usable checkpoint under the given name; the message says what to do."""
 
 
@@ -74,9 +76,9 @@ def resolve(
     the Hub. Only the files that this project reads are downloaded.
 
     Args:
-        name_or_path: "mini", local folder or Hub id (`owner/name`).
-        revision: branch, tag or commit of the Hub repository; None is its main branch.
-        variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
+      name_or_path: "mini", local folder or Hub id (`owner/name`).
+      revision: branch, tag or commit of the Hub repository; None is its main branch.
+      variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
 
     Raises: CheckpointNotFound, if there is no such folder or repository, if it is no checkpoint,
         or if it would have to be downloaded and the Hub cannot be reached.
@@ -87,7 +89,7 @@ def resolve(
     folder = local_folder(name)
     if folder.is_dir():
         if revision is not None:
-            logger.warning("%s is a local folder: revision %s is not used", name, revision)
+            log.warning("%s is a local folder: revision %s is not used", name, revision)
         if missing := _missing_configs(folder):
             raise CheckpointNotFound(
                 f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
@@ -106,7 +108,7 @@ def resolve_vae(name_or_path: str) -> Path:
     """Returns the folder of an autoencoder: one of its own, or that in a whole checkpoint.
 
     Args:
-        name_or_path: a local folder or a Hub id, such as stabilityai/sd-vae-ft-mse.
+      name_or_path: a local folder or a Hub id, such as stabilityai/sd-vae-ft-mse.
 
     Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
     """
@@ -125,24 +127,51 @@ def _vae_from_hub(name: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    stem = dict(WEIGHTS)["vae"]
     patterns = [
         f"{place}{file}"
         for place in ("", "vae/")
-        for file in ("config.json", "diffusion_pytorch_model.safetensors")
+        for file in ("config.json", f"{stem}.safetensors")
     ]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except HFValidationError as error:
-        raise CheckpointNotFound(
-            f"there is no folder {name}, and a Hub id has the form owner/name"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+    _check_cache(name)
+    with suppress(LocalEntryNotFoundError):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except HFValidationError as error:
             raise CheckpointNotFound(
-                f"there is no folder {name}, the cache does not hold it, and {constants.ENDPOINT} "
-                "cannot be reached or HF_HUB_OFFLINE is set; pass the path of a local folder"
+                f"there is no folder {name}, and a Hub id has the form owner/name"
             ) from error
-    return _fetch(name, None, patterns)
+        if any(_is_whole_vae(place) for place in (found, found / "vae")):
+            return found
+    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, the cache does not hold all of it, and "
+            f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
+            "local folder"
+        )
+
+    def check(files):
+        place = "vae/" if "vae/config.json" in files else ""
+        if f"{place}config.json" not in files:
+            raise CheckpointNotFound(
+                f"the Hub repository {name} is no autoencoder in diffusers layout: it lacks "
+                "config.json"
+            )
+        if f"{place}{stem}.safetensors" not in files:
+            present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
+            raise CheckpointNotFound(
+                absent(f"{stem}.safetensors", f"{name}/{place}".rstrip("/"), stem, present)
+            )
+
+    return _fetch(name, None, patterns, check)
+
+
+def _is_whole_vae(folder: Path) -> bool:
+    try:
+        find_weights(folder, dict(WEIGHTS)["vae"])
+    except WeightsError:
+        return False
+    return (folder / "config.json").is_file()
 
 
 def local_folder(name: str) -> Path:
@@ -196,11 +225,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"there is no folder {name}, and a Hub id has the form owner/name"
         ) from error
 
-    if constants.HF_HUB_CACHE.startswith("~"):
-        raise CheckpointNotFound(
-            f"there is no folder {name}, and no home folder for the cache of the Hub: set HOME, or "
-            "HF_HOME to a folder that can be written"
-        )
+    _check_cache(name)
     # What the user has already wins over what would have to be fetched, the mirror included.
     mirror = MIRRORS.get(name)
     for repository in filter(None, (name, mirror)):
@@ -235,9 +260,20 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
     return Checkpoint(folder, repository, _origin(folder)[1])
 
 
+def _check_cache(name: str) -> None:
+    """Raises CheckpointNotFound if the Hub's cache would be in a home folder that is not there."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_CACHE.startswith("~"):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, and no home folder for the cache of the Hub: set HOME, or "
+            "HF_HOME to a folder that can be written"
+        )
+
+
 def _notice_mirror(name: str, repository: str) -> None:
     if name != repository:
-        logger.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
+        log.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
 
 
 def _patterns(variant: str | None) -> list[str]:

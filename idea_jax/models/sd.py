@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ from safetensors.numpy import save_file
 
 from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.files import atomic_write
 from idea_jax.models import weights
 from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from idea_jax.models.layers import UnsupportedConfig, say_once
+from idea_jax.models.config_reader import UnsupportedConfig, say_once
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.models.weights import WeightsError
 from idea_jax.pytrees import flatten, unflatten
+from idea_jax.runtime.files import atomic_write, write_json
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 DIFFUSERS_VERSION = "0.42.1"  # whose layout `save` writes
@@ -58,17 +58,17 @@ class StableDiffusion:
     attention: str = "xla"  # kernel of the UNet's long self-attentions, see `flash`
 
     def __post_init__(self):
+        text, unet, vae = self.text, self.unet, self.vae
+        latents, rgb = ("VAE's latent_channels", vae.latent_channels), ("RGB's", 3)
+        width = ("text encoder's hidden_size", text.hidden_size)
         pairs = (
-            ("UNet's cross_attention_dim", self.unet.cross_attention_dim,
-             "text encoder's hidden_size", self.text.hidden_size),
-            ("UNet's in_channels", self.unet.in_channels,
-             "VAE's latent_channels", self.vae.latent_channels),
-            ("UNet's out_channels", self.unet.out_channels,
-             "VAE's latent_channels", self.vae.latent_channels),
-            ("VAE's in_channels", self.vae.in_channels, "RGB's", 3),
-            ("VAE's out_channels", self.vae.out_channels, "RGB's", 3),
-        )  # fmt: skip
-        problems = [f"{a} is {x}, but the {b} is {y}" for a, x, b, y in pairs if x != y]
+            (("UNet's cross_attention_dim", unet.cross_attention_dim), width),
+            (("UNet's in_channels", unet.in_channels), latents),
+            (("UNet's out_channels", unet.out_channels), latents),
+            (("VAE's in_channels", vae.in_channels), rgb),
+            (("VAE's out_channels", vae.out_channels), rgb),
+        )
+        problems = [f"{a} is {x}, but the {b} is {y}" for (a, x), (b, y) in pairs if x != y]
         if self.compute_dtype not in COMPUTE_DTYPES:
             options = " or ".join(COMPUTE_DTYPES)
             problems.append(f"compute dtype is {self.compute_dtype!r}, expected {options}")
@@ -124,7 +124,7 @@ def read_configs(
     key and value that is not supported.
     """
 
-    def read(kind: type, path: str) -> object:
+    def read(kind: Any, path: str | Path) -> Any:
         file = Path(folder) / path if isinstance(path, str) else path
         if not file.is_file():
             present = sorted(x.name for x in Path(folder).glob("*"))
@@ -209,7 +209,8 @@ def load(
     folder = Path(folder)
     model = read_configs(folder, compute_dtype, vae=vae, clip_skip=clip_skip)
     targets = shapes(model)._asdict()
-    trees, problems = {}, []
+    trees: dict[str, dict] = {}
+    problems: list[str] = []
     for part in _parts(model):
         try:
             own = vae if vae is not None and part.folder == "vae" else folder / part.folder
@@ -251,12 +252,12 @@ def save(
         with atomic_write(folder / part.folder / f"{part.stem}{infix}.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
         config = part.config if part.folder == "text_encoder" else part.config | version
-        _write_json(folder / part.folder / "config.json", config)
+        write_json(folder / part.folder / "config.json", config, sort_keys=True)
 
     # An absent timestep_spacing lets each sampler take its own default.
     schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
     schedule |= {"_class_name": "DDIMScheduler", "clip_sample": False, **version}
-    _write_json(folder / "scheduler" / "scheduler_config.json", schedule)
+    write_json(folder / "scheduler" / "scheduler_config.json", schedule, sort_keys=True)
     # An image encoder is no part of Stable Diffusion, but may lie beside it (adapters use it).
     has_image_encoder = (folder / "image_encoder" / "config.json").is_file()
     image_encoder = ["transformers", "CLIPVisionModelWithProjection"]
@@ -273,12 +274,7 @@ def save(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    _write_json(folder / "model_index.json", index)
-
-
-def _write_json(path: Path, values: dict) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_json(folder / "model_index.json", index, sort_keys=True)
 
 
 def init(model: StableDiffusion, key: jax.Array) -> Frozen:

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from idea_jax.models.config_reader import OF_AVERAGES, ConfigReader
 from idea_jax.models.layers import (
-    OF_AVERAGES,
-    ConfigReader,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -32,7 +31,7 @@ from idea_jax.models.layers import (
 # Conversions before diffusers 0.9 wrote any value; diffusers takes this one instead of a smaller.
 OLD_SAMPLE_SIZE = 64
 
-DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # type: has cross-attention
+DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # has cross-attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
@@ -231,12 +230,12 @@ class UNetBlock(nn.Module):
     """One level on the way down, the middle, or one level on the way up.
 
     Attributes:
-        role: "down", "mid" or "up".
-        level: index into the config's per-level tuples.
-        resnet_channels: (in, out) of each ResNet block.
-        cross: whether attentions follow the ResNet blocks (in the middle: stand between them).
-        resample: whether the block ends by changing the resolution.
-        attention: kernel of long self-attentions, see `flash`.
+      role: "down", "mid" or "up".
+      level: index into the config's per-level tuples.
+      resnet_channels: (in, out) of each ResNet block.
+      cross: whether attentions follow the ResNet blocks (in the middle: stand between them).
+      resample: whether the block ends by changing the resolution.
+      attention: kernel of long self-attentions, see `flash`.
     """
 
     cfg: UNetConfig

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from idea_jax.models.config_reader import OF_AVERAGES, ConfigReader
 from idea_jax.models.layers import (
-    OF_AVERAGES,
-    ConfigReader,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
@@ -174,10 +173,8 @@ class Encoder(nn.Module):
         self.conv_in = conv3x3(widths[0], dtype)
         blocks = []
         for i, width in enumerate(widths):
-            sizes = (
-                (widths[max(i - 1, 0)], width),
-                *((width, width),) * (cfg.layers_per_block - 1),
-            )
+            same = ((width, width),) * (cfg.layers_per_block - 1)
+            sizes = ((widths[max(i - 1, 0)], width), *same)
             blocks.append(VAEBlock(sizes, groups, dtype, downsample=i < len(widths) - 1))
         self.down_blocks = blocks
         self.mid_block = VAEMidBlock(widths[-1], groups, dtype)

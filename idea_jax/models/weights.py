@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from idea_jax.files import is_lfs_pointer
+from idea_jax.errors import InputError
 from idea_jax.pytrees import flatten, unflatten
+from idea_jax.runtime.files import is_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ READERS = min(8, os.cpu_count() or 1)  # threads
 LISTED_PER_KIND = 20  # an error that lists thousands of keys hides the interesting ones
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError, ValueError):
     """A weight file is absent, unreadable, or does not fit the network its config describes."""
 
 
@@ -313,7 +314,9 @@ def match_keys(
     if cut:
         log.warning(
             "%s: layers %d to %d are left out (clip skip)",
-            *(where, min(cut), max(cut)),
+            where,
+            min(cut),
+            max(cut),
         )
     if spare:
         log.warning("%s: numbers without a meaning here: %s", where, ", ".join(spare[:5]))

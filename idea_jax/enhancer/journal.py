@@ -1,0 +1,87 @@
+"""What a training of the shared enhancer says of itself."""
+
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from idea_jax.data import images
+from idea_jax.enhancer import likeness
+from idea_jax.enhancer.beginning import EnhancerWork
+from idea_jax.enhancer.step import (
+    EnhancerMetrics,
+)
+from idea_jax.training import tensorboard
+from idea_jax.training.results import TrainingError
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """What a run says of itself; in processes other than the first it only watches.
+
+    Raises (all methods): WriteError, the log cannot be written.
+    """
+
+    def __init__(self, work: EnhancerWork, out: Path, taken: int):
+        cfg = work.cfg
+        self.work, self.out = work, out
+        self.losses: list[tuple[int, float]] = []
+        self.likeness: list[dict] = []
+        self.waited: list[float] = []
+        self.log = None
+        if cfg.report_to == "tensorboard" and work.first:
+            self.log = tensorboard.Log(out / cfg.logging_dir)
+        self.bar = tqdm(
+            total=cfg.max_train_steps,
+            initial=taken,
+            unit="step",
+            disable=None if work.first else True,
+        )
+
+    def step(self, number: int, metrics: EnhancerMetrics) -> bool:
+        """Notes one step; returns whether any process has been asked to stop.
+
+        Raises:
+          TrainingError: it was not finite.
+        """
+        values = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
+        if not values["finite"]:
+            raise TrainingError(
+                f"step {number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
+            )
+        self.losses.append((number, values["loss"]))
+        if self.log:
+            shown = {f"train/{name}": values[name] for name in ("loss", "grad_norm")}
+            self.log.scalars(shown, number)
+        self.bar.update()
+        newest = np.mean([loss for _, loss in self.losses[-50:]])
+        self.bar.set_postfix_str(f"loss {newest:.4f}", refresh=False)
+        tenth = max(1, self.work.cfg.max_train_steps // 10)
+        if self.bar.disable and self.work.first and number % tenth == 0:
+            log.info("step %d of %d: loss %.4f", number, self.bar.total, newest)
+        return values["stop"] > 0
+
+    def wait(self, number: int, share: float) -> None:
+        """Notes the share of time in which the training waited for its samples."""
+        self.waited.append(share)
+        if self.log:
+            self.log.scalars({"train/share_waited": share}, number)
+
+    def validation(self, number: int, found: likeness.Likeness) -> None:
+        """Notes likeness at 0 steps, and writes the grid."""
+        log.info("step %d: %s", number, likeness.about(found))
+        values = {"mean": found.mean, "worst": found.worst, "found": found.found}
+        self.likeness.append({"step": number, **{k: round(v, 4) for k, v in values.items()}})
+        about = {"parameters": f"{self.work.cfg.validation_prompt}, 0 steps, step {number}"}
+        images.save_png(self.out / "validation" / f"step-{number:06d}.png", found.grid, about)
+        if self.log:
+            self.log.scalars({f"likeness/{k}": v for k, v in values.items()}, number)
+            self.log.image("likeness/grid", found.grid, number)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()

@@ -1,0 +1,198 @@
+"""Files of pseudo tokens: `learned_embeds.safetensors` written, it and its older relatives read.
+
+Pickles are never given to Python's `pickle`. A small interpreter knows the instructions that
+`torch.save` writes for a dictionary of tensors, and can do nothing else.
+"""
+
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from idea_jax.formats.pickles import (
+    MAX_BYTES,
+    MAX_KEYS,
+    MAX_NAME,
+    EmbedsError,
+    check_shape,
+    floats,
+    parse_legacy,
+    parse_zip,
+)
+from idea_jax.runtime.files import write_tensors
+
+FILE_NAME = "learned_embeds.safetensors"
+
+# The key that AUTOMATIC1111's web UI and ComfyUI write; both name the token after the file.
+_WEBUI_KEY = "emb_params"
+
+
+def locate(path: str | Path) -> tuple[Path, str | None]:
+    """Returns the file to read for `path`, and a notice if it is not the one that was asked for.
+
+    A folder stands for the file of pseudo tokens in it. A pickle (`.bin`, `.pt`) that is absent is
+    replaced by the `.safetensors` file of the same name, since that is what training writes now.
+
+    Raises:
+      EmbedsError: there is no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in (FILE_NAME, "learned_embeds.bin"):
+            if (path / name).is_file():
+                return path / name, None
+        raise EmbedsError(f"no {FILE_NAME} and no learned_embeds.bin in the folder {path}")
+    if path.is_file():
+        return path, None
+    beside = path.with_suffix(".safetensors")
+    if path.suffix in (".bin", ".pt") and beside.is_file():
+        return beside, f"{path} does not exist; reading {beside.name} beside it"
+    raise EmbedsError(f"the file of pseudo tokens {path} does not exist")
+
+
+def write(path: str | Path, token: str, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
+    """Writes float32[N, D] under the one key `token`: diffusers' `load_textual_inversion` reads it.
+
+    diffusers names the vectors `token`, `token_1`, ...; a prompt needs `token` only. An earlier
+    file at `path` is replaced only once the new one is complete.
+
+    Args:
+      token: in lower case and without spaces: the tokenizer lowers prompts, and would never find
+        it otherwise.
+
+    Raises:
+      EmbedsError: the token or the vectors cannot be used.
+    """
+    if not token or token != token.lower() or any(c.isspace() for c in token):
+        raise EmbedsError(f"expected a token in lower case without spaces, got {token!r}")
+    _write(path, token, vectors, metadata)
+
+
+def write_webui(path: str | Path, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
+    """Writes float32[N, D] for AUTOMATIC1111's web UI and ComfyUI; the file's name is the token."""
+    _write(path, _WEBUI_KEY, vectors, metadata)
+
+
+def _write(path: str | Path, key: str, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
+    vectors = np.ascontiguousarray(vectors, np.float32)
+    if vectors.ndim != 2:
+        raise EmbedsError(f"expected vectors [N, D] to write to {path}, got {list(vectors.shape)}")
+    _check(vectors, f"the vectors to write to {path}")
+    write_tensors(path, {key: vectors}, {**metadata, "format": "pt"})
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns `{token: float32[N, D]}` from any of the forms in use, told apart by content.
+
+    Safetensors or `torch.save` files (both its formats) holding one of
+    - `{token: [N, D] or [D]}` (diffusers),
+    - `{token_v0: [D], token_v1: [D], ...}` (ID-EA and Cross Initialization; the angle brackets of
+      a token are kept, or missing, as they are in the file),
+    - `{"emb_params": [N, D]}`, `{"clip_l": [N, D]}` or `{"string_to_param": {"*": [N, D]}}` (web
+      UI, ComfyUI); without a name inside, the file's name is the token.
+
+    Raises:
+      EmbedsError: the file is missing, too large, damaged, of another kind, or asks for anything
+        but tensors; in no case is anything from it run.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise EmbedsError(
+            f"the file of pseudo tokens {path} cannot be read: {error.strerror}"
+        ) from error
+    if len(content) > MAX_BYTES:
+        raise EmbedsError(
+            f"{path} is larger than {MAX_BYTES // 1_000_000} MB, too large for pseudo tokens; "
+            "is it a checkpoint?"
+        )
+    try:
+        return _tokens(_parse(content), path)
+    except EmbedsError as error:
+        raise EmbedsError(f"{path}: {error}") from error
+    except (ValueError, TypeError, IndexError, KeyError, struct.error, OverflowError) as error:
+        raise EmbedsError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _parse(content: bytes) -> Any:
+    if content.startswith(b"PK\x03\x04"):
+        return parse_zip(content)
+    # Before the pickles: the length in front of a safetensors header may begin with their byte.
+    if content[8:9] == b"{":
+        return _parse_safetensors(content)
+    if content.startswith(b"\x80"):
+        return parse_legacy(content)
+    raise EmbedsError("neither a safetensors file nor one written by torch.save")
+
+
+def _parse_safetensors(content: bytes) -> dict[str, np.ndarray]:
+    import safetensors
+
+    try:
+        entries = safetensors.deserialize(content)
+    except safetensors.SafetensorError as error:
+        raise EmbedsError(f"damaged safetensors file ({error})") from error
+    tensors = {}
+    for name, entry in sorted(entries, key=lambda item: item[0]):  # they come in no fixed order
+        check_shape(entry["shape"], name)
+        tensors[name] = floats(bytes(entry["data"]), entry["dtype"]).reshape(entry["shape"])
+    return tensors
+
+
+def _check(vectors: np.ndarray, what: str) -> None:
+    check_shape(vectors.shape, what)
+    if not np.isfinite(vectors).all():
+        raise EmbedsError(f"{what} holds values that are not finite")
+
+
+def _tokens(tree: Any, path: Path) -> dict[str, np.ndarray]:
+    """Sorts out which of the known forms `tree` has."""
+    if isinstance(tree, np.ndarray):
+        tree = {path.stem: tree}
+    if not isinstance(tree, dict) or not tree:
+        raise EmbedsError("expected a dictionary of tensors")
+    if "string_to_param" in tree:
+        params, name = tree["string_to_param"], tree.get("name")
+        if not isinstance(params, dict) or len(params) != 1:
+            raise EmbedsError("expected one tensor under string_to_param")
+        tree = {name if isinstance(name, str) and name else path.stem: next(iter(params.values()))}
+    elif "clip_g" in tree:
+        raise EmbedsError("made for SDXL (two text encoders); SD 1.x and 2.x have one")
+    elif len(tree) == 1 and next(iter(tree)) in (_WEBUI_KEY, "clip_l"):
+        tree = {path.stem: next(iter(tree.values()))}
+    if len(tree) > MAX_KEYS or max(map(len, tree)) > MAX_NAME:
+        raise EmbedsError(
+            f"more than {MAX_KEYS} keys, or a name of more than {MAX_NAME} characters"
+        )
+    for key, value in tree.items():
+        if not isinstance(value, np.ndarray):
+            raise EmbedsError(f"expected a tensor under {key!r}, got {type(value).__name__}")
+        _check(value, repr(key))
+    return _join_vectors({key: np.atleast_2d(value) for key, value in tree.items()})
+
+
+def _join_vectors(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins `x_v0`, `x_v1`, ... (one vector each) to `x`, in the order of their numbers."""
+    groups: dict[str, dict[int, np.ndarray]] = {}
+    tokens = {}
+    for key, vectors in rows.items():
+        numbered = re.fullmatch(r"(.+)_v(\d{1,3})", key)
+        if numbered and len(vectors) == 1:
+            groups.setdefault(numbered[1], {})[int(numbered[2])] = vectors[0]
+        else:
+            tokens[key] = vectors
+    for token, vectors in groups.items():
+        if len(vectors) == 1 and 0 not in vectors:  # a name that happens to end in _v2
+            (number,) = vectors
+            token, vectors = f"{token}_v{number}", {0: vectors[number]}
+        if sorted(vectors) != list(range(len(vectors))):
+            raise EmbedsError(f"expected {token}_v0, _v1, ... without gaps, got {sorted(vectors)}")
+        if len({vector.shape for vector in vectors.values()}) > 1 or token in tokens:
+            raise EmbedsError(f"the vectors of {token} do not belong together")
+        tokens[token] = np.stack([vectors[number] for number in range(len(vectors))])
+    return tokens

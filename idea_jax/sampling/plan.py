@@ -1,0 +1,227 @@
+"""Who is drawn, and on which pictures: identity files and prompts in, drawings out."""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from idea_jax.config.settings import ConfigError, SampleConfig
+from idea_jax.data import images, text
+from idea_jax.data.tokenizer import Tokenizer, Tokens
+from idea_jax.formats import learned_embeds
+from idea_jax.formats.identity import Identity, read_identity
+from idea_jax.method import condition
+from idea_jax.runtime.files import file_digest, slug
+
+log = logging.getLogger(__name__)
+
+NOBODY = "<person>"  # the placeholder of people without a name of their own in prompts
+
+
+def read_prompts(cfg: SampleConfig) -> list[str]:
+    """The prompts of a run, in order, each once.
+
+    Raises:
+      TextError: the prompt file cannot be read or is empty.
+    """
+    prompts = cfg.prompt if cfg.prompt_file is None else text.read_prompts(Path(cfg.prompt_file))
+    unique = list(dict.fromkeys(prompts))
+    if len(unique) < len(prompts):
+        log.warning("%d repeated prompts are drawn once", len(prompts) - len(unique))
+    return unique
+
+
+@dataclass(frozen=True)
+class Sitter:
+    """Somebody who is drawn: their identity, the file it came from, their name in prompts; or the
+    photos instead of a file."""
+
+    name: str
+    identity: Identity
+    source: Path | None
+    photos: tuple[images.PictureFile, ...] = ()
+
+    def about(self) -> dict:
+        """What pictures of them depend on; of paths no more than the files' own names."""
+        if self.source is not None:
+            where: dict = {"file": self.source.name, "sha256": file_digest(self.source)}
+        else:
+            where = {"photo": [{"file": p.name, "sha256": p.sha256()} for p in self.photos]}
+        method, enhancer = self.identity.method, self.identity.enhancer
+        ours = {"enhancer": enhancer} if enhancer is not None else {}
+        return {**where, "profile": method.profile, "steps": self.identity.steps, **ours}
+
+
+def read_sitters(cfg: SampleConfig) -> list[Sitter]:
+    """The people that a run draws, in order.
+
+    Raises:
+      ConfigError: two have the same name.
+      IdentityError, EmbedsError, FileNotFoundError: a file cannot be used.
+    """
+    if cfg.identity is None:
+        return [Sitter("", *read_tokens(cfg))]
+    sitters = []
+    for given in cfg.identity:
+        named = re.fullmatch(r"([^={}/]+)=(.+)", given)
+        path = Path(given)
+        if named and not path.exists():
+            path = Path(named[2])
+        is_named = named and path == Path(named[2])
+        if path.is_dir():
+            path = path / "identity.safetensors"
+        # Training calls all of them identity.safetensors, in a folder with the person's name.
+        own = path.resolve().parent.name if path.stem == "identity" else path.stem
+        name = named[1] if is_named else own
+        sitters.append(Sitter(name, read_identity(path), path))
+    names = [sitter.name for sitter in sitters]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"several of --identity are called {', '.join(twice)}; tell them apart with NAME=FILE"
+        )
+    return sitters
+
+
+def read_tokens(cfg: SampleConfig) -> tuple[Identity, Path]:
+    """The token embeddings that a run draws with, as an identity, and their file."""
+    path, notice = learned_embeds.locate(Path(cfg.learned_embedding_path))
+    if notice:
+        log.warning(notice)
+    whole = path.with_name("identity.safetensors")
+    if whole.is_file():
+        log.warning(
+            "drawing with the token embeddings alone; --identity %s holds all that was learned",
+            whole,
+        )
+    tokens = learned_embeds.read(path)
+    if cfg.token is None and len(tokens) > 1:
+        raise ConfigError(
+            f"{path} holds {len(tokens)} learned tokens, {', '.join(tokens)}: choose one with "
+            "--token NAME"
+        )
+    # Legacy files leave out the angle brackets that the token was trained with.
+    named = {name: vectors for name, vectors in tokens.items() if is_same(name, cfg.token)}
+    if cfg.token in tokens:
+        named = {cfg.token: tokens[cfg.token]}
+    if len(named) != 1:
+        raise ConfigError(f"--token {cfg.token} is not in {path}, which holds {', '.join(tokens)}")
+    (vectors,) = named.values()
+    identity = Identity(
+        method=condition.make_method("textual_inversion", num_tokens=len(vectors)),
+        trainable={"pseudo_tokens": vectors},
+        given={},
+        # Prompts say {}; the file's own name for the token may be a word of the vocabulary.
+        placeholder=NOBODY,
+        base_model="unknown",
+        revision=None,
+        seed=0,
+        steps=0,
+        embeds_only=True,
+    )
+    return identity, path
+
+
+def is_same(name: str, asked: str | None) -> bool:
+    """Whether a token of a file is the one that was asked for, if any was."""
+    return asked is None or name.strip("<>").lower() == asked.strip("<>").lower()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One folder of pictures: a prompt, and whom it shows.
+
+    Attributes:
+      prompt: as it was given.
+      cast: numbers of the people in it.
+      tokens: the tokens of the first of the cast follow the vocabulary, then the second's.
+      folder: in which the prompt's folder lies, below the run's.
+    """
+
+    prompt: str
+    cast: tuple[int, ...]
+    tokens: Tokens
+    folder: str
+
+
+def plan(
+    cfg: SampleConfig, prompts: list[str], sitters: list[Sitter], plain: Tokenizer
+) -> tuple[list[Drawing], Tokens]:
+    """The drawings of a run, and the tokens of the negative prompt.
+
+    A prompt with {} is drawn once for each person, one with {NAME} once.
+
+    Raises:
+      TextError: a prompt names nobody, or somebody unknown, or is far too long.
+      ConfigError: the negative prompt names a person.
+    """
+    drawings = []
+    sizes = [sitter.identity.method.num_tokens for sitter in sitters]
+    own = [
+        plain.with_placeholder(s.identity.placeholder, s.identity.method.num_tokens)
+        for s in sitters
+    ]
+    for prompt in prompts:
+        if is_for_each(prompt, [sitter.name for sitter in sitters]):
+            for number, (sitter, tokenizer) in enumerate(zip(sitters, own, strict=True)):
+                own_text = tokenizer.placeholder.text
+                tokens = weighted_tokens(tokenizer, prompt, {"{}": own_text})
+                folder = safe_name(sitter.name) if len(sitters) > 1 else "."
+                drawings.append(Drawing(prompt, (number,), tokens, folder))
+            continue
+        # Whatever they are called in their files, here they need words of their own.
+        words = {
+            s.name: text.Placeholder(f"<sitter-{k}>", n)
+            for k, (s, n) in enumerate(zip(sitters, sizes, strict=True))
+        }
+        _, names = text.fill_names(prompt, words)
+        tokenizer = plain
+        for name in names:
+            tokenizer = tokenizer.with_placeholder(words[name].token, words[name].n)
+        tokens = weighted_tokens(
+            tokenizer, prompt, {f"{{{name}}}": words[name].text for name in names}
+        )
+        cast = tuple(k for k, sitter in enumerate(sitters) if sitter.name in names)
+        drawings.append(Drawing(prompt, cast, tokens, "."))
+    for tokenizer in own:
+        negative = weighted_tokens(tokenizer, cfg.negative_prompt, {})
+        token = re.escape(tokenizer.placeholder.token)
+        names_them = re.search(rf"(?<!\w){token}(?!\w)", cfg.negative_prompt.lower())
+        if names_them or (negative.ids >= tokenizer.vocab_size).any():
+            raise ConfigError(
+                "--negative_prompt is drawn by the plain model, without the person; leave "
+                f"{tokenizer.placeholder.token} out of it"
+            )
+    return drawings, negative
+
+
+def weighted_tokens(tokenizer: Tokenizer, prompt: str, words: Mapping[str, str]) -> Tokens:
+    """The tokens of a prompt with weights, each of `words` replaced by what it stands for."""
+    pieces = []
+    for piece, weight in text.parse_weights(prompt):
+        for field, word in words.items():
+            piece = piece.replace(field, word)
+        pieces.append((piece, weight))
+    return tokenizer.chunks(pieces)
+
+
+def padded(tokens: Tokens, empty: Tokens, count: int) -> Tokens:
+    """A prompt with empty chunks at its end, so that it has `count` of them."""
+    rest = count - len(tokens.ids)
+    pairs = zip(tokens, empty, strict=True)
+    ids, weights = (np.concatenate([own, *[none] * rest]) for own, none in pairs)
+    return Tokens(ids, weights)
+
+
+def is_for_each(prompt: str, names: Sequence[str]) -> bool:
+    """Whether a prompt is drawn once for each of the people with these names; otherwise it says by
+    name whom it shows."""
+    return "{}" in prompt or (len(names) == 1 and f"{{{names[0]}}}" not in prompt)
+
+
+def safe_name(name: str) -> str:
+    """A person's name if it can be that of a folder, else a slug of it."""
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else slug(name)
