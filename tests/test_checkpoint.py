@@ -161,7 +161,7 @@ def test_other_versions_are_named_where_they_may_be_the_reason_of_a_refusal(fold
     named = rf"; it was written with python \S+ \(now 3\), jax {jax_now} \(now 99\.0\)"
     with pytest.raises(CheckpointError, match=rf"other settings \(seed: 1 -> 2{named}"):
         restore(folder, settings=SETTINGS | {"seed": 2})
-    with pytest.raises(CheckpointError, match=r"\(new: None -> 1; it was written with"):
+    with pytest.raises(CheckpointError, match=r"\(new: not given -> 1; it was written with"):
         restore(folder, settings=SETTINGS | {"new": 1})
     resumable = resume.resumable
     with monkeypatch.context() as patch:  # as an optimiser keeps its state elsewhere

@@ -296,7 +296,7 @@ def test_resumed_is_as_straight_and_only_with_the_same_enhancer(
     assert train(folder, photo_folder, out, *more) == 1
     assert "max_train_steps: 4 -> 6" in capsys.readouterr().err
     assert train(folder, photo_folder, out, *way, "latest", "--lr_scheduler", "constant") == 1
-    assert "lr_scheduler: cosine -> None" in capsys.readouterr().err
+    assert "lr_scheduler: cosine -> not given" in capsys.readouterr().err
     other = shutil.copytree(folder, tmp_path / "other")
     made.add_to(other, seed=1)
     for where, flags in ((other, []), (folder, ["--enhancer", "none"])):

@@ -30,7 +30,13 @@ def difference(before: dict, now: dict) -> str:
       before: as `marks_of` gave it, perhaps long ago.
       now: the fingerprint.
     """
-    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+
+    def said(value):  # a fingerprint has None for a default, and for what does not apply
+        return "not given" if value is None else value
+
+    changed = [
+        f"{k}: {said(before.get(k))} -> {said(v)}" for k, v in now.items() if before.get(k) != v
+    ]
     return ", ".join(changed) + other_versions(before) if changed else ""
 
 
