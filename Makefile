@@ -1,6 +1,7 @@
 # make demo   learn one person from a photo and draw them; installs what it needs into .venv
 # make lint   ruff and the type checker; adds the test requirements to the same .venv
 # make test   lint and test
+# make test-long  the tests that take minutes each: whole trainings and tables of the mini
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
 # make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate);
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= outputs/benchmarks
 
-.PHONY: demo lint test chaos slow bench clean
+.PHONY: demo lint test test-long chaos slow bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
@@ -23,6 +24,9 @@ lint: $(VENV)/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m long
 
 chaos: $(VENV)/.installed-test
 	timeout 600 $(BIN)/python -m pytest -m chaos -n 0 -s

@@ -802,6 +802,7 @@ def share_of_listed(run, ids):
     return np.mean(alone)
 
 
+@pytest.mark.long
 def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path, monkeypatch):
     """`pretrain` from nothing: each loss falls, the folder is whole, and done stages stay done."""
     batches = {}

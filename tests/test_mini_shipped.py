@@ -50,6 +50,7 @@ def test_files_are_those_that_were_trained():
     assert known_names(folder) == people.named_people()
 
 
+@pytest.mark.long
 def test_quality_on_a_small_sample(mini):
     """As `python -m idea_jax.mini.quality`, with slack for the few that are measured here.
 
