@@ -31,6 +31,7 @@ from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
 from idea_jax.models import sd
+from idea_jax.runtime import compile_cache
 from idea_jax.runtime.files import WriteError
 from idea_jax.training.results import Base, OccupiedError
 
@@ -563,6 +564,7 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, mo
     assert "other settings (seed: 0 -> 1)" in capsys.readouterr().err
     assert train_enhancer.main(resumed) == 0
     same(tmp_path, straight, 0)
+    assert compile_cache.needs[-1] > 0  # of memory; told where there is too little
     said = (tmp_path / "run.json").read_text()
     assert train_enhancer.main(resumed) == 0  # nothing is left to do
     assert (tmp_path / "run.json").read_text() == said

@@ -1,5 +1,6 @@
 """Training the shared enhancer: prepared folders in, `enhancer.safetensors` out."""
 
+import functools
 import logging
 import signal
 import time
@@ -49,7 +50,7 @@ from idea_jax.formats import enhancer
 from idea_jax.method import shared
 from idea_jax.models import flash, hub, sd
 from idea_jax.pytrees import count
-from idea_jax.runtime import devices, files
+from idea_jax.runtime import compile_cache, devices, files
 from idea_jax.runtime.files import atomic_write, check_writable, write_together
 from idea_jax.runtime.signals import Interrupted, noted_signals
 from idea_jax.training.program import shard_specs
@@ -226,9 +227,11 @@ def take_steps(
 
     for taken in steps:
         batch, inputs = inputs_of(work, next(reader), taken, bool(signals))
-        state, metrics = train_step(
-            work.program, work.base.frozen, state, work.constants, batch, inputs
-        )
+        given = (work.program, work.base.frozen, state, work.constants, batch, inputs)
+        if taken == first:  # compiled by itself, the step says what memory it needs
+            with compile_cache.ahead(functools.partial(train_step.lower, *given)):
+                pass
+        state, metrics = train_step(*given)
         if taken == first:
             # Not earlier: compiling may take minutes, and until now nothing could be lost.
             signals = stack.enter_context(noted_signals())
