@@ -12,6 +12,7 @@ from safetensors import safe_open
 from test_people import celeb_a  # noqa: F401  (a fixture)
 
 import train_jax
+from idea_jax import jobs
 from idea_jax.config.settings import TrainConfig
 from idea_jax.data import images, people
 from idea_jax.faces import __main__, embedding, finding, random_model
@@ -28,6 +29,8 @@ from idea_jax.training.photos import training_pixels
 
 QUICK = "--max_train_steps 1 --train_batch_size 1 --report_to none".split()
 CROSS = ["--profile", "cross_init", *QUICK]
+# Beside the people's folders.
+OF_MANY = (".lock-0", jobs.SETTINGS, jobs.MANIFEST)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +260,7 @@ def test_people_in_folders_become_what_each_becomes_alone(run, tmp_path):
     one_by_one = ["--mesh", "identity=1", "--identities", "0:2", "--pictures_per_person", "1"]
     assert run(root, *CROSS, *one_by_one) == 0
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {".lock-0", "anna", "bert", "jobs.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"anna", "bert", *OF_MANY}
     assert run(root / "bert", *CROSS, out="alone") == 0
     for name in ("identity.safetensors", "learned_embeds.safetensors"):
         assert (out / "bert" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
@@ -282,7 +285,7 @@ def test_celeb_a_people_are_trained(run, seen, celeb_a, tmp_path):  # noqa: F811
     dataset = ["--dataset", "celeb_a", "--dataset_dir", celeb_a, "--identities", "0:2"]
     assert run(None, *CROSS, *dataset, "--pictures_per_person", "1") == 0
     out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {".lock-0", "00007", "00091", "jobs.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"00007", "00091", *OF_MANY}
     for name, held_out in (("00007", 2), ("00091", 0)):
         assert read_identity(out / name / "identity.safetensors").base_model == "tiny"
         assert len(json.loads((out / name / "run.json").read_text())["held_out"]) == held_out
