@@ -73,7 +73,7 @@ ALONE = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_documented_commands_of_a_wheel_run(unpacked, tmp_path):
     chosen = [command for _, command in FOUND if any(words in command for words in ALONE)]
     assert len(chosen) >= 7
