@@ -351,7 +351,7 @@ def test_held_out_people_are_drawn_from_one_picture(base, begun, quiet, monkeypa
 def test_samples_show_another_picture_of_the_same_person(quiet):
     folder = samples.open_folder(quiet)
     plan = samples.Plan(
-        *([folder], [1.0], [np.arange(5)]), size=5, seed=0, small=0.0, mean=0.0
+        *([folder], [1.0], [np.arange(5)]), size=5, seed=0, small=0.0, mean=0.0, flip=True
     )  # fmt: skip
     owners = {folder.faces.face[i].tobytes(): i for i in range(10)}
     means = {folder.pictures[i].mean[m].tobytes(): i for i in range(10) for m in range(2)}
@@ -382,7 +382,7 @@ def test_readers_share_out_the_samples_of_a_step_and_begin_anywhere(quiet):
     def read(first, process, processes):
         plan = samples.Plan(
             *([folder, folder], [3.0, 1.0], [np.arange(5), np.arange(1, 3)]),
-            **{"size": 4, "seed": 1, "small": 0.5, "mean": 0.5},
+            **{"size": 4, "seed": 1, "small": 0.5, "mean": 0.5, "flip": True},
         )
         reader = samples.Reader(plan, range(first, 4), process, processes)
         batches = list(reader)
@@ -420,7 +420,9 @@ def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=Non
     config, tree = begun
     mesh = drawing.mesh_of(jax.devices()[:count])
     folder = samples.open_folder(quiet)
-    plan = samples.Plan([folder], [1.0], [np.arange(5)], size=8, seed=0, small=0, mean=0.5)
+    plan = samples.Plan(
+        [folder], [1.0], [np.arange(5)], size=8, seed=0, small=0, mean=0.5, flip=True
+    )
     optimizer = steps.make_optimizer(1e-3, warmup=2, steps=9, clip=1.0, beta2=0.99, epsilon=1e-6)
     recipe = steps.Recipe(8, parts, 0.3, 5.0, 0.9)
     specs = steps.shard_specs(base.frozen, count) if is_sharded else drawing.WHOLE

@@ -114,7 +114,7 @@ class Plan:
         seed: int,
         small: float,
         mean: float,
-        flip: bool = True,
+        flip: bool,
     ):
         self.folders, self.people, self.size, self.seed = folders, people, size, seed
         self.flip = flip
