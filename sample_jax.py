@@ -21,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
         SampleConfig,
         sample.run,
         argv,
-        prog="sample_jax.py",
         description="Draw learned people; writes one folder of pictures per prompt.",
     )
 

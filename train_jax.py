@@ -21,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
         TrainConfig,
         train.run,
         argv,
-        prog="train_jax.py",
         description="Learn people from photos; writes OUT/identity.safetensors, or one of each "
         "person in OUT/PERSON.",
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import sample_jax
+import train_jax
 from idea_jax.config import reading
 from idea_jax.config.settings import setting
 
@@ -87,3 +89,11 @@ def test_help_texts_are_told_as_they_are(capsys):
     assert told.count(f"{texts[0]}") == 2 and f"{texts[0]} (default: 3)" in told
     assert f"{texts[1]} (default: 5%d)" in told and texts[2] in told
     assert "the same as --word 5%d" in told
+
+
+@pytest.mark.parametrize("script", [train_jax, sample_jax])
+def test_a_command_calls_itself_as_it_was_called(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/idea-something", "--no_such_flag"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "idea-something: error: " in capsys.readouterr().err
