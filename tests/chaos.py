@@ -41,8 +41,14 @@ class Job:
     def __init__(self, model, root, out, cache, *flags):
         self.root, self.out = root, out
         self.command = [
-            *(sys.executable, str(ROOT / "train_jax.py"), "--pretrained_model_name_or_path"),
-            *(str(model), "--train_data_dir", str(root), "--output_dir", str(out)),
+            sys.executable,
+            str(ROOT / "train_jax.py"),
+            "--pretrained_model_name_or_path",
+            str(model),
+            "--train_data_dir",
+            str(root),
+            "--output_dir",
+            str(out),
             *"--profile cross_init --train_batch_size 1 --report_to none".split(),
             *flags,
         ]

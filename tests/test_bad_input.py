@@ -648,7 +648,10 @@ def test_disk_that_becomes_full_between_two_results(training, no_steps, monkeypa
 def test_disk_that_is_full_when_a_checkpoint_is_written(training, caplog):
     with disk_full_after(700):
         training.refuses(
-            *("--report_to", "none", "--checkpointing_steps", "1"),
+            "--report_to",
+            "none",
+            "--checkpointing_steps",
+            "1",
             says=["cannot write", "checkpoints", "File too large"],
         )
     assert "Traceback" not in caplog.text  # orbax would log one for each of its threads

@@ -58,8 +58,12 @@ def result_of(device="cpu", **parts):
 def test_first_call_is_kept_apart_and_spread_is_relative_to_the_median():
     (row,) = measured(jax=[900, 10, 14, 12]).values()
     assert row["stacks"]["jax"] == {
-        "min": 10, "median": 12, "spread": 4 / 12, "first": 900, "count": 3,
-    }  # fmt: skip
+        "min": 10,
+        "median": 12,
+        "spread": 4 / 12,
+        "first": 900,
+        "count": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -352,9 +356,13 @@ def test_time_is_that_of_a_step_of_one_person_or_of_a_call():
 def test_profile_counts_the_own_time_of_each_operation_once():
     """As of a CPU of two devices, where the three events of a wait lie in each other."""
     of_two = [
-        ("ThunkExecutor::Execute", 0, 100), ("ynn_fusion.3", 0, 40), ("psum.7", 40, 60),
-        ("Rendezvous", 42, 58), ("Wait: pending_threads=1/2", 45, 55), ("copy.2", 100, 20),
-    ]  # fmt: skip
+        ("ThunkExecutor::Execute", 0, 100),
+        ("ynn_fusion.3", 0, 40),
+        ("psum.7", 40, 60),
+        ("Rendezvous", 42, 58),
+        ("Wait: pending_threads=1/2", 45, 55),
+        ("copy.2", 100, 20),
+    ]
     events = [SimpleNamespace(name=n, start_ns=s, duration_ns=d) for n, s, d in of_two]
     lines = [
         SimpleNamespace(name="tf_XLATfrtCpuClient/1", events=events[::-1]),
@@ -362,9 +370,12 @@ def test_profile_counts_the_own_time_of_each_operation_once():
     ]
     profile = SimpleNamespace(planes=[SimpleNamespace(name="/host:CPU", lines=lines)])
     assert stack_jax.top_ten(profile) == [
-        ["Wait: pending_threads=1/2", 55 / 120], ["ynn_fusion", 40 / 120], ["copy", 20 / 120],
-        ["Rendezvous", 3 / 120], ["psum", 2 / 120],
-    ]  # fmt: skip
+        ["Wait: pending_threads=1/2", 55 / 120],
+        ["ynn_fusion", 40 / 120],
+        ["copy", 20 / 120],
+        ["Rendezvous", 3 / 120],
+        ["psum", 2 / 120],
+    ]
 
 
 def test_block_that_is_no_whole_number_of_calls_is_refused():
@@ -567,9 +578,11 @@ def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypat
     failed = {}
     found = jobs.measure(tmp_path, "cpu", ["jax", "published", "eager"], 1, "default", {}, failed)
     assert {what: set(row["stacks"]) for what, row in found.items()} == {
-        "learning, 2 steps": {"jax"}, "drawing 2 pictures": {"jax"}, "both": {"jax"},
+        "learning, 2 steps": {"jax"},
+        "drawing 2 pictures": {"jax"},
+        "both": {"jax"},
         "a first picture": {"jax"},
-    }  # fmt: skip
+    }
     assert list(failed) == ["whole jobs, eager"]
     assert failed["whole jobs, eager"].strip().splitlines()[-1] == "OSError: disk full"
 

@@ -74,7 +74,12 @@ def test_identity_files_of_the_exact_regulariser_load(tmp_path):
     )
     tokens = np.ones((2, 8), np.float32)
     written = Identity(
-        *(method, {"pseudo_tokens": tokens}, {"anchor": tokens}, "<a>", "m", None),
+        method,
+        {"pseudo_tokens": tokens},
+        {"anchor": tokens},
+        "<a>",
+        "m",
+        None,
         seed=0,
         steps=1,
     )

@@ -35,8 +35,10 @@ from idea_jax.training import program as steps
 from idea_jax.training import run as train
 
 OPTIONS = (
-    *("jax_enable_compilation_cache", "jax_compilation_cache_dir"),
-    *("jax_compilation_cache_max_size", "jax_persistent_cache_min_compile_time_secs"),
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
 )
 # Compiles one program and says whether it was found.
 PROGRAM = """

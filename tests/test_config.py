@@ -39,7 +39,8 @@ def test_center_crop_is_another_name_for_two_crops(tmp_path):
 
     assert (crop(), crop("--profile", "official")) == ("center", "none")
     assert (crop("--no-center_crop"), crop("--profile", "official", "--center_crop")) == (
-        *("none", "center"),
+        "none",
+        "center",
     )
     old = write(tmp_path, "center_crop: false\n")
     assert (crop(*old), crop(*old, "--crop", "face")) == ("none", "face")
@@ -84,7 +85,10 @@ def test_commands_of_the_original_readme_parse():
         [
             *"--pretrained_model_name_or_path m --num_inference_steps 50 --save_dir s".split(),
             *"--learned_embedding_path o/learned_embeds.bin --num_images_per_prompt 32".split(),
-            *("--n_iter", "1", "--prompt", "{} wearing an oversized sweater"),
+            "--n_iter",
+            "1",
+            "--prompt",
+            "{} wearing an oversized sweater",
         ],
     )
     assert (cfg.prompt, cfg.num_images_per_prompt) == (["{} wearing an oversized sweater"], 32)

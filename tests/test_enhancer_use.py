@@ -413,8 +413,13 @@ def test_rates_over_the_steps():
 @pytest.mark.parametrize(
     ("scheduler", "cycles"),
     [
-        *(("constant", 1), ("constant_with_warmup", 1), ("linear", 1), ("polynomial", 1)),
-        *(("cosine", 1), ("cosine_with_restarts", 1), ("cosine_with_restarts", 3)),
+        ("constant", 1),
+        ("constant_with_warmup", 1),
+        ("linear", 1),
+        ("polynomial", 1),
+        ("cosine", 1),
+        ("cosine_with_restarts", 1),
+        ("cosine_with_restarts", 3),
     ],
 )
 @pytest.mark.parametrize("warmup", [0, 4])
@@ -559,8 +564,17 @@ def test_without_an_enhancer_identities_are_written_and_read_as_ever(tmp_path):
         about = json.loads(file.metadata()[FORMAT])
     assert about["format_version"] == 1 and "enhancer" not in about
     assert set(about["method"]) == {
-        *("profile", "adapter", "train_enhancer", "acts_at_sampling", "regulariser", "cross_init"),
-        *("kv", "kv_rank", "num_tokens", "beta", "reg_weight"),
+        "profile",
+        "adapter",
+        "train_enhancer",
+        "acts_at_sampling",
+        "regulariser",
+        "cross_init",
+        "kv",
+        "kv_rank",
+        "num_tokens",
+        "beta",
+        "reg_weight",
     }
     got = read_identity(path)
     assert (got.method, got.enhancer, got.needs_enhancer) == (identity.method, None, False)

@@ -18,7 +18,9 @@ from idea_jax.config.settings import setting
 ROOT = Path(__file__).resolve().parent.parent
 # Started by the benchmark alone, with a fixed number of arguments.
 WORKERS = {
-    *("benchmarks.stack_jax", "benchmarks.stack_torch", "benchmarks.torch_job"),
+    "benchmarks.stack_jax",
+    "benchmarks.stack_torch",
+    "benchmarks.torch_job",
     "benchmarks.workloads",
 }
 

@@ -130,8 +130,10 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
     assert "2 of 3 people failed" in message and "found phone.tiff (suffix .tiff)" in message
     assert sorted(digests(out)) == ["person-00"]
     assert {r.person: (r.status, r.attempts) for r in records().values()} == {
-        "person-00": ("done", 1), "person-01": ("failed", 2), "person-02": ("failed", 2)
-    }  # fmt: skip
+        "person-00": ("done", 1),
+        "person-01": ("failed", 2),
+        "person-02": ("failed", 2),
+    }
     before = records()
     # Nobody was trained whom other settings could touch, but they would mix with these ones.
     assert run(root, out, "--seed", "7", "--identities", "1:2") == 1
@@ -149,8 +151,10 @@ def test_people_without_usable_photos_and_people_who_are_gone_are_not_forgotten(
     message = capsys.readouterr().err
     assert "1 of 2 people failed" in message and "person-02: photos are gone" in message
     assert {r.person: r.status for r in records().values()} == {
-        "person-00": "done", "person-01": "done", "person-02": "failed"
-    }  # fmt: skip
+        "person-00": "done",
+        "person-01": "done",
+        "person-02": "failed",
+    }
 
 
 def test_whose_photos_are_others_now_is_not_taken_for_done_nor_replaced(
@@ -180,8 +184,9 @@ def test_whose_photos_are_others_now_is_not_taken_for_done_nor_replaced(
     assert run(root, out) == 0
     assert (out / "person-00" / jobs.RESULT).stat().st_mtime_ns == written
     assert {r.person: (r.status, r.why) for r in jobs.read(out)} == {
-        "person-00": ("done", None), "person-01": ("done", None)
-    }  # fmt: skip
+        "person-00": ("done", None),
+        "person-01": ("done", None),
+    }
     # Once the folder is gone the other person is learned.
     shutil.rmtree(out / "person-00")
     shutil.copy(tmp_path / "others" / "person-04" / "0.png", root / "person-00" / "renamed.png")
@@ -263,8 +268,10 @@ def test_board_keeps_what_is_known_and_starts_over_where_it_is_damaged(tmp_path,
     board.publish()
     found = jobs.read(tmp_path)
     assert [(r.person, r.status) for r in found] == [
-        ("anna", "done"), ("b\udce9rt", "done"), ("carl", "failed")
-    ]  # fmt: skip
+        ("anna", "done"),
+        ("b\udce9rt", "done"),
+        ("carl", "failed"),
+    ]
     assert not list(tmp_path.rglob(".tmp-*"))
     again = jobs.Board(tmp_path, names, names, is_first=True)
     assert again.records == {r.person: r for r in found}

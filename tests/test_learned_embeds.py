@@ -413,12 +413,17 @@ def test_bombs_of_nested_tuples_take_no_time(tmp_path, place):
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n"
     body = {
         "key": b"\x80\x02}" + bomb + b"K\x01s.",
-        "shape": b"\x80\x02}X\x01\x00\x00\x00a" + rebuild + b"(" + pid + b"K\x00" + bomb
+        "shape": b"\x80\x02}X\x01\x00\x00\x00a"
+        + rebuild
+        + b"("
+        + pid
+        + b"K\x00"
+        + bomb
         + b"K\x01\x85\x89ccollections\nOrderedDict\n)RtRs.",
         "storage": b"\x80\x02" + bomb + b"Q.",
         "storage list": b"\x80\x02}.",
         "value": b"\x80\x02}X\x01\x00\x00\x00a" + bomb + b"s.",
-    }[place]  # fmt: skip
+    }[place]
     keys = b"\x80\x02]" + bomb + b"a." + bytes(8)
     start = time.perf_counter()
     for path in (as_zip(body, tmp_path / "a.bin"), as_legacy(body, tmp_path / "b.bin", keys)):

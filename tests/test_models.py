@@ -260,8 +260,9 @@ def test_group_norm_statistics_are_float32():
     y = norm.apply(norm.init(jax.random.key(0), x), x)
     groups = np.asarray(x, np.float64).reshape(32 * 32, 2, 4)
     expected = (groups - groups.mean((0, 2))[:, None]) / groups.std((0, 2))[:, None]
-    np.testing.assert_allclose(np.asarray(y, np.float64).reshape(expected.shape), expected,
-                               rtol=2**-8, atol=1e-3)  # fmt: skip
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64).reshape(expected.shape), expected, rtol=2**-8, atol=1e-3
+    )
 
 
 def test_attention_softmax_is_float32():

@@ -31,9 +31,14 @@ def run(smallest_checkpoint, photos, tmp_path, capsys):
     def command(who, placeholder, *flags, out=tmp_path / "out"):
         code = train_jax.main(
             [
-                *("--pretrained_model_name_or_path", str(smallest_checkpoint)),
-                *("--train_data_dir", str(photos / who), "--output_dir", str(out)),
-                *("--placeholder_token", placeholder),
+                "--pretrained_model_name_or_path",
+                str(smallest_checkpoint),
+                "--train_data_dir",
+                str(photos / who),
+                "--output_dir",
+                str(out),
+                "--placeholder_token",
+                placeholder,
                 *FLAGS,
                 *flags,
             ]
@@ -75,8 +80,13 @@ def test_overwrite_leaves_nothing_of_the_first_beside_the_second(run, tmp_path):
     code, said = run("bert", "<bert>", "--overwrite")
     assert code == 0, said
     assert {path.name for path in out.rglob("*") if path.is_file()} == {
-        *("notes.txt", ".lock-0", "identity.safetensors", "learned_embeds.safetensors"),
-        *("config.yaml", "run.json", "bert.safetensors"),
+        "notes.txt",
+        ".lock-0",
+        "identity.safetensors",
+        "learned_embeds.safetensors",
+        "config.yaml",
+        "run.json",
+        "bert.safetensors",
         *(
             f"{kind}-steps-{n}.safetensors"
             for kind in ("identity", "learned_embeds")

@@ -35,8 +35,13 @@ def test_the_script_is_short_and_uses_public_functions_only():
     tree = ast.parse(code)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    names |= {alias.name for node in ast.walk(tree) if hasattr(node, "names")
-              for alias in node.names if isinstance(alias, ast.alias)}  # fmt: skip
+    names |= {
+        alias.name
+        for node in ast.walk(tree)
+        if hasattr(node, "names")
+        for alias in node.names
+        if isinstance(alias, ast.alias)
+    }
     # `_replace` is the documented, public method of every named tuple; `_` a value not used.
     assert not [name for name in names - {"_", "_replace"} if name.startswith("_")]
     unwanted = (ast.ClassDef, ast.Global, ast.Nonlocal)
@@ -164,8 +169,17 @@ print(json.dumps({
 }))
 """
 
-HEAVY = {"torch", "insightface", "onnxruntime", "onnx", "transformers", "huggingface_hub",
-         "diffusers", "tensorboardX", "skimage"}  # fmt: skip
+HEAVY = {
+    "torch",
+    "insightface",
+    "onnxruntime",
+    "onnx",
+    "transformers",
+    "huggingface_hub",
+    "diffusers",
+    "tensorboardX",
+    "skimage",
+}
 
 
 @pytest.fixture(scope="module")

@@ -74,9 +74,14 @@ def keys_values(loaded, identity, prompt="a photo of {}", negative="", strength=
     model, frozen, tokenizer = loaded
     ids = tokenizer([text.fill(prompt, tokenizer.placeholders[0]), negative])
     return programs.prompt_keys_values(
-        model, identity.method, frozen, identity.trainable, identity.given, *ids,
+        model,
+        identity.method,
+        frozen,
+        identity.trainable,
+        identity.given,
+        *ids,
         jnp.float32(strength),
-    )  # fmt: skip
+    )
 
 
 def draw(
@@ -344,7 +349,8 @@ def test_weights_and_chunks_equal_the_rule_computed_by_hand(loaded, identity):
     both = np.stack([np.concatenate([plain, plain]), np.concatenate(rows)])
     jax.tree.map(
         lambda leaf, kernel: np.testing.assert_allclose(leaf, both @ kernel, rtol=1e-4, atol=1e-5),
-        *(kv, frozen.cross_kv),
+        kv,
+        frozen.cross_kv,
     )
 
 

@@ -47,7 +47,8 @@ def straight(random_checkpoint, photo_folder, tmp_path_factory):
         out,
         *"--max_train_steps 6 --train_batch_size 2 --seed 5 --save_steps 2".split(),
         *"--checkpointing_steps 3 --validation_steps 4 --num_validation_images 2".split(),
-        *("--validation_prompt", "a photo of {}"),
+        "--validation_prompt",
+        "a photo of {}",
     )
     assert code == 0
     return out
@@ -228,9 +229,14 @@ def test_commands_of_the_original_readme_run(
             *"--save_steps 100 --only_save_embeds --placeholder_token <00011>".split(),
             *"--train_batch_size 8 --scale_lr --n_persudo_tokens 2 --reg_weight 8e-4".split(),
             *"--learning_rate 0.0015 --max_train_step 320".split(),
-            *("--train_data_dir", str(photo_folder), "--celeb_path", str(names)),
-            *("--pretrained_model_name_or_path", str(plain)),
-            *("--output_dir", str(out)),
+            "--train_data_dir",
+            str(photo_folder),
+            "--celeb_path",
+            str(names),
+            "--pretrained_model_name_or_path",
+            str(plain),
+            "--output_dir",
+            str(out),
         ]
     )
     assert code == 0
@@ -238,11 +244,20 @@ def test_commands_of_the_original_readme_run(
     assert not (out / "identity-steps-300.safetensors").exists()  # --only_save_embeds
     code = sample_jax.main(
         [
-            *("--pretrained_model_name_or_path", str(plain)),
-            *("--num_inference_steps", "50"),
-            *("--learned_embedding_path", str(out / "learned_embeds.bin")),
-            *("--prompt", "{} wearing an oversized sweater", "--save_dir", str(pictures)),
-            *("--num_images_per_prompt", "32", "--n_iter", "1"),
+            "--pretrained_model_name_or_path",
+            str(plain),
+            "--num_inference_steps",
+            "50",
+            "--learned_embedding_path",
+            str(out / "learned_embeds.bin"),
+            "--prompt",
+            "{} wearing an oversized sweater",
+            "--save_dir",
+            str(pictures),
+            "--num_images_per_prompt",
+            "32",
+            "--n_iter",
+            "1",
         ]
     )
     assert code == 0
@@ -261,10 +276,19 @@ def test_pictures_equal_those_of_diffusers(random_checkpoint, photo_folder, tmp_
     prompt = "a photo of {} on the beach"
     code = sample_jax.main(
         [
-            *("--pretrained_model_name_or_path", str(random_checkpoint), "--prompt", prompt),
-            *("--identity", str(out / "identity.safetensors"), "--save_dir", str(tmp_path / "x")),
+            "--pretrained_model_name_or_path",
+            str(random_checkpoint),
+            "--prompt",
+            prompt,
+            "--identity",
+            str(out / "identity.safetensors"),
+            "--save_dir",
+            str(tmp_path / "x"),
             *"--num_images_per_prompt 2 --num_inference_steps 7 --guidance_scale 5".split(),
-            *("--negative_prompt", "blurry", "--seed", "3"),
+            "--negative_prompt",
+            "blurry",
+            "--seed",
+            "3",
         ]
     )
     assert code == 0

@@ -351,8 +351,8 @@ def test_held_out_people_are_drawn_from_one_picture(base, begun, quiet, monkeypa
 def test_samples_show_another_picture_of_the_same_person(quiet):
     folder = samples.open_folder(quiet)
     plan = samples.Plan(
-        *([folder], [1.0], [np.arange(5)]), size=5, seed=0, small=0.0, mean=0.0, flip=True
-    )  # fmt: skip
+        [folder], [1.0], [np.arange(5)], size=5, seed=0, small=0.0, mean=0.0, flip=True
+    )
     owners = {folder.faces.face[i].tobytes(): i for i in range(10)}
     means = {folder.pictures[i].mean[m].tobytes(): i for i in range(10) for m in range(2)}
     for step in range(6):
@@ -381,8 +381,14 @@ def test_readers_share_out_the_samples_of_a_step_and_begin_anywhere(quiet):
 
     def read(first, process, processes):
         plan = samples.Plan(
-            *([folder, folder], [3.0, 1.0], [np.arange(5), np.arange(1, 3)]),
-            **{"size": 4, "seed": 1, "small": 0.5, "mean": 0.5, "flip": True},
+            [folder, folder],
+            [3.0, 1.0],
+            [np.arange(5), np.arange(1, 3)],
+            size=4,
+            seed=1,
+            small=0.5,
+            mean=0.5,
+            flip=True,
         )
         reader = samples.Reader(plan, range(first, 4), process, processes)
         batches = list(reader)
@@ -460,8 +466,11 @@ def test_devices_and_parts_of_a_step_do_not_matter(base, begun, quiet, on_one, l
     np.testing.assert_allclose(losses, on_one[1], rtol=1e-5)
     assert int(state.step) == 3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, on_one[0])
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.trained["enhancer"],
-                         jax.device_get(begun[1]["enhancer"]))  # fmt: skip
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(),
+        state.trained["enhancer"],
+        jax.device_get(begun[1]["enhancer"]),
+    )
     assert max(jax.tree.leaves(moved)) > 1e-4  # it learned
 
 

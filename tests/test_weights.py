@@ -106,9 +106,12 @@ def test_saved_checkpoint_loads_in_torch_and_here(checkpoint, tmp_path):
 def test_save_in_half_precision_under_a_variant_keeps_the_rounded_values(checkpoint, tmp_path):
     _, _, model, frozen = checkpoint
     sd.save(tmp_path, model, frozen, variant="fp16", dtype="float16")
-    assert load_file(tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors")[
-        "conv_in.weight"
-    ].dtype == np.float16  # fmt: skip
+    assert (
+        load_file(tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors")[
+            "conv_in.weight"
+        ].dtype
+        == np.float16
+    )
     _, reloaded = sd.load(tmp_path, variant="fp16")
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(jnp.float32), frozen)
     assert_equal_trees(reloaded, expected)

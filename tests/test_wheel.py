@@ -1,9 +1,12 @@
-"""What is installed is whole: a wheel, unpacked in another folder, shows every `--help`."""
+"""What is installed is whole: a wheel in another folder shows every `--help` and runs the demo."""
 
+import functools
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -29,16 +32,22 @@ print(idea_jax.__file__)
 
 
 @pytest.fixture(scope="module")
-def unpacked(tmp_path_factory):
-    """The contents of a wheel of this checkout, in a folder of its own."""
+def wheel(tmp_path_factory):
+    """A wheel of this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     built = ["bdist_wheel", "--dist-dir", folder, "--bdist-dir", folder / "built"]
     apart = ["egg_info", "--egg-base", folder, "build", "--build-base", folder / "base"]
     command = [sys.executable, "-c", "import setuptools; setuptools.setup()", *apart, *built]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    (wheel,) = folder.glob("*.whl")
-    target = folder / "installed"
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel):
+    """Its contents, in a folder of its own."""
+    target = wheel.parent / "installed"
     zipfile.ZipFile(wheel).extractall(target)
     return target
 
@@ -66,10 +75,37 @@ def test_every_program_of_a_wheel_shows_its_help(unpacked, tmp_path):
     assert shown.stdout.count("usage:") == len(names)
 
 
+@pytest.mark.long
+def test_a_wheel_in_a_new_environment_runs_the_demo(wheel, tmp_path):
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=True)
+    # What the package requires comes from here, so that no network is needed; the package does not:
+    # a .pth file beside another one is not read, and an editable install is such a file.
+    folder = environment / Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
+    (folder / "required.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    variables = {"PATH": "", "HOME": str(tmp_path / "home")}
+    run = functools.partial(
+        subprocess.run, cwd=tmp_path, env=variables, capture_output=True, text=True
+    )
+    pip = [environment / "bin" / "pip", "install", "--no-index", "--no-deps", "--force-reinstall"]
+    installed = run([*pip, wheel])
+    assert installed.returncode == 0, installed.stderr
+
+    place = run([environment / "bin" / "python", "-c", "import idea_jax; print(idea_jax.__file__)"])
+    assert place.stdout.strip() == str(folder / "idea_jax" / "__init__.py")
+    shown = run([environment / "bin" / "idea-demo"])
+    assert shown.returncode == 0, shown.stderr
+    assert (tmp_path / "demo" / "identity" / "identity.safetensors").is_file()
+    assert len(list((tmp_path / "demo" / "pictures").glob("*/*.png"))) >= 4
+
+
 # Documented commands that need no weights but those of a wheel, and no hours.
 ALONE = (
-    *("--pretrained_model_name_or_path mini", "configs/mini_paper.yaml", "idea_jax.mini.world"),
-    *("write_random_recogniser", "idea_jax.random_sd"),
+    "--pretrained_model_name_or_path mini",
+    "configs/mini_paper.yaml",
+    "idea_jax.mini.world",
+    "write_random_recogniser",
+    "idea_jax.random_sd",
 )
 
 
