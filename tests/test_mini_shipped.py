@@ -50,6 +50,19 @@ def test_files_are_those_that_were_trained():
     assert known_names(folder) == people.named_people()
 
 
+def test_quality_of_the_networks_that_look(mini):
+    """A form in small of the test below: the rows for which the UNet draws nobody."""
+    key = jax.random.key(0)
+    drawn = drawings.portraits(people.unnamed("test", 30), 2, key)
+    assert quality.psnr(drawn.images, quality.reconstruct(mini, drawn.images)).mean() > 27
+    found, seen = quality.look(mini.finder(), drawn.images)
+    assert found.mean() > 0.95
+    scoring = quality.embed(mini.scoring(), drawn.images)
+    for embeds, who in ((seen, drawn.who[found]), (scoring, drawn.who)):
+        pairs = quality.verification(embeds, who, 200, np.random.default_rng(0))
+        assert quality.auc(*pairs) > 0.98
+
+
 @pytest.mark.long
 def test_quality_on_a_small_sample(mini):
     """As `python -m idea_jax.mini.quality`, with slack for the few that are measured here.
