@@ -68,7 +68,7 @@ def test_every_program_of_a_wheel_shows_its_help(unpacked, tmp_path):
 
 # Documented commands that need no weights but those of a wheel, and no hours.
 ALONE = (
-    *("--pretrained_model_name_or_path mini", "configs/mini_paper.yaml", "idea_jax.mini.world"),
+    *("--pretrained_model_name_or_path mini", "configs/mini_paper.yaml", "idea_jax.mini.sheet"),
     *("write_random_recogniser", "idea_jax.random_sd"),
 )
 
