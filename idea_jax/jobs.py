@@ -224,8 +224,18 @@ class Board:
         return kept if isinstance(kept, dict) else {}
 
     def plan(self, names: Sequence[str], settings: str) -> None:
-        """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
+        """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet.
+
+        Each has a folder from now on: whoever deletes it has given that person up.
+
+        Raises:
+          WriteError: it cannot be made.
+        """
         for name in names:
+            try:
+                (self.out / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(self.out / name, error) from error
             self.records[name] = dataclasses.replace(
                 self.records[name], status="waiting", why=None, settings=settings
             )

@@ -6,7 +6,7 @@ mistake in them cost no second of JAX.
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from idea_jax.errors import InputError
 from idea_jax.runtime import signals
@@ -56,7 +56,7 @@ def run(
     work: Callable[[], int | None],
     *,
     needs_jax: bool = True,
-    also: Iterable[type[Exception]] = (),
+    also: tuple[type[Exception], ...] = (),
     smaller: str = SMALLER,
     interrupted: str = "interrupted",
 ) -> int:
@@ -77,9 +77,6 @@ def run(
         if needs_jax:
             load_jax()
         return work() or 0
-    except (InputError, OSError, *also) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 1
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
@@ -87,6 +84,9 @@ def run(
         print(interrupted, file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, (InputError, OSError)) or isinstance(error, also):
+            print(f"error: {describe(error)}", file=sys.stderr)
+            return 1
         reason = about_memory(error)
         if reason is None:
             raise

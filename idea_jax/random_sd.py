@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         write(args.folder, args.size, args.family, args.seed)
         say(f"{args.folder}: a checkpoint with random weights ({args.size})")
 
-    return launch.run(work, also=[ValueError])
+    return launch.run(work, also=(ValueError,))
 
 
 if __name__ == "__main__":

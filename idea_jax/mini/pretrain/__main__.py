@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     again = "interrupted; the same command goes on from here"
-    return launch.run(lambda: train(args), also=[FloatingPointError], interrupted=again)
+    return launch.run(lambda: train(args), also=(FloatingPointError,), interrupted=again)
 
 
 def train(args: argparse.Namespace) -> int:
