@@ -84,7 +84,7 @@ def run(
         print(interrupted, file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, (InputError, OSError)) or isinstance(error, also):
+        if isinstance(error, (InputError, OSError, also)):
             print(f"error: {describe(error)}", file=sys.stderr)
             return 1
         reason = about_memory(error)
