@@ -231,7 +231,7 @@ def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, 
         prepare.prepare(faceless, tmp_path / "b", studio)
     # Nothing was prepared, so nothing is left that other pictures would have to agree with.
     assert not (tmp_path / "b").exists()
-    with pytest.raises(ShardsError, match=r"prepared in another way \(settings, .*differ\)"):
+    with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
         prepare.prepare(good, tmp_path / "a", replace(studio, seed=1))
 
 
