@@ -5,21 +5,17 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    try:
-        from idea_jax import cli
-        from idea_jax.config.settings import SampleConfig
-        from idea_jax.sampling import run as sample
-    except ValueError as error:  # of JAX, which reads its settings when it is imported
-        print(
-            f"error: JAX cannot be loaded ({error}); correct or unset what begins with JAX_ in "
-            "the environment",
-            file=sys.stderr,
-        )
-        return 1
+    from idea_jax import cli
+    from idea_jax.config.settings import SampleConfig
+
+    def load():
+        from idea_jax.sampling import run
+
+        return run.run
 
     return cli.main(
         SampleConfig,
-        sample.run,
+        load,
         argv,
         description="Draw learned people; writes one folder of pictures per prompt.",
     )

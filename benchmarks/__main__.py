@@ -47,7 +47,8 @@ from benchmarks.plans import (
 )
 from benchmarks.settings import COMPARED_STEPS, WORKLOADS, Workload, read
 from benchmarks.worker import StackError, Worker
-from idea_jax.runtime.files import WriteError, check_writable
+from idea_jax import launch
+from idea_jax.runtime.files import check_writable
 
 # Tokens after a few steps of Adam, whose first steps turn rounding of small gradients into steps:
 # the cosine between the changes. Losses: relative. Pictures: mean difference of [-1, 1].
@@ -64,14 +65,23 @@ class InputsError(ValueError):
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(argv)
+    return launch.run(lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Measures, and writes the reports; returns the exit code.
+
+    Raises:
+      WriteError: the reports cannot be written.
+    """
     workload = WORKLOADS[args.workload, args.device]
     name_of_report = args.name or f"{args.workload}-{args.device}"
     mode = args.torch_compile or MODES[args.device]
     out = Path(args.out)
+    check_writable(out)
     try:
-        check_writable(out)
         check_device(args.device)
-    except (WriteError, DeviceError) as error:
+    except DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     result = {

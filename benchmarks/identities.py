@@ -24,6 +24,7 @@ import sys
 import time
 
 from benchmarks.options import positive
+from idea_jax import launch
 
 STEPS = 320  # of a person, from which people/hour is computed; nothing else of a run is in it
 
@@ -167,8 +168,7 @@ def main() -> int:
         # Read by the CPU backend alone, and only if it is set before JAX starts.
         flag = f"--xla_force_host_platform_device_count={args.devices[0]}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-        measure(args)
-        return 0
+        return launch.run(lambda: measure(args))
     for count in args.devices:
         # The last one counts.
         flags = [*sys.argv[1:], "--devices", str(count)]

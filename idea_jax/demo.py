@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from idea_jax import launch
 from idea_jax.runtime.files import check_writable, say
 
 PERSON = 26  # of the people for testing; not one of those that the lab reports on
@@ -49,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("demo"), help="to write to (default: demo)"
     )
-    args = parser.parse_args(argv)
-    try:
-        clear(args.folder)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return demonstrate(args.folder)
+    folder = parser.parse_args(argv).folder
+
+    def work() -> int:
+        clear(folder)
+        return demonstrate(folder)
+
+    return launch.run(work)
 
 
 def clear(folder: Path) -> None:
@@ -73,6 +74,7 @@ def clear(folder: Path) -> None:
             "or name another folder"
         )
     check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
     for path in written:
         shutil.rmtree(path, ignore_errors=True)
@@ -85,7 +87,7 @@ def demonstrate(folder: Path) -> int:
     import sample_jax
     import train_jax
     from idea_jax.data.images import save_png
-    from idea_jax.mini import captions, quality
+    from idea_jax.mini import captions, measures
 
     started = time.monotonic()
     photos, out, drawn = (folder / name for name in ("photo", "identity", "pictures"))
@@ -104,7 +106,7 @@ def demonstrate(folder: Path) -> int:
     say("Drawing them ...")
     identity = ["--identity", str(out / "identity.safetensors"), "--save_dir", str(drawn)]
     settings = ["--num_images_per_prompt", str(PICTURES)]
-    settings += ["--guidance_scale", str(quality.GUIDANCE)]
+    settings += ["--guidance_scale", str(measures.GUIDANCE)]
     texts = [prompt.text for prompt in prompts]
     code = sample_jax.main([*common, *identity, *settings, "--prompt", *texts])
     if code:
@@ -184,10 +186,10 @@ def read_pictures(folder: Path) -> np.ndarray:
 
 def measure(pictures: np.ndarray, prompts: Sequence) -> dict[str, tuple[float, float]]:
     """Returns (likeness, share of what was asked for) of the pictures and of two bounds."""
-    from idea_jax.mini import lab, quality
+    from idea_jax.mini import measures, trials
 
-    mini = quality.load()
-    person, other = lab.meet(mini, "test", [PERSON, PERSON + 1], PICTURES, prompts=prompts)
+    mini = measures.load()
+    person, other = trials.meet(mini, "test", [PERSON, PERSON + 1], PICTURES, prompts=prompts)
     scoring = mini.scoring()
     each = {
         "learned from the picture": pictures,
@@ -195,7 +197,7 @@ def measure(pictures: np.ndarray, prompts: Sequence) -> dict[str, tuple[float, f
         "true drawings": person.true,
     }
     return {
-        name: lab.judge_pictures(mini, scoring, person, them, prompts)
+        name: trials.judge_pictures(mini, scoring, person, them, prompts)
         for name, them in each.items()
     }
 

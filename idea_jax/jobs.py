@@ -16,14 +16,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
 
+from idea_jax import launch
 from idea_jax.errors import InputError
-from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, say
+from idea_jax.runtime.files import (
+    absent,
+    atomic_write,
+    cannot_write,
+    file_digest,
+    make_in,
+    remove_empty,
+    say,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,14 +106,16 @@ def from_line(line: str) -> Record:
 def only_run(out: Path, process: int) -> Iterator[None]:
     """Keeps a second run out of a folder while the block runs; a killed process keeps out nobody.
 
+    A folder that is made here goes again if the block fails and has written nothing to it.
+
     Raises:
       JobsError: another run is using the folder.
       WriteError: it cannot be written to.
     """
-    lock = filelock.FileLock(out / f".lock-{process}")
+    made, file = absent(out), out / f".lock-{process}"
+    lock = filelock.FileLock(file)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        make_in(out, lambda: lock.acquire(timeout=0))
     except filelock.Timeout:
         raise JobsError(
             f"another run is using {out}; wait until it has ended, or choose another --output_dir"
@@ -113,8 +124,15 @@ def only_run(out: Path, process: int) -> Iterator[None]:
         raise cannot_write(out, error) from error
     try:
         yield
+    except BaseException:
+        if made and list(out.iterdir()) == [file]:
+            # While it is locked: whoever has opened it meanwhile sees that it is gone.
+            with suppress(OSError):
+                file.unlink()
+        raise
     finally:
         lock.release()
+        remove_empty(made)
 
 
 class Board:
@@ -206,8 +224,18 @@ class Board:
         return kept if isinstance(kept, dict) else {}
 
     def plan(self, names: Sequence[str], settings: str) -> None:
-        """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet."""
+        """Lets people wait for a training with these settings; only `jobs.jsonl` says so yet.
+
+        Each has a folder from now on: whoever deletes it has given that person up.
+
+        Raises:
+          WriteError: it cannot be made.
+        """
         for name in names:
+            try:
+                (self.out / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(self.out / name, error) from error
             self.records[name] = dataclasses.replace(
                 self.records[name], status="waiting", why=None, settings=settings
             )
@@ -344,18 +372,12 @@ def summary(records: Sequence[Record], *, now: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 where there is no such run."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     parser = argparse.ArgumentParser(
         prog="python -m idea_jax.jobs", description="Says how far a training of many people is."
     )
     parser.add_argument("out", metavar="OUT", help="its --output_dir")
-    try:
-        records = read(parser.parse_args(argv).out)
-    except JobsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    say(summary(records, now=time.time()))
-    return 0
+    out = parser.parse_args(argv).out
+    return launch.run(lambda: say(summary(read(out), now=time.time())), needs_jax=False)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,14 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-
+from idea_jax import launch
 from idea_jax.data.text import TEMPLATES, shipped_names
-from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.models import sd
-from idea_jax.models.clip_text import CLIPTextConfig
-from idea_jax.models.unet import UNetConfig
-from idea_jax.models.vae import VAEConfig
-from idea_jax.runtime import devices
 from idea_jax.runtime.files import atomic_write, say
+
+if TYPE_CHECKING:  # importing JAX takes a second, which --help does without
+    from idea_jax.models import sd
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
@@ -71,6 +68,10 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
 
     Raises: FileExistsError if the folder is not empty; ValueError for an unknown size or family.
     """
+    import jax
+
+    from idea_jax.models import sd
+
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; name another one")
@@ -105,8 +106,14 @@ SIZES = {
 _CONTRADICTIONS = {("sd15", "sd2"), ("sd21", "sd1")}
 
 
-def config(size: str, family: str, vocab_size: int) -> sd.StableDiffusion:
+def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
     """Returns the model of that size; "sd15" and "sd21" are SD 1.5 and SD 2.1-base exactly."""
+    from idea_jax.diffusion.schedule import ScheduleConfig
+    from idea_jax.models import sd
+    from idea_jax.models.clip_text import CLIPTextConfig
+    from idea_jax.models.unet import UNetConfig
+    from idea_jax.models.vae import VAEConfig
+
     (
         (width, layers, heads),
         (channels, crossed, unet_layers),
@@ -264,14 +271,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        from idea_jax.runtime import devices
+
         devices.check_backend()
         write(args.folder, args.size, args.family, args.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    say(f"{args.folder}: a checkpoint with random weights ({args.size})")
-    return 0
+        say(f"{args.folder}: a checkpoint with random weights ({args.size})")
+
+    return launch.run(work, also=(ValueError,))
 
 
 if __name__ == "__main__":

@@ -6,100 +6,26 @@ python -m idea_jax.train_enhancer --purge FOLDER
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import jax
-
-from idea_jax import cli
-from idea_jax.config.settings import COMPUTE_DTYPES
-from idea_jax.data import people, text
-from idea_jax.data.tokenizer import load_tokenizer
-from idea_jax.enhancer import fit, shards, sources
-from idea_jax.enhancer.prepare import Studio, prepare
-from idea_jax.enhancer.settings import CELEBRITIES, EnhancerTrainConfig, PrepareConfig
-from idea_jax.enhancer.sources import Casting, Source
-from idea_jax.errors import InputError
-from idea_jax.faces import finding, portraits
-from idea_jax.faces import models as face_models
-from idea_jax.models import flash, hub, sd
-from idea_jax.sampling import programs
-from idea_jax.training.results import Base
-from idea_jax.training.start import known_names
+from idea_jax import cli, launch
+from idea_jax.enhancer.settings import EnhancerTrainConfig, PrepareConfig
 
 PROGRAM = "python -m idea_jax.train_enhancer"
 
 
-def run_prepare(cfg: PrepareConfig) -> list[Path]:
-    """Writes a prepared folder; returns its path.
+def preparing() -> Callable:
+    """What prepares a folder."""
+    from idea_jax.enhancer import preparing
 
-    Raises:
-      as `prepare`, and what is wrong with checkpoint and face model.
-    """
-    people.places(cfg.identities)
-    face_models.check_select(cfg.face_select)
-    names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
-    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype), attention=attention)
-    side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer = load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    ).with_placeholder(fit.PLACEHOLDER, cfg.n_pseudo_tokens)
-    path = portraits.find_face_model(
-        cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
-    )
-    finder = finding.open_finder(
-        path,
-        provider=cfg.face_provider,
-        select=cfg.face_select,
-        pre_aligned=cfg.pre_aligned,
-        needs_detector=cfg.crop == "face" or cfg.face_select != "largest",
-    )
-    source = None if cfg.people == CELEBRITIES else read_source(cfg)
-    _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
-    base = Base(model, frozen, tokenizer, found.name, found.revision)
-    if source is None:
-        casting = Casting(
-            pictures=cfg.celebrity_pictures,
-            steps=cfg.celebrity_steps,
-            guidance_scale=cfg.celebrity_guidance,
-            likeness=cfg.celebrity_likeness,
-            prompts=cfg.celebrity_prompt or sources.PROMPTS,
-        )
-        source = sources.celebrities(
-            base,
-            finder,
-            names or known_names(found.folder),
-            casting,
-            side=side,
-            seed=cfg.seed,
-        )
-    studio = Studio(
-        base,
-        finder,
-        side,
-        cfg.crop,
-        cfg.crop_margin,
-        seed=cfg.seed,
-        shard_pictures=cfg.shard_pictures,
-    )
-    index = prepare(source, cfg.prepare, studio)
-    print(
-        f"{index.people} people, {index.pictures} pictures, {index.rejected} rejected, "
-        f"{source.count - index.people} people left out; {shards.NOTICE}",
-        file=sys.stderr,
-    )
-    return [Path(cfg.prepare)]
+    return preparing.run
 
 
-def read_source(cfg: PrepareConfig) -> Source:
-    """The people of a folder or a data set."""
-    if cfg.dataset is not None:
-        return sources.from_celeb_a(cfg.dataset_dir, cfg.identities)
-    return sources.from_folders(cfg.people, cfg.identities)
+def training() -> Callable:
+    """What trains."""
+    from idea_jax.enhancer import fit
+
+    return fit.run
 
 
 def purge(argv: Sequence[str]) -> int:
@@ -107,13 +33,13 @@ def purge(argv: Sequence[str]) -> int:
     if len(argv) != 2 or argv[0] != "--purge":
         print(f"error: expected --purge FOLDER alone, got {' '.join(argv)}", file=sys.stderr)
         return 2
-    try:
-        count = shards.purge(argv[1])
-    except (InputError, OSError) as error:
-        print(f"error: {cli.describe(error)}", file=sys.stderr)
-        return 1
-    print(f"{count} files deleted")
-    return 0
+
+    def work() -> None:
+        from idea_jax.enhancer import shards
+
+        print(f"{shards.purge(argv[1])} files deleted")
+
+    return launch.run(work, needs_jax=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return purge(argv)
     if "--prepare" in given:
         about = "Prepare the inputs of the shared ID-Enhancer's training, once."
-        return cli.main(PrepareConfig, run_prepare, argv, prog=PROGRAM, description=about)
+        return cli.main(PrepareConfig, preparing, argv, prog=PROGRAM, description=about)
     about = (
         "Train one ID-Enhancer for everybody. --prepare FOLDER --help tells how its inputs are "
         "made, and --purge FOLDER deletes them."
     )
-    return cli.main(EnhancerTrainConfig, fit.run, argv, prog=PROGRAM, description=about)
+    return cli.main(EnhancerTrainConfig, training, argv, prog=PROGRAM, description=about)
 
 
 if __name__ == "__main__":

@@ -775,3 +775,20 @@ def names_file(folder):
     path = folder / "names.txt"
     path.write_text("Marie Curie\nAlan Turing\n")
     return path
+
+
+@pytest.mark.parametrize("picture", ["broken", "without a face"])
+def test_a_run_that_has_written_nothing_leaves_no_folder(picture, tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out" / "here"
+    photos.mkdir()
+    if picture == "broken":
+        (photos / "1.jpg").write_bytes(b"no picture")
+    else:
+        Image.new("RGB", (200, 200), "blue").save(photos / "1.jpg")
+    common = ["--pretrained_model_name_or_path", "mini"]
+    draw = ["--photo", str(photos / "1.jpg"), "--prompt", "{}", "--save_dir", str(out)]
+    learn = ["--train_data_dir", str(photos), "--output_dir", str(out)]
+    assert sample_jax.main([*common, *draw]) == 1
+    assert train_jax.main([*common, *learn, "--profile", "paper"]) == 1
+    assert str(photos / "1.jpg") in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [photos]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from idea_jax import pytrees
+from idea_jax import jobs, pytrees
+from idea_jax.runtime import files
 from idea_jax.runtime.files import atomic_write, slug, write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,3 +141,40 @@ def test_a_pipe_that_nobody_reads_does_not_end_a_finished_run(tmp_path):
     finally:
         os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_what_is_made_in_vain_goes_again(tmp_path):
+    """Folders of a run that has written nothing; those that were there before stay."""
+    deep = tmp_path / "a" / "b"
+    files.check_writable(deep)
+    with pytest.raises(RuntimeError), files.atomic_write(deep / "c" / "file"):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), files.write_together(deep / "c"):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), jobs.only_run(deep, 0):
+        files.check_writable(deep / "person")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    deep.mkdir(parents=True)
+    files.check_writable(deep)
+    with pytest.raises(RuntimeError), jobs.only_run(deep, 0):
+        (deep / "person").touch()
+        raise RuntimeError
+    assert {path.name for path in deep.iterdir()} >= {"person"}
+    with jobs.only_run(tmp_path / "kept", 0):
+        with pytest.raises(jobs.JobsError), jobs.only_run(tmp_path / "kept", 0):
+            pass
+        (tmp_path / "kept" / "result").touch()
+    assert (tmp_path / "kept" / "result").is_file()
+
+
+def test_a_folder_that_another_run_removes_while_it_is_empty_is_made_again(tmp_path):
+    calls = []
+
+    def make():
+        calls.append(1)
+        if len(calls) < 3:
+            (tmp_path / "a").rmdir()
+        return (tmp_path / "a" / "file").write_text("x")
+
+    assert files.make_in(tmp_path / "a", make) == 1 and len(calls) == 3

@@ -3,8 +3,10 @@
 import ast
 import contextlib
 import dataclasses
+import os
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +73,36 @@ def test_help_is_shown(program, capsys, monkeypatch):
     assert stop.value.code in (0, None)
     assert told.out.startswith("usage:") and "--help" in told.out
     assert told.err == ""
+
+
+# Shows the help of each program; the first that imports one of these is told.
+QUICK = """
+import runpy, sys
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    try:
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code in (0, None), program
+    slow = {"jax", "flax", "transformers", "insightface", "onnxruntime", "torch"} & {*sys.modules}
+    assert not slow, f"{program} imports {slow}"
+"""
+
+
+def test_help_waits_for_nothing_that_is_slow_to_import():
+    names = [name.removesuffix(".__main__") for name in PROGRAMS if name not in WORKERS]
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage:") == len(names)
 
 
 def test_help_texts_are_told_as_they_are(capsys):

@@ -13,7 +13,7 @@ import train_jax
 from idea_jax import cli, jobs, random_sd
 from idea_jax.config.settings import SampleConfig, TrainConfig
 from idea_jax.formats.identity import read_identity
-from idea_jax.mini import lab, looks, quality, world
+from idea_jax.mini import lab, looks, quality, sheet
 from idea_jax.mini.pretrain import __main__ as pretrain
 from idea_jax.runtime import compile_cache, devices
 from idea_jax.training import group, many
@@ -49,7 +49,7 @@ def test_too_little_memory_is_one_message_with_numbers(cls, flags, advice, monke
         compile_cache.needs.append(3 * 2**30)
         return [jnp.zeros((10**9, 4096)).block_until_ready()]
 
-    assert cli.main(cls, run, ["--pretrained_model_name_or_path", "m", *flags]) == 1
+    assert cli.main(cls, lambda: run, ["--pretrained_model_name_or_path", "m", *flags]) == 1
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     for phrase in (
@@ -120,7 +120,7 @@ def test_an_error_that_is_none_of_memory_is_not_called_one():
 
     flags = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
     with pytest.raises(RuntimeError, match="out of ideas"):
-        cli.main(SampleConfig, run, flags)
+        cli.main(SampleConfig, lambda: run, flags)
 
 
 def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
@@ -228,7 +228,7 @@ def test_every_program_says_that_a_backend_is_not_there(tmp_path, monkeypatch, c
     monkeypatch.setattr(jax, "local_devices", absent)
     for main, flags in (
         (random_sd.main, [tmp_path / "checkpoint"]),
-        (world.main, [tmp_path / "sheet.png"]),
+        (sheet.main, [tmp_path / "sheet.png"]),
         (pretrain.main, [tmp_path / "mini"]),
         (quality.main, []),
         (lab.main, []),
@@ -240,16 +240,53 @@ def test_every_program_says_that_a_backend_is_not_there(tmp_path, monkeypatch, c
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("program", ["train_jax.py", "sample_jax.py"])
-def test_a_setting_of_jax_that_is_none_is_one_message(program):
-    done = subprocess.run(
-        [sys.executable, os.path.join(ROOT, program), "--help"],
-        env={**os.environ, "JAX_ENABLE_X64": "maybe", "PYTHONPATH": ROOT},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "'maybe'" in done.stderr and "JAX_ENABLE_X64" in done.stderr
+# Each program that needs JAX, with arguments that it accepts.
+NEEDY = {
+    "train_jax": "--pretrained_model_name_or_path mini --train_data_dir photos --output_dir out",
+    "sample_jax": "--pretrained_model_name_or_path mini --identity file --prompt {} --save_dir out",
+    "idea_jax.train_enhancer": "--pretrained_model_name_or_path mini --data data --output_dir out",
+    "idea_jax.demo": "out",
+    "idea_jax.random_sd": "out",
+    "idea_jax.mini.lab": "",
+    "idea_jax.mini.looks": "",
+    "idea_jax.mini.pretrain": "out",
+    "idea_jax.mini.quality": "--json out/quality.json",
+    "idea_jax.mini.sheet": "out.png",
+    "benchmarks": "--stacks jax --out out",
+    "benchmarks.identities": "--devices 1",
+    "benchmarks.quality": "--json out/quality.json",
+}
+# And those that do without it, with what they say of these arguments.
+OTHERS = {
+    "idea_jax.jobs": ("folder", "no jobs.jsonl in folder"),
+    "idea_jax.faces": ("folder --out out/faces.safetensors", "folder"),
+    "idea_jax.train_enhancer": ("--purge folder", "folder"),
+}
+
+
+def test_a_setting_of_jax_that_is_none_is_one_message_of_every_program(tmp_path):
+    def start(name, program, arguments):
+        (tmp_path / name).mkdir()
+        return subprocess.Popen(
+            [sys.executable, "-m", program, *arguments.split()],
+            env={**os.environ, "JAX_ENABLE_X64": "maybe", "PYTHONPATH": ROOT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path / name,
+        )
+
+    needy = {name: start(name, name, arguments) for name, arguments in NEEDY.items()}
+    others = {name: start(f"{name}-2", name, arguments[0]) for name, arguments in OTHERS.items()}
+    for name, process in needy.items():
+        said = process.communicate()[1]
+        assert process.returncode == 1 and len(said.splitlines()) == 1, f"{name}: {said}"
+        assert "'maybe'" in said and "JAX_ENABLE_X64" in said, name
+        assert list((tmp_path / name).iterdir()) == [], name
+    for name, process in others.items():
+        said = process.communicate()[1]
+        assert process.returncode == 1 and len(said.splitlines()) == 1, f"{name}: {said}"
+        assert said.startswith("error: ") and OTHERS[name][1] in said
 
 
 def test_gigabytes_are_readable():

@@ -18,14 +18,15 @@ ROWS = (
     ("config", "errors"),
     ("pytrees", ""),
     ("runtime", "errors"),
-    # level 1: one outside world each
-    ("jobs", "errors runtime"),
+    # level 1: what every command runs in, and one outside world each
+    ("launch", "errors runtime"),
+    ("jobs", "errors launch runtime"),
     ("data", "errors runtime"),
-    ("faces", "config data errors runtime"),
+    ("faces", "config data errors launch runtime"),
     ("diffusion", "errors pytrees"),
     # level 2: Stable Diffusion; knows no person
     ("models", "diffusion errors pytrees runtime"),
-    ("random_sd", "data diffusion models runtime"),
+    ("random_sd", "data diffusion launch models runtime"),
     # level 3: the method, which knows no file, and the files that hold what was learned
     ("method", "models pytrees"),
     ("formats", "errors method models pytrees runtime"),
@@ -45,14 +46,17 @@ ROWS = (
     # the drawn world, and a Stable Diffusion of it
     (
         "mini",
-        "config data enhancer errors faces formats jobs method models pytrees runtime sampling "
-        "training",
+        "config data enhancer errors faces formats jobs launch method models pytrees runtime "
+        "sampling training",
     ),
-    ("mini.pretrain", "config data diffusion errors mini models pytrees random_sd runtime"),
+    (
+        "mini.pretrain",
+        "config data diffusion errors launch mini models pytrees random_sd runtime",
+    ),
     # level 6: the command line
-    ("cli", "config errors models runtime"),
-    ("train_enhancer", "cli config data enhancer errors faces models sampling training"),
-    ("demo", "cli data faces mini models pytrees runtime"),
+    ("cli", "config launch models runtime"),
+    ("train_enhancer", "cli enhancer launch"),
+    ("demo", "cli data faces launch mini models pytrees runtime"),
 )
 
 FLAX = {

@@ -23,14 +23,14 @@ from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.faces.crops import align
 from idea_jax.formats import enhancer
-from idea_jax.mini import captions, drawings, lab, networks, people, quality, traits
+from idea_jax.mini import captions, drawings, lab, measures, networks, people, traits, trials
 from idea_jax.mini.pretrain import __main__ as pretraining
 from idea_jax.mini.pretrain import faces, order
 from idea_jax.mini.pretrain import fit as fitting
 from idea_jax.mini.pretrain import stages as all_stages
 from idea_jax.mini.pretrain import text as captioning
 from idea_jax.mini.pretrain.autoencoder import features_apart, train_decoder
-from idea_jax.mini.pretrain.budget import BUDGETS
+from idea_jax.mini.pretrain.budget import BUDGETS, STAGE_NAMES
 from idea_jax.mini.pretrain.crops import CROP_SHIFT, aligned_crop, disturbed, unit
 from idea_jax.mini.pretrain.run import (
     RECOGNISER,
@@ -635,6 +635,7 @@ def test_a_stage_that_fails_stops_the_others_and_says_why(stages, run):
 
 def test_every_stage_comes_after_those_that_it_needs():
     names = list(all_stages.STAGES)
+    assert tuple(names) == STAGE_NAMES
     assert set(all_stages.NEEDS) == set(names) - {"prepare"}
     for name, needs in all_stages.NEEDS.items():
         assert all(names.index(needed) < names.index(name) for needed in needs)
@@ -701,25 +702,25 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     rng = np.random.default_rng(0)
     same, different = rng.normal(1, 1, 40).round(1), rng.normal(0, 1, 60).round(1)
     wins = np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in same for b in different])
-    assert quality.auc(same, different) == pytest.approx(wins, abs=1e-12)
+    assert measures.auc(same, different) == pytest.approx(wins, abs=1e-12)
 
 
 def test_psnr_of_a_known_error():
     images = np.full((2, 4, 4, 3), 100, np.uint8)
     others = images + np.array([1, 5], np.uint8)[:, None, None, None]
     expected = [20 * np.log10(255 / error) for error in (1, 5)]
-    np.testing.assert_allclose(quality.psnr(images, others), expected, rtol=1e-12)
+    np.testing.assert_allclose(measures.psnr(images, others), expected, rtol=1e-12)
 
 
 def test_table_of_the_lab_says_what_was_closed_and_how_many_steps_it_took():
     scores = {
-        "another person": [lab.Score(0.1, 1.0), lab.Score(0.3, 1.0)],
-        "true drawings": [lab.Score(0.9, 1.0), lab.Score(1.1, 1.0)],
-        "paper": [lab.Score(0.7, 0.5, 4.0, 60), lab.Score(0.9, 1.0, 6.0, 100)],
+        "another person": [trials.Score(0.1, 1.0), trials.Score(0.3, 1.0)],
+        "true drawings": [trials.Score(0.9, 1.0), trials.Score(1.1, 1.0)],
+        "paper": [trials.Score(0.7, 0.5, 4.0, 60), trials.Score(0.9, 1.0, 6.0, 100)],
     }
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in lab.markdown(scores).split("\n")
+        for line in trials.markdown(scores).split("\n")
     ]
     assert {len(row) for row in rows} == {7}
     assert [row[3] for row in rows[2:]] == ["0%", "100%", "75%"]
@@ -730,18 +731,18 @@ def test_table_of_the_lab_says_what_was_closed_and_how_many_steps_it_took():
 
 def test_differences_of_the_lab_are_of_the_same_people():
     """People differ by much more than the two configs do on each of them."""
-    ahead = [lab.Score(value + 0.1, 0.9) for value in (0.2, 0.5, 0.9)]
-    behind = [lab.Score(value, 1.0) for value in (0.2, 0.5, 0.9)]
+    ahead = [trials.Score(value + 0.1, 0.9) for value in (0.2, 0.5, 0.9)]
+    behind = [trials.Score(value, 1.0) for value in (0.2, 0.5, 0.9)]
     scores = {"true drawings": behind, "paper": ahead, "official": behind}
-    (row,) = lab.differences(scores).split("\n")[2:]
+    (row,) = trials.differences(scores).split("\n")[2:]
     assert "paper - official" in row and "true drawings" not in row
     assert "+0.100 (+0.100 to +0.100)" in row and "-10.0% (-10.0% to -10.0%)" in row
-    assert lab.differences({"paper": ahead}) == ""
+    assert trials.differences({"paper": ahead}) == ""
 
 
 def test_bootstrap_interval_is_about_two_standard_errors_wide():
     values = np.random.default_rng(0).normal(5, 2, 200)
-    low, high = lab.interval(values)
+    low, high = trials.interval(values)
     error = values.std(ddof=1) / np.sqrt(len(values))
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error * 2)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error * 2)
@@ -750,14 +751,14 @@ def test_bootstrap_interval_is_about_two_standard_errors_wide():
 def test_verification_pairs_are_of_one_person_or_of_two():
     """Embeddings that tell people apart perfectly give 1 and 0."""
     who = np.repeat(np.arange(5), 3)
-    same, different = quality.verification(np.eye(5)[who], who, 40, np.random.default_rng(0))
+    same, different = measures.verification(np.eye(5)[who], who, 40, np.random.default_rng(0))
     assert len(same) == len(different) == 20
     assert (same == 1).all() and (different == 0).all()
 
 
 def test_settings_of_the_lab_win_over_its_files_as_flags_do():
     def read(**overrides):
-        cfg = lab.read_config("paper_alone", overrides)
+        cfg = trials.read_config("paper_alone", overrides)
         return cfg.max_train_steps, cfg.kv_learning_rate
 
     assert read() == (320, 2e-5)
@@ -769,13 +770,13 @@ def test_settings_of_the_lab_win_over_its_files_as_flags_do():
 
 def test_photo_without_a_face_stops_the_lab_before_the_first_training(monkeypatch, capsys):
     folder = hub.resolve(hub.MINI).folder
-    drawn = np.asarray(Image.open(lab.__file__.replace("lab.py", "photo.png")).convert("RGB"))
+    drawn = np.asarray(Image.open(trials.__file__.replace("trials.py", "photo.png")).convert("RGB"))
     photos = (drawn, np.full_like(drawn, 90))
-    met = [lab.Acquaintance(photo[None], None, None) for photo in photos]
-    monkeypatch.setattr(lab, "meet", lambda *_, **__: met)
-    monkeypatch.setattr(lab.quality, "load", lambda _: quality.Mini(None, None, None, folder))
-    monkeypatch.setattr(lab, "Lab", None)  # must not be called
-    monkeypatch.setattr(lab, "judge_pictures", None)
+    met = [trials.Acquaintance(photo[None], None, None) for photo in photos]
+    monkeypatch.setattr(trials, "meet", lambda *_, **__: met)
+    monkeypatch.setattr(trials.measures, "load", lambda _: measures.Mini(None, None, None, folder))
+    monkeypatch.setattr(trials, "Lab", None)  # must not be called
+    monkeypatch.setattr(trials, "judge_pictures", None)
     assert lab.main(["--people", "2", "--profiles", "cross_init", "paper"]) == 1
     message = capsys.readouterr().err
     assert "error: no face is found on the photos of 1 of 2 people (counted from 0: 1)" in message
@@ -875,6 +876,6 @@ def test_every_stage_learns_and_a_second_call_does_nothing(tmp_path, monkeypatch
     enhancer.check(made, sd.read_configs(run.folder), "it", face_model=recogniser)
     assert made.about["people"] == 8 and made.about["steps"] == 4
     # It is a checkpoint like any other: it can be drawn with.
-    mini = quality.load(str(run.folder))
-    drawn = quality.draw(mini, "a photo of a face", 2, steps=2, batch_size=2)
+    mini = measures.load(str(run.folder))
+    drawn = measures.draw(mini, "a photo of a face", 2, steps=2, batch_size=2)
     assert drawn.shape == (2, 64, 64, 3) and (drawn[0] != drawn[1]).any()

@@ -10,7 +10,7 @@ from PIL import Image
 from idea_jax.faces import finding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.crops import alignment
-from idea_jax.mini import composites, detector, drawings, people, quality
+from idea_jax.mini import composites, detector, drawings, measures, people
 
 TEMPLATE = np.array(face_align.arcface_dst)
 
@@ -229,7 +229,7 @@ def test_findings_are_counted_and_measured(monkeypatch):
     ]
     answers = [finding.Face(np.zeros(4), points, 0.9) for points in found]
     monkeypatch.setattr(finding, "detect", lambda *_, **__: answers)
-    done = quality.detect(None, [picture])
+    done = measures.detect(None, [picture])
     assert (done.faces, done.right, done.wrong) == (2, 1, 1)
     off = np.linalg.norm(found[0] - there[0], axis=1).mean()
     eyes = np.linalg.norm(there[0][1] - there[0][0])

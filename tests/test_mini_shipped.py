@@ -22,7 +22,7 @@ from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
 from idea_jax.faces import embedding, finding, portraits
 from idea_jax.faces.crops import align, training_square
-from idea_jax.mini import captions, drawings, lab, looks, people, quality, traits, world
+from idea_jax.mini import captions, drawings, measures, people, second_look, traits, trials, world
 from idea_jax.mini.pretrain import stages as all_stages
 from idea_jax.mini.pretrain.budget import BUDGETS
 from idea_jax.mini.pretrain.run import RECORD, SUMS
@@ -35,7 +35,7 @@ QUALITY = Path(__file__).resolve().parent.parent / "docs" / "mini_quality.json"
 
 @pytest.fixture(scope="module")
 def mini():
-    return quality.load()
+    return measures.load()
 
 
 def test_files_are_those_that_were_trained():
@@ -54,13 +54,13 @@ def test_quality_of_the_networks_that_look(mini):
     """A form in small of the test below: the rows for which the UNet draws nobody."""
     key = jax.random.key(0)
     drawn = drawings.portraits(people.unnamed("test", 30), 2, key)
-    assert quality.psnr(drawn.images, quality.reconstruct(mini, drawn.images)).mean() > 27
-    found, seen = quality.look(mini.finder(), drawn.images)
+    assert measures.psnr(drawn.images, measures.reconstruct(mini, drawn.images)).mean() > 27
+    found, seen = measures.look(mini.finder(), drawn.images)
     assert found.mean() > 0.95
-    scoring = quality.embed(mini.scoring(), drawn.images)
+    scoring = measures.embed(mini.scoring(), drawn.images)
     for embeds, who in ((seen, drawn.who[found]), (scoring, drawn.who)):
-        pairs = quality.verification(embeds, who, 200, np.random.default_rng(0))
-        assert quality.auc(*pairs) > 0.98
+        pairs = measures.verification(embeds, who, 200, np.random.default_rng(0))
+        assert measures.auc(*pairs) > 0.98
 
 
 @pytest.mark.long
@@ -70,7 +70,7 @@ def test_quality_on_a_small_sample(mini):
     What falls short of what it must reach is as good as it is written down to be.
     """
     measured = {row["name"]: row["value"] for row in json.loads(QUALITY.read_text())}
-    rows = quality.table(mini, seed=1, named=100, unnamed=60, pairs=1000, each=2, composed=60)
+    rows = measures.table(mini, seed=1, named=100, unnamed=60, pairs=1000, each=2, composed=60)
     slack = {"dB": 0.5, "": 0.003, "%": 10.0}
     for row in rows:
         value = measured[row.name.replace("1,000 pairs", "10,000 pairs")]
@@ -88,7 +88,7 @@ def test_documentation_has_the_numbers_that_were_measured():
     text = (QUALITY.parent / "mini.md").read_text()
     lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     shown = {cells[1]: cells[3] for cells in lines if len(cells) == 7}
-    rows = [quality.Row(**row) for row in json.loads(QUALITY.read_text())]
+    rows = [measures.Row(**row) for row in json.loads(QUALITY.read_text())]
     for row in rows:
         value = f"{row.value:.{1 if row.unit else 4}f} {row.unit}".strip()
         assert shown[row.name] == (f"**{value}**" if row.missed() else value), row.name
@@ -96,16 +96,16 @@ def test_documentation_has_the_numbers_that_were_measured():
 
 def test_a_short_personalisation_beats_its_start(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
-    learner = lab.Lab(mini, lab.read_config("paper_alone", {"max_train_steps": 50}))
+    learner = trials.Lab(mini, trials.read_config("paper_alone", {"max_train_steps": 50}))
     scoring = mini.scoring()
     prompts = captions.PROMPTS
     gains = []
-    for person in lab.meet(mini, "validation", [2, 3], 4, prompts=prompts):
+    for person in trials.meet(mini, "validation", [2, 3], 4, prompts=prompts):
         begin, _ = learner.begin(person.photos)
         end, losses = learner.learn(person.photos)
         drawn = [learner.draw(state, [p.text for p in prompts], 2) for state in (begin, end)]
         (before, _), (after, kept) = (
-            lab.judge_pictures(mini, scoring, person, pictures, prompts) for pictures in drawn
+            trials.judge_pictures(mini, scoring, person, pictures, prompts) for pictures in drawn
         )
         gains.append(after - before)
         assert kept > 0.8
@@ -117,7 +117,7 @@ def test_a_short_personalisation_beats_its_start(mini):
 @pytest.mark.parametrize("prompt", ["a photo of {} smiling", "a cartoon of {} with a red hat"])
 def test_pictures_equal_those_of_torch(mini, prompt):
     prompt = prompt.format(people.full_name(5, 5))
-    ours = quality.draw(mini, prompt, 2, seed=7, steps=20, batch_size=2)
+    ours = measures.draw(mini, prompt, 2, seed=7, steps=20, batch_size=2)
     pipeline = StableDiffusionPipeline.from_pretrained(mini.folder)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -126,7 +126,7 @@ def test_pictures_equal_those_of_torch(mini, prompt):
         [prompt] * 2,
         latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
         num_inference_steps=20,
-        guidance_scale=quality.GUIDANCE,
+        guidance_scale=measures.GUIDANCE,
         output_type="np",
     ).images
     assert ours.std() > 20  # not a flat picture
@@ -134,9 +134,9 @@ def test_pictures_equal_those_of_torch(mini, prompt):
 
 
 def test_two_people_are_told_apart_by_the_faces_that_are_found(mini):
-    one, two = lab.meet(mini, "validation", [0, 1], 2, prompts=captions.PROMPTS[:1])
+    one, two = trials.meet(mini, "validation", [0, 1], 2, prompts=captions.PROMPTS[:1])
     images = np.concatenate([one.photos, one.true[0], two.photos, two.true[0]])
-    found, embeds = quality.look(mini.finder(), images)
+    found, embeds = measures.look(mini.finder(), images)
     assert found.all()
     np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, rtol=1e-5)
     similarity = embeds @ embeds.T
@@ -178,8 +178,8 @@ def test_photo_of_the_demo_shows_the_person_it_is_compared_with(mini):
         pixels = np.asarray(photo.convert("RGB"))
     drawn = demo.draw_photo().astype(int)
     assert np.abs(drawn - pixels).max() <= 2  # another processor may round a pixel differently
-    met = lab.meet(mini, "test", [demo.PERSON, demo.PERSON + 1], 1, prompts=captions.PROMPTS[:1])
-    (square,) = quality.embed(mini.scoring(), demo.face_square(pixels)[None])
+    met = trials.meet(mini, "test", [demo.PERSON, demo.PERSON + 1], 1, prompts=captions.PROMPTS[:1])
+    (square,) = measures.embed(mini.scoring(), demo.face_square(pixels)[None])
     same, other = (float(np.mean(person.references @ square)) for person in met)
     assert same > 0.75 and same > other + 0.15
     # Small, aside and turned: the person is found there, and upright in what is learned from.
@@ -205,16 +205,16 @@ def test_second_look_recognises_the_person_of_the_demo(mini):
 
 
 def test_table_of_looks_says_what_was_seen(mini):
-    seen = looks.look(mini.finder(), "validation", 1)
+    seen = second_look.look(mini.finder(), "validation", 1)
     assert {(s.degrees, s.side) for s in seen} <= {
-        (d, s) for d in looks.DEGREES for s in looks.SIDES
+        (d, s) for d in second_look.DEGREES for s in second_look.SIDES
     }
-    rows = {row.name: row for row in looks.table(seen)}
-    assert len(rows) == 1 + len(looks.DEGREES) + len(looks.SIDES)
+    rows = {row.name: row for row in second_look.table(seen)}
+    assert len(rows) == 1 + len(second_look.DEGREES) + len(second_look.SIDES)
     assert rows["all"].faces == len(seen) >= 25
     assert rows["all"].second > rows["all"].first and rows["all"].best > 0.9
     assert rows["36 pixels"].second > rows["36 pixels"].first
-    assert len(looks.markdown(list(rows.values())).splitlines()) == 2 + len(rows)
+    assert len(second_look.markdown(list(rows.values())).splitlines()) == 2 + len(rows)
 
 
 def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):

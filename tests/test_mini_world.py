@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from idea_jax.mini import face, traits, world
+from idea_jax.mini import face, sheet, traits, world
 
 COUNT = 24
 FEW = 6
@@ -281,5 +281,5 @@ def test_unknown_kind_is_named():
 
 @pytest.mark.slow  # half a minute of compilation
 def test_contact_sheet_is_written(tmp_path):
-    assert world.main([str(tmp_path / "sheet.png"), "--seed", "3"]) == 0
+    assert sheet.main([str(tmp_path / "sheet.png"), "--seed", "3"]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 10_000

@@ -25,8 +25,12 @@ def jpeg(index):
     return buffer.getvalue()
 
 
-def write_celeb_a(folder, raw, file_format="array_record"):
-    """A small CelebA: its own builder reads its own text files, tensorflow-datasets writes them."""
+def write_celeb_a(folder, raw, file_format="array_record", first=0):
+    """A small CelebA: its own builder reads its own text files, tensorflow-datasets writes them.
+
+    Args:
+      first: number of the first random picture.
+    """
     import tensorflow_datasets as tfds
 
     builder = tfds.builder("celeb_a", data_dir=folder, file_format=file_format)
@@ -55,7 +59,7 @@ def write_celeb_a(folder, raw, file_format="array_record"):
     }
 
     def splits(dl_manager):
-        pictures = {name: io.BytesIO(jpeg(index)) for index, name in enumerate(names)}
+        pictures = {name: io.BytesIO(jpeg(index)) for index, name in enumerate(names, first)}
         return {
             name: builder._generate_examples(number, files, pictures)
             for number, name in enumerate(["train", "validation"])

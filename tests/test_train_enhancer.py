@@ -229,8 +229,10 @@ def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, 
     )
     with pytest.raises(ShardsError, match=r"of the 1 people only 0 can be used.*two people"):
         prepare.prepare(faceless, tmp_path / "b", studio)
+    # Nothing was prepared, so nothing is left that other pictures would have to agree with.
+    assert not (tmp_path / "b").exists()
     with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
-        prepare.prepare(good, tmp_path / "b", replace(studio, seed=1))
+        prepare.prepare(good, tmp_path / "a", replace(studio, seed=1))
 
 
 def test_other_pictures_in_the_places_of_the_first_are_noticed(studio, tmp_path):
@@ -248,7 +250,11 @@ def test_other_pictures_in_the_places_of_the_first_are_noticed(studio, tmp_path)
     prepare.begin(first, out, studio)
     prepare.begin(write(0), out, studio)
     said = '{"file": "1.png", "text": "{} at sea"}'
-    for other in (write(1), write(0, said)):
+    write(0)
+    path = tmp_path / "a" / "1.png"
+    path.write_bytes(path.read_bytes()[:-30] + bytes(30))
+    same_size = replace(sources.from_folders(tmp_path), face_model="f" * 64)
+    for other in (same_size, write(1), write(0, said)):
         with pytest.raises(ShardsError, match=r"prepared in another way \(the pictures differ\)"):
             prepare.begin(other, out, studio)
     # A folder from before this was noted goes on.
@@ -260,6 +266,24 @@ def test_other_pictures_in_the_places_of_the_first_are_noticed(studio, tmp_path)
     (out / shards.INDEX).write_text(json.dumps({**about, "format_version": 9}))
     with pytest.raises(ShardsError, match=r"version 9, expected .* or install the idea_jax that"):
         prepare.begin(write(1), out, studio)
+
+
+def test_other_pictures_in_a_data_set_are_noticed(studio, tmp_path):
+    """Two sets of the same people with as many pictures each, which have no file names."""
+    found = []
+    for name, first in (("one", 0), ("two", 100)):
+        (tmp_path / f"{name} raw").mkdir()
+        write_celeb_a(tmp_path / name, tmp_path / f"{name} raw", first=first)
+        found.append(replace(sources.from_celeb_a(tmp_path / name), face_model="f" * 64))
+    one, two = found
+    assert one.facts["pictures"] == two.facts["pictures"]
+    (tmp_path / "out").mkdir()
+    prepare.begin(one, tmp_path / "out", studio)
+    with pytest.raises(ShardsError, match=r"prepared in another way \(the pictures differ\)"):
+        prepare.begin(two, tmp_path / "out", studio)
+    shutil.move(tmp_path / "one", tmp_path / "moved")
+    same = replace(sources.from_celeb_a(tmp_path / "moved"), face_model="f" * 64)
+    prepare.begin(same, tmp_path / "out", studio)
 
 
 def test_folders_of_people_may_have_captions(tmp_path):

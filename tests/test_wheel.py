@@ -103,7 +103,7 @@ def test_a_wheel_in_a_new_environment_runs_the_demo(wheel, tmp_path):
 ALONE = (
     "--pretrained_model_name_or_path mini",
     "configs/mini_paper.yaml",
-    "idea_jax.mini.world",
+    "idea_jax.mini.sheet",
     "write_random_recogniser",
     "idea_jax.random_sd",
 )

@@ -88,6 +88,8 @@ def prepare(source: Source, out: str | Path, studio: Studio, *, quiet: bool = Fa
         finally:
             report(rejected, quiet)
         if index.people < 2:
+            if not index.shards:  # other pictures may be prepared here then
+                (out / shards.INDEX).unlink(missing_ok=True)
             bad = max(index.rejected, len(rejected))
             raise ShardsError(
                 f"of the {source.count} people only {index.people} can be used ({index.pictures} "

@@ -158,6 +158,7 @@ def of_people(
         "contents": json_digest(
             [[(size_of(p.picture), *p.texts) for p in them] for them in everyone]
         ),
+        "marks": json_digest([[mark_of(p.picture) for p in them] for them in everyone]),
     }
 
     def everybody(first):
@@ -171,6 +172,14 @@ def size_of(picture: Any) -> int | None:
     """Bytes of a picture's file; None where it has none."""
     try:
         return picture.path.stat().st_size
+    except (AttributeError, OSError):
+        return None
+
+
+def mark_of(picture: Any) -> str | None:
+    """What tells a picture from others at little cost; None where there is none to read."""
+    try:
+        return picture.mark()
     except (AttributeError, OSError):
         return None
 

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from idea_jax import launch
 from idea_jax.config.settings import ConfigError, check_finding, check_sources
 from idea_jax.data import folders, images, people
-from idea_jax.errors import InputError
 from idea_jax.faces import models as face_models
 from idea_jax.faces import packs
 from idea_jax.faces import table as face_table
@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the precomputation; returns the exit code, 1 if no picture had a face."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     args = _parser().parse_args(argv)
     try:
         check_sources("a folder", args.folder, args.dataset, args.dataset_dir)
@@ -35,36 +34,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    try:
-        check_select(args.face_select)
-        pictures = _pictures(args)
-        if args.out.is_dir():
-            raise FaceError(
-                f"--out {args.out} is a folder; give a file, such as {args.out}/faces.safetensors"
-            )
-        check_writable(args.out.resolve().parent)
-        if args.out.exists():
-            face_table.read(args.out)  # a file that is no table is refused before any download
-        face_model = packs.find_recogniser(
-            args.face_model, args.face_model_dir, None, accept_licence=args.accept_face_licence
+    goes_on = f"interrupted; the same command goes on with {args.out}"
+    return launch.run(lambda: compute(args), needs_jax=False, interrupted=goes_on)
+
+
+def compute(args: argparse.Namespace) -> int:
+    """Writes the table; returns the exit code.
+
+    Raises:
+      FaceError, ImageError, PeopleError, WriteError: the models, the pictures or the table cannot
+        be used.
+    """
+    check_select(args.face_select)
+    pictures = _pictures(args)
+    if args.out.is_dir():
+        raise FaceError(
+            f"--out {args.out} is a folder; give a file, such as {args.out}/faces.safetensors"
         )
-        if args.out.exists():  # and one of other models before these are loaded
-            detector = None if args.pre_aligned else detector_beside(face_model)
-            digests = _digest(face_model), _digest(detector)
-            read_table(args.out, about_of(*digests, args.face_select, args.pre_aligned))
-        finder = open_finder(
-            face_model,
-            provider=args.face_provider,
-            select=args.face_select,
-            pre_aligned=args.pre_aligned,
-        )
-        failed = precompute(pictures, args.out, finder)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with {args.out}", file=sys.stderr)
-        return 130
+    check_writable(args.out.resolve().parent)
+    if args.out.exists():
+        face_table.read(args.out)  # a file that is no table is refused before any download
+    face_model = packs.find_recogniser(
+        args.face_model, args.face_model_dir, None, accept_licence=args.accept_face_licence
+    )
+    if args.out.exists():  # and one of other models before these are loaded
+        detector = None if args.pre_aligned else detector_beside(face_model)
+        digests = _digest(face_model), _digest(detector)
+        read_table(args.out, about_of(*digests, args.face_select, args.pre_aligned))
+    finder = open_finder(
+        face_model,
+        provider=args.face_provider,
+        select=args.face_select,
+        pre_aligned=args.pre_aligned,
+    )
+    failed = precompute(pictures, args.out, finder)
     if len(failed) == len(pictures):
         return 1
     say(str(args.out))

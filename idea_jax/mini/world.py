@@ -1,19 +1,16 @@
 """The drawn world: a picture is a pure function of who, what a prompt asks for, and a random key.
 
-python -m idea_jax.mini.world SHEET.png [--seed N]      draws a contact sheet
+`python -m idea_jax.mini.sheet` draws some of it.
 """
 
-import argparse
 import functools
-import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idea_jax.data.images import image_grid, save_png, to_uint8
-from idea_jax.errors import InputError
+from idea_jax.data.images import image_grid, to_uint8
 from idea_jax.mini import face
 from idea_jax.mini.traits import (
     Nuisance,
@@ -24,7 +21,6 @@ from idea_jax.mini.traits import (
     random_scene,
 )
 from idea_jax.pytrees import stream
-from idea_jax.runtime import devices
 
 
 class View(NamedTuple):
@@ -253,22 +249,3 @@ def contact_sheet(seed: int, size: int = 96) -> np.ndarray:
     beside = rows(scenes, 3 * columns, 4 * columns)
     pairs = jax.jit(jax.vmap(pair))(left, right, beside, rows(plain, 0, columns), keys[30:])
     return image_grid(list(to_uint8(np.concatenate([people, same, pairs]))), columns)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Draws a contact sheet to the file that is named; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of the drawn world.")
-    parser.add_argument("sheet", help="PNG file to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the people and scenes (default: 0)")
-    args = parser.parse_args(argv)
-    try:
-        devices.check_backend()
-        save_png(args.sheet, contact_sheet(args.seed), {})
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,10 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,9 +45,13 @@ def atomic_write(path: str | os.PathLike, *, private: bool = False) -> Iterator[
       WriteError: the disk is full, or the place cannot be written to.
     """
     path = Path(path)
+    made = absent(path.parent)
+
+    def make():
+        return tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix=path.suffix, dir=path.parent)
+        handle, name = make_in(path.parent, make)
         os.close(handle)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -62,6 +67,7 @@ def atomic_write(path: str | os.PathLike, *, private: bool = False) -> Iterator[
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        remove_empty(made)
         if isinstance(error, OSError) and not isinstance(error, WriteError):
             raise cannot_write(path, error) from error
         raise
@@ -78,9 +84,9 @@ def write_together(folder: str | os.PathLike) -> Iterator[Path]:
       WriteError: the disk is full, or the place cannot be written to.
     """
     folder = Path(folder)
+    made = absent(folder.parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+        temporary = Path(make_in(folder, lambda: tempfile.mkdtemp(prefix=".tmp-", dir=folder)))
     except OSError as error:
         raise cannot_write(folder, error) from error
     try:
@@ -94,8 +100,32 @@ def write_together(folder: str | os.PathLike) -> Iterator[Path]:
         raise cannot_write(folder, error.__cause__ or error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # not empty, as a rule: only a folder made in vain goes
+        remove_empty([folder, *made])  # not empty, as a rule: only what was made in vain goes
+
+
+def absent(folder: Path) -> list[Path]:
+    """A folder and those that it lies in, as far as they are not there; the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes those folders in which nothing lies; the innermost come first."""
+    with suppress(OSError):
+        for folder in folders:
             folder.rmdir()
+
+
+def make_in(folder: Path, make: Callable[[], Any]) -> Any:
+    """What `make` makes in a folder, which is made first if it is not there.
+
+    Another run may remove the folder in between, while it is empty: it is then made again.
+    """
+    for _ in range(9):
+        with suppress(FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            return make()
+    folder.mkdir(parents=True, exist_ok=True)
+    return make()
 
 
 def say(text: str) -> None:
@@ -113,18 +143,21 @@ def say(text: str) -> None:
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Makes a folder and proves that files can be written to it, before any work is done.
+    """Proves that files can be written to a folder, which need not be there, before any work is
+    done. Nothing is left of it: a run that fails later leaves no empty folder.
 
     Raises:
       WriteError: they cannot.
     """
-    probe = Path(folder) / ".writable"
+    made, probe = absent(Path(folder)), Path(folder) / ".writable"
     try:
         with atomic_write(probe) as temporary:
             temporary.write_bytes(b"idea_jax")
         probe.unlink()
     except OSError as error:
         raise cannot_write(folder, error.__cause__ or error) from error
+    finally:
+        remove_empty(made)
 
 
 def is_lfs_pointer(path: str | os.PathLike) -> bool:

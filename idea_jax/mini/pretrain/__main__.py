@@ -12,13 +12,9 @@ import signal
 import sys
 from pathlib import Path
 
+from idea_jax import launch
 from idea_jax.config.settings import check_seed
-from idea_jax.errors import InputError
-from idea_jax.mini.pretrain.budget import BUDGETS
-from idea_jax.mini.pretrain.order import pretrain, pretrain_at_once
-from idea_jax.mini.pretrain.run import Run
-from idea_jax.mini.pretrain.stages import STAGES
-from idea_jax.runtime import devices
+from idea_jax.mini.pretrain.budget import BUDGETS, STAGE_NAMES
 from idea_jax.runtime.signals import Interrupted
 
 
@@ -32,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", choices=BUDGETS, default="full")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="drawings and states (default: FOLDER-work)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=(), help="default: all")
+    parser.add_argument("--stages", nargs="+", choices=STAGE_NAMES, default=(), help="default: all")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -45,28 +41,38 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
+    again = "interrupted; the same command goes on from here"
+    return launch.run(lambda: train(args), also=(FloatingPointError,), interrupted=again)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs the stages; returns the exit code.
+
+    Raises:
+      InputError, FloatingPointError, OSError: a stage cannot be run, or failed.
+    """
+    from idea_jax.mini.pretrain.order import pretrain, pretrain_at_once
+    from idea_jax.mini.pretrain.run import Run
+    from idea_jax.runtime import devices
+
     folder = args.folder.resolve()  # `.` has no name
     work = args.work or folder.with_name(folder.name + "-work")
     run = Run(args.folder, work, BUDGETS[args.budget], args.seed)
+    check_seed(args.seed)
     try:
-        check_seed(args.seed)
         if args.jobs == 1:
             devices.check_backend()
             pretrain(run, args.stages)
-        else:
-            # Otherwise its stages would go on without it.
-            for signum in (signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
-                    signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
-            command = [sys.executable, "-m", "idea_jax.mini.pretrain", str(args.folder)]
-            command += ["--work", str(work), "--budget", args.budget, "--seed", str(args.seed)]
-            pretrain_at_once(run, args.stages, args.jobs, command)
-    except (InputError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, Interrupted):
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+            return 0
+        # Otherwise its stages would go on without it.
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+        command = [sys.executable, "-m", "idea_jax.mini.pretrain", str(args.folder)]
+        command += ["--work", str(work), "--budget", args.budget, "--seed", str(args.seed)]
+        pretrain_at_once(run, args.stages, args.jobs, command)
+    except Interrupted as stop:
+        raise KeyboardInterrupt from stop
     return 0
 
 

@@ -1,6 +1,12 @@
-"""How much is drawn for the mini, and how long each stage trains."""
+"""The stages of a pretraining, how much is drawn, and how long each stage trains."""
 
 from dataclasses import dataclass
+
+# In the order in which they are begun: what others wait for longest, then what takes long.
+STAGE_NAMES = tuple(
+    "prepare drawings judge vae clip unet unet_names unet_again detector recogniser decoder "
+    "scoring scoring_judge enhancer finish".split()
+)
 
 
 @dataclass(frozen=True)
