@@ -114,6 +114,16 @@ def test_a_short_personalisation_beats_its_start(mini):
     assert min(gains) > 0.15 and np.mean(gains) > 0.35
 
 
+def test_the_shared_enhancer_draws_a_stranger_without_a_step(mini):
+    learner = trials.Lab(mini, trials.read_config("paper", {"max_train_steps": 0}))
+    (person,) = trials.meet(mini, "validation", [2], 2)
+    state, losses = learner.learn(person.photos)
+    assert losses == []
+    drawn = learner.draw(state, [prompt.text for prompt in captions.PROMPTS], 2)
+    likeness, kept = trials.judge_pictures(mini, mini.scoring(), person, drawn)
+    assert likeness > 0.9 and kept > 0.95
+
+
 @pytest.mark.parametrize("prompt", ["a photo of {} smiling", "a cartoon of {} with a red hat"])
 def test_pictures_equal_those_of_torch(mini, prompt):
     prompt = prompt.format(people.full_name(5, 5))

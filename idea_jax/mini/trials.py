@@ -138,8 +138,7 @@ class Lab:
             self.start = starting_tokens(cfg, self.method, self.base, ids)
         else:
             self.frozen = mini.frozen._replace(shared=shared.frozen_part(self.enhancer.shared))
-        if cfg.max_train_steps:
-            self.optimizer = optimizer_of(cfg, self.method)
+        self.optimizer = optimizer_of(cfg, self.method) if cfg.max_train_steps else None
         needs_finder = self.method.uses_face or cfg.crop == "face"
         self.finder = mini.finder() if needs_finder else None
 
