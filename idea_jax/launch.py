@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from idea_jax.errors import InputError
-from idea_jax.runtime import signals
+from idea_jax.runtime import signals, sources  # noqa: F401 so that it knows when this began
 
 # Libraries speak up only when something is wrong; a run's own messages are the program's.
 QUIET = ("jax", "httpx", "httpx2", "httpcore", "huggingface_hub", "transformers")

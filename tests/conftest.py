@@ -26,6 +26,7 @@ from idea_jax import random_sd
 from idea_jax.data import text
 from idea_jax.faces import random_model
 from idea_jax.models import sd
+from idea_jax.runtime import compile_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -37,6 +38,8 @@ if "IDEA_JAX_TEST_CACHE" not in os.environ:
     os.environ["IDEA_JAX_TEST_CACHE"] = compiled.name
 jax.config.update("jax_compilation_cache_dir", os.environ["IDEA_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Tests replace parts of what is traced: a program that one of them kept would be wrong for others.
+compile_cache.KEEPS_TRACES = False
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,6 +21,7 @@ needs: list[int] = []
 MAX_BYTES = 4 * 2**30  # the programs used longest ago are removed beyond this
 LOCK_SECONDS = 5  # to wait for who writes to the folder
 PROGRAM = re.compile(r"(.+-[0-9a-f]{64})-cache")  # file of a program: a name and JAX's key
+KEEPS_TRACES = True  # see `runtime.traces`; tests, which replace what is traced, keep none
 MIN_SECONDS = 0.1  # programs that compile faster are not worth a file
 
 
@@ -65,6 +66,14 @@ def use(folder: str | None) -> None:
     remove_unfinished(path)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def folder() -> Path | None:
+    """Where this process keeps programs; None if nowhere, or nowhere on a disk."""
+    where = jax.config.jax_compilation_cache_dir
+    if not (KEEPS_TRACES and where and jax.config.jax_enable_compilation_cache):
+        return None
+    return None if "://" in where else Path(where)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -20,6 +20,7 @@ from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import abstract
+from idea_jax.runtime import traces
 
 DECODED = 8  # pictures that the autoencoder decodes at once
 
@@ -234,6 +235,10 @@ def draw_everywhere(
     return spread(frozen, kv, seed, indices, guidance_scale)
 
 
+# How `draw_everywhere` is kept.
+DRAWING = traces.Kind("draw_everywhere", (0, 1, 7), (), lambda *_: 0)
+
+
 def arrange(prompts: int, count: int, batch_size: int) -> tuple[Mesh, list[tuple[int, int]], int]:
     """How the pictures of some prompts are spread over the devices of the process.
 
@@ -272,7 +277,7 @@ def lower_drawing(
     )
     numbers = jax.ShapeDtypeStruct((mesh.size, batch_size), jnp.int32)
     scale = None if guidance_scale == 1 else jax.ShapeDtypeStruct((), jnp.float32)
-    return draw_everywhere.lower(
+    arguments = (
         mesh,
         model,
         abstract(shapes, NamedSharding(mesh, P()), model.dtype),
@@ -282,6 +287,7 @@ def lower_drawing(
         scale,
         sampling,
     )
+    return traces.lower(DRAWING, draw_everywhere, arguments)
 
 
 def draw_all(
@@ -327,7 +333,9 @@ def draw_all(
         filled = [*now, *[now[-1]] * (mesh.size - len(now))]
         kv = jax.tree.map(lambda *leaves: np.stack(leaves), *(known[n] for n, _ in filled))
         numbers = np.array([range(first, first + batch_size) for _, first in filled], np.int32)
-        pictures = draw_everywhere(
+        pictures = traces.call(
+            DRAWING,
+            draw_everywhere,
             mesh,
             model,
             frozen,

@@ -19,7 +19,7 @@ from idea_jax.training import program
 from idea_jax.training.learner import Learner, Work
 from idea_jax.training.results import Results, TrainingError, is_multiple
 from idea_jax.training.resume import CheckpointError
-from idea_jax.training.step import IdentityState, Photos
+from idea_jax.training.step import IdentityState, Metrics, Photos
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Group:
             has_ended = has_plateau(cfg, learner.state)
             self.ends[place] = self.taken[place] if has_ended else cfg.max_train_steps
         self.moved: list[tuple[int, int, int]] = []
-        self.metrics = None
+        self.metrics: Metrics | None = None
         self.open_until = self.put(self.ends)
         if self.open_places():
             self.key = jax.random.key(cfg.seed)
@@ -91,7 +91,7 @@ class Group:
         going = self.open_places()
         due = (steps_until_due(cfg, self.learners[p].results, self.taken[p], most) for p in going)
         count = min(due)
-        self.states, newest = program.step_people(
+        self.states, newest = program.take_steps(
             self.work.program,
             self.work.base.frozen,
             self.states,

@@ -40,7 +40,7 @@ from idea_jax.training.results import (
     refuse_another,
 )
 from idea_jax.training.resume import CheckpointError
-from idea_jax.training.start import placeholder_of
+from idea_jax.training.start import optimizer_settings, placeholder_of
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,10 @@ def halved(work: Work) -> Work:
     work = replace(work, layout=layout, shape=work.shape._replace(places=layout.places))
     compile_cache.needs.clear()
     if cfg.max_train_steps:
-        lower = functools.partial(lower_step, work.program, work.shape, cfg.seed, work.enhancer)
+        made_of = optimizer_settings(cfg, work.method)
+        lower = functools.partial(
+            lower_step, work.program, work.shape, cfg.seed, work.enhancer, made_of
+        )
         with compile_cache.ahead(lower):  # it says what it needs
             pass
     return work

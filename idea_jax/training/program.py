@@ -4,9 +4,9 @@ It is lowered from shapes alone, and the frozen weights are placed where it want
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import sd
 from idea_jax.pytrees import abstract
+from idea_jax.runtime import traces
 from idea_jax.training.start import first_values
 from idea_jax.training.step import (
     IdentityState,
@@ -171,6 +172,17 @@ def step_people(
     return jax.lax.fori_loop(0, count, take_next, (states, rows))
 
 
+# How `step_people` is kept: its results are states as it was given, and metrics.
+STEP = traces.Kind(
+    "step_people", (0,), (2,), lambda program, frozen, states, *_: (states, Metrics(0, 0, 0, 0, 0))
+)
+
+
+def take_steps(program: Program, *arguments: Any) -> tuple[IdentityState, Metrics]:
+    """`step_people`, which is not traced anew if `lower_step` has found it as it was traced."""
+    return traces.call(STEP, step_people, program, *arguments)
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def check_plateaus(
     program: Program,
@@ -261,7 +273,11 @@ class Shape(NamedTuple):
 
 
 def lower_step(
-    program: Program, shape: Shape, seed: int, enhancer: enhancers.Enhancer | None
+    program: Program,
+    shape: Shape,
+    seed: int,
+    enhancer: enhancers.Enhancer | None,
+    optimizer: Mapping | None = None,
 ) -> jax.stages.Lowered:
     """`step_people`, lowered from shapes alone: before there are weights.
 
@@ -270,6 +286,8 @@ def lower_step(
     Args:
       seed: of the run.
       enhancer: the shared one, if people begin with it.
+      optimizer: all that the program's optimiser is made of; None if it is not known, so that the
+        step is traced anew in each run.
     """
     model, method = program.model, program.method
     shapes = frozen_shapes(model, enhancer)
@@ -293,6 +311,8 @@ def lower_step(
     )
     states, photos, last = abstract(stacked, NamedSharding(program.mesh, P("identity")))
     frozen = abstract(shapes, frozen_shardings(shapes, program.mesh, program.shard_frozen))
-    return step_people.lower(
-        program, frozen, states, photos, jax.random.key(seed), last, np.int32(1)
-    )
+    arguments = program, frozen, states, photos, jax.random.key(seed), last, np.int32(1)
+    if optimizer is None:
+        return step_people.lower(*arguments)
+    about = [value for name, value in vars(program).items() if name != "optimizer"]
+    return traces.lower(STEP, step_people, arguments, [dict(optimizer), *about])

@@ -53,6 +53,7 @@ from idea_jax.training.start import (
     known_names,
     method_of,
     optimizer_of,
+    optimizer_settings,
     placeholder_of,
     settle,
     starting_ids,
@@ -197,7 +198,8 @@ def prepare(
     program, frozen, start = None, None, None
     if cfg.max_train_steps:
         program = program_of(cfg, method, model, layout.mesh)
-        lower = functools.partial(lower_step, program, shape, cfg.seed, enhancer)
+        made_of = optimizer_settings(cfg, method)
+        lower = functools.partial(lower_step, program, shape, cfg.seed, enhancer, made_of)
         with compile_cache.ahead(lower) if crowd.own else nullcontext():
             frozen = load_frozen(cfg, found.folder, layout.mesh, enhancer)
         if enhancer is not None:

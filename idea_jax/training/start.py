@@ -112,19 +112,27 @@ def starting_tokens(
     return start
 
 
-def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTransformation:
-    """AdamW over the parts that the method trains, at the config's rates."""
+def optimizer_settings(cfg: TrainConfig, method: condition.Method) -> dict:
+    """All that the optimiser of a run is made of: the arguments of `make_optimizer`, with those of
+    `rate_over_steps` for each part that the method trains."""
     rates, steps, warmup = cfg.rates(), cfg.max_train_steps, cfg.lr_warmup_steps
-    return make_optimizer(
-        {
-            part: rate_over_steps(rates[part], cfg.lr_scheduler, steps, warmup, cfg.lr_num_cycles)
+    return {
+        "rates": {
+            part: (rates[part], cfg.lr_scheduler, steps, warmup, cfg.lr_num_cycles)
             for part in method.parts()
         },
-        beta1=cfg.adam_beta1,
-        beta2=cfg.adam_beta2,
-        epsilon=cfg.adam_epsilon,
-        weight_decay=cfg.adam_weight_decay,
-    )
+        "beta1": cfg.adam_beta1,
+        "beta2": cfg.adam_beta2,
+        "epsilon": cfg.adam_epsilon,
+        "weight_decay": cfg.adam_weight_decay,
+    }
+
+
+def optimizer_of(cfg: TrainConfig, method: condition.Method) -> optax.GradientTransformation:
+    """AdamW over the parts that the method trains, at the config's rates."""
+    settings = optimizer_settings(cfg, method)
+    rates = {part: rate_over_steps(*given) for part, given in settings.pop("rates").items()}
+    return make_optimizer(rates, **settings)
 
 
 def first_values(
