@@ -4,6 +4,8 @@ It imports nothing that is slow, so that a command can read its arguments first:
 mistake in them cost no second of JAX.
 """
 
+import atexit
+import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -73,6 +75,10 @@ def run(
       interrupted: what is said after Ctrl-C.
     """
     speak()
+    atexit.unregister(gc.freeze)  # once is enough
+    atexit.register(
+        gc.freeze
+    )  # Python's last look for unreachable objects would take half a second
     try:
         if needs_jax:
             load_jax()

@@ -26,6 +26,7 @@ from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shap
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.models.weights import WeightsError
 from idea_jax.pytrees import flatten, unflatten
+from idea_jax.runtime import traces
 from idea_jax.runtime.files import atomic_write, write_json
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -168,8 +169,19 @@ def shapes(model: StableDiffusion) -> Frozen:
     return _shapes(StableDiffusion(model.text, model.unet, model.vae, model.schedule))
 
 
-@functools.lru_cache(maxsize=4)  # it traces all networks, and a run asks twice
+@functools.lru_cache(maxsize=4)
 def _shapes(model: StableDiffusion) -> Frozen:
+    def traced():
+        flat = flatten(_traced_shapes(model)._asdict())
+        return {name: leaf.shape for name, leaf in flat.items()}
+
+    flat = traces.known_shapes("shapes", model, traced)
+    leaves = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in flat.items()}
+    return Frozen(**unflatten(leaves))
+
+
+def _traced_shapes(model: StableDiffusion) -> Frozen:
+    """What the networks themselves say; it traces all of them, which takes half a second."""
     cfg = model.unet
     cross_kv = cross_kv_shapes(cfg)
 

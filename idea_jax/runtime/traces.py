@@ -7,6 +7,7 @@ it is read. It lies in the same folder, under a digest of all that it depends on
 """
 
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -67,10 +68,11 @@ def lower(kind: Kind, function: Any, arguments: Sequence, about: Any = None) -> 
     exported = None
     with suppress(NotKept):
         key = key_of(kind, arguments, about)
-        exported = read(kind, key)
+        path = path_of(kind.name, key)
+        exported = read(path, key, lambda content: export.deserialize(bytearray(content)))
         if exported is None:
-            exported = trace(kind, function, arguments)
-            write(kind, key, exported)
+            exported, payload = trace(kind, function, arguments)
+            write(path, key, payload)
     if exported is None:
         return function.lower(*arguments)
     call = jitted(kind, exported, arguments)
@@ -123,39 +125,67 @@ def identity_of(kind: Kind, function: Callable, arguments: Sequence) -> tuple:
 
 
 def key_of(kind: Kind, arguments: Sequence, about: Any) -> str:
-    """Hexadecimal digest of all that what is traced depends on: the package's sources, versions,
-    JAX's settings, the static arguments, and the types and places of the others.
+    """Digest of all that what is traced depends on, as `digest_of`: also the static arguments, and
+    the types and places of the others.
 
     Raises:
-      NotKept: something of it cannot be told, or the sources have changed since they were loaded.
+      NotKept: as `digest_of`.
+    """
+    leaves, structure = jax.tree.flatten(dynamic(kind, arguments))
+    if about is None:
+        about = [arguments[place] for place in kind.static]
+    places = [getattr(leaf, "sharding", None) for leaf in leaves]
+    kinds = {(d.platform, d.device_kind) for place in places if place for d in place.device_set}
+    types = [(leaf.shape, str(leaf.dtype)) for leaf in leaves]
+    here = jax.default_backend(), jax.process_count(), jax.local_device_count()
+    return digest_of(
+        kind.name, kind.static, kind.donated, about, structure, types, places, sorted(kinds), here
+    )
+
+
+def digest_of(*parts: Any) -> str:
+    """Hexadecimal digest of values by their `repr`, with what everything depends on: the package's
+    sources, versions, and JAX's settings.
+
+    Raises:
+      NotKept: nothing is kept; a value does not say what it is; or the sources have changed since
+        they were loaded.
     """
     own = sources.digest() if folder() is not None else None
     if own is None or not hasattr(os, "geteuid"):
         raise NotKept
-    leaves, structure = jax.tree.flatten(dynamic(kind, arguments))
     settings = {
         name: value
         for name, value in sorted(jax.config.values.items())
         if not any(word in name for word in OTHER_SETTINGS)
     }
-    if about is None:
-        about = [arguments[place] for place in kind.static]
-    places = [getattr(leaf, "sharding", None) for leaf in leaves]
-    kinds = {(d.platform, d.device_kind) for place in places if place for d in place.device_set}
-    parts = (
-        *(MAGIC, own, versions(), settings, kind.name, kind.static, kind.donated, about),
-        *(structure, [(leaf.shape, str(leaf.dtype)) for leaf in leaves], places, sorted(kinds)),
-        (jax.default_backend(), jax.process_count(), jax.local_device_count()),
-    )
-    text = "\n".join(map(repr, parts))
+    text = "\n".join(map(repr, (MAGIC, own, versions(), settings, *parts)))
     # What is told by its place in memory, or in part, is not told.
     if " at 0x" in text or "..." in text or "<function" in text:
         raise NotKept
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def trace(kind: Kind, function: Callable, arguments: Sequence) -> export.Exported:
-    """Traces and lowers a function of the arrays of its arguments.
+def known_shapes(name: str, about: Any, make: Callable[[], dict]) -> dict:
+    """The shapes of arrays by name, from an earlier run; or made, which traces what makes them.
+
+    Args:
+      about: all that they depend on besides the package's sources.
+    """
+    try:
+        key = digest_of(name, about)
+        path = path_of(name, key)
+    except NotKept:
+        return make()
+    found = read(path, key, lambda content: json.loads(content))
+    if found is None:
+        found = make()
+        write(path, key, json.dumps(found).encode())
+    return {name: tuple(shape) for name, shape in found.items()}
+
+
+def trace(kind: Kind, function: Callable, arguments: Sequence) -> tuple[export.Exported, bytes]:
+    """Traces and lowers a function of the arrays of its arguments; returns it also serialised.
 
     Raises:
       NotKept: it holds something that cannot be exported.
@@ -172,8 +202,9 @@ def trace(kind: Kind, function: Callable, arguments: Sequence) -> export.Exporte
     donated = donated_leaves(kind, arguments)
     try:
         jitted = jax.jit(of_leaves, donate_argnums=donated)
-        return export.export(jitted, disabled_checks=allowed)(*leaves_of(kind, arguments))
-    except (ValueError, NotImplementedError) as error:
+        exported = export.export(jitted, disabled_checks=allowed)(*leaves_of(kind, arguments))
+        return exported, bytes(exported.serialize())
+    except (ValueError, NotImplementedError, ImportError) as error:
         log.debug("%s is not kept: %s", kind.name, error)
         raise NotKept from error
 
@@ -188,7 +219,7 @@ def jitted(kind: Kind, exported: export.Exported, arguments: Sequence) -> Any:
     return jax.jit(of_leaves, donate_argnums=donated_leaves(kind, arguments))
 
 
-def path_of(kind: Kind, key: str) -> Path:
+def path_of(name: str, key: str) -> Path:
     """Where a program is kept.
 
     Raises:
@@ -197,16 +228,11 @@ def path_of(kind: Kind, key: str) -> Path:
     where = folder()
     if where is None:
         raise NotKept
-    return where / f"{kind.name}-{key}{SUFFIX}"
+    return where / f"{name}-{key}{SUFFIX}"
 
 
-def read(kind: Kind, key: str) -> export.Exported | None:
-    """What an earlier run has traced; None if there is none, or none that can be used.
-
-    Raises:
-      NotKept: nothing is kept.
-    """
-    path = path_of(kind, key)
+def read(path: Path, key: str, understand: Callable[[bytes], Any]) -> Any:
+    """What an earlier run has kept; None if there is none, or none that can be used."""
     try:
         with open(path, "rb") as file:
             about, content = os.fstat(file.fileno()), file.read()
@@ -223,25 +249,23 @@ def read(kind: Kind, key: str) -> export.Exported | None:
         log.warning("%s is damaged; it is made again", path)
     else:
         try:
-            exported = export.deserialize(bytearray(payload))
+            found = understand(payload)
             os.utime(path)
-            return exported
+            return found
         except Exception as error:  # whatever a reader of binary files may raise
             log.warning("%s cannot be read (%s); it is made again", path, error)
     return None
 
 
-def write(kind: Kind, key: str, exported: export.Exported) -> None:
-    """Keeps a program; without success nothing is lost but the next run's time."""
-    path = path_of(kind, key)
+def write(path: Path, key: str, payload: bytes) -> None:
+    """Keeps something; without success nothing is lost but the next run's time."""
     try:
-        payload = bytes(exported.serialize())
         with atomic_write(path, private=True) as temporary:
             digest = hashlib.sha256(payload).digest()
             temporary.write_bytes(MAGIC + key.encode() + b"\n" + digest + payload)
         trim(path.parent)
-    except (OSError, ValueError, NotImplementedError, ImportError) as error:
-        log.debug("%s is not kept: %s", kind.name, error)
+    except OSError as error:
+        log.debug("%s is not kept: %s", path, error)
 
 
 def trim(where: Path) -> None:
