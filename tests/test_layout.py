@@ -83,6 +83,7 @@ LAZY = {
     "grain",
     "array_record",
     "pillow_heif",
+    "tokenizers",
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idea_jax.data.text import Placeholder, TextError, training_prompts
+from idea_jax.runtime import traces
+from idea_jax.runtime.files import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class Tokenizer:
     pad: int
     vocab_size: int
     placeholders: tuple[Placeholder, ...]
-    _tokenizer: Any  # transformers.CLIPTokenizer; never changed once it is here
+    _tokenizer: Any  # tokenizers.Tokenizer; never changed once it is here
 
     @property
     def placeholder(self) -> Placeholder:
@@ -79,7 +81,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TextError(f"not valid Unicode text: {text!r}") from error
-        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Returns int32[B, length]: begin, the tokens of each prompt, end, then padding.
@@ -232,23 +234,21 @@ def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:
 
     Raises: TextError, if anything is missing, unreadable or does not fit.
     """
+    import tokenizers
+
     folder = Path(folder)
     config = _tokenizer_config(folder)
-    clip_tokenizer = _import_clip_tokenizer()
-    try:
-        tokenizer = clip_tokenizer.from_pretrained(str(folder), local_files_only=True)
-        tokenizer.backend_tokenizer.no_padding()  # tokenizer.json may carry those of its last use
-        tokenizer.backend_tokenizer.no_truncation()
-        ids = sorted(tokenizer.get_vocab().values())
-    except Exception as error:  # the Rust side raises plain Exception for a damaged file
-        raise TextError(f"the tokenizer in {folder} cannot be read: {error}") from error
-
+    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
+    made_of = [tokenizers.__version__, *((path.name, file_digest(path)) for path in files)]
+    about = traces.remembered("tokenizer", made_of, lambda: _read_by_transformers(folder))
+    tokenizer = tokenizers.Tokenizer.from_str(about["tokenizer"])
+    ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
     if ids != list(range(vocab_size)):
         raise TextError(
             f"the tokenizer in {folder} has {len(ids)} tokens with ids up to {ids[-1]}, but the "
             f"text encoder knows {vocab_size}: these two parts do not belong together"
         )
-    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    bos, eos, pad = about["bos"], about["eos"], about["pad"]
     if bos is None or eos is None or pad is None or bos == eos:
         raise TextError(
             f"the tokenizer in {folder} needs a begin, an end and a padding token, the first two "
@@ -290,6 +290,27 @@ def _tokenizer_config(folder: Path) -> dict:
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise TextError(f"{path} is for a {kind}; only CLIPTokenizer is supported")
     return config
+
+
+def _read_by_transformers(folder: Path) -> dict:
+    """A tokenizer as transformers reads it: what the library `tokenizers` needs to make it, and the
+    ids of its special tokens. Importing transformers takes half a second.
+
+    Raises: TextError, if it cannot be read.
+    """
+    clip_tokenizer = _import_clip_tokenizer()
+    try:
+        tokenizer = clip_tokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.backend_tokenizer.no_padding()  # tokenizer.json may carry those of its last use
+        tokenizer.backend_tokenizer.no_truncation()
+        return {
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "pad": tokenizer.pad_token_id,
+        }
+    except Exception as error:  # the Rust side raises plain Exception for a damaged file
+        raise TextError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def _import_clip_tokenizer() -> Any:

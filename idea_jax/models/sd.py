@@ -175,7 +175,7 @@ def _shapes(model: StableDiffusion) -> Frozen:
         flat = flatten(_traced_shapes(model)._asdict())
         return {name: leaf.shape for name, leaf in flat.items()}
 
-    flat = traces.known_shapes("shapes", model, traced)
+    flat = traces.remembered("shapes", model, traced)
     leaves = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in flat.items()}
     return Frozen(**unflatten(leaves))
 

@@ -30,6 +30,8 @@ SUFFIX, MAGIC = ".trace", b"idea_jax trace 1\n"
 MOST = 64  # files that are kept; those used longest ago are removed beyond this
 # Settings of JAX that change nothing that is traced, among others where things are kept.
 OTHER_SETTINGS = ("cache", "log", "dump", "traceback", "num_cpu_devices", "coordinat")
+# What looks into programs while they run, and so at those that are traced here alone.
+DEBUGGING = ("key_reuse", "nans", "infs")
 # Operations that XLA may take back from one version to the next. It is the same one here: its
 # version is part of the key.
 UNSTABLE = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
@@ -152,7 +154,8 @@ def digest_of(*parts: Any) -> str:
         they were loaded.
     """
     own = sources.digest() if folder() is not None else None
-    if own is None or not hasattr(os, "geteuid"):
+    is_debugged = any(getattr(jax.config, f"jax_debug_{what}") for what in DEBUGGING)
+    if own is None or is_debugged or not hasattr(os, "geteuid"):
         raise NotKept
     settings = {
         name: value
@@ -166,22 +169,23 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def known_shapes(name: str, about: Any, make: Callable[[], dict]) -> dict:
-    """The shapes of arrays by name, from an earlier run; or made, which traces what makes them.
+def remembered(name: str, about: Any, make: Callable[[], Any]) -> Any:
+    """Something that takes long to find out, and can be written as JSON: from an earlier run, or
+    made.
 
     Args:
-      about: all that they depend on besides the package's sources.
+      about: all that it depends on besides the package's sources and the versions.
     """
     try:
         key = digest_of(name, about)
         path = path_of(name, key)
     except NotKept:
         return make()
-    found = read(path, key, lambda content: json.loads(content))
+    found = read(path, key, json.loads)
     if found is None:
         found = make()
         write(path, key, json.dumps(found).encode())
-    return {name: tuple(shape) for name, shape in found.items()}
+    return found
 
 
 def trace(kind: Kind, function: Callable, arguments: Sequence) -> tuple[export.Exported, bytes]:
