@@ -8,12 +8,13 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from idea_jax.errors import InputError
+from idea_jax.models.original import PADDING, Original
 from idea_jax.models.weights import WeightsError, absent, find_weights
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,11 @@ MIRRORS = {
 
 # The miniature that comes with the package (idea_jax/mini), and the name that means it.
 MINI = "mini"
-MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "checkpoint"
+PACKAGE = Path(__file__).resolve().parent.parent
+MINI_FOLDER = PACKAGE / "mini" / "checkpoint"
+
+# CLIP's tokenizer, for checkpoints in one file: these hold none.
+CLIP_TOKENIZER = PACKAGE / "data" / "clip_tokenizer"
 
 # The parts of a checkpoint that are read, and what its weight files are called.
 CONFIGS = (
@@ -60,16 +65,32 @@ class CheckpointNotFound(InputError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """Where a checkpoint lies.
+
+    Attributes:
+      folder: in diffusers layout; or the file, if the checkpoint is one. No file of a checkpoint in
+        diffusers layout is found below a file.
+      name: Hub id (a mirror's, where one stood in), or the own name of the folder or file: never a
+        path, since it is written into files that people share.
+      revision: commit hash of the snapshot, if known.
+      tokenizer: folder of the tokenizer.
+      padding: the token that fills prompts up, if the tokenizer does not say it.
+    """
+
     folder: Path
-    name: str  # Hub id (a mirror's, where one stood in), or the folder's own name: never a path,
-    # since it is written into files that people share
-    revision: str | None  # commit hash of the snapshot, if known
+    name: str
+    revision: str | None
+    tokenizer: Path
+    padding: str | None = None
 
 
 def resolve(
-    name_or_path: str | os.PathLike, revision: str | None = None, variant: str | None = None
+    name_or_path: str | os.PathLike,
+    revision: str | None = None,
+    variant: str | None = None,
+    tokenizer_name: str | None = None,
 ) -> Checkpoint:
-    """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout.
+    """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout, or its file.
 
     `mini` means the one that comes with the package (`./mini` is a folder of that name). Otherwise
     an existing local folder comes first, then a complete snapshot in the Hugging Face cache, then
@@ -79,11 +100,19 @@ def resolve(
       name_or_path: "mini", local folder or Hub id (`owner/name`).
       revision: branch, tag or commit of the Hub repository; None is its main branch.
       variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
+      tokenizer_name: another tokenizer than the checkpoint's, as of `resolve_tokenizer`.
 
     Raises: CheckpointNotFound, if there is no such folder or repository, if it is no checkpoint,
-        or if it would have to be downloaded and the Hub cannot be reached.
+        or if it would have to be downloaded and the Hub cannot be reached. WeightsError or
+        UnsupportedConfig, if it is a file of another kind.
     """
-    name = str(name_or_path)
+    found = _resolve(str(name_or_path), revision, variant)
+    if tokenizer_name is None:
+        return found
+    return replace(found, tokenizer=resolve_tokenizer(tokenizer_name))
+
+
+def _resolve(name: str, revision: str | None, variant: str | None) -> Checkpoint:
     if not name.strip():
         raise CheckpointNotFound("no checkpoint was named; give a local folder or a Hub id")
     folder = local_folder(name)
@@ -95,11 +124,14 @@ def resolve(
                 f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
                 f"{', '.join(missing)}"
             )
-        return Checkpoint(folder, *((MINI, None) if name == MINI else _origin(folder)))
-    if folder.exists():
-        raise CheckpointNotFound(
-            f"{name} is a file; expected a folder in diffusers layout. To convert it with "
-            "diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        own = (MINI, None) if name == MINI else _origin(folder)
+        return Checkpoint(folder, *own, folder / "tokenizer")
+    if folder.is_file():
+        for flag, value in (("revision", revision), ("variant", variant)):
+            if value is not None:
+                log.warning("%s is one file: %s %s is not used", name, flag, value)
+        return Checkpoint(
+            folder, folder.stem, None, CLIP_TOKENIZER, PADDING[Original(folder).family]
         )
     return _from_hub(name, revision, variant)
 
@@ -123,32 +155,39 @@ def resolve_vae(name_or_path: str) -> Path:
     )
 
 
-def _vae_from_hub(name: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def resolve_tokenizer(name: str) -> Path:
+    """Returns the folder of a tokenizer: one of its own, or that in a whole checkpoint.
 
+    Args:
+      name: a local folder or a Hub id, such as openai/clip-vit-large-patch14.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
+    folder = local_folder(name)
+    if not folder.is_dir():
+        names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        patterns = [f"{place}{file}" for place in ("", "tokenizer/") for file in names]
+        folder = _part_from_hub(name, patterns, _has_words)
+    for place in (folder / "tokenizer", folder):
+        if _has_words(place):
+            return place
+    raise CheckpointNotFound(
+        f"--tokenizer_name {name} holds no tokenizer: expected vocab.json and merges.txt in it, or "
+        "in a folder tokenizer/ of it, as in openai/clip-vit-large-patch14 on the Hub"
+    )
+
+
+def _has_words(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+
+
+def _vae_from_hub(name: str) -> Path:
     stem = dict(WEIGHTS)["vae"]
     patterns = [
         f"{place}{file}"
         for place in ("", "vae/")
         for file in ("config.json", f"{stem}.safetensors")
     ]
-    _check_cache(name)
-    with suppress(LocalEntryNotFoundError):
-        try:
-            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        except HFValidationError as error:
-            raise CheckpointNotFound(
-                f"there is no folder {name}, and a Hub id has the form owner/name"
-            ) from error
-        if any(_is_whole_vae(place) for place in (found, found / "vae")):
-            return found
-    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
-        raise CheckpointNotFound(
-            f"there is no folder {name}, the cache does not hold all of it, and "
-            f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
-            "local folder"
-        )
 
     def check(files):
         place = "vae/" if "vae/config.json" in files else ""
@@ -163,6 +202,42 @@ def _vae_from_hub(name: str) -> Path:
                 absent(f"{stem}.safetensors", f"{name}/{place}".rstrip("/"), stem, present)
             )
 
+    return _part_from_hub(name, patterns, _is_whole_vae, check)
+
+
+def _part_from_hub(
+    name: str,
+    patterns: list[str],
+    is_whole: Callable[[Path], bool],
+    check: Callable[[list[str]], None] = lambda files: None,
+) -> Path:
+    """Returns a snapshot of a repository with one part of a checkpoint, from cache or Hub.
+
+    Args:
+      is_whole: whether a folder has all of the part.
+      check: raises if a repository's listing lacks what is needed.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    _check_cache(name)
+    with suppress(LocalEntryNotFoundError):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except HFValidationError as error:
+            raise CheckpointNotFound(
+                f"there is no folder {name}, and a Hub id has the form owner/name"
+            ) from error
+        if is_whole(found) or any(is_whole(found / inner) for inner in ("vae", "tokenizer")):
+            return found
+    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, the cache does not hold all of it, and "
+            f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
+            "local folder"
+        )
     return _fetch(name, None, patterns, check)
 
 
@@ -232,7 +307,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         folder = _cached(repository, revision, variant)
         if folder is not None:
             _notice_mirror(name, repository)
-            return Checkpoint(folder, repository, _origin(folder)[1])
+            return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
 
     repository = mirror or name
     advice = (
@@ -257,7 +332,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
             f"layout: it lacks {', '.join(missing)}"
         )
-    return Checkpoint(folder, repository, _origin(folder)[1])
+    return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
 
 
 def _check_cache(name: str) -> None:

@@ -255,7 +255,7 @@ def _raise_if_any(problems: dict[str, list[str]], where: str) -> None:
     found = {kind: lines for kind, lines in problems.items() if lines}
     if not found:
         return
-    text = f"{where}: the weights do not fit the network that config.json describes"
+    text = f"{where}: the weights do not fit the network that their config describes"
     for kind, lines in found.items():
         text += f"\n{len(lines)} {kind}:" + "".join(f"\n  {x}" for x in lines[:LISTED_PER_KIND])
         if len(lines) > LISTED_PER_KIND:
@@ -350,7 +350,7 @@ def to_params(
     few threads, so that few of them exist twice at a time. Raises: WeightsError listing every
     key that does not fit, and naming `where`.
     """
-    headers = tensors.headers if isinstance(tensors, TensorFiles) else _headers(tensors)
+    headers = tensors.headers if isinstance(tensors, Tensors) else _headers(tensors)
     plan = match_keys(table, headers, flatten(targets), where)
 
     device = jax.config.jax_default_device  # a thread of its own does not know the caller's
@@ -388,12 +388,25 @@ def _headers(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ..
     return {k: (v.shape, kinds.get(v.dtype.name, v.dtype.name)) for k, v in tensors.items()}
 
 
-class TensorFiles(Mapping):
-    """The tensors of one or several safetensors files; each is read from disk when asked for."""
+class Tensors(Mapping[str, np.ndarray]):
+    """Named tensors that are read when asked for; `headers` has shape and type of each."""
+
+    headers: dict[str, tuple[tuple[int, ...], str]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+
+class TensorFiles(Tensors):
+    """The tensors of one or several safetensors files, and the files' `metadata`."""
 
     def __init__(self, paths: list[Path]):
         self._files = {}
-        self.headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.headers = {}
+        self.metadata: dict[str, str] = {}
         for path in paths:
             try:
                 file = safe_open(path, framework="numpy")
@@ -406,6 +419,7 @@ class TensorFiles(Mapping):
                 raise WeightsError(
                     f"{path} is not a complete safetensors file ({error}); {download_again(path)}"
                 ) from error
+            self.metadata |= file.metadata() or {}
             for key in file.keys():  # noqa: SIM118 - safe_open is no dictionary
                 if key in self.headers:
                     raise WeightsError(f"{path}: {key} is also in another file of the same index")
@@ -415,12 +429,6 @@ class TensorFiles(Mapping):
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._files[key].get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Path]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig, reading
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
@@ -21,7 +21,7 @@ from idea_jax.formats import enhancer as enhancers
 from idea_jax.formats.enhancer import introduce, warn_of_weights
 from idea_jax.formats.identity import Identity, IdentityError, check_identity
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime import compile_cache
 from idea_jax.runtime.files import (
     check_writable,
@@ -82,12 +82,16 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_prompts(prompts, sitters)
     check_writable(cfg.save_dir)
     # The model; a person on photos is seen with its shared ID-Enhancer.
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    loras = lora.named(cfg.lora)
+    found = hub.resolve(
+        cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name
+    )
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
     changes: dict = {
         "vae": hub.resolve_vae(cfg.vae) if cfg.vae else None,
         "clip_skip": cfg.clip_skip,
+        **reading(cfg),
     }
     model = replace(sd.read_configs(found.folder, compute_dtype, **changes), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
@@ -95,9 +99,8 @@ def run(cfg: SampleConfig) -> list[Path]:
     enhancer = open_enhancer(cfg, found.folder, model, sitters)
     if cfg.photo:
         sitters = [see_sitter(cfg, enhancer, model, found)]
-    plain = load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    )
+    length = model.text.max_position_embeddings
+    plain = load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     # The drawings; the prompts of one length are drawn together: one program each.
     drawings, negative = plan(cfg, prompts, sitters, plain)
     empty = plain.chunks([("", 1.0)])
@@ -122,7 +125,11 @@ def run(cfg: SampleConfig) -> list[Path]:
     )
     with compile_cache.ahead(lower):
         _, frozen = sd.load(
-            found.folder, variant=cfg.variant, compute_dtype=compute_dtype, **changes
+            found.folder,
+            variant=cfg.variant,
+            compute_dtype=compute_dtype,
+            loras=loras,
+            **changes,
         )
     ours = {}
     if enhancer is not None:
@@ -255,6 +262,8 @@ def describe(
         "model": found.name,
         "revision": found.revision,
         **({"vae": Path(cfg.vae).name} if cfg.vae else {}),
+        **({"lora": lora.about(lora.named(cfg.lora))} if cfg.lora else {}),
+        **({"prediction_type": cfg.prediction_type} if cfg.prediction_type else {}),
         **({"token": cfg.token} if cfg.token else {}),
         **({"identity": people[0]} if len(cast) == 1 else {"identities": together}),
     }
