@@ -219,8 +219,7 @@ def write(path: Path, kind: str):
     folder = path.with_suffix("")
     models = reference.write_checkpoint(folder, kind, sizes=SIZES)
     tensors = tensors_of(models, kind)
-    tensors = {
-        key: value.clone().contiguous() for key, value in (tensors | clutter(tensors)).items()
-    }
+    tensors |= clutter(tensors)
+    tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
     return path, folder, models

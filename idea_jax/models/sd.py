@@ -259,7 +259,7 @@ def load(
         try:
             own = vae if vae is not None and part.folder == "vae" else folder / part.folder
             if original is not None and own != vae:
-                where = f"{folder} ({part.folder})"
+                where = f"{folder} ({part.folder}, by the names of diffusers)"
                 tensors: weights.Tensors = original.part(part.folder)
             else:
                 paths = weights.find_weights(own, part.stem, None if own == vae else variant)
