@@ -16,7 +16,7 @@ from idea_jax.diffusion.samplers import initial_noise
 from idea_jax.mini import people, quality
 from idea_jax.models import hub, lora, sd
 from idea_jax.models.lora import Lora
-from idea_jax.models.weights import WeightsError
+from idea_jax.models.tensor_files import WeightsError
 from idea_jax.pytrees import flatten
 
 RANK = 3

@@ -24,7 +24,7 @@ from idea_jax.models import hub, sd, weights
 from idea_jax.models import original as ours
 from idea_jax.models.config_reader import UnsupportedConfig
 from idea_jax.models.original_config import read_configs
-from idea_jax.models.weights import WeightsError
+from idea_jax.models.tensor_files import TensorFiles, WeightsError
 from idea_jax.pytrees import flatten
 
 
@@ -101,7 +101,7 @@ def test_every_key_of_the_published_checkpoints_is_one_leaf(kind, configs, monke
         tensors |= original.vae_tensors(vae.state_dict(), configs[1])
         tensors |= original.text_tensors(text.state_dict(), kind)
 
-    class Headers(weights.TensorFiles):
+    class Headers(TensorFiles):
         def __init__(self, paths):
             self.headers = {key: (tuple(value.shape), "F16") for key, value in tensors.items()}
             self.metadata = {}

@@ -15,7 +15,14 @@ from urllib.request import getproxies, proxy_bypass
 
 from idea_jax.errors import InputError
 from idea_jax.models.original import PADDING, Original
-from idea_jax.models.weights import WeightsError, absent, find_weights
+from idea_jax.models.tensor_files import (
+    WeightsError,
+    absent,
+    file_names,
+    find_weights,
+    is_piece,
+    only_variant,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +57,15 @@ WEIGHTS = (
 )
 ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
+BESIDE_WEIGHTS = ("model_index.json", "tokenizer/*", *CONFIGS, ENHANCER)
+
 # huggingface_hub itself retries for about 23 s before it says that there is no network. No network
 # is mostly told at once; a slow name server or proxy has as long as huggingface_hub gives it.
 PROBE_SECONDS = 10.0
 
 
 PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
-SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole checkpoint
+SINGLE_FILE = ".safetensors"  # of a whole checkpoint
 
 
 class CheckpointNotFound(InputError, FileNotFoundError):
@@ -183,39 +192,37 @@ def _has_words(folder: Path) -> bool:
 
 def _vae_from_hub(name: str) -> Path:
     stem = dict(WEIGHTS)["vae"]
-    patterns = [
-        f"{place}{file}"
-        for place in ("", "vae/")
-        for file in ("config.json", f"{stem}.safetensors")
-    ]
+    names = [name for name, _ in file_names(stem)]
+    patterns = [f"{place}{file}" for place in ("", "vae/") for file in ("config.json", *names)]
 
-    def check(files):
+    def wanted(files):
         place = "vae/" if "vae/config.json" in files else ""
         if f"{place}config.json" not in files:
             raise CheckpointNotFound(
                 f"the Hub repository {name} is no autoencoder in diffusers layout: it lacks "
                 "config.json"
             )
-        if f"{place}{stem}.safetensors" not in files:
-            present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
-            raise CheckpointNotFound(
-                absent(f"{stem}.safetensors", f"{name}/{place}".rstrip("/"), stem, present)
-            )
+        for file in names:
+            if f"{place}{file}" in files:
+                return [f"{place}config.json", f"{place}{file}"]
+        present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
+        raise CheckpointNotFound(absent(names[0], f"{name}/{place}".rstrip("/"), stem, present))
 
-    return _part_from_hub(name, patterns, _is_whole_vae, check)
+    return _part_from_hub(name, patterns, _is_whole_vae, wanted)
 
 
 def _part_from_hub(
     name: str,
     patterns: list[str],
     is_whole: Callable[[Path], bool],
-    check: Callable[[list[str]], None] = lambda files: None,
+    wanted: Callable[[list[str]], list[str]] | None = None,
 ) -> Path:
     """Returns a snapshot of a repository with one part of a checkpoint, from cache or Hub.
 
     Args:
       is_whole: whether a folder has all of the part.
-      check: raises if a repository's listing lacks what is needed.
+      wanted: what of a repository's files is to be downloaded, instead of `patterns`; raises if
+        what is needed is not there.
 
     Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
     """
@@ -238,7 +245,7 @@ def _part_from_hub(
             f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
             "local folder"
         )
-    return _fetch(name, None, patterns, check)
+    return _fetch(name, None, wanted or (lambda files: patterns))
 
 
 def _is_whole_vae(folder: Path) -> bool:
@@ -265,10 +272,10 @@ def _missing_configs(folder: Path) -> list[str]:
     return missing if (folder / "tokenizer").is_dir() else [*missing, "tokenizer/"]
 
 
-def _is_complete(folder: Path, variant: str | None) -> bool:
+def _is_complete(folder: Path, variant: str | None, exact: bool) -> bool:
     try:
         for part, stem in WEIGHTS:
-            find_weights(folder / part, stem, variant)
+            find_weights(folder / part, stem, variant, exact=exact)
     except WeightsError:
         return False
     return not _missing_configs(folder)
@@ -318,7 +325,13 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         f"there is no folder {name}, and the cache ({constants.HF_HUB_CACHE}) does not hold all of "
         f"{repository}{f', variant {variant}' if variant else ''}"
     )
-    if constants.HF_HUB_OFFLINE:
+    offline = constants.HF_HUB_OFFLINE
+    if offline or not _reachable(constants.ENDPOINT):
+        folder = _cached(repository, revision, variant, exact=False)
+        if folder is not None:  # not what was asked for, but all that can be had
+            _notice_mirror(name, repository)
+            return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
+    if offline:
         raise CheckpointNotFound(f"{absent}; HF_HUB_OFFLINE is set: unset it, or {advice}")
     if not _reachable(constants.ENDPOINT):
         raise CheckpointNotFound(
@@ -351,24 +364,13 @@ def _notice_mirror(name: str, repository: str) -> None:
         log.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
 
 
-def _patterns(variant: str | None) -> list[str]:
-    """Returns what to download: neither other variants, nor pickles, nor the safety checker.
+def _cached(
+    repository: str, revision: str | None, variant: str | None, *, exact: bool = True
+) -> Path | None:
+    """Returns the snapshot in the cache, if it has all that is read; touches no network.
 
-    A repository's shared ID-Enhancer, if it has one, comes along: `--enhancer auto` takes it.
+    Unless it has to be `exact`, one that holds nothing but a variant does as well.
     """
-    infix = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "tokenizer/*", *CONFIGS, ENHANCER]
-    for part, stem in WEIGHTS:
-        patterns += [
-            f"{part}/{stem}{infix}.safetensors",
-            f"{part}/{stem}{infix}-*.safetensors",  # a large file in pieces, and their index
-            f"{part}/{stem}.safetensors.index{infix}.json",
-        ]
-    return patterns
-
-
-def _cached(repository: str, revision: str | None, variant: str | None) -> Path | None:
-    """Returns the snapshot in the cache, if it has all that is read; touches no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -376,32 +378,26 @@ def _cached(repository: str, revision: str | None, variant: str | None) -> Path 
         folder = snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=_patterns(variant),
+            allow_patterns=BESIDE_WEIGHTS,
             local_files_only=True,
         )
     except LocalEntryNotFoundError:
         return None
-    return Path(folder) if _is_complete(Path(folder), variant) else None
+    return Path(folder) if _is_complete(Path(folder), variant, exact) else None
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
     """Fetches what is read of a checkpoint."""
-    check = functools.partial(_check_listing, repository, variant)
-    return _fetch(repository, revision, _patterns(variant), check)
+    return _fetch(repository, revision, functools.partial(_wanted, repository, variant))
 
 
-def _fetch(
-    repository: str,
-    revision: str | None,
-    patterns: list[str],
-    check: Callable[[list[str]], None] = lambda files: None,
-) -> Path:
-    """Fetches files of a repository; `check` raises if its listing lacks what is needed."""
+def _fetch(repository: str, revision: str | None, wanted: Callable[[list[str]], list[str]]) -> Path:
+    """Fetches what `wanted` makes of a repository's files; it raises if they lack something."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         # Before gigabytes are fetched: is all there that is read?
-        check(HfApi().list_repo_files(repository, revision=revision))
+        patterns = wanted(HfApi().list_repo_files(repository, revision=revision))
         folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except CheckpointNotFound:
         raise
@@ -422,33 +418,50 @@ def _fetch(
     return Path(folder)
 
 
-def _check_listing(repository: str, variant: str | None, files: list[str]) -> None:
-    """Raises CheckpointNotFound unless a repository has all that is read of a checkpoint."""
+def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]:
+    """Returns what to download: neither other variants, nor pickles beside safetensors, nor the
+    safety checker.
+
+    A repository's shared ID-Enhancer, if it has one, comes along: `--enhancer auto` takes it.
+
+    Raises:
+      CheckpointNotFound: it lacks something that is read of a checkpoint.
+    """
     missing = [name for name in CONFIGS if name not in files]
     if not any(name.startswith("tokenizer/") for name in files):
         missing.append("tokenizer/")
     if missing:
         hint = ""
-        for alone in [name for name in files if "/" not in name and name.endswith(SINGLE_FILES)][
-            :1
-        ]:
+        alone = [name for name in files if "/" not in name and name.endswith(SINGLE_FILE)]
+        if alone:
             hint = (
-                f". It has {alone}, all in one file: download that, and convert it with diffusers: "
-                "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+                f". It has {alone[0]}, all in one file: download that (hf download {repository} "
+                f"{alone[0]}), and give its path"
             )
         raise CheckpointNotFound(
             f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
             f"layout: it lacks {', '.join(missing)}{hint}"
         )
-    infix = f".{variant}" if variant else ""
-    problems = []
+    patterns, problems = list(BESIDE_WEIGHTS), []
     for part, stem in WEIGHTS:
         present = sorted(f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/"))
-        single, index = f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"
-        if single not in present and index not in present:
-            problems.append(absent(single, f"{repository}/{part}", stem, present))
+        ways = file_names(stem, variant)
+        only = only_variant(stem, present)
+        if variant is None and only:
+            ways += file_names(stem, only)[:1]
+        for single, index in ways:
+            if single in present:
+                patterns.append(f"{part}/{single}")
+                break
+            if index in present:
+                pieces = [f"{part}/{name}" for name in present if is_piece(name, single)]
+                patterns += [f"{part}/{index}", *pieces]
+                break
+        else:
+            problems.append(absent(ways[0][0], f"{repository}/{part}", stem, present))
     if problems:
         raise CheckpointNotFound("\n".join(problems))
+    return patterns
 
 
 def _reachable(endpoint: str) -> bool:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from idea_jax.models.weights import FLOAT_TYPES, TensorFiles, Tensors, WeightsError
+from idea_jax.models.tensor_files import FLOAT_TYPES, TensorFiles, Tensors, WeightsError
 from idea_jax.runtime.files import file_digest
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from idea_jax.models.config_reader import UnsupportedConfig
-from idea_jax.models.weights import TensorFiles, Tensors, WeightsError
+from idea_jax.models.tensor_files import TensorFiles, Tensors, WeightsError
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.config_reader import UnsupportedConfig
 from idea_jax.models.original import CLIP, OPEN_CLIP, UNET, VAE, Original
+from idea_jax.models.tensor_files import WeightsError
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
-from idea_jax.models.weights import WeightsError
 
 HEAD_WIDTH = 64  # of CLIP's text encoders, and of the UNet of SD 2.x
 UNET_HEADS = 8  # of the UNet of SD 1.x

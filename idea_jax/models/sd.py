@@ -25,9 +25,9 @@ from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from idea_jax.models.config_reader import UnsupportedConfig, say_once
 from idea_jax.models.lora import Lora, Merging
 from idea_jax.models.original import Original
+from idea_jax.models.tensor_files import TensorFiles, Tensors, WeightsError, find_weights
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
-from idea_jax.models.weights import WeightsError
 from idea_jax.pytrees import flatten, unflatten
 from idea_jax.runtime.files import atomic_write, write_json
 
@@ -260,11 +260,11 @@ def load(
             own = vae if vae is not None and part.folder == "vae" else folder / part.folder
             if original is not None and own != vae:
                 where = f"{folder} ({part.folder}, by the names of diffusers)"
-                tensors: weights.Tensors = original.part(part.folder)
+                tensors: Tensors = original.part(part.folder)
             else:
-                paths = weights.find_weights(own, part.stem, None if own == vae else variant)
+                paths = find_weights(own, part.stem, None if own == vae else variant)
                 where = str(paths[0]) if len(paths) == 1 else f"{own} ({len(paths)} files)"
-                tensors = weights.TensorFiles(paths)
+                tensors = TensorFiles(paths)
             wanted = {tree: targets[tree] for tree in part.trees}
             tensors = merging.merged(part.folder, tensors)
             trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)
