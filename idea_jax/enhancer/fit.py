@@ -98,17 +98,15 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     weights = samples.read_weights(cfg.data)
     folders = [samples.open_folder(path) for path, _ in weights]
     check_together(folders)
-    found = hub.resolve(
-        cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name
-    )
+    found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
     check_model(folders, model, found.name)
-    length = model.text.max_position_embeddings
-    tokenizer = load_tokenizer(
-        found.tokenizer, model.text.vocab_size, length, found.padding
-    ).with_placeholder(PLACEHOLDER, folders[0].index.num_tokens)
+    sizes = model.text.vocab_size, model.text.max_position_embeddings
+    tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding).with_placeholder(
+        PLACEHOLDER, folders[0].index.num_tokens
+    )
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else known_names(found.folder)
     finder = open_finder(cfg, found.folder, folders)
     with jax.default_device(devices.host() if cfg.shard_frozen else None):

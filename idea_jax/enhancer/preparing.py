@@ -30,17 +30,15 @@ def run(cfg: PrepareConfig) -> list[Path]:
     people.places(cfg.identities)
     face_models.check_select(cfg.face_select)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
-    found = hub.resolve(
-        cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name
-    )
+    found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    length = model.text.max_position_embeddings
-    tokenizer = load_tokenizer(
-        found.tokenizer, model.text.vocab_size, length, found.padding
-    ).with_placeholder(fit.PLACEHOLDER, cfg.n_pseudo_tokens)
+    sizes = model.text.vocab_size, model.text.max_position_embeddings
+    tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding).with_placeholder(
+        fit.PLACEHOLDER, cfg.n_pseudo_tokens
+    )
     path = portraits.find_face_model(
         cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
     )

@@ -33,9 +33,9 @@ EXPECTED = (
 # The packs that insightface names, and its files as they are called in them and on their own. Its
 # models have the same terms wherever a copy of them lies.
 NAMED = (
-    *("buffalo_l", "buffalo_m", "buffalo_s", "buffalo_sc", "antelope", "antelopev2"),
-    *("raccoon_l", "raccoon_s", "cheetah_l", "cheetah_s"),
-)
+    "buffalo_l buffalo_m buffalo_s buffalo_sc antelope antelopev2 raccoon_l raccoon_s cheetah_l "
+    "cheetah_s"
+).split()
 ITS_FILES = re.compile(
     r"(det_\d+(\.\d)?[gm]|scrfd_.+|retinaface_.+|w600k_.+|glintr?\d+k?.*|webface.+|ms1mv\d.*|"
     r"r\d+_(glint|ms1m|webface|casia).*|arcface_r\d+.*)\.onnx",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -119,6 +120,18 @@ def resolve(
     if tokenizer_name is None:
         return found
     return replace(found, tokenizer=resolve_tokenizer(tokenizer_name))
+
+
+def resolve_for(cfg: Any) -> Checkpoint:
+    """`resolve`, as the settings of a run say.
+
+    Args:
+      cfg: any that has `pretrained_model_name_or_path`, `revision`, `variant` and `tokenizer_name`.
+
+    Raises:
+      as `resolve`.
+    """
+    return resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name)
 
 
 def _resolve(name: str, revision: str | None, variant: str | None) -> Checkpoint:
@@ -325,15 +338,14 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         f"there is no folder {name}, and the cache ({constants.HF_HUB_CACHE}) does not hold all of "
         f"{repository}{f', variant {variant}' if variant else ''}"
     )
-    offline = constants.HF_HUB_OFFLINE
-    if offline or not _reachable(constants.ENDPOINT):
-        folder = _cached(repository, revision, variant, exact=False)
-        if folder is not None:  # not what was asked for, but all that can be had
-            _notice_mirror(name, repository)
-            return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
-    if offline:
+    reachable = not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT)
+    spare = None if reachable else _cached(repository, revision, variant, exact=False)
+    if spare is not None:  # not what was asked for, but all that can be had
+        _notice_mirror(name, repository)
+        return Checkpoint(spare, repository, _origin(spare)[1], spare / "tokenizer")
+    if constants.HF_HUB_OFFLINE:
         raise CheckpointNotFound(f"{absent}; HF_HUB_OFFLINE is set: unset it, or {advice}")
-    if not _reachable(constants.ENDPOINT):
+    if not reachable:
         raise CheckpointNotFound(
             f"{absent}; {constants.ENDPOINT} cannot be reached: check the network (HF_ENDPOINT, "
             f"proxies), or {advice}"

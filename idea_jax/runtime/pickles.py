@@ -264,14 +264,7 @@ def _interpret(stream: io.BytesIO, limits: Limits) -> tuple[object, dict[str, _S
         elif name == "GLOBAL":
             stack.append(_global(argument))
         elif name == "BINPERSID":
-            reference = pop(1)[0]
-            if isinstance(reference, tuple) and reference[:2] == ("module", _Parameters):
-                stack.append(_Parameters)  # the format before 1.6 has its source beside it
-                continue
-            storage = _storage(reference, limits.bytes)
-            if storages.setdefault(storage.key, storage) != storage:
-                raise PickleError(f"storage {storage.key} is described in two ways")
-            stack.append(storage)
+            stack.append(_referred(pop(1)[0], storages, limits))
         elif name == "REDUCE":
             function, arguments = pop(2)
             known = callable(function) and function is not _Parameters
@@ -279,10 +272,7 @@ def _interpret(stream: io.BytesIO, limits: Limits) -> tuple[object, dict[str, _S
                 raise PickleError("damaged pickle (a call of something that is no function)")
             stack.append(function(*arguments))
         elif name == "NEWOBJ":
-            kind, arguments = pop(2)
-            if kind is not _Parameters or arguments != ():
-                raise PickleError("damaged pickle (an object of an unknown kind)")
-            stack.append(_Parameters())
+            stack.append(_new(*pop(2)))
         elif name == "BUILD":
             _set_state(stack[-2], *pop(1))
         elif name in _EMPTY:
@@ -324,6 +314,22 @@ def _set_items(target: object, items: list | tuple) -> None:
     if not isinstance(target, dict) or not all(isinstance(key, str) for key in keys):
         raise PickleError("expected a dictionary with text as keys")
     target.update(zip(keys, values, strict=True))
+
+
+def _referred(reference: object, storages: dict[str, _Storage], limits: Limits) -> object:
+    """What a reference means: a storage, or the one kind of module."""
+    if isinstance(reference, tuple) and reference[:2] == ("module", _Parameters):
+        return _Parameters  # the format before 1.6 has its source beside it
+    storage = _storage(reference, limits.bytes)
+    if storages.setdefault(storage.key, storage) != storage:
+        raise PickleError(f"storage {storage.key} is described in two ways")
+    return storage
+
+
+def _new(kind: object, arguments: object) -> object:
+    if kind is not _Parameters or not isinstance(arguments, tuple) or arguments:
+        raise PickleError("damaged pickle (an object of an unknown kind)")
+    return _Parameters()
 
 
 def _set_state(target: object, state: object) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,16 +84,10 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_writable(cfg.save_dir)
     # The model; a person on photos is seen with its shared ID-Enhancer.
     loras = lora.named(cfg.lora)
-    found = hub.resolve(
-        cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name
-    )
+    found = hub.resolve_for(cfg)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
-    changes: dict = {
-        "vae": hub.resolve_vae(cfg.vae) if cfg.vae else None,
-        "clip_skip": cfg.clip_skip,
-        **reading(cfg),
-    }
+    changes = changes_of(cfg)
     model = replace(sd.read_configs(found.folder, compute_dtype, **changes), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
     check_guidance(cfg, model.schedule)
@@ -161,6 +156,12 @@ def run(cfg: SampleConfig) -> list[Path]:
             folders[number] = save_pictures(where, drawing.prompt, drawn, about)
             log.info("%d pictures in %s", len(drawn), folders[number])
     return [folders[number] for number in sorted(folders)]
+
+
+def changes_of(cfg: SampleConfig) -> dict[str, Any]:
+    """What a run reads otherwise than the checkpoint has it, as `sd.read_configs` takes it."""
+    vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
+    return {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
 
 
 def open_enhancer(

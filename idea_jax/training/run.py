@@ -162,9 +162,7 @@ def prepare(
         refuse_checkpoints(out / "checkpoints")
     # The checkpoint, and what it says of the method.
     lora.named(cfg.lora)  # a file that is not there is said before anything is read
-    found = hub.resolve(
-        cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name
-    )
+    found = hub.resolve_for(cfg)
     cfg, enhancer = settle(cfg, found.folder)
     method = method_of(cfg, enhancer)
     placeholder = replace(placeholder, n=cfg.n_pseudo_tokens)
