@@ -104,9 +104,8 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
     check_model(folders, model, found.name)
     sizes = model.text.vocab_size, model.text.max_position_embeddings
-    tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding).with_placeholder(
-        PLACEHOLDER, folders[0].index.num_tokens
-    )
+    tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding)
+    tokenizer = tokenizer.with_placeholder(PLACEHOLDER, folders[0].index.num_tokens)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else known_names(found.folder)
     finder = open_finder(cfg, found.folder, folders)
     with jax.default_device(devices.host() if cfg.shard_frozen else None):

@@ -119,13 +119,8 @@ def run(cfg: SampleConfig) -> list[Path]:
         programs.lower_drawing, model, len(groups[first]), first, sampling, **settings
     )
     with compile_cache.ahead(lower):
-        _, frozen = sd.load(
-            found.folder,
-            variant=cfg.variant,
-            compute_dtype=compute_dtype,
-            loras=loras,
-            **changes,
-        )
+        changes |= {"variant": cfg.variant, "compute_dtype": compute_dtype, "loras": loras}
+        _, frozen = sd.load(found.folder, **changes)
     ours = {}
     if enhancer is not None:
         warn_of_weights(enhancer, frozen, found.name)
