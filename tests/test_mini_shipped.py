@@ -227,6 +227,17 @@ def test_table_of_looks_says_what_was_seen(mini):
     assert len(second_look.markdown(list(rows.values())).splitlines()) == 2 + len(rows)
 
 
+def test_pictures_on_their_side_and_upside_down_are_turned_where_the_detector_is_surer(mini):
+    upright = second_look.look(mini.finder(), "validation", 2)
+    for turn in (90, 180):
+        seen = second_look.look(mini.finder(), "validation", 2, turn=turn)
+        # The true points were turned with the picture.
+        best = {(s.person, s.degrees, s.side): s.best for s in upright}
+        assert all(abs(s.best - best[s.person, s.degrees, s.side]) < 0.05 for s in seen)
+        gains = [s.second - s.first for s in seen]
+        assert np.mean(gains) > 0.05
+
+
 def test_demo_replaces_what_it_made_and_nothing_else(tmp_path, capsys):
     mine = tmp_path / "photo" / "mine.png"
     mine.parent.mkdir()

@@ -1,6 +1,7 @@
 """Loading, refusing and saving weight files."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import CLIPTextModel
 
 from idea_jax.models import sd, weights
-from idea_jax.models.weights import WeightsError
+from idea_jax.models.tensor_files import WeightsError
 from idea_jax.pytrees import flatten
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -279,10 +280,95 @@ def test_absent_weights_say_what_is_there(folder):
     with pytest.raises(WeightsError, match=r"no model\.fp16\.safetensors in .*model\.safetensors"):
         sd.load(folder, variant="fp16")
     (folder / UNET).unlink()
-    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(WeightsError, match=r"pickles .* are not read: convert") as error:
+    (folder / "unet/model.ckpt").write_bytes(b"\x80\x02")
+    with pytest.raises(WeightsError, match=r"pickles .* are not read\. Convert") as error:
         sd.load(folder)
-    assert "config.json, diffusion_pytorch_model.bin" in str(error.value)
+    assert "config.json, model.ckpt" in str(error.value)
+
+
+def as_pickles(folder, built, pieces=1):
+    """Replaces the weights of a folder by what older versions of diffusers wrote."""
+    for part, stem, network in zip(
+        ("unet", "vae", "text_encoder"),
+        ("diffusion_pytorch_model",) * 2 + ("pytorch_model",),
+        built,
+        strict=True,
+    ):
+        for path in (folder / part).glob("*.safetensors"):
+            path.unlink()
+        state = network.state_dict()  # an OrderedDict with an attribute, `_metadata`
+        if part == "text_encoder":
+            state["embeddings.position_ids"] = torch.arange(77)[None]
+        if pieces == 1:
+            torch.save(state, folder / part / f"{stem}.bin")
+            continue
+        names = {key: f"{stem}-0000{1 + i % 2}-of-00002.bin" for i, key in enumerate(state)}
+        for name in set(names.values()):
+            own = {key: value for key, value in state.items() if names[key] == name}
+            torch.save(own, folder / part / name)
+        index = {"metadata": {}, "weight_map": names}
+        (folder / part / f"{stem}.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_pickles_of_torch_are_read_bit_for_bit_without_being_run(checkpoint, tmp_path, pieces):
+    source, built, model, frozen = checkpoint
+    folder = shutil.copytree(source, tmp_path / "old")
+    as_pickles(folder, built, pieces)
+    again, read = sd.load(folder)
+    assert again == model
+    assert_equal_trees(read, frozen)
+
+
+def test_a_pickle_in_half_precision_and_strided_has_its_values(checkpoint, tmp_path):
+    source, built, _, _ = checkpoint
+    folder = shutil.copytree(source, tmp_path / "old")
+    as_pickles(folder, built)
+    for dtype in (torch.float16, torch.bfloat16):
+        state = {key: value.to(dtype) for key, value in built.unet.state_dict().items()}
+        turned = state["conv_in.weight"].transpose(0, 1).contiguous().transpose(0, 1)
+        assert not turned.is_contiguous()
+        state["conv_in.weight"] = turned
+        torch.save(state, folder / "unet/diffusion_pytorch_model.bin")
+        _, frozen = sd.load(folder)
+        expected = turned.float().numpy().transpose(2, 3, 1, 0)
+        np.testing.assert_array_equal(frozen.unet["conv_in"]["kernel"], expected)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.system, ("touch hostile",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv_in.weight": Hostile()}, "asks for posix.system"),
+        ({"state_dict": {"conv_in.weight": torch.zeros(2)}}, "is no tensor, expected a flat dict"),
+        ({"conv_in.weight": torch.zeros(1, 1, 1, 1, 1)}, "expected four sizes at most"),
+        (torch.zeros(3), "expected one dictionary"),
+        (b"PK\x03\x04cut", "it is cut, or no file of torch.save"),
+        (None, "it is cut, or no file of torch.save"),
+        ({}, "missing keys"),
+        ({"conv_in.weight": torch.zeros(3, 3)}, "keys of another shape"),
+        ({"conv_in.weight": torch.zeros(3, dtype=torch.int64)}, "conv_in.weight"),
+    ],
+)
+def test_a_pickle_that_is_no_network_is_refused_and_nothing_runs(
+    folder, monkeypatch, tmp_path, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    as_pickles(folder, reference.models("sd1"))
+    path = folder / "unet/diffusion_pytorch_model.bin"
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(WeightsError, match=message) as error:
+        sd.load(folder)
+    assert "unet" in str(error.value) and not (tmp_path / "hostile").exists()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"version 1.0"])

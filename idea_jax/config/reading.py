@@ -110,7 +110,6 @@ FOREIGN_FLAGS: dict[type, dict[str, str]] = {
         "num_train_epochs": "--max_train_steps counts steps",
         "repeats": "each step draws photos at random; --max_train_steps counts steps",
         "save_as_full_pipeline": "the checkpoint stays as it is; results load beside it",
-        "tokenizer_name": "the checkpoint's own tokenizer is read",
         "validation_epochs": "--validation_steps counts steps",
     },
     SampleConfig: {

@@ -86,6 +86,24 @@ ENHANCER = (
     "if it is there) or none"
 )
 
+# Of every program that reads a checkpoint
+CHECKPOINT = (
+    "Stable Diffusion checkpoint: a folder in diffusers layout, a .safetensors file in the "
+    "original layout, a Hub id, or mini (shipped)"
+)
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+READING = {
+    "tokenizer_name": "another tokenizer than the checkpoint's, or, for one in a file, than CLIP's "
+    "(shipped): a folder, or a Hub id",
+    "prediction_type": "what the UNet predicts (default: what the checkpoint says)",
+    "original_config": "original config (YAML) of a checkpoint in one file (default: as its shapes "
+    "say)",
+}
+
+LORA = "LoRA files, as FILE or FILE:SCALE, merged into the weights (may be repeated)"
+
 FACE = {
     "face_model_dir": "folder of an insightface pack: a detector and a recogniser",
     "face_model": "ArcFace model, ONNX, 112x112 input; a detector is looked for beside it",
@@ -196,11 +214,7 @@ FACE_PROFILES = ("paper", "official")  # those with a face embedding
 class TrainConfig:
     """Everything that decides what `train_jax.py` does."""
 
-    pretrained_model_name_or_path: str = setting(
-        ...,
-        "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
-        free=True,
-    )
+    pretrained_model_name_or_path: str = setting(..., CHECKPOINT, free=True)
     train_data_dir: str | None = setting(
         None,
         "folder with one or more photos of one person, or with one such folder per person",
@@ -228,6 +242,12 @@ class TrainConfig:
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16", free=True)
+    tokenizer_name: str | None = setting(None, READING["tokenizer_name"], free=True)
+    prediction_type: str | None = setting(
+        None, READING["prediction_type"], choices=PREDICTION_TYPES
+    )
+    original_config: str | None = setting(None, READING["original_config"], free=True)
+    lora: list[str] | None = setting(None, LORA, free=True)
     # The person
     placeholder_token: str = setting("<person>", "the word that stands for the person")
     n_pseudo_tokens: int = setting(
@@ -648,10 +668,7 @@ class TrainConfig:
 class SampleConfig:
     """Everything that decides what `sample_jax.py` does."""
 
-    pretrained_model_name_or_path: str = setting(
-        ...,
-        "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini (shipped)",
-    )
+    pretrained_model_name_or_path: str = setting(..., CHECKPOINT)
     identity: list[str] | None = setting(
         None,
         "identity.safetensors that training wrote; of several people one each, as FILE or as "
@@ -680,6 +697,12 @@ class SampleConfig:
     save_dir: str = setting("samples", "folder that receives one folder per prompt")
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    tokenizer_name: str | None = setting(None, READING["tokenizer_name"])
+    prediction_type: str | None = setting(
+        None, READING["prediction_type"], choices=PREDICTION_TYPES
+    )
+    original_config: str | None = setting(None, READING["original_config"])
+    lora: list[str] | None = setting(None, LORA)
     preset: str | None = setting(
         None, f"a better sampler with fewer steps, some unguided{PRESET}", choices=("fast",)
     )
@@ -789,6 +812,11 @@ def check_without_enhancer(cfg: TrainConfig) -> None:
             "--max_train_steps 0 writes what a shared ID-Enhancer predicts of a person, and there "
             f"is none: {why}, or take at least one step"
         )
+
+
+def reading(cfg: Any) -> dict[str, Any]:
+    """What a run says of how its checkpoint is to be read, as `sd.read_configs` takes it."""
+    return {"prediction_type": cfg.prediction_type, "original_config": cfg.original_config}
 
 
 def given(cfg: Any, spec: dataclasses.Field) -> bool:

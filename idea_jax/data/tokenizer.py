@@ -224,13 +224,16 @@ def _is_taken(placeholder: Placeholder, name: str) -> TextError:
     )
 
 
-def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, vocab_size: int, length: int, padding: str | None = None
+) -> Tokenizer:
     """Reads the `tokenizer/` folder of a checkpoint and checks that it fits the text encoder.
 
     Args:
       folder: with vocab.json and merges.txt, or with tokenizer.json alone (as transformers 5
         saves it), and the config files that name the special tokens.
       vocab_size, length: rows of the text encoder's token and position tables.
+      padding: the token that fills prompts up, instead of what the folder says.
 
     Raises: TextError, if anything is missing, unreadable or does not fit.
     """
@@ -249,6 +252,8 @@ def load_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenizer:
             f"text encoder knows {vocab_size}: these two parts do not belong together"
         )
     bos, eos, pad = about["bos"], about["eos"], about["pad"]
+    if padding is not None:
+        pad = tokenizer.token_to_id(padding)
     if bos is None or eos is None or pad is None or bos == eos:
         raise TextError(
             f"the tokenizer in {folder} needs a begin, an end and a padding token, the first two "

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from idea_jax import jobs
 from idea_jax.config.reading import to_yaml
-from idea_jax.config.settings import COMPUTE_DTYPES
+from idea_jax.config.settings import COMPUTE_DTYPES, reading
 from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, likeness, samples
@@ -98,18 +98,18 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     weights = samples.read_weights(cfg.data)
     folders = [samples.open_folder(path) for path, _ in weights]
     check_together(folders)
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype), attention=attention)
+    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
     check_model(folders, model, found.name)
-    tokenizer = load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    ).with_placeholder(PLACEHOLDER, folders[0].index.num_tokens)
+    sizes = model.text.vocab_size, model.text.max_position_embeddings
+    tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding)
+    tokenizer = tokenizer.with_placeholder(PLACEHOLDER, folders[0].index.num_tokens)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else known_names(found.folder)
     finder = open_finder(cfg, found.folder, folders)
     with jax.default_device(devices.host() if cfg.shard_frozen else None):
-        _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+        _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype, **reading(cfg))
     digests = weights_digests(frozen)
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)

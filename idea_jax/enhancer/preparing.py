@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from idea_jax.config.settings import COMPUTE_DTYPES
+from idea_jax.config.settings import COMPUTE_DTYPES, reading
 from idea_jax.data import people, text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import fit, shards, sources
@@ -30,14 +30,15 @@ def run(cfg: PrepareConfig) -> list[Path]:
     people.places(cfg.identities)
     face_models.check_select(cfg.face_select)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype), attention=attention)
+    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer = load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    ).with_placeholder(fit.PLACEHOLDER, cfg.n_pseudo_tokens)
+    sizes = model.text.vocab_size, model.text.max_position_embeddings
+    tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding).with_placeholder(
+        fit.PLACEHOLDER, cfg.n_pseudo_tokens
+    )
     path = portraits.find_face_model(
         cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
     )
@@ -49,7 +50,7 @@ def run(cfg: PrepareConfig) -> list[Path]:
         needs_detector=cfg.crop == "face" or cfg.face_select != "largest",
     )
     source = None if cfg.people == CELEBRITIES else read_source(cfg)
-    _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype)
+    _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype, **reading(cfg))
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     if source is None:
         casting = Casting(

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from idea_jax.config.settings import (
     ATTENTION,
     ATTENTIONS,
+    CHECKPOINT,
     COMPILE_CACHE,
     COMPUTE_DTYPES,
+    PREDICTION_TYPES,
+    READING,
     ConfigError,
     check_compile_cache,
     check_finding,
@@ -17,7 +20,6 @@ from idea_jax.config.settings import (
     setting,
 )
 
-CHECKPOINT = "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini"
 CELEBRITIES = "celebrities"
 DATASETS = ("celeb_a",)
 KINDS = ("mlp", "attention", "names", "linear")
@@ -34,6 +36,11 @@ class PrepareConfig:
     pretrained_model_name_or_path: str = setting(..., CHECKPOINT)
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    tokenizer_name: str | None = setting(None, READING["tokenizer_name"])
+    prediction_type: str | None = setting(
+        None, READING["prediction_type"], choices=PREDICTION_TYPES
+    )
+    original_config: str | None = setting(None, READING["original_config"])
     # The people
     people: str | None = setting(
         None,
@@ -147,6 +154,11 @@ class EnhancerTrainConfig:
     output_dir: str = setting("enhancer-output", "folder that receives all results", free=True)
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16", free=True)
+    tokenizer_name: str | None = setting(None, READING["tokenizer_name"], free=True)
+    prediction_type: str | None = setting(
+        None, READING["prediction_type"], choices=PREDICTION_TYPES
+    )
+    original_config: str | None = setting(None, READING["original_config"], free=True)
     # The enhancer
     kind: str = setting("mlp", "what leads from a face to a person's start", choices=KINDS)
     width: int = setting(512, "of its hidden layers")

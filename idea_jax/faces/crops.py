@@ -36,6 +36,29 @@ def alignment(points: np.ndarray) -> np.ndarray:
     return matrix
 
 
+def roll(points: np.ndarray) -> float:
+    """Returns by how many degrees a face is turned clockwise, as its points have it: -180 to 180.
+
+    Raises:
+      FaceError: as `alignment`.
+    """
+    matrix = alignment(points)
+    return float(np.degrees(np.arctan2(matrix[0, 1], matrix[0, 0])))
+
+
+def turned_back(points: np.ndarray, degrees: int, size: tuple[int, int]) -> np.ndarray:
+    """Returns points float32[N, 2] of a turned picture in pixels of the picture as it was.
+
+    Args:
+      degrees: by how much it was turned counter-clockwise: 90, 180 or 270.
+      size: its width and height before.
+    """
+    x, y = np.asarray(points, np.float32).T
+    right, bottom = np.float32(size[0] - 1), np.float32(size[1] - 1)
+    places = {90: (right - y, x), 180: (right - x, bottom - y), 270: (y, bottom - x)}
+    return np.stack(places[degrees], axis=-1)
+
+
 def align(image: Image.Image, points: np.ndarray) -> np.ndarray:
     """Returns the aligned crop uint8[112, 112, 3] of an RGB picture, black beyond its edge.
 

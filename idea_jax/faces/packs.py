@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +28,18 @@ PACKS = ("buffalo_l", "antelopev2")
 EXPECTED = (
     "expected a folder of insightface: a detector such as det_10g.onnx and a recogniser such as "
     "w600k_r50.onnx (pack buffalo_l)"
+)
+
+# The packs that insightface names, and its files as they are called in them and on their own. Its
+# models have the same terms wherever a copy of them lies.
+NAMED = (
+    "buffalo_l buffalo_m buffalo_s buffalo_sc antelope antelopev2 raccoon_l raccoon_s cheetah_l "
+    "cheetah_s"
+).split()
+ITS_FILES = re.compile(
+    r"(det_\d+(\.\d)?[gm]|scrfd_.+|retinaface_.+|w600k_.+|glintr?\d+k?.*|webface.+|ms1mv\d.*|"
+    r"r\d+_(glint|ms1m|webface|casia).*|arcface_r\d+.*)\.onnx",
+    re.IGNORECASE,
 )
 
 LICENCE = "insightface's face models are for non-commercial research only"
@@ -215,8 +228,14 @@ def licence(files: Sequence[Path]) -> str | None:
     Raises:
       FaceError: the manifest of their pack is damaged.
     """
-    if any(file.name in KNOWN_SHA256 or file.parent.parent == packs_folder() for file in files):
-        return LICENCE
+    for file in files:
+        if (
+            file.name in KNOWN_SHA256
+            or ITS_FILES.fullmatch(file.name)
+            or file.parent.name in NAMED
+            or file.parent.parent == packs_folder()
+        ):
+            return LICENCE
     for package in (manifest(folder) for folder in {file.parent for file in files}):
         if package is not None:  # as insightface has it: without that file, these terms hold
             return f"{LICENCE}, unless {package.license_path} says otherwise"

@@ -55,7 +55,8 @@ class About:
     detector: str | None  # SHA-256 of the detector, if there was one
     face_select: str
     pre_aligned: bool
-    looks: int  # 2 if each face was looked at again after it was cut out (`finding.look_again`)
+    looks: int  # 3 if each face was looked at again after it was cut out (`finding.look_again`),
+    # upright and upside down; 2 if upright alone, in older files
 
 
 @dataclass(frozen=True)

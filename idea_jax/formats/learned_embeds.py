@@ -4,6 +4,7 @@ Pickles are never given to Python's `pickle`. A small interpreter knows the inst
 `torch.save` writes for a dictionary of tensors, and can do nothing else.
 """
 
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -12,19 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from idea_jax.formats.pickles import (
-    MAX_BYTES,
-    MAX_KEYS,
-    MAX_NAME,
-    EmbedsError,
-    check_shape,
-    floats,
-    parse_legacy,
-    parse_zip,
-)
 from idea_jax.runtime.files import write_tensors
+from idea_jax.runtime.pickles import Limits, PickleError, floats, parse_legacy, parse_zip
 
 FILE_NAME = "learned_embeds.safetensors"
+
+# Far above any file of this kind (100 tokens of a 1024-wide encoder are 0.4 MB), far below harm.
+MAX_BYTES = 16_000_000
+MAX_KEYS = 100
+MAX_VECTORS = 75  # CLIP reads 77 positions, two of which are the start and the end
+MAX_NAME = 200  # characters of a key
+MAX_WIDTH = 8192
+MAX_INSTRUCTIONS = 20_000
+
+
+class EmbedsError(PickleError):
+    """A file of pseudo tokens that cannot be used; the message names it and says why."""
+
 
 # The key that AUTOMATIC1111's web UI and ComfyUI write; both name the token after the file.
 _WEBUI_KEY = "emb_params"
@@ -92,7 +97,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     - `{token_v0: [D], token_v1: [D], ...}` (ID-EA and Cross Initialization; the angle brackets of
       a token are kept, or missing, as they are in the file),
     - `{"emb_params": [N, D]}`, `{"clip_l": [N, D]}` or `{"string_to_param": {"*": [N, D]}}` (web
-      UI, ComfyUI); without a name inside, the file's name is the token.
+      UI, ComfyUI, and the first textual inversion, which kept a torch module there); without a
+      name inside, the file's name is the token.
 
     Raises:
       EmbedsError: the file is missing, too large, damaged, of another kind, or asks for anything
@@ -113,7 +119,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         )
     try:
         return _tokens(_parse(content), path)
-    except EmbedsError as error:
+    except PickleError as error:
         raise EmbedsError(f"{path}: {error}") from error
     except (ValueError, TypeError, IndexError, KeyError, struct.error, OverflowError) as error:
         raise EmbedsError(f"{path} is damaged ({type(error).__name__}: {error})") from error
@@ -121,12 +127,12 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 def _parse(content: bytes) -> Any:
     if content.startswith(b"PK\x03\x04"):
-        return parse_zip(content)
+        return parse_zip(content, LIMITS)
     # Before the pickles: the length in front of a safetensors header may begin with their byte.
     if content[8:9] == b"{":
         return _parse_safetensors(content)
     if content.startswith(b"\x80"):
-        return parse_legacy(content)
+        return parse_legacy(content, LIMITS)
     raise EmbedsError("neither a safetensors file nor one written by torch.save")
 
 
@@ -148,6 +154,18 @@ def _check(vectors: np.ndarray, what: str) -> None:
     check_shape(vectors.shape, what)
     if not np.isfinite(vectors).all():
         raise EmbedsError(f"{what} holds values that are not finite")
+
+
+def check_shape(shape: tuple[int, ...] | list[int], name: str) -> None:
+    fits = 1 <= len(shape) <= 2 and 1 <= shape[-1] <= MAX_WIDTH
+    if not fits or not 1 <= math.prod(shape[:-1]) <= MAX_VECTORS:
+        raise EmbedsError(
+            f"expected {name} of shape [D] or [N, D] with N <= {MAX_VECTORS} and D <= {MAX_WIDTH}, "
+            f"got {list(shape)}"
+        )
+
+
+LIMITS = Limits(MAX_BYTES, MAX_KEYS, MAX_INSTRUCTIONS, check_shape)
 
 
 def _tokens(tree: Any, path: Path) -> dict[str, np.ndarray]:

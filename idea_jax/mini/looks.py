@@ -1,6 +1,7 @@
 """`python -m idea_jax.mini.looks`: what the second look at small and turned faces is worth.
 
 python -m idea_jax.mini.looks [--checkpoint mini|FOLDER] [--people N] [--split validation|test]
+    [--turn 0|90|180|270]
 """
 
 import argparse
@@ -23,6 +24,13 @@ def main(argv: list[str] | None = None) -> int:
         "--people", type=int, default=24, help="one picture of each at every angle and size"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument(
+        "--turn",
+        type=int,
+        choices=(0, 90, 180, 270),
+        default=0,
+        help="degrees by which whole pictures are turned, as photos without EXIF are",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.people < 1:
@@ -45,7 +53,7 @@ def measure(args: argparse.Namespace) -> None:
     devices.check_backend()
     folder = hub.resolve(args.checkpoint).folder
     finder = finding.open_finder(Path(folder) / "face" / "recogniser.onnx")
-    seen = second_look.look(finder, args.split, args.people, args.seed)
+    seen = second_look.look(finder, args.split, args.people, args.seed, args.turn)
     say(second_look.markdown(second_look.table(seen)))
 
 

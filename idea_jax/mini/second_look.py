@@ -16,7 +16,7 @@ from PIL import Image
 
 from idea_jax.faces import embedding, finding
 from idea_jax.faces import models as face_models
-from idea_jax.faces.crops import align
+from idea_jax.faces.crops import align, turned_back
 from idea_jax.mini import composites, drawings, people
 from idea_jax.pytrees import stream
 
@@ -47,10 +47,15 @@ class LookRow(NamedTuple):
     uncertain: float
 
 
-def look(finder: finding.Finder, split: str, count: int, seed: int = 0) -> list[Seen]:
+def look(
+    finder: finding.Finder, split: str, count: int, seed: int = 0, turn: int = 0
+) -> list[Seen]:
     """Looks at the first `count` people of a split, once for each size and angle.
 
     Faces that are not found at all are left out.
+
+    Args:
+      turn: by how many degrees whole pictures are turned counter-clockwise: 0, 90, 180 or 270.
     """
     key = stream(jax.random.key(seed), f"looks {split}")
     set_ = drawings.portraits(people.unnamed(split, count), EACH, key)
@@ -75,6 +80,9 @@ def look(finder: finding.Finder, split: str, count: int, seed: int = 0) -> list[
                     degrees=degrees * rng.choice([-1, 1]),
                 )
                 picture, name = Image.fromarray(image), f"a picture of person {person}"
+                if turn:
+                    picture = picture.transpose(getattr(Image.Transpose, f"ROTATE_{turn}"))
+                    true = turned_back(true, 360 - turn, picture.size)
                 try:
                     found = finding.find_faces(finder.detector, picture, name)
                 except face_models.FaceError:

@@ -8,13 +8,22 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from idea_jax.errors import InputError
-from idea_jax.models.weights import WeightsError, absent, find_weights
+from idea_jax.models.original import PADDING, Original
+from idea_jax.models.tensor_files import (
+    WeightsError,
+    absent,
+    file_names,
+    find_weights,
+    is_piece,
+    only_variant,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +38,11 @@ MIRRORS = {
 
 # The miniature that comes with the package (idea_jax/mini), and the name that means it.
 MINI = "mini"
-MINI_FOLDER = Path(__file__).resolve().parent.parent / "mini" / "checkpoint"
+PACKAGE = Path(__file__).resolve().parent.parent
+MINI_FOLDER = PACKAGE / "mini" / "checkpoint"
+
+# CLIP's tokenizer, for checkpoints in one file: these hold none.
+CLIP_TOKENIZER = PACKAGE / "data" / "clip_tokenizer"
 
 # The parts of a checkpoint that are read, and what its weight files are called.
 CONFIGS = (
@@ -45,13 +58,15 @@ WEIGHTS = (
 )
 ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
+BESIDE_WEIGHTS = ("model_index.json", "tokenizer/*", *CONFIGS, ENHANCER)
+
 # huggingface_hub itself retries for about 23 s before it says that there is no network. No network
 # is mostly told at once; a slow name server or proxy has as long as huggingface_hub gives it.
 PROBE_SECONDS = 10.0
 
 
 PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
-SINGLE_FILES = (".safetensors", ".ckpt")  # of a whole checkpoint
+SINGLE_FILE = ".safetensors"  # of a whole checkpoint
 
 
 class CheckpointNotFound(InputError, FileNotFoundError):
@@ -60,16 +75,32 @@ class CheckpointNotFound(InputError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """Where a checkpoint lies.
+
+    Attributes:
+      folder: in diffusers layout; or the file, if the checkpoint is one. No file of a checkpoint in
+        diffusers layout is found below a file.
+      name: Hub id (a mirror's, where one stood in), or the own name of the folder or file: never a
+        path, since it is written into files that people share.
+      revision: commit hash of the snapshot, if known.
+      tokenizer: folder of the tokenizer.
+      padding: the token that fills prompts up, if the tokenizer does not say it.
+    """
+
     folder: Path
-    name: str  # Hub id (a mirror's, where one stood in), or the folder's own name: never a path,
-    # since it is written into files that people share
-    revision: str | None  # commit hash of the snapshot, if known
+    name: str
+    revision: str | None
+    tokenizer: Path
+    padding: str | None = None
 
 
 def resolve(
-    name_or_path: str | os.PathLike, revision: str | None = None, variant: str | None = None
+    name_or_path: str | os.PathLike,
+    revision: str | None = None,
+    variant: str | None = None,
+    tokenizer_name: str | None = None,
 ) -> Checkpoint:
-    """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout.
+    """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout, or its file.
 
     `mini` means the one that comes with the package (`./mini` is a folder of that name). Otherwise
     an existing local folder comes first, then a complete snapshot in the Hugging Face cache, then
@@ -79,11 +110,31 @@ def resolve(
       name_or_path: "mini", local folder or Hub id (`owner/name`).
       revision: branch, tag or commit of the Hub repository; None is its main branch.
       variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
+      tokenizer_name: another tokenizer than the checkpoint's, as of `resolve_tokenizer`.
 
     Raises: CheckpointNotFound, if there is no such folder or repository, if it is no checkpoint,
-        or if it would have to be downloaded and the Hub cannot be reached.
+        or if it would have to be downloaded and the Hub cannot be reached. WeightsError or
+        UnsupportedConfig, if it is a file of another kind.
     """
-    name = str(name_or_path)
+    found = _resolve(str(name_or_path), revision, variant)
+    if tokenizer_name is None:
+        return found
+    return replace(found, tokenizer=resolve_tokenizer(tokenizer_name))
+
+
+def resolve_for(cfg: Any) -> Checkpoint:
+    """`resolve`, as the settings of a run say.
+
+    Args:
+      cfg: any that has `pretrained_model_name_or_path`, `revision`, `variant` and `tokenizer_name`.
+
+    Raises:
+      as `resolve`.
+    """
+    return resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name)
+
+
+def _resolve(name: str, revision: str | None, variant: str | None) -> Checkpoint:
     if not name.strip():
         raise CheckpointNotFound("no checkpoint was named; give a local folder or a Hub id")
     folder = local_folder(name)
@@ -95,11 +146,14 @@ def resolve(
                 f"{name} is no Stable Diffusion checkpoint in diffusers layout: it lacks "
                 f"{', '.join(missing)}"
             )
-        return Checkpoint(folder, *((MINI, None) if name == MINI else _origin(folder)))
-    if folder.exists():
-        raise CheckpointNotFound(
-            f"{name} is a file; expected a folder in diffusers layout. To convert it with "
-            "diffusers: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        own = (MINI, None) if name == MINI else _origin(folder)
+        return Checkpoint(folder, *own, folder / "tokenizer")
+    if folder.is_file():
+        for flag, value in (("revision", revision), ("variant", variant)):
+            if value is not None:
+                log.warning("%s is one file: %s %s is not used", name, flag, value)
+        return Checkpoint(
+            folder, folder.stem, None, CLIP_TOKENIZER, PADDING[Original(folder).family]
         )
     return _from_hub(name, revision, variant)
 
@@ -123,16 +177,71 @@ def resolve_vae(name_or_path: str) -> Path:
     )
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """Returns the folder of a tokenizer: one of its own, or that in a whole checkpoint.
+
+    Args:
+      name: a local folder or a Hub id, such as openai/clip-vit-large-patch14.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
+    folder = local_folder(name)
+    if not folder.is_dir():
+        names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        patterns = [f"{place}{file}" for place in ("", "tokenizer/") for file in names]
+        folder = _part_from_hub(name, patterns, _has_words)
+    for place in (folder / "tokenizer", folder):
+        if _has_words(place):
+            return place
+    raise CheckpointNotFound(
+        f"--tokenizer_name {name} holds no tokenizer: expected vocab.json and merges.txt in it, or "
+        "in a folder tokenizer/ of it, as in openai/clip-vit-large-patch14 on the Hub"
+    )
+
+
+def _has_words(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+
+
 def _vae_from_hub(name: str) -> Path:
+    stem = dict(WEIGHTS)["vae"]
+    names = [name for name, _ in file_names(stem)]
+    patterns = [f"{place}{file}" for place in ("", "vae/") for file in ("config.json", *names)]
+
+    def wanted(files):
+        place = "vae/" if "vae/config.json" in files else ""
+        if f"{place}config.json" not in files:
+            raise CheckpointNotFound(
+                f"the Hub repository {name} is no autoencoder in diffusers layout: it lacks "
+                "config.json"
+            )
+        for file in names:
+            if f"{place}{file}" in files:
+                return [f"{place}config.json", f"{place}{file}"]
+        present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
+        raise CheckpointNotFound(absent(names[0], f"{name}/{place}".rstrip("/"), stem, present))
+
+    return _part_from_hub(name, patterns, _is_whole_vae, wanted)
+
+
+def _part_from_hub(
+    name: str,
+    patterns: list[str],
+    is_whole: Callable[[Path], bool],
+    wanted: Callable[[list[str]], list[str]] | None = None,
+) -> Path:
+    """Returns a snapshot of a repository with one part of a checkpoint, from cache or Hub.
+
+    Args:
+      is_whole: whether a folder has all of the part.
+      wanted: what of a repository's files is to be downloaded, instead of `patterns`; raises if
+        what is needed is not there.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    stem = dict(WEIGHTS)["vae"]
-    patterns = [
-        f"{place}{file}"
-        for place in ("", "vae/")
-        for file in ("config.json", f"{stem}.safetensors")
-    ]
     _check_cache(name)
     with suppress(LocalEntryNotFoundError):
         try:
@@ -141,7 +250,7 @@ def _vae_from_hub(name: str) -> Path:
             raise CheckpointNotFound(
                 f"there is no folder {name}, and a Hub id has the form owner/name"
             ) from error
-        if any(_is_whole_vae(place) for place in (found, found / "vae")):
+        if is_whole(found) or any(is_whole(found / inner) for inner in ("vae", "tokenizer")):
             return found
     if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
         raise CheckpointNotFound(
@@ -149,21 +258,7 @@ def _vae_from_hub(name: str) -> Path:
             f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
             "local folder"
         )
-
-    def check(files):
-        place = "vae/" if "vae/config.json" in files else ""
-        if f"{place}config.json" not in files:
-            raise CheckpointNotFound(
-                f"the Hub repository {name} is no autoencoder in diffusers layout: it lacks "
-                "config.json"
-            )
-        if f"{place}{stem}.safetensors" not in files:
-            present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
-            raise CheckpointNotFound(
-                absent(f"{stem}.safetensors", f"{name}/{place}".rstrip("/"), stem, present)
-            )
-
-    return _fetch(name, None, patterns, check)
+    return _fetch(name, None, wanted or (lambda files: patterns))
 
 
 def _is_whole_vae(folder: Path) -> bool:
@@ -190,10 +285,10 @@ def _missing_configs(folder: Path) -> list[str]:
     return missing if (folder / "tokenizer").is_dir() else [*missing, "tokenizer/"]
 
 
-def _is_complete(folder: Path, variant: str | None) -> bool:
+def _is_complete(folder: Path, variant: str | None, exact: bool) -> bool:
     try:
         for part, stem in WEIGHTS:
-            find_weights(folder / part, stem, variant)
+            find_weights(folder / part, stem, variant, exact=exact)
     except WeightsError:
         return False
     return not _missing_configs(folder)
@@ -232,7 +327,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         folder = _cached(repository, revision, variant)
         if folder is not None:
             _notice_mirror(name, repository)
-            return Checkpoint(folder, repository, _origin(folder)[1])
+            return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
 
     repository = mirror or name
     advice = (
@@ -243,9 +338,14 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         f"there is no folder {name}, and the cache ({constants.HF_HUB_CACHE}) does not hold all of "
         f"{repository}{f', variant {variant}' if variant else ''}"
     )
+    reachable = not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT)
+    spare = None if reachable else _cached(repository, revision, variant, exact=False)
+    if spare is not None:  # not what was asked for, but all that can be had
+        _notice_mirror(name, repository)
+        return Checkpoint(spare, repository, _origin(spare)[1], spare / "tokenizer")
     if constants.HF_HUB_OFFLINE:
         raise CheckpointNotFound(f"{absent}; HF_HUB_OFFLINE is set: unset it, or {advice}")
-    if not _reachable(constants.ENDPOINT):
+    if not reachable:
         raise CheckpointNotFound(
             f"{absent}; {constants.ENDPOINT} cannot be reached: check the network (HF_ENDPOINT, "
             f"proxies), or {advice}"
@@ -257,7 +357,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
             f"layout: it lacks {', '.join(missing)}"
         )
-    return Checkpoint(folder, repository, _origin(folder)[1])
+    return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
 
 
 def _check_cache(name: str) -> None:
@@ -276,24 +376,13 @@ def _notice_mirror(name: str, repository: str) -> None:
         log.warning("%s was withdrawn from the Hub; using its mirror %s", name, repository)
 
 
-def _patterns(variant: str | None) -> list[str]:
-    """Returns what to download: neither other variants, nor pickles, nor the safety checker.
+def _cached(
+    repository: str, revision: str | None, variant: str | None, *, exact: bool = True
+) -> Path | None:
+    """Returns the snapshot in the cache, if it has all that is read; touches no network.
 
-    A repository's shared ID-Enhancer, if it has one, comes along: `--enhancer auto` takes it.
+    Unless it has to be `exact`, one that holds nothing but a variant does as well.
     """
-    infix = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "tokenizer/*", *CONFIGS, ENHANCER]
-    for part, stem in WEIGHTS:
-        patterns += [
-            f"{part}/{stem}{infix}.safetensors",
-            f"{part}/{stem}{infix}-*.safetensors",  # a large file in pieces, and their index
-            f"{part}/{stem}.safetensors.index{infix}.json",
-        ]
-    return patterns
-
-
-def _cached(repository: str, revision: str | None, variant: str | None) -> Path | None:
-    """Returns the snapshot in the cache, if it has all that is read; touches no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -301,32 +390,26 @@ def _cached(repository: str, revision: str | None, variant: str | None) -> Path 
         folder = snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=_patterns(variant),
+            allow_patterns=BESIDE_WEIGHTS,
             local_files_only=True,
         )
     except LocalEntryNotFoundError:
         return None
-    return Path(folder) if _is_complete(Path(folder), variant) else None
+    return Path(folder) if _is_complete(Path(folder), variant, exact) else None
 
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
     """Fetches what is read of a checkpoint."""
-    check = functools.partial(_check_listing, repository, variant)
-    return _fetch(repository, revision, _patterns(variant), check)
+    return _fetch(repository, revision, functools.partial(_wanted, repository, variant))
 
 
-def _fetch(
-    repository: str,
-    revision: str | None,
-    patterns: list[str],
-    check: Callable[[list[str]], None] = lambda files: None,
-) -> Path:
-    """Fetches files of a repository; `check` raises if its listing lacks what is needed."""
+def _fetch(repository: str, revision: str | None, wanted: Callable[[list[str]], list[str]]) -> Path:
+    """Fetches what `wanted` makes of a repository's files; it raises if they lack something."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         # Before gigabytes are fetched: is all there that is read?
-        check(HfApi().list_repo_files(repository, revision=revision))
+        patterns = wanted(HfApi().list_repo_files(repository, revision=revision))
         folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except CheckpointNotFound:
         raise
@@ -347,33 +430,50 @@ def _fetch(
     return Path(folder)
 
 
-def _check_listing(repository: str, variant: str | None, files: list[str]) -> None:
-    """Raises CheckpointNotFound unless a repository has all that is read of a checkpoint."""
+def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]:
+    """Returns what to download: neither other variants, nor pickles beside safetensors, nor the
+    safety checker.
+
+    A repository's shared ID-Enhancer, if it has one, comes along: `--enhancer auto` takes it.
+
+    Raises:
+      CheckpointNotFound: it lacks something that is read of a checkpoint.
+    """
     missing = [name for name in CONFIGS if name not in files]
     if not any(name.startswith("tokenizer/") for name in files):
         missing.append("tokenizer/")
     if missing:
         hint = ""
-        for alone in [name for name in files if "/" not in name and name.endswith(SINGLE_FILES)][
-            :1
-        ]:
+        alone = [name for name in files if "/" not in name and name.endswith(SINGLE_FILE)]
+        if alone:
             hint = (
-                f". It has {alone}, all in one file: download that, and convert it with diffusers: "
-                "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+                f". It has {alone[0]}, all in one file: download that (hf download {repository} "
+                f"{alone[0]}), and give its path"
             )
         raise CheckpointNotFound(
             f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
             f"layout: it lacks {', '.join(missing)}{hint}"
         )
-    infix = f".{variant}" if variant else ""
-    problems = []
+    patterns, problems = list(BESIDE_WEIGHTS), []
     for part, stem in WEIGHTS:
         present = sorted(f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/"))
-        single, index = f"{stem}{infix}.safetensors", f"{stem}.safetensors.index{infix}.json"
-        if single not in present and index not in present:
-            problems.append(absent(single, f"{repository}/{part}", stem, present))
+        ways = file_names(stem, variant)
+        only = only_variant(stem, present)
+        if variant is None and only:
+            ways += file_names(stem, only)[:1]
+        for single, index in ways:
+            if single in present:
+                patterns.append(f"{part}/{single}")
+                break
+            if index in present:
+                pieces = [f"{part}/{name}" for name in present if is_piece(name, single)]
+                patterns += [f"{part}/{index}", *pieces]
+                break
+        else:
+            problems.append(absent(ways[0][0], f"{repository}/{part}", stem, present))
     if problems:
         raise CheckpointNotFound("\n".join(problems))
+    return patterns
 
 
 def _reachable(endpoint: str) -> bool:

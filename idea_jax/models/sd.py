@@ -6,7 +6,7 @@ Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,12 +19,15 @@ from safetensors.numpy import save_file
 
 from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
+from idea_jax.models import original_config as original_configs
 from idea_jax.models import weights
 from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from idea_jax.models.config_reader import UnsupportedConfig, say_once
+from idea_jax.models.lora import Lora, Merging
+from idea_jax.models.original import Original
+from idea_jax.models.tensor_files import TensorFiles, Tensors, WeightsError, find_weights
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
-from idea_jax.models.weights import WeightsError
 from idea_jax.pytrees import flatten, unflatten
 from idea_jax.runtime import traces
 from idea_jax.runtime.files import atomic_write, write_json
@@ -113,40 +116,48 @@ def _parts(model: StableDiffusion) -> Iterator[_Part]:
 
 
 def read_configs(
-    folder: Path, compute_dtype: str = "float32", *, vae: Path | None = None, clip_skip: int = 0
+    folder: Path,
+    compute_dtype: str = "float32",
+    *,
+    vae: Path | None = None,
+    clip_skip: int = 0,
+    prediction_type: str | None = None,
+    original_config: str | None = None,
 ) -> StableDiffusion:
-    """Reads the four config files of a checkpoint in diffusers layout.
+    """Reads the four config files of a checkpoint in diffusers layout, or the shapes of one file.
 
     Args:
+      folder: the folder, or the file of a checkpoint in the original layout.
       vae: folder of another autoencoder, instead of the checkpoint's own.
       clip_skip: layers that are left out at the end of the text encoder.
+      prediction_type: what the UNet predicts, "epsilon" or "v_prediction", whatever the checkpoint
+        says of it.
+      original_config: path of the original config of a checkpoint in one file.
 
     Raises: WeightsError if one is absent or no JSON; UnsupportedConfig or ValueError naming every
     key and value that is not supported.
     """
-
-    def read(kind: Any, path: str | Path) -> Any:
-        file = Path(folder) / path if isinstance(path, str) else path
-        if not file.is_file():
-            present = sorted(x.name for x in Path(folder).glob("*"))
-            raise WeightsError(
-                f"no {path} in {folder}, which holds {', '.join(present) or 'nothing'}; "
-                "expected a Stable Diffusion checkpoint in diffusers layout"
-            )
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WeightsError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise WeightsError(f"{file} holds no JSON object")
-        if kind is ScheduleConfig:
-            config = kind.from_dict(values, str(file))
-            for notice in schedule.notices(values):
-                say_once(f"{file}: {notice}")
-            return config
-        return kind.from_dict(values, str(file))
-
-    text = read(CLIPTextConfig, "text_encoder/config.json")
+    folder = Path(folder)
+    if folder.is_file():
+        found = original_configs.read_configs(
+            Original(folder),
+            Path(original_config) if original_config else None,
+            prediction_type,
+            own_vae=vae is None,
+        )
+    elif original_config:
+        raise UnsupportedConfig(
+            f"--original_config is for a checkpoint in one file; {folder} is a folder with configs "
+            "of its own"
+        )
+    else:
+        found = original_configs.Configs(
+            _read_config(CLIPTextConfig, folder, "text_encoder/config.json"),
+            _read_config(UNetConfig, folder, "unet/config.json"),
+            _read_config(VAEConfig, folder, "vae/config.json") if vae is None else None,
+            _read_config(ScheduleConfig, folder, "scheduler/scheduler_config.json"),
+        )
+    text, noise = found.text, found.schedule
     if clip_skip >= text.num_hidden_layers:
         raise UnsupportedConfig(
             f"--clip_skip {clip_skip} leaves nothing of the {text.num_hidden_layers} layers of the "
@@ -154,11 +165,31 @@ def read_configs(
         )
     return StableDiffusion(
         text=replace(text, num_hidden_layers=text.num_hidden_layers - clip_skip),
-        unet=read(UNetConfig, "unet/config.json"),
-        vae=read(VAEConfig, "vae/config.json" if vae is None else vae / "config.json"),
-        schedule=read(ScheduleConfig, "scheduler/scheduler_config.json"),
+        unet=found.unet,
+        vae=found.vae or _read_config(VAEConfig, vae, "config.json"),
+        schedule=replace(noise, prediction_type=prediction_type or noise.prediction_type),
         compute_dtype=compute_dtype,
     )
+
+
+def _read_config(kind: Any, folder: Path, name: str) -> Any:
+    file = folder / name
+    if not file.is_file():
+        present = sorted(x.name for x in folder.glob("*"))
+        raise WeightsError(
+            f"no {name} in {folder}, which holds {', '.join(present) or 'nothing'}; "
+            "expected a Stable Diffusion checkpoint in diffusers layout"
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} holds no JSON object")
+    config = kind.from_dict(values, str(file))
+    for notice in schedule.notices(values) if kind is ScheduleConfig else ():
+        say_once(f"{file}: {notice}")
+    return config
 
 
 def shapes(model: StableDiffusion) -> Frozen:
@@ -210,29 +241,53 @@ def load(
     compute_dtype: str = "float32",
     vae: Path | None = None,
     clip_skip: int = 0,
+    prediction_type: str | None = None,
+    original_config: str | None = None,
+    loras: Sequence[Lora] = (),
 ) -> tuple[StableDiffusion, Frozen]:
-    """Reads a checkpoint in diffusers layout from a local folder.
+    """Reads a checkpoint in diffusers layout from a local folder, or one in a file.
 
     Returns the model and its weights in `compute_dtype` ("float32" or "bfloat16"). `variant`
-    ("fp16") chooses among weight files; `vae` and `clip_skip` as of `read_configs`.
+    ("fp16") chooses among weight files; `loras` are merged into the weights; the others as of
+    `read_configs`.
 
     Raises: WeightsError or UnsupportedConfig (both ValueError), saying which file and what in it.
     """
     folder = Path(folder)
-    model = read_configs(folder, compute_dtype, vae=vae, clip_skip=clip_skip)
+    model = read_configs(
+        folder,
+        compute_dtype,
+        vae=vae,
+        clip_skip=clip_skip,
+        prediction_type=prediction_type,
+        original_config=original_config,
+    )
     targets = shapes(model)._asdict()
+    original = Original(folder) if folder.is_file() else None
     trees: dict[str, dict] = {}
     problems: list[str] = []
+    merging = Merging(loras)
     for part in _parts(model):
         try:
             own = vae if vae is not None and part.folder == "vae" else folder / part.folder
-            paths = weights.find_weights(own, part.stem, None if own == vae else variant)
-            where = str(paths[0]) if len(paths) == 1 else f"{own} ({len(paths)} files)"
+            if original is not None and own != vae:
+                where = f"{folder} ({part.folder}, by the names of diffusers)"
+                tensors: Tensors = original.part(part.folder)
+            else:
+                paths = find_weights(own, part.stem, None if own == vae else variant)
+                where = str(paths[0]) if len(paths) == 1 else f"{own} ({len(paths)} files)"
+                tensors = TensorFiles(paths)
             wanted = {tree: targets[tree] for tree in part.trees}
-            tensors = weights.TensorFiles(paths)
+            tensors = merging.merged(part.folder, tensors)
             trees |= weights.to_params(part.table, tensors, wanted, where, model.dtype)
         except WeightsError as error:  # those of the other files belong into the same message
             problems.append(str(error))
+    try:
+        if original is not None:
+            original.check_rest(vae=vae is None)
+        merging.check_rest()
+    except WeightsError as error:
+        problems.append(str(error))
     if problems:
         raise WeightsError("\n".join(problems))
     return model, Frozen(**trees)

@@ -6,35 +6,26 @@ ones in the same order on both sides. The first part of a target path is the tre
 that lists everything that does not fit.
 """
 
-import json
 import logging
 import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from idea_jax.errors import InputError
+from idea_jax.models.tensor_files import FLOAT_TYPES, Tensors, WeightsError
 from idea_jax.pytrees import flatten, unflatten
-from idea_jax.runtime.files import is_lfs_pointer
 
 log = logging.getLogger(__name__)
 
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 READERS = min(8, os.cpu_count() or 1)  # threads
 LISTED_PER_KIND = 20  # an error that lists thousands of keys hides the interesting ones
-
-
-class WeightsError(InputError, ValueError):
-    """A weight file is absent, unreadable, or does not fit the network its config describes."""
 
 
 class Transform(NamedTuple):
@@ -255,7 +246,7 @@ def _raise_if_any(problems: dict[str, list[str]], where: str) -> None:
     found = {kind: lines for kind, lines in problems.items() if lines}
     if not found:
         return
-    text = f"{where}: the weights do not fit the network that config.json describes"
+    text = f"{where}: the weights do not fit the network that their config describes"
     for kind, lines in found.items():
         text += f"\n{len(lines)} {kind}:" + "".join(f"\n  {x}" for x in lines[:LISTED_PER_KIND])
         if len(lines) > LISTED_PER_KIND:
@@ -350,7 +341,7 @@ def to_params(
     few threads, so that few of them exist twice at a time. Raises: WeightsError listing every
     key that does not fit, and naming `where`.
     """
-    headers = tensors.headers if isinstance(tensors, TensorFiles) else _headers(tensors)
+    headers = tensors.headers if isinstance(tensors, Tensors) else _headers(tensors)
     plan = match_keys(table, headers, flatten(targets), where)
 
     device = jax.config.jax_default_device  # a thread of its own does not know the caller's
@@ -386,101 +377,3 @@ def to_tensors(table: Table, params: dict, dtype: np.dtype = np.float32) -> dict
 def _headers(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[tuple[int, ...], str]]:
     kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     return {k: (v.shape, kinds.get(v.dtype.name, v.dtype.name)) for k, v in tensors.items()}
-
-
-class TensorFiles(Mapping):
-    """The tensors of one or several safetensors files; each is read from disk when asked for."""
-
-    def __init__(self, paths: list[Path]):
-        self._files = {}
-        self.headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for path in paths:
-            try:
-                file = safe_open(path, framework="numpy")
-            except SafetensorError as error:
-                if is_lfs_pointer(path):
-                    raise WeightsError(
-                        f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull "
-                        "in that folder, or hf download the repository"
-                    ) from error
-                raise WeightsError(
-                    f"{path} is not a complete safetensors file ({error}); {download_again(path)}"
-                ) from error
-            for key in file.keys():  # noqa: SIM118 - safe_open is no dictionary
-                if key in self.headers:
-                    raise WeightsError(f"{path}: {key} is also in another file of the same index")
-                part = file.get_slice(key)
-                self.headers[key] = (tuple(part.get_shape()), part.get_dtype())
-                self._files[key] = file
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self._files[key].get_tensor(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-
-def find_weights(folder: Path, stem: str, variant: str | None = None) -> list[Path]:
-    """The safetensors files of one network: one file, or those that its index names.
-
-    `stem` is `model` or `diffusion_pytorch_model`; `variant` is written before the suffix, as in
-    `model.fp16.safetensors`. Raises: WeightsError saying what the folder holds instead.
-    """
-    infix = f".{variant}" if variant else ""
-    single = folder / f"{stem}{infix}.safetensors"
-    if single.is_file():
-        return [single]
-    index = folder / f"{stem}.safetensors.index{infix}.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise WeightsError(f"{index} is not an index of safetensors files") from error
-        paths = [folder / name for name in sorted(names)]
-        for path in paths:
-            if path.parent != folder or not path.is_file():
-                raise WeightsError(f"{index} names {path.name}, which is not in {folder}")
-        return paths
-    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    raise WeightsError(absent(single.name, str(folder), stem, present))
-
-
-def download_again(path: Path) -> str:
-    """How to replace a damaged file; what the Hub's cache holds is not fetched anew unless told."""
-    parts = path.absolute().parts
-    if "snapshots" in parts:
-        at = len(parts) - 1 - parts[::-1].index("snapshots")
-        repository = parts[at - 1].removeprefix("models--").replace("--", "/")
-        file = "/".join(parts[at + 2 :])
-        return f"download it again: hf download {repository} {file} --force-download"
-    return "download it again"
-
-
-def absent(wanted: str, where: str, stem: str, present: list[str]) -> str:
-    """The message for weights that are not in a folder or repository, with what to take instead.
-
-    Args:
-      wanted: the file's name; `present` are the names that are there instead.
-      stem: as of `find_weights`.
-    """
-    message = f"no {wanted} in {where}; it holds {', '.join(present[:20]) or 'nothing'}"
-    variants = set()
-    for name in present:
-        own = re.fullmatch(rf"{stem}\.?([\w-]*?)(-\d+-of-\d+)?\.safetensors", name)
-        if own:
-            variants.add(own[1])
-    named = sorted(f"--variant {variant}" for variant in variants - {""})
-    if variants:
-        ways = [*named, *(["no --variant"] if "" in variants else [])]
-        message += f"; take {' or '.join(ways)}"
-    elif any(name.endswith(".safetensors") for name in present):
-        message += f"; these have other names than {wanted}: rename what are the weights"
-    elif any(name.endswith((".bin", ".ckpt", ".pt", ".pth", ".msgpack")) for name in present):
-        message += (
-            "; pickles (.bin, .ckpt) and Flax files are not read: convert them, for example with "
-            "diffusers' save_pretrained(folder, safe_serialization=True)"
-        )
-    return message

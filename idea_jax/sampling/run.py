@@ -6,12 +6,13 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig, reading
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
@@ -21,7 +22,7 @@ from idea_jax.formats import enhancer as enhancers
 from idea_jax.formats.enhancer import introduce, warn_of_weights
 from idea_jax.formats.identity import Identity, IdentityError, check_identity
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime import compile_cache
 from idea_jax.runtime.files import (
     check_writable,
@@ -82,22 +83,19 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_prompts(prompts, sitters)
     check_writable(cfg.save_dir)
     # The model; a person on photos is seen with its shared ID-Enhancer.
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    loras = lora.named(cfg.lora)
+    found = hub.resolve_for(cfg)
     compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
-    changes: dict = {
-        "vae": hub.resolve_vae(cfg.vae) if cfg.vae else None,
-        "clip_skip": cfg.clip_skip,
-    }
+    changes = changes_of(cfg)
     model = replace(sd.read_configs(found.folder, compute_dtype, **changes), attention=attention)
     size = picture_size(model, cfg.height, cfg.width)
     check_guidance(cfg, model.schedule)
     enhancer = open_enhancer(cfg, found.folder, model, sitters)
     if cfg.photo:
         sitters = [see_sitter(cfg, enhancer, model, found)]
-    plain = load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    )
+    length = model.text.max_position_embeddings
+    plain = load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     # The drawings; the prompts of one length are drawn together: one program each.
     drawings, negative = plan(cfg, prompts, sitters, plain)
     empty = plain.chunks([("", 1.0)])
@@ -121,9 +119,8 @@ def run(cfg: SampleConfig) -> list[Path]:
         programs.lower_drawing, model, len(groups[first]), first, sampling, **settings
     )
     with compile_cache.ahead(lower):
-        _, frozen = sd.load(
-            found.folder, variant=cfg.variant, compute_dtype=compute_dtype, **changes
-        )
+        changes |= {"variant": cfg.variant, "compute_dtype": compute_dtype, "loras": loras}
+        _, frozen = sd.load(found.folder, **changes)
     ours = {}
     if enhancer is not None:
         warn_of_weights(enhancer, frozen, found.name)
@@ -154,6 +151,12 @@ def run(cfg: SampleConfig) -> list[Path]:
             folders[number] = save_pictures(where, drawing.prompt, drawn, about)
             log.info("%d pictures in %s", len(drawn), folders[number])
     return [folders[number] for number in sorted(folders)]
+
+
+def changes_of(cfg: SampleConfig) -> dict[str, Any]:
+    """What a run reads otherwise than the checkpoint has it, as `sd.read_configs` takes it."""
+    vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
+    return {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
 
 
 def open_enhancer(
@@ -255,6 +258,8 @@ def describe(
         "model": found.name,
         "revision": found.revision,
         **({"vae": Path(cfg.vae).name} if cfg.vae else {}),
+        **({"lora": lora.about(lora.named(cfg.lora))} if cfg.lora else {}),
+        **({"prediction_type": cfg.prediction_type} if cfg.prediction_type else {}),
         **({"token": cfg.token} if cfg.token else {}),
         **({"identity": people[0]} if len(cast) == 1 else {"identities": together}),
     }

@@ -8,6 +8,7 @@ from idea_jax.faces import finding
 from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition
+from idea_jax.models import lora
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import file_digest, json_digest
 from idea_jax.training.results import Base
@@ -23,9 +24,10 @@ SINCE = {
     "lr_warmup_steps": 0,
     "lr_num_cycles": 1,
     "gradient_accumulation_steps": 1,
+    "prediction_type": None,
 }
 
-LATER = (*SINCE, "regulariser", "enhancer_sha256")
+LATER = (*SINCE, "regulariser", "enhancer_sha256", "original_config", "lora")
 
 # What of a fingerprint decides the person that a shared ID-Enhancer predicts.
 OF_PREDICTION = (
@@ -62,7 +64,11 @@ def fingerprint_of(
     settings["enhancer_sha256"] = enhancer.sha256 if enhancer is not None else None
     if base.frozen is not None:
         settings["base_weights"] = tree_digest(base.frozen.cross_kv)
-    names = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
+    names: dict[str, Any] = {"celeb_path": file_digest(cfg.celeb_path)} if cfg.celeb_path else {}
+    if cfg.original_config:
+        names["original_config"] = file_digest(cfg.original_config)
+    if cfg.lora:  # by what they are, wherever they lie
+        names["lora"] = [[file_digest(path), scale] for path, scale in lora.named(cfg.lora)]
     # By what it is, since `paper` had another one before it could be chosen. The others' own goes
     # without saying, as in the checkpoints from then; without a weight it does not matter.
     own = condition.make_method(cfg.profile).regulariser

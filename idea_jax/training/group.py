@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from idea_jax.config.settings import TrainConfig
 from idea_jax.formats.identity import IdentityError
-from idea_jax.formats.pickles import EmbedsError
+from idea_jax.formats.learned_embeds import EmbedsError
 from idea_jax.runtime.signals import noted_signals
 from idea_jax.training import program
 from idea_jax.training.learner import Learner, Work

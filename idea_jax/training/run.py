@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from idea_jax import jobs
-from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, TrainConfig
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, TrainConfig, reading
 from idea_jax.data import people, text
 from idea_jax.data.tokenizer import (
     Tokenizer,
@@ -25,7 +25,7 @@ from idea_jax.faces import models as face_models
 from idea_jax.faces.portraits import Portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
-from idea_jax.models import flash, hub, sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime import compile_cache, devices
 from idea_jax.runtime.files import check_writable
 from idea_jax.runtime.signals import Interrupted
@@ -162,16 +162,17 @@ def prepare(
     if alone and not cfg.resume_from_checkpoint and not cfg.overwrite:
         refuse_checkpoints(out / "checkpoints")
     # The checkpoint, and what it says of the method.
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    lora.named(cfg.lora)  # a file that is not there is said before anything is read
+    found = hub.resolve_for(cfg)
     cfg, enhancer = settle(cfg, found.folder)
     method = method_of(cfg, enhancer)
     placeholder = replace(placeholder, n=cfg.n_pseudo_tokens)
     validation = [text.fill(prompt, placeholder) for prompt in validation]
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype), attention=attention)
+    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
-    tokenizer, is_word = read_tokenizer(cfg, found.folder, model, placeholder)
+    tokenizer, is_word = read_tokenizer(cfg, found, model, placeholder)
     if enhancer is None:
         names = given_names or known_names(found.folder)
         start_ids = starting_ids(cfg, method, tokenizer, names)
@@ -225,7 +226,10 @@ def prepare(
 
 
 def read_tokenizer(
-    cfg: TrainConfig, checkpoint: Path, model: sd.StableDiffusion, placeholder: text.Placeholder
+    cfg: TrainConfig,
+    found: hub.Checkpoint,
+    model: sd.StableDiffusion,
+    placeholder: text.Placeholder,
 ) -> tuple[Tokenizer | None, Callable[[str], bool]]:
     """The tokenizer, which knows the placeholder; None where no step is taken. And what tells
     whether the vocabulary has a text as one word.
@@ -233,12 +237,14 @@ def read_tokenizer(
     Raises:
       TextError: the tokenizer or the placeholder cannot be used.
     """
-    folder = checkpoint / "tokenizer"
     if not cfg.max_train_steps:
-        check_unknown(folder, placeholder)
-        return None, word_check(folder)
+        check_unknown(found.tokenizer, placeholder)
+        return None, word_check(found.tokenizer)
     tokenizer = load_tokenizer(
-        folder, model.text.vocab_size, model.text.max_position_embeddings
+        found.tokenizer,
+        model.text.vocab_size,
+        model.text.max_position_embeddings,
+        found.padding,
     ).with_placeholder(placeholder.token, placeholder.n)
     training_ids(tokenizer)  # here: what is too long is said before weights are read
     return tokenizer, tokenizer.is_word
@@ -276,6 +282,8 @@ def load_frozen(
             checkpoint_folder,
             variant=cfg.variant,
             compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision],
+            loras=lora.named(cfg.lora),
+            **reading(cfg),
         )
     if enhancer is not None:
         frozen = frozen._replace(shared=shared.frozen_part(enhancer.shared))
