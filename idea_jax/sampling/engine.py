@@ -1,8 +1,9 @@
 """Many pictures of many people: rows of different people and prompts in one compiled call."""
 
+import functools
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,12 +12,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from idea_jax.data.text import Placeholder
 from idea_jax.data.tokenizer import Tokenizer, Tokens
 from idea_jax.formats.identity import Identity
+from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.pytrees import abstract
 from idea_jax.sampling import programs
-from idea_jax.sampling.plan import check_negative, padded, tokens_of, weighted_tokens
+from idea_jax.sampling.plan import (
+    check_negative,
+    padded,
+    placeholder_of,
+    tokens_of,
+    weighted_tokens,
+)
 
 KEPT_BYTES = 2**29  # of keys and values that wait for the next row that needs them
 KEPT_PEOPLE = 32  # whose arrays stay on a device
@@ -63,10 +72,17 @@ class Call(NamedTuple):
 
 
 class Person(NamedTuple):
-    """Somebody who can be drawn, and the hash that tells their file from others."""
+    """Somebody who can be drawn.
 
-    identity: Identity
+    Attributes:
+      digest: hash of their file, which caches go by.
+      load: their identity, from memory or from its file, whenever a device needs it again.
+    """
+
+    method: condition.Method
+    placeholder: Placeholder
     digest: str
+    load: Callable[[], Identity]
 
 
 def sizes_on(devices: Sequence[jax.Device], each: int) -> tuple[int, ...]:
@@ -155,63 +171,31 @@ class Kept:
         return len(keys)
 
 
-class Engine:
-    """Draws rows on all devices of the process; for one thread at a time.
-
-    A call has rows of one `Kind`. While it runs, the next one's keys and values are computed and
-    it is queued, and the pictures of the one before are fetched by whoever iterates.
+class Texts:
+    """What rows say, in tokens; knows the people, and no weights.
 
     Args:
       plain: the checkpoint's tokenizer, without a person.
-      each: rows that a device has in a call, at most.
-      shared: what a shared ID-Enhancer adds for everybody (`Frozen.shared`).
-      devices: default: all of the process.
     """
 
-    def __init__(
-        self,
-        model: sd.StableDiffusion,
-        frozen: sd.Frozen,
-        plain: Tokenizer,
-        *,
-        each: int,
-        shared: dict | None = None,
-        devices: Sequence[jax.Device] | None = None,
-    ):
-        self.model, self.plain, self.each = model, plain, each
-        self.devices = list(devices or jax.local_devices())
-        self.sizes = sizes_on(self.devices, each)
-        everywhere = NamedSharding(mesh_of(self.devices), P())
-        self.frozen = jax.device_put(frozen, everywhere)
-        alone = NamedSharding(mesh_of(self.devices[:1]), P())
-        # The same buffers once more, as arrays of the first device alone.
-        own = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, self.frozen)
-        self.frozen_alone = jax.device_put(own, alone)
-        self.shared = jax.device_put(shared or {}, alone)
+    def __init__(self, plain: Tokenizer):
+        self.plain, self.people = plain, dict[str, Person]()
         self.empty = plain.chunks([("", 1.0)])
-        self.people: dict[str, Person] = {}
-        self.near = Kept(KEPT_PEOPLE)
-        self.texts = Kept(KEPT_TEXTS)
-        self.known = Kept(KEPT_BYTES, by_bytes=True)
+        self.kept = Kept(KEPT_TEXTS)
 
-    def add(self, name: str, identity: Identity, digest: str) -> None:
-        """Lets somebody be drawn; `digest` is the hash of their file, which caches go by."""
-        self.remove(name)
-        self.people[name] = Person(identity, digest)
+    def tokens(self, row: Row) -> tuple[Tokens, Tokens]:
+        """Tokens of a row's prompt and of its negative prompt; errors as of `kind`."""
 
-    def remove(self, name: str) -> int:
-        """Forgets somebody, if they are known; returns how many cache entries of theirs went.
+        def of_prompt():
+            people = {name: self.people[name].placeholder for name in row.cast}
+            check_negative(row.negative, people, self.plain)
+            return tokens_of(row.prompt, people, self.plain)
 
-        The entries stay where somebody of another name has the same digest.
-        """
-        person = self.people.pop(name, None)
-        if person is None:
-            return 0
-        gone = self.texts.remove(lambda key: key[0] != "plain" and name in key[0])
-        if all(other.digest != person.digest for other in self.people.values()):
-            gone += self.near.remove(lambda digest: digest == person.digest)
-            gone += self.known.remove(lambda key: key[0] != "plain" and person.digest in key[0])
-        return gone
+        def of_negative():
+            return weighted_tokens(self.plain, row.negative, {})
+
+        prompt = self.kept.get((row.cast, row.prompt, row.negative), of_prompt)
+        return prompt, self.kept.get(("plain", row.negative), of_negative)
 
     def kind(self, row: Row) -> Kind:
         """The kind of a row.
@@ -221,49 +205,90 @@ class Engine:
           TextError: the prompt names somebody else or nobody, or is far too long.
           ConfigError: the negative prompt names somebody.
         """
-        prompt, negative = self._tokens(row)
+        prompt, negative = self.tokens(row)
         chunks = max(len(prompt.ids), len(negative.ids))
         return Kind(row.sampling, chunks, row.guidance != 1)
 
-    def _tokens(self, row: Row) -> tuple[Tokens, Tokens]:
-        """Tokens of the prompt and of the negative prompt."""
 
-        def of_prompt():
-            cast = [self.people[name].identity for name in row.cast]
-            people = dict(zip(row.cast, cast, strict=True))
-            check_negative(row.negative, people, self.plain)
-            return tokens_of(row.prompt, people, self.plain)
+class Engine:
+    """Draws rows on all devices of the process; for one thread at a time.
 
-        def of_negative():
-            return weighted_tokens(self.plain, row.negative, {})
+    A call has rows of one `Kind`. While it runs, the next one's keys and values are computed and
+    it is queued, and the pictures of the one before are fetched by whoever iterates.
 
-        prompt = self.texts.get((row.cast, row.prompt, row.negative), of_prompt)
-        return prompt, self.texts.get(("plain", row.negative), of_negative)
+    Args:
+      each: rows that a device has in a call, at most.
+      shared: what a shared ID-Enhancer adds for everybody (`Frozen.shared`).
+      devices: default: all of the process.
+    """
+
+    def __init__(
+        self,
+        model: sd.StableDiffusion,
+        frozen: sd.Frozen,
+        texts: Texts,
+        *,
+        each: int,
+        shared: dict | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        self.model, self.texts, self.each = model, texts, each
+        self.devices = list(devices or jax.local_devices())
+        self.sizes = sizes_on(self.devices, each)
+        everywhere = NamedSharding(mesh_of(self.devices), P())
+        self.frozen = jax.device_put(frozen, everywhere)
+        alone = NamedSharding(mesh_of(self.devices[:1]), P())
+        # The same buffers once more, as arrays of the first device alone.
+        own = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, self.frozen)
+        self.frozen_alone = jax.device_put(own, alone)
+        self.shared = jax.device_put(shared or {}, alone)
+        self.near = Kept(KEPT_PEOPLE)
+        self.known = Kept(KEPT_BYTES, by_bytes=True)
+
+    def add(self, name: str, person: Person) -> None:
+        """Lets somebody be drawn by this name."""
+        self.remove(name)
+        self.texts.people[name] = person
+
+    def remove(self, name: str) -> int:
+        """Forgets somebody, if they are known; returns how many cache entries of theirs went.
+
+        The entries stay where somebody of another name has the same digest.
+        """
+        people = self.texts.people
+        person = people.pop(name, None)
+        if person is None:
+            return 0
+        gone = self.texts.kept.remove(lambda key: key[0] != "plain" and name in key[0])
+        if all(other.digest != person.digest for other in people.values()):
+            gone += self.near.remove(lambda digest: digest == person.digest)
+            gone += self.known.remove(lambda key: key[0] != "plain" and person.digest in key[0])
+        return gone
 
     def _keys_values(self, row: Row, chunks: int) -> tuple[dict, dict]:
         """Keys and values of the negative prompt and of the prompt, leaves [1, T, inner] each."""
-        prompt, negative = self._tokens(row)
-        digests = tuple(self.people[name].digest for name in row.cast)
+        prompt, negative = self.texts.tokens(row)
+        cast = [self.texts.people[name] for name in row.cast]
+        digests = tuple(person.digest for person in cast)
 
-        def arrays(name):
-            identity, digest = self.people[name]
-            trees = identity.trainable, identity.given
-            return self.near.get(digest, lambda: jax.device_put(trees, self.devices[0]))
+        def arrays(person):
+            identity = person.load()
+            return jax.device_put((identity.trainable, identity.given), self.devices[0])
 
         def of_prompt():
-            trees = [arrays(name) for name in row.cast]
+            trees = [self.near.get(who.digest, functools.partial(arrays, who)) for who in cast]
             return programs.named_keys_values(
                 self.model,
-                tuple(self.people[name].identity.method for name in row.cast),
+                tuple(person.method for person in cast),
                 self.frozen_alone._replace(shared=self.shared),
                 tuple(trainable for trainable, _ in trees),
                 tuple(given for _, given in trees),
-                padded(prompt, self.empty, chunks),
+                padded(prompt, self.texts.empty, chunks),
                 np.float32(row.strength),
             )
 
         def of_negative():
-            tokens = padded(negative, self.empty, chunks)
+            tokens = padded(negative, self.texts.empty, chunks)
             return programs.plain_keys_values(self.model, self.frozen_alone, tokens)
 
         named = self.known.get((digests, row.prompt, row.strength, chunks), of_prompt)
@@ -278,7 +303,7 @@ class Engine:
           size: of the call, one of `sizes`; default: the smallest that has room. The rest is
             filled with the last row, whose further pictures are never fetched.
         """
-        kind = self.kind(rows[0])
+        kind = self.texts.kind(rows[0])
         size = size or size_for(len(rows), self.sizes)
         filled = [*rows, *[rows[-1]] * (size - len(rows))]
         mesh = mesh_for(size, self.devices, self.each)
@@ -302,7 +327,7 @@ class Engine:
         """Places of the rows of each call, and its size (`size_for`): kind by kind, in order."""
         groups: dict[Kind, list[int]] = {}
         for place, row in enumerate(rows):
-            groups.setdefault(self.kind(row), []).append(place)
+            groups.setdefault(self.texts.kind(row), []).append(place)
         for places in groups.values():
             size = size_for(len(places), self.sizes)
             for first in range(0, len(places), size):
@@ -321,10 +346,15 @@ class Engine:
 
     def warm_up(self, rows: Sequence[Row]) -> None:
         """Compiles all that rows like these need, for calls of every size, and runs it once."""
-        firsts = {self.kind(row): row for row in reversed(rows)}
+        firsts = {self.texts.kind(row): row for row in reversed(rows)}
         for row in firsts.values():
             for size in self.sizes:
                 fetch(range(1), self.launch([row], size))
+
+
+def person_of(identity: Identity, digest: str) -> Person:
+    """Somebody whose identity stays in memory."""
+    return Person(identity.method, placeholder_of(identity), digest, lambda: identity)
 
 
 def fetch(places: Sequence[int], call: Call) -> list[tuple[int, np.ndarray]]:

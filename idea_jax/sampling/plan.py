@@ -160,12 +160,12 @@ def plan(
       ConfigError: the negative prompt names a person.
     """
     drawings = []
-    people = {sitter.name: sitter.identity for sitter in sitters}
+    people = {sitter.name: placeholder_of(sitter.identity) for sitter in sitters}
     for prompt in prompts:
         if is_for_each(prompt, list(people)):
-            for number, (name, identity) in enumerate(people.items()):
+            for number, (name, placeholder) in enumerate(people.items()):
                 folder = safe_name(name) if len(sitters) > 1 else "."
-                tokens = tokens_of(prompt, {name: identity}, plain)
+                tokens = tokens_of(prompt, {name: placeholder}, plain)
                 drawings.append(Drawing(prompt, (number,), tokens, folder))
             continue
         cast = tuple(k for k, name in enumerate(people) if f"{{{name}}}" in prompt)
@@ -180,7 +180,12 @@ def worded(tokenizer: Tokenizer, token: str, n: int) -> Tokenizer:
     return tokenizer.with_placeholder(token, n)
 
 
-def tokens_of(prompt: str, people: Mapping[str, Identity], plain: Tokenizer) -> Tokens:
+def placeholder_of(identity: Identity) -> text.Placeholder:
+    """What stands for a person in prompts."""
+    return text.Placeholder(identity.placeholder, identity.method.num_tokens)
+
+
+def tokens_of(prompt: str, people: Mapping[str, text.Placeholder], plain: Tokenizer) -> Tokens:
     """The tokens of a prompt that shows one person as {}, or says by name whom of them it shows.
 
     The tokens of the first of those whom it shows follow the vocabulary, then the second's.
@@ -188,15 +193,15 @@ def tokens_of(prompt: str, people: Mapping[str, Identity], plain: Tokenizer) -> 
     Raises:
       TextError: it names nobody, or somebody else, or is far too long.
     """
-    if is_for_each(prompt, list(people)):
-        (identity,) = people.values()
-        tokenizer = worded(plain, identity.placeholder, identity.method.num_tokens)
-        text.fill(prompt, tokenizer.placeholder)
-        return weighted_tokens(tokenizer, prompt, {"{}": tokenizer.placeholder.text})
+    if is_for_each(prompt, list(people)) and len(people) == 1:
+        (own,) = people.values()
+        text.fill(prompt, own)
+        tokenizer = worded(plain, own.token, own.n)
+        return weighted_tokens(tokenizer, prompt, {"{}": own.text})
     # Whatever they are called in their files, here they need words of their own.
     words = {
-        name: text.Placeholder(f"<sitter-{k}>", identity.method.num_tokens)
-        for k, (name, identity) in enumerate(people.items())
+        name: text.Placeholder(f"<sitter-{k}>", own.n)
+        for k, (name, own) in enumerate(people.items())
     }
     _, names = text.fill_names(prompt, words)
     tokenizer = plain
@@ -205,17 +210,16 @@ def tokens_of(prompt: str, people: Mapping[str, Identity], plain: Tokenizer) -> 
     return weighted_tokens(tokenizer, prompt, {f"{{{name}}}": words[name].text for name in names})
 
 
-def check_negative(negative: str, people: Mapping[str, Identity], plain: Tokenizer) -> None:
+def check_negative(negative: str, people: Mapping[str, text.Placeholder], plain: Tokenizer) -> None:
     """Raises ConfigError if a negative prompt names a person: the plain model draws it."""
-    for identity in people.values():
-        tokenizer = worded(plain, identity.placeholder, identity.method.num_tokens)
+    for own in people.values():
+        tokenizer = worded(plain, own.token, own.n)
         tokens = weighted_tokens(tokenizer, negative, {})
-        token = re.escape(tokenizer.placeholder.token)
-        names_them = re.search(rf"(?<!\w){token}(?!\w)", negative.lower())
+        names_them = re.search(rf"(?<!\w){re.escape(own.token)}(?!\w)", negative.lower())
         if names_them or (tokens.ids >= tokenizer.vocab_size).any():
             raise ConfigError(
                 "--negative_prompt is drawn by the plain model, without the person; leave "
-                f"{tokenizer.placeholder.token} out of it"
+                f"{own.token} out of it"
             )
 
 

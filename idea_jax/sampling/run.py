@@ -129,10 +129,11 @@ def run(cfg: SampleConfig) -> list[Path]:
     if enhancer is not None:
         warn_of_weights(enhancer, frozen, found.name)
         ours = shared.frozen_part(enhancer.shared)
-    artist = engine.Engine(model, frozen, plain, each=each, shared=ours, devices=devices)
+    texts = engine.Texts(plain)
+    artist = engine.Engine(model, frozen, texts, each=each, shared=ours, devices=devices)
     for sitter in sitters:
         trees = {"trainable": sitter.identity.trainable, "given": sitter.identity.given}
-        artist.add(sitter.name, sitter.identity, tree_digest(trees))
+        artist.add(sitter.name, engine.person_of(sitter.identity, tree_digest(trees)))
     return draw(cfg, artist, drawings, sampling, (found, sitters))
 
 
