@@ -447,14 +447,18 @@ def encode_picture(
 
 
 def read_text(source: str | Path | bytes) -> dict[str, str]:
-    """The text that `encode_picture` put into a picture, once all of its pixels are decoded.
+    """The text that `encode_picture` put into a picture, once all of it was looked at.
 
     Raises:
-      ImageError: it cannot be decoded to its end, or has no such text.
+      ImageError: it cannot be decoded to its end, a PNG's checksums are wrong, or there is no such
+        text.
     """
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=("PNG", "WEBP", "JPEG")) as image:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        formats = ("PNG", "WEBP", "JPEG")
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            image.verify()  # leaves nothing to be read
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             image.load()
             if image.format == "PNG":
                 return {key: str(value) for key, value in image.text.items()}

@@ -158,7 +158,7 @@ def plan_batch(cfg: BatchConfig) -> Batch:
     order = sorted(
         once.values(),
         key=lambda job: (
-            json.dumps(texts.kind(job.row)),
+            repr(texts.kind(job.row)),
             job.row.cast,
             job.row.prompt,
             job.row.seed,
@@ -208,7 +208,10 @@ def open_engine(batch: Batch, rows: Sequence[engine.Row]) -> engine.Engine:
     """An engine for these rows; its first program is compiled while the weights are read."""
     cfg, model = batch.cfg, batch.model
     local = jax.local_devices()
-    each = engine.rows_of_each(len(rows), len(local), cfg.batch_size)
+    each = cfg.batch_size
+    if local[0].platform != "cpu":
+        each = engine.rows_of_each(len(rows), len(local), each)
+    # On a CPU a device always has as many rows, however many are left: the bits depend on it.
     local = local[: -(-len(rows) // each)]
     kinds = [batch.texts.kind(row) for row in rows]
     size = engine.size_for(kinds.count(kinds[0]), engine.sizes_on(local, each))

@@ -227,7 +227,7 @@ def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
     found |= values
     found["number"] = found["number"] or 0
     for name, kind in COLUMNS.items():
-        value: Any = found[name]
+        value = found[name]
         if value is None and name in ("identity", "prompt"):
             raise RowsError(f"{name} is missing")
         if value is None:
@@ -235,7 +235,7 @@ def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or isinstance(value, bool):
             raise RowsError(f"{name} must be {kind.__name__}, got {value!r}")
-        if kind is float and not (math.isfinite(value) and value >= 0):
+        if kind is float and not 0 <= float(found[name]) < math.inf:
             raise RowsError(f"{name} must be a number of at least 0, got {value}")
     check_seed(found["seed"])
     if not 0 <= found["number"] < MOST:
