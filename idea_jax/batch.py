@@ -1,11 +1,17 @@
 """Many pictures from a job file: `idea-batch JOBS.jsonl --out DIR`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from idea_jax import cli
-from idea_jax.sampling import batch
 from idea_jax.sampling.settings import BatchConfig
+
+
+def drawing() -> Callable:
+    """What draws."""
+    from idea_jax.sampling import batch
+
+    return batch.run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.insert(0, "--jobs")
     return cli.main(
         BatchConfig,
-        batch.run,
+        drawing,
         given,
         prog="idea-batch",
         description="Draw many pictures: a row of JOBS (.jsonl or .csv, the first argument) each.",

@@ -31,7 +31,10 @@ ROWS = (
     ("method", "models pytrees"),
     ("formats", "errors method models pytrees runtime"),
     # level 4: prompts drawn
-    ("sampling", "config data diffusion faces formats method models pytrees runtime"),
+    (
+        "sampling",
+        "config data diffusion errors faces formats jobs method models pytrees runtime",
+    ),
     # level 5: people learned
     (
         "training",
@@ -55,6 +58,7 @@ ROWS = (
     ),
     # level 6: the command line
     ("cli", "config launch models runtime"),
+    ("batch", "cli sampling"),
     ("train_enhancer", "cli enhancer launch"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
 )
@@ -82,7 +86,7 @@ LAZY = {
     "tensorflow_datasets",
     "grain",
     "array_record",
-    "pillow_heif",
+    *("pillow_heif", "pyarrow"),
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}

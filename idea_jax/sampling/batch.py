@@ -30,7 +30,7 @@ from idea_jax.runtime.versions import versions
 from idea_jax.sampling import engine
 from idea_jax.sampling.rows import Casting, Job, RowsError, make_jobs
 from idea_jax.sampling.settings import BatchConfig
-from idea_jax.sampling.store import Held, Store, StoreError, write_index
+from idea_jax.sampling.store import INDEX, Held, Store, StoreError, write_index
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ def run(cfg: BatchConfig) -> list:
 def fill(cfg: BatchConfig, out: Path) -> list[Path]:
     """`run`, for the only run into a folder."""
     store = Store(out, cfg.format, cfg.picture, jax.process_index())
-    if not cfg.resume and not store.is_empty():
+    # Process 0 alone: another one may come late, and find the first pictures of this very run.
+    if not cfg.resume and jax.process_index() == 0 and not store.is_empty():
         raise StoreError(
             f"{out} has pictures of an earlier run: --resume keeps those whose rows are the same; "
             "or choose another --out"
@@ -103,20 +104,26 @@ def fill(cfg: BatchConfig, out: Path) -> list[Path]:
     left = [job for job in own if job.digest not in held]
     log.info("%d of %d pictures are there", len(own) - len(left), len(own))
     lost = draw_left(batch, store, held, own, left)
-    if jax.process_index() == 0:
-        devices.await_others()
-        if jax.process_count() > 1:
-            held = store.held()
-        lines = index_lines(batch, held, lost)
-        index = write_index(out, lines)
-    bad = batch.bad if jax.process_index() == 0 else {}
-    if bad or lost:
-        reasons = [f"line {line}: {why}" for line, why in [*bad.items(), *lost.values()][:SAID]]
+    if jax.process_index() > 0:
+        told(out, [{"line": line, "error": why} for line, why in lost.values()], len(own))
+        return []
+    devices.await_others()
+    if jax.process_count() > 1:
+        held = store.held()
+    lines = index_lines(batch, held, lost)
+    write_index(out, lines)
+    return told(out, [line for line in lines if "error" in line], len(lines))
+
+
+def told(out: Path, failed: Sequence[dict], rows: int) -> list[Path]:
+    """The path of the index; raises RowsError where rows failed."""
+    if failed:
+        reasons = "; ".join(f"line {one['line']}: {one['error']}" for one in failed[:SAID])
         raise RowsError(
-            f"{len(bad) + len(lost)} of {len(batch.lines) + len(bad)} rows could not be drawn, the "
-            f"others are; {out / 'index.jsonl'} has the reason of each. {'; '.join(reasons)}"
+            f"{len(failed)} of {rows} rows could not be drawn, the others are; {out / INDEX} has "
+            f"the reason of each. {reasons}"
         )
-    return [index] if jax.process_index() == 0 else []
+    return [out / INDEX]
 
 
 def plan_batch(cfg: BatchConfig) -> Batch:

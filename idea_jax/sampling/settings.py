@@ -1,7 +1,7 @@
 """What a batch of many pictures is; filled as `idea_jax.config.reading` says."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from idea_jax.config.settings import (
     ConfigError,
@@ -32,6 +32,10 @@ class BatchConfig:
 
     What a row of the job file does not say, it takes from the setting of the same name.
     """
+
+    SMALLER: ClassVar[str] = (
+        "a smaller --batch_size, --mixed_precision bf16, or a smaller --height and --width"
+    )
 
     pretrained_model_name_or_path: str = as_for_one("pretrained_model_name_or_path")
     out: str = setting(..., "folder that receives the pictures and their index")
