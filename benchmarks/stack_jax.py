@@ -312,26 +312,21 @@ class JaxStack:
 
         local = jax.local_devices()
         each = engine.rows_of_each(pictures, len(local), pictures)
-        size = engine.size_for(pictures, engine.sizes_on(local[: -(-pictures // each)], each))
-        mesh = engine.mesh_for(size, local[: -(-pictures // each)], each)
+        mesh = engine.mesh_of(local[: -(-pictures // each)])
         if pictures not in self.placed:
             self.placed[pictures] = jax.device_put(self.frozen, NamedSharding(mesh, P()))
-        spread = NamedSharding(mesh, P("rows"))
-        # The last rows of a call that is not full are drawn once more.
-        numbers = np.minimum(np.arange(size), pictures - 1)
-        rows = jax.tree.map(
-            lambda leaf: np.broadcast_to(leaf, (size, *leaf.shape)),
-            jax.device_get(self.keys_values(self.frozen)),
+        numbers = np.arange(each * mesh.size, dtype=np.uint32)
+        rows = (
+            jax.tree.map(
+                lambda leaf: np.broadcast_to(leaf, (len(numbers), *leaf.shape)),
+                jax.device_get(self.keys_values(self.frozen)),
+            ),
+            np.stack([0 * numbers, numbers], axis=1),
+            np.full(len(numbers), settings.GUIDANCE, np.float32),
         )
-        drawn = programs.draw_everywhere(
-            mesh,
-            self.model,
-            self.placed[pictures],
-            jax.device_put(rows, spread),
-            jax.device_put(np.stack([0 * numbers, numbers], axis=1).astype(np.uint32), spread),
-            jax.device_put(np.full(size, settings.GUIDANCE, np.float32), spread),
-            self.sampling(steps),
-        )
+        put = jax.device_put(rows, NamedSharding(mesh, P("rows")))
+        placed, sampling = self.placed[pictures], self.sampling(steps)
+        drawn = programs.draw_everywhere(mesh, self.model, placed, *put, sampling)
         return images.to_uint8(np.asarray(drawn)[:pictures])
 
     def plain_step(self, method, optimizer, batch):

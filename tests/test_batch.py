@@ -60,9 +60,14 @@ def run(smallest_checkpoint, people, tmp_path, monkeypatch):
         return command.main(
             [
                 str(path),
-                *("--out", str(out), "--identities", str(people)),
-                *("--pretrained_model_name_or_path", str(smallest_checkpoint)),
-                *(*FLAGS, *flags),
+                "--out",
+                str(out),
+                "--identities",
+                str(people),
+                "--pretrained_model_name_or_path",
+                str(smallest_checkpoint),
+                *FLAGS,
+                *flags,
             ]
         )
 
@@ -118,8 +123,12 @@ def test_rows_become_marked_pictures_and_bad_rows_cost_no_other(run, tmp_path, c
 def test_a_picture_of_a_batch_is_that_of_the_engine_and_depends_on_all_of_its_row(run, tmp_path):
     plain = {"identity": "anna", "prompt": "a photo of {}"}
     changes = [
-        *({"identity": "bert"}, {"prompt": "a sketch of {}"}, {"negative_prompt": "blurry"}),
-        *({"seed": 1}, {"number": 1}, {"guidance_scale": 4.0}),
+        {"identity": "bert"},
+        {"prompt": "a sketch of {}"},
+        {"negative_prompt": "blurry"},
+        {"seed": 1},
+        {"number": 1},
+        {"guidance_scale": 4.0},
     ]
     assert run([plain, *(plain | change for change in changes)], tmp_path / "out") == 0
     index = index_of(tmp_path / "out")

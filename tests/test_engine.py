@@ -14,7 +14,7 @@ from idea_jax.formats.identity import Identity
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.sampling import engine, programs
-from idea_jax.sampling.engine import Engine, Row, Texts, person_of
+from idea_jax.sampling.engine import Engine, PictureRow, Texts, person_of
 
 SAMPLING = programs.Sampling((8, 8), "ddim", 3)
 
@@ -52,7 +52,7 @@ def make(loaded, each, people=3, devices=2):
 
 def rows():
     """Rows of four kinds, which differ in everything that a row may say."""
-    plain = Row(("p0",), "a photo of {}", SAMPLING, guidance=3.0)
+    plain = PictureRow(("p0",), "a photo of {}", SAMPLING, guidance=3.0)
     return [
         plain,
         dataclasses.replace(plain, cast=("p1",), guidance=7.5),
@@ -113,7 +113,7 @@ def test_a_row_is_drawn_with_its_own_prompt_person_and_guidance(loaded):
 def test_nothing_is_compiled_after_warm_up(loaded):
     """Neither for other people and texts, nor for numbers of rows, nor for any value of a row."""
     made = make(loaded, 2)
-    plain, other = Row(("p0",), "a photo of {}", SAMPLING), rows()[7]
+    plain, other = PictureRow(("p0",), "a photo of {}", SAMPLING), rows()[7]
     made.warm_up([plain, other])
     compiled = []
     event = "/jax/core/compile/backend_compile_duration"
@@ -158,7 +158,7 @@ def test_calls_are_under_way_while_pictures_are_taken_and_filled_up_calls_cost_n
 
     monkeypatch.setattr(programs, "draw_everywhere", pretend)
     made = make(loaded, 2, devices=1)
-    plain = Row(("p0",), "{}", SAMPLING)
+    plain = PictureRow(("p0",), "{}", SAMPLING)
     asked = [dataclasses.replace(plain, number=10 + place) for place in range(7)]
     asked[2:4] = [dataclasses.replace(row, guidance=1.0) for row in asked[2:4]]
     found = [(place, int(picture[0])) for place, picture in made.draw(asked)]

@@ -28,7 +28,7 @@ from idea_jax.runtime import compile_cache, devices, signals
 from idea_jax.runtime.files import check_writable, file_digest, json_digest
 from idea_jax.runtime.versions import versions
 from idea_jax.sampling import engine
-from idea_jax.sampling.rows import Casting, Job, RowsError, make_jobs
+from idea_jax.sampling.rows import Job, Roster, RowsError, make_jobs
 from idea_jax.sampling.settings import BatchConfig
 from idea_jax.sampling.store import INDEX, Held, Store, StoreError, write_index
 
@@ -40,7 +40,7 @@ SECONDS = 30  # between two lines of progress where nobody looks at a terminal
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchPlan:
     """What is to be drawn, before any weights are read.
 
     Attributes:
@@ -126,7 +126,7 @@ def told(out: Path, failed: Sequence[dict], rows: int) -> list[Path]:
     return [out / INDEX]
 
 
-def plan_batch(cfg: BatchConfig) -> Batch:
+def plan_batch(cfg: BatchConfig) -> BatchPlan:
     """Reads the job file, the people and all of the model but its weights.
 
     Raises:
@@ -146,7 +146,7 @@ def plan_batch(cfg: BatchConfig) -> Batch:
         found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
     )
     texts = engine.Texts(plain)
-    casting = Casting(model, cfg.identities, enhancer.sha256 if enhancer else None)
+    casting = Roster(model, cfg.identities, enhancer.sha256 if enhancer else None)
     of_model = {
         "model": found.name,
         "revision": found.revision,
@@ -173,7 +173,7 @@ def plan_batch(cfg: BatchConfig) -> Batch:
             job.digest,
         ),
     )
-    return Batch(cfg, found, model, enhancer, texts, order, lines, bad)
+    return BatchPlan(cfg, found, model, enhancer, texts, order, lines, bad)
 
 
 def digest_of_weights(folder: Path, vae: Path | None, variant: str | None) -> str:
@@ -196,7 +196,7 @@ def range_of(everything: Sequence[Job]) -> Sequence[Job]:
 
 
 def index_lines(
-    batch: Batch, held: dict[str, Held], lost: dict[str, tuple[int, str]]
+    batch: BatchPlan, held: dict[str, Held], lost: dict[str, tuple[int, str]]
 ) -> list[dict]:
     """What the index says of each line of the job file, in order."""
     by_digest = {job.digest: job for job in batch.jobs}
@@ -211,7 +211,7 @@ def index_lines(
     return sorted(lines, key=lambda one: one["line"])
 
 
-def open_engine(batch: Batch, rows: Sequence[engine.Row]) -> engine.Engine:
+def open_engine(batch: BatchPlan, rows: Sequence[engine.PictureRow]) -> engine.Engine:
     """An engine for these rows; its first program is compiled while the weights are read."""
     cfg, model = batch.cfg, batch.model
     local = jax.local_devices()
@@ -238,7 +238,7 @@ def open_engine(batch: Batch, rows: Sequence[engine.Row]) -> engine.Engine:
     return engine.Engine(model, frozen, batch.texts, each=each, shared=ours, devices=local)
 
 
-def encoded(batch: Batch, job: Job, picture: np.ndarray) -> bytes:
+def encoded(batch: BatchPlan, job: Job, picture: np.ndarray) -> bytes:
     """A picture as a file, with its row and the mark of generated pictures.
 
     Raises:
@@ -258,7 +258,7 @@ class Desk:
       own: all rows of this process, in order.
     """
 
-    def __init__(self, batch: Batch, store: Store, held: dict[str, Held], own: Sequence[Job]):
+    def __init__(self, batch: BatchPlan, store: Store, held: dict[str, Held], own: Sequence[Job]):
         self.batch, self.store, self.held = batch, store, held
         self.lost: dict[str, tuple[int, str]] = {}
         self.pool = ThreadPoolExecutor(batch.cfg.threads)
@@ -320,7 +320,7 @@ class Desk:
 
 
 def draw_left(
-    batch: Batch, store: Store, held: dict[str, Held], own: Sequence[Job], left: Sequence[Job]
+    batch: BatchPlan, store: Store, held: dict[str, Held], own: Sequence[Job], left: Sequence[Job]
 ) -> dict[str, tuple[int, str]]:
     """Draws rows and keeps them; `held` grows by them.
 
@@ -365,7 +365,7 @@ def draw_left(
     return desk.lost
 
 
-def foretell(batch: Batch) -> list[str]:
+def foretell(batch: BatchPlan) -> list[str]:
     """What a batch would do, in lines: counts, programs, space and time.
 
     One call of the commonest program is drawn, twice, and thrown away.

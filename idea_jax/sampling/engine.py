@@ -33,7 +33,7 @@ KEPT_TEXTS = 4096  # whose tokens are remembered
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """All that one picture depends on, besides the model.
 
     Attributes:
@@ -71,7 +71,7 @@ class Call(NamedTuple):
     rows: int
 
 
-class Person(NamedTuple):
+class KnownPerson(NamedTuple):
     """Somebody who can be drawn.
 
     Attributes:
@@ -179,11 +179,11 @@ class Texts:
     """
 
     def __init__(self, plain: Tokenizer):
-        self.plain, self.people = plain, dict[str, Person]()
+        self.plain, self.people = plain, dict[str, KnownPerson]()
         self.empty = plain.chunks([("", 1.0)])
         self.kept = Kept(KEPT_TEXTS)
 
-    def tokens(self, row: Row) -> tuple[Tokens, Tokens]:
+    def tokens(self, row: PictureRow) -> tuple[Tokens, Tokens]:
         """Tokens of a row's prompt and of its negative prompt; errors as of `kind`."""
 
         def of_prompt():
@@ -197,7 +197,7 @@ class Texts:
         prompt = self.kept.get((row.cast, row.prompt, row.negative), of_prompt)
         return prompt, self.kept.get(("plain", row.negative), of_negative)
 
-    def kind(self, row: Row) -> Kind:
+    def kind(self, row: PictureRow) -> Kind:
         """The kind of a row.
 
         Raises:
@@ -245,7 +245,7 @@ class Engine:
         self.near = Kept(KEPT_PEOPLE)
         self.known = Kept(KEPT_BYTES, by_bytes=True)
 
-    def add(self, name: str, person: Person) -> None:
+    def add(self, name: str, person: KnownPerson) -> None:
         """Lets somebody be drawn by this name."""
         self.remove(name)
         self.texts.people[name] = person
@@ -265,7 +265,7 @@ class Engine:
             gone += self.known.remove(lambda key: key[0] != "plain" and person.digest in key[0])
         return gone
 
-    def _keys_values(self, row: Row, chunks: int) -> tuple[dict, dict]:
+    def _keys_values(self, row: PictureRow, chunks: int) -> tuple[dict, dict]:
         """Keys and values of the negative prompt and of the prompt, leaves [1, T, inner] each."""
         prompt, negative = self.texts.tokens(row)
         cast = [self.texts.people[name] for name in row.cast]
@@ -295,7 +295,7 @@ class Engine:
         plain = self.known.get(("plain", row.negative, chunks), of_negative)
         return plain, named
 
-    def launch(self, rows: Sequence[Row], size: int | None = None) -> Call:
+    def launch(self, rows: Sequence[PictureRow], size: int | None = None) -> Call:
         """Starts to draw rows of one kind, and does not wait.
 
         Args:
@@ -323,7 +323,7 @@ class Engine:
         )
         return Call(pictures, len(rows))
 
-    def calls(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], int]]:
+    def calls(self, rows: Sequence[PictureRow]) -> Iterator[tuple[list[int], int]]:
         """Places of the rows of each call, and its size (`size_for`): kind by kind, in order."""
         groups: dict[Kind, list[int]] = {}
         for place, row in enumerate(rows):
@@ -333,7 +333,7 @@ class Engine:
             for first in range(0, len(places), size):
                 yield places[first : first + size], size
 
-    def draw(self, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+    def draw(self, rows: Sequence[PictureRow]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each row's place and picture, float32[height, width, 3] in about [-1, 1]."""
         before: tuple[list[int], Call] | None = None
         for places, size in self.calls(rows):
@@ -344,7 +344,7 @@ class Engine:
         if before:
             yield from fetch(*before)
 
-    def warm_up(self, rows: Sequence[Row]) -> None:
+    def warm_up(self, rows: Sequence[PictureRow]) -> None:
         """Compiles all that rows like these need, for calls of every size, and runs it once."""
         firsts = {self.texts.kind(row): row for row in reversed(rows)}
         for row in firsts.values():
@@ -352,9 +352,9 @@ class Engine:
                 fetch(range(1), self.launch([row], size))
 
 
-def person_of(identity: Identity, digest: str) -> Person:
+def person_of(identity: Identity, digest: str) -> KnownPerson:
     """Somebody whose identity stays in memory."""
-    return Person(identity.method, placeholder_of(identity), digest, lambda: identity)
+    return KnownPerson(identity.method, placeholder_of(identity), digest, lambda: identity)
 
 
 def fetch(places: Sequence[int], call: Call) -> list[tuple[int, np.ndarray]]:

@@ -18,7 +18,7 @@ from idea_jax.formats.identity import IdentityError, check_identity, read_identi
 from idea_jax.models import sd
 from idea_jax.runtime.files import file_digest, json_digest
 from idea_jax.sampling import programs
-from idea_jax.sampling.engine import Person, Row, Texts
+from idea_jax.sampling.engine import KnownPerson, PictureRow, Texts
 from idea_jax.sampling.plan import is_for_each, placeholder_of
 from idea_jax.sampling.settings import BatchConfig
 
@@ -57,7 +57,7 @@ class Job:
     """
 
     line: int
-    row: Row
+    row: PictureRow
     digest: str
     about: dict
 
@@ -177,7 +177,7 @@ def find_person(name: str, folder: str | None) -> Path:
     return found
 
 
-class Casting:
+class Roster:
     """Finds the people whom rows name, and checks each file once.
 
     Args:
@@ -186,9 +186,9 @@ class Casting:
 
     def __init__(self, model: sd.StableDiffusion, folder: str | None, enhancer: str | None):
         self.model, self.folder, self.enhancer = model, folder, enhancer
-        self.known: dict[str, Person | str] = {}
+        self.known: dict[str, KnownPerson | str] = {}
 
-    def __call__(self, name: str) -> Person:
+    def __call__(self, name: str) -> KnownPerson:
         """Whom a row calls so.
 
         Raises:
@@ -204,7 +204,7 @@ class Casting:
             raise RowsError(found)
         return found
 
-    def _read(self, path: Path) -> Person:
+    def _read(self, path: Path) -> KnownPerson:
         identity = read_identity(path)
         check_identity(identity, self.model, path)
         if identity.needs_enhancer and identity.enhancer != self.enhancer:
@@ -214,7 +214,7 @@ class Casting:
                 "it with --enhancer FILE"
             )
         load = functools.partial(read_identity, path)
-        return Person(identity.method, placeholder_of(identity), file_digest(path), load)
+        return KnownPerson(identity.method, placeholder_of(identity), file_digest(path), load)
 
 
 def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def make_job(
     line: int,
     found: Mapping[str, Any],
     sampling: programs.Sampling,
-    people: tuple[Callable[[str], Person], Texts],
+    people: tuple[Callable[[str], KnownPerson], Texts],
     of_model: Mapping[str, Any],
 ) -> Job:
     """A row that can be drawn; whom it names is added to the texts.
@@ -302,7 +302,7 @@ def make_job(
             f"{' and '.join(f'{{{name}}}' for name in cast)} where they belong"
         )
     texts.people.update(cast)
-    row = Row(
+    row = PictureRow(
         tuple(cast),
         found["prompt"],
         sampling,
@@ -337,7 +337,7 @@ def make_job(
 def make_jobs(
     cfg: BatchConfig,
     model: sd.StableDiffusion,
-    people: tuple[Callable[[str], Person], Texts],
+    people: tuple[Callable[[str], KnownPerson], Texts],
     of_model: Mapping[str, Any],
 ) -> tuple[list[Job], dict[int, str]]:
     """All rows of a batch that can be drawn, and what is wrong with the lines of the others.

@@ -148,7 +148,7 @@ def draw(
     found, sitters = about
     count = cfg.num_images_per_prompt * cfg.n_iter
     rows = [
-        engine.Row(
+        engine.PictureRow(
             tuple(sitters[k].name for k in drawing.cast),
             drawing.prompt,
             sampling,
