@@ -309,7 +309,6 @@ class JaxStack:
         assert programs.DECODED == settings.DECODED, (
             "PyTorch's stacks decode another number at once"
         )
-
         local = jax.local_devices()
         each = engine.rows_of_each(pictures, len(local), pictures)
         mesh = engine.mesh_of(local[: -(-pictures // each)])
@@ -324,9 +323,9 @@ class JaxStack:
             np.stack([0 * numbers, numbers], axis=1),
             np.full(len(numbers), settings.GUIDANCE, np.float32),
         )
-        put = jax.device_put(rows, NamedSharding(mesh, P("rows")))
-        placed, sampling = self.placed[pictures], self.sampling(steps)
-        drawn = programs.draw_everywhere(mesh, self.model, placed, *put, sampling)
+        rows = jax.device_put(rows, NamedSharding(mesh, P("rows")))
+        about = self.model, self.placed[pictures], *rows, self.sampling(steps)
+        drawn = programs.draw_everywhere(mesh, *about)
         return images.to_uint8(np.asarray(drawn)[:pictures])
 
     def plain_step(self, method, optimizer, batch):

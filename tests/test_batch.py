@@ -225,7 +225,7 @@ def test_a_batch_that_was_killed_and_damaged_ends_as_the_quiet_one(
         monkeypatch.setattr(store.Store, "pack", pack)
         monkeypatch.setattr(Path, "unlink", unlink)
 
-    monkeypatch.setattr(store.Store, "put", dying(put, 3))
+    monkeypatch.setattr(store.Store, "put", dying(put, 4))
     killed(*flags)
     assert run(GOOD, wild, *flags) == 1  # without --resume nothing is touched
     if kind == "tar":
