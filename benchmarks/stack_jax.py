@@ -25,7 +25,7 @@ from idea_jax.data import images
 from idea_jax.data.tokenizer import Tokens
 from idea_jax.models import flash, sd
 from idea_jax.runtime import devices
-from idea_jax.sampling import programs
+from idea_jax.sampling import engine, programs
 from idea_jax.training.program import Program, place_frozen, step_people
 from idea_jax.training.step import (
     Metrics,
@@ -276,18 +276,20 @@ class JaxStack:
         return np.stack([pixels, pixels[:, ::-1]])
 
     def keys_values(self, frozen: sd.Frozen) -> dict:
-        """Keys and values of the prompt and of the negative one, as sample_jax.py computes them."""
+        """Keys and values of the negative prompt and of the prompt, as sample_jax.py computes
+        them: leaves [2, T, inner]."""
         method, trainable, given = self.identity
-        return programs.cast_keys_values(
+        named = programs.named_keys_values(
             self.model,
             (method,),
             frozen,
             (trainable,),
             (given,),
             self.tokens("prompt_ids"),
-            self.tokens("negative_ids"),
-            jnp.float32(1),
+            np.float32(1),
         )
+        plain = programs.plain_keys_values(self.model, frozen, self.tokens("negative_ids"))
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), plain, named)
 
     def tokens(self, name: str) -> Tokens:
         """A prompt of one chunk whose tokens all weigh 1."""
@@ -307,22 +309,24 @@ class JaxStack:
         assert programs.DECODED == settings.DECODED, (
             "PyTorch's stacks decode another number at once"
         )
-
-        def keys_values(frozen):
-            self.placed[pictures] = frozen
-            return self.keys_values(frozen)
-
-        (drawn,) = programs.draw_all(
-            self.model,
-            self.placed.get(pictures, self.frozen),
-            [keys_values],
-            self.sampling(steps),
-            seed=0,
-            count=pictures,
-            batch_size=pictures,
-            guidance_scale=settings.GUIDANCE,
+        local = jax.local_devices()
+        each = engine.rows_of_each(pictures, len(local), pictures)
+        mesh = engine.mesh_of(local[: -(-pictures // each)])
+        if pictures not in self.placed:
+            self.placed[pictures] = jax.device_put(self.frozen, NamedSharding(mesh, P()))
+        numbers = np.arange(each * mesh.size, dtype=np.uint32)
+        rows = (
+            jax.tree.map(
+                lambda leaf: np.broadcast_to(leaf, (len(numbers), *leaf.shape)),
+                jax.device_get(self.keys_values(self.frozen)),
+            ),
+            np.stack([0 * numbers, numbers], axis=1),
+            np.full(len(numbers), settings.GUIDANCE, np.float32),
         )
-        return drawn
+        rows = jax.device_put(rows, NamedSharding(mesh, P("rows")))
+        about = self.model, self.placed[pictures], *rows, self.sampling(steps)
+        drawn = programs.draw_everywhere(mesh, *about)
+        return images.to_uint8(np.asarray(drawn)[:pictures])
 
     def plain_step(self, method, optimizer, batch):
         """A step that draws its batch on the device."""

@@ -9,7 +9,7 @@ from idea_jax import launch
 from idea_jax.config import reading
 from idea_jax.config.settings import ConfigError, SampleConfig, TrainConfig
 
-# What to try where the memory is too small.
+# What to try where the memory is too small; settings of other packages say it themselves.
 SMALLER: dict[type, str] = {
     TrainConfig: "fewer --identities_per_step, a smaller --train_batch_size, "
     "--mixed_precision bf16, --shard_frozen with --mesh data=N, or a smaller --resolution",
@@ -61,4 +61,5 @@ def main(cls: type, load: Callable, argv: Sequence[str] | None, **about: str) ->
         for path in load()(settings):
             files.say(str(path))
 
-    return launch.run(work, smaller=SMALLER.get(cls, launch.SMALLER))
+    smaller = getattr(cls, "SMALLER", None) or SMALLER.get(cls, launch.SMALLER)
+    return launch.run(work, smaller=smaller)

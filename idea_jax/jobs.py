@@ -103,10 +103,13 @@ def from_line(line: str) -> Record:
 
 
 @contextmanager
-def only_run(out: Path, process: int) -> Iterator[None]:
+def only_run(out: Path, process: int, flag: str = "--output_dir") -> Iterator[None]:
     """Keeps a second run out of a folder while the block runs; a killed process keeps out nobody.
 
     A folder that is made here goes again if the block fails and has written nothing to it.
+
+    Args:
+      flag: that names the folder, for the message.
 
     Raises:
       JobsError: another run is using the folder.
@@ -118,7 +121,7 @@ def only_run(out: Path, process: int) -> Iterator[None]:
         make_in(out, lambda: lock.acquire(timeout=0))
     except filelock.Timeout:
         raise JobsError(
-            f"another run is using {out}; wait until it has ended, or choose another --output_dir"
+            f"another run is using {out}; wait until it has ended, or choose another {flag}"
         ) from None
     except OSError as error:
         raise cannot_write(out, error) from error

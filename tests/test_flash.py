@@ -16,7 +16,7 @@ from idea_jax.formats import learned_embeds
 from idea_jax.method import condition
 from idea_jax.models import flash, sd
 from idea_jax.models.layers import attention
-from idea_jax.sampling import programs
+from idea_jax.sampling import engine
 from idea_jax.training import run as train
 from idea_jax.training.program import Program, step_people
 from idea_jax.training.step import Photos, init_state, make_optimizer
@@ -198,7 +198,7 @@ def test_kernel_that_was_chosen_reaches_the_networks(
 
     monkeypatch.setattr(flash, "resolve", lambda kind, device, dtype: f"{kind} as resolved")
     monkeypatch.setattr(train, "train_one", lambda work, *_: reached(work.base.model))
-    monkeypatch.setattr(programs, "draw_all", lambda model, *_, **__: reached(model))
+    monkeypatch.setattr(engine, "Engine", lambda model, *_, **__: reached(model))
     for program, own in ((train_jax, learn), (sample_jax, drawing)):
         with pytest.raises(Reached):
             program.main([str(argument) for argument in (*common, *own)])

@@ -31,7 +31,10 @@ ROWS = (
     ("method", "models pytrees"),
     ("formats", "errors method models pytrees runtime"),
     # level 4: prompts drawn
-    ("sampling", "config data diffusion faces formats method models pytrees runtime"),
+    (
+        "sampling",
+        "config data diffusion errors faces formats jobs method models pytrees runtime",
+    ),
     # level 5: people learned
     (
         "training",
@@ -55,6 +58,7 @@ ROWS = (
     ),
     # level 6: the command line
     ("cli", "config launch models runtime"),
+    ("batch", "cli sampling"),
     ("train_enhancer", "cli enhancer launch"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
 )
@@ -84,6 +88,7 @@ LAZY = {
     "array_record",
     "pillow_heif",
     "tokenizers",
+    "pyarrow",
 }
 # For the tests only.
 NEVER = {"torch", "torchvision", "diffusers", "pytest", "tensorflow"}
@@ -233,7 +238,7 @@ def test_the_table_itself_runs_downwards():
         (
             "data/images.py",
             "from idea_jax.data import folders",
-            "data.folders imports data.images ",
+            "data.images imports data.folders ",
         ),
         ("utils.py", "", "utils has no row"),
     ],

@@ -95,7 +95,7 @@ def test_others_end_before_process_0_and_do_not_wait_for_it(start):
 
 
 def test_processes_that_see_other_people_are_refused(start):
-    three = "devices.check_same_people(['anna', 'bert', 'carl'])"
+    three = "devices.check_same(['anna', 'bert', 'carl'], 'people', 'flags')"
     codes, said = ends_of(start(three, three, three.replace("bert", "b\\udce9rt")))
     assert codes == [0, 0, 1], said
     assert "process 2 sees other people than process 0 (3 people, " in said[2]
@@ -120,4 +120,4 @@ def test_process_0_looks_after_the_others_while_it_waits(monkeypatch):
 
 def test_one_process_has_nobody_to_wait_for():
     devices.await_others()
-    devices.check_same_people(["anna"])
+    devices.check_same(["anna"], "people", "flags")

@@ -152,34 +152,6 @@ def test_many_pictures_are_decoded_in_parts(loaded, monkeypatch):
     np.testing.assert_allclose(drawn, expected, atol=1e-5)
 
 
-def test_devices_draw_while_pictures_are_taken_away_and_prompts_are_read_once(loaded, monkeypatch):
-    """Two prompts, four pictures each, in calls of two on one device."""
-    happened = []
-
-    def pretend(mesh, model, frozen, kv, seed, indices, guidance_scale, sampling):
-        happened.append("call")
-        assert (guidance_scale, sampling.size) == (3.0, (2, 2))
-        prompt = np.asarray(kv)[:, 0, 0, 0]
-        level = (10 * prompt[:, None] + np.asarray(indices)) / 127.5 - 1
-        return np.broadcast_to(level[..., None, None, None], (*indices.shape, 2, 2, 3))
-
-    def keys_values(number, frozen):
-        happened.append(f"text {number}")
-        return jnp.full((2, 1, 1), number, jnp.float32)
-
-    monkeypatch.setattr(programs, "draw_everywhere", pretend)
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    settings = {"seed": 0, "count": 4, "batch_size": 2, "guidance_scale": 3.0}
-    prompts = [functools.partial(keys_values, number) for number in range(2)]
-    sampling = programs.Sampling((2, 2), "ddim", 4)
-    drawn = []
-    for pictures in programs.draw_all(loaded[0], {}, prompts, sampling, **settings):
-        happened.append("taken")
-        drawn.append(pictures[:, 0, 0, 0].tolist())
-    assert drawn == [[0, 1, 2, 3], [10, 11, 12, 13]]
-    assert happened == ["text 0", "call", "call", "text 1", "call", "taken", "call", "taken"]
-
-
 def test_picture_is_the_same_on_any_number_of_devices(loaded, identity):
     kv = keys_values(loaded, identity)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -331,7 +303,11 @@ def test_weights_and_chunks_equal_the_rule_computed_by_hand(loaded, identity):
     empty = tokenizer.chunks([("", 1.0)])
     negative = padded(empty, empty, 2)
     people = (model, (method,), frozen, (trainable,), ({},))
-    kv = programs.cast_keys_values(*people, named, negative, jnp.float32(1))
+    kv = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]),
+        programs.plain_keys_values(model, frozen, negative),
+        programs.named_keys_values(*people, named, jnp.float32(1)),
+    )
 
     tokens = tokenizer.ids(
         prompt.replace("(", "").replace(":1.5)", "").format("<person>_v0 <person>_v1")

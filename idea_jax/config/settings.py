@@ -764,16 +764,9 @@ class SampleConfig:
         self.check_face()
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give exactly one of --prompt and --prompt_file")
-        if self.guidance_interval is not None:
-            if len(self.guidance_interval) != 2 or not (
-                0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
-            ):
-                raise ConfigError(
-                    "guidance_interval must be two numbers from 0 to 1, the lower one first, got "
-                    f"{' '.join(map(str, self.guidance_interval))}"
-                )
-            if self.guidance_scale == 1:
-                raise ConfigError("--guidance_interval has no effect with --guidance_scale 1")
+        check_interval(self.guidance_interval)
+        if self.guidance_interval is not None and self.guidance_scale == 1:
+            raise ConfigError("--guidance_interval has no effect with --guidance_scale 1")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ConfigError("--negative_prompt has no effect with --guidance_scale 1")
         if "{" in self.negative_prompt or "}" in self.negative_prompt:
@@ -887,6 +880,15 @@ def not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name} must not be negative, got {value}")
         if value == math.inf:
             raise ConfigError(f"{name} must be finite, got {value}")
+
+
+def check_interval(interval: Sequence[float] | None) -> None:
+    """Raises unless an interval of guidance is none, or two numbers from 0 to 1."""
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1):
+        raise ConfigError(
+            "guidance_interval must be two numbers from 0 to 1, the lower one first, got "
+            f"{' '.join(map(str, interval))}"
+        )
 
 
 def check_seed(seed: int) -> None:

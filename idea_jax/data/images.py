@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import json
 import logging
 import math
 import os
@@ -13,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    features,
+)
 
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write, file_digest
@@ -417,6 +426,47 @@ def encode_png(pixels: np.ndarray, text: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=fields)
     return buffer.getvalue()
+
+
+def encode_picture(
+    pixels: np.ndarray, kind: str, text: Mapping[str, str], quality: int = 95
+) -> bytes:
+    """Returns uint8[H, W, 3] as a "png", "webp" or "jpeg" that carries `text` and the same mark.
+
+    WebP and JPEG have the XMP mark, and the text as JSON in EXIF's ImageDescription.
+    """
+    if kind == "png":
+        return encode_png(pixels, text)
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps({**text, _MARKER: "true"})
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(
+        buffer, format=kind.upper(), quality=quality, exif=exif, xmp=_XMP_PACKET.encode()
+    )
+    return buffer.getvalue()
+
+
+def read_text(source: str | Path | bytes) -> dict[str, str]:
+    """The text that `encode_picture` put into a picture, once all of it was looked at.
+
+    Raises:
+      ImageError: it cannot be decoded to its end, a PNG's checksums are wrong, or there is no such
+        text.
+    """
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        formats = ("PNG", "WEBP", "JPEG")
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            image.verify()  # leaves nothing to be read
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            image.load()
+            if image.format == "PNG":
+                return {key: str(value) for key, value in image.text.items()}
+            found = json.loads(image.getexif()[ExifTags.Base.ImageDescription])
+            return {str(key): str(value) for key, value in found.items()}
+    except Exception as error:  # of Pillow's decoders, as in `read_image`
+        where = "a picture" if isinstance(source, bytes) else source
+        raise ImageError(f"{where} is no whole picture of this project: {error!r}") from error
 
 
 def read_png_text(path: str | Path) -> dict[str, str]:

@@ -47,41 +47,6 @@ def put(tree: Any, mesh: Mesh, spec: Any = WHOLE) -> Any:
     return jax.tree.map(place, tree, spec)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
-def draw_rows(
-    mesh: Mesh,
-    model: sd.StableDiffusion,
-    frozen: sd.Frozen,
-    kv: dict,
-    numbers: jax.Array,
-    guidance_scale: jax.Array,
-    sampling: programs.Sampling,
-) -> jax.Array:
-    """Draws one picture a row: float32[R, height, width, 3] in [-1, 1], rows spread over `data`.
-
-    Args:
-      kv: leaves [R, 2, T, inner]: without and with the prompt.
-      numbers: uint32[R, 2], seed and picture's number; a row depends on nothing else in the call.
-      guidance_scale: more than 1.
-    """
-
-    def one(frozen, kv, numbers, guidance_scale):
-        def row(kv, number):
-            seed, picture = number[0], number[1:].astype(jnp.int32)
-            return programs.draw(model, frozen, kv, seed, picture, guidance_scale, sampling)[0]
-
-        return jax.vmap(row)(kv, numbers)
-
-    spread = jax.shard_map(
-        one,
-        mesh=mesh,
-        in_specs=(P(), P("data"), P("data"), P()),
-        out_specs=P("data"),
-        check_vma=False,  # nothing is communicated
-    )
-    return spread(frozen, kv, numbers, guidance_scale)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def plain_keys_values(
     model: sd.StableDiffusion, frozen: sd.Frozen, token_ids: jax.Array, empty: jax.Array
@@ -120,19 +85,18 @@ def draw_in_batches(
     Args:
       frozen: on the mesh.
       keys_values: numbers of rows, int[B] -> leaves [B, 2, T, inner].
-      numbers: uint32[R, 2], as of `draw_rows`.
+      numbers: uint32[R, 2], as of `programs.draw_rows`.
       each: rows that a device draws at once, at most.
       guidance_scale: more than 1.
     """
     size = min(each, -(-len(numbers) // mesh.size)) * mesh.size
-    guidance = np.float32(guidance_scale)
+    guidance = put(np.full(size, guidance_scale, np.float32), mesh, P("data"))
     for first in range(0, len(numbers), size):
         # The last call is filled up with its last row.
         rows = np.minimum(np.arange(first, first + size), len(numbers) - 1)
         kv = put(jax.device_get(keys_values(rows)), mesh, P("data"))
-        drawn = draw_rows(
-            mesh, model, frozen, kv, put(numbers[rows], mesh, P("data")), guidance, sampling
-        )
+        own = put(numbers[rows], mesh, P("data"))
+        drawn = programs.draw_everywhere(mesh, model, frozen, kv, own, guidance, sampling)
         if jax.process_count() > 1:
             drawn = process_allgather(drawn, tiled=True)
         yield to_uint8(np.asarray(drawn))[: len(numbers) - first]

@@ -355,18 +355,23 @@ def end_lost(number: int, said: str) -> None:
     os._exit(1)
 
 
-def check_same_people(names: Sequence[str]) -> None:
-    """Makes sure that this process shares out the same people, in the same order, as process 0.
+def check_same(names: Sequence[str], what: str, sources: str) -> None:
+    """Makes sure that this process shares out the same work, in the same order, as process 0.
 
-    Otherwise some would be trained twice and others by nobody.
+    Otherwise some of it would be done twice, and some by nobody.
+
+    Args:
+      names: of the people, or hashes of the rows.
+      what: they are, for the message.
+      sources: where they come from, for the message.
 
     Raises:
-      DevicesError: they differ, or process 0 does not say whom it has.
+      DevicesError: they differ, or process 0 does not say what it has.
     """
     if jax.process_count() == 1:
         return
-    ours = f"{len(names)} people, {json_digest(names)[:16]}"
-    client, key = global_state.client, "idea_jax/people"
+    ours = f"{len(names)} {what}, {json_digest(names)[:16]}"
+    client, key = global_state.client, f"idea_jax/{what}"
     if jax.process_index() == 0:
         client.key_value_set(key, ours)
         return
@@ -375,12 +380,11 @@ def check_same_people(names: Sequence[str]) -> None:
         with suppress(jax.errors.JaxRuntimeError):  # not yet; short, so that signals are heard
             theirs = client.blocking_key_value_get(key, 1000)
     if theirs is None:
-        raise DevicesError(f"process 0 did not say within {LISTING} seconds whom it trains")
+        raise DevicesError(f"process 0 did not say within {LISTING} seconds which {what} it has")
     if theirs != ours:
         raise DevicesError(
-            f"process {jax.process_index()} sees other people than process 0 ({ours}; there: "
-            f"{theirs}); --train_data_dir, --dataset_dir and --identities must name the same ones "
-            "everywhere"
+            f"process {jax.process_index()} sees other {what} than process 0 ({ours}; there: "
+            f"{theirs}); {sources} must name the same ones everywhere"
         )
 
 

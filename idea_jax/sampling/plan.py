@@ -1,5 +1,6 @@
 """Who is drawn, and on which pictures: identity files and prompts in, drawings out."""
 
+import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -159,43 +160,67 @@ def plan(
       ConfigError: the negative prompt names a person.
     """
     drawings = []
-    sizes = [sitter.identity.method.num_tokens for sitter in sitters]
-    own = [
-        plain.with_placeholder(s.identity.placeholder, s.identity.method.num_tokens)
-        for s in sitters
-    ]
+    people = {sitter.name: placeholder_of(sitter.identity) for sitter in sitters}
     for prompt in prompts:
-        if is_for_each(prompt, [sitter.name for sitter in sitters]):
-            for number, (sitter, tokenizer) in enumerate(zip(sitters, own, strict=True)):
-                own_text = tokenizer.placeholder.text
-                tokens = weighted_tokens(tokenizer, prompt, {"{}": own_text})
-                folder = safe_name(sitter.name) if len(sitters) > 1 else "."
+        if is_for_each(prompt, list(people)):
+            for number, (name, placeholder) in enumerate(people.items()):
+                folder = safe_name(name) if len(sitters) > 1 else "."
+                tokens = tokens_of(prompt, {name: placeholder}, plain)
                 drawings.append(Drawing(prompt, (number,), tokens, folder))
             continue
-        # Whatever they are called in their files, here they need words of their own.
-        words = {
-            s.name: text.Placeholder(f"<sitter-{k}>", n)
-            for k, (s, n) in enumerate(zip(sitters, sizes, strict=True))
-        }
-        _, names = text.fill_names(prompt, words)
-        tokenizer = plain
-        for name in names:
-            tokenizer = tokenizer.with_placeholder(words[name].token, words[name].n)
-        tokens = weighted_tokens(
-            tokenizer, prompt, {f"{{{name}}}": words[name].text for name in names}
-        )
-        cast = tuple(k for k, sitter in enumerate(sitters) if sitter.name in names)
-        drawings.append(Drawing(prompt, cast, tokens, "."))
-    for tokenizer in own:
-        negative = weighted_tokens(tokenizer, cfg.negative_prompt, {})
-        token = re.escape(tokenizer.placeholder.token)
-        names_them = re.search(rf"(?<!\w){token}(?!\w)", cfg.negative_prompt.lower())
-        if names_them or (negative.ids >= tokenizer.vocab_size).any():
+        cast = tuple(k for k, name in enumerate(people) if f"{{{name}}}" in prompt)
+        drawings.append(Drawing(prompt, cast, tokens_of(prompt, people, plain), "."))
+    check_negative(cfg.negative_prompt, people, plain)
+    return drawings, weighted_tokens(plain, cfg.negative_prompt, {})
+
+
+@functools.lru_cache(maxsize=64)  # each is a copy of the whole vocabulary, and people share names
+def worded(tokenizer: Tokenizer, token: str, n: int) -> Tokenizer:
+    """A tokenizer with one more placeholder; see `Tokenizer.with_placeholder`."""
+    return tokenizer.with_placeholder(token, n)
+
+
+def placeholder_of(identity: Identity) -> text.Placeholder:
+    """What stands for a person in prompts."""
+    return text.Placeholder(identity.placeholder, identity.method.num_tokens)
+
+
+def tokens_of(prompt: str, people: Mapping[str, text.Placeholder], plain: Tokenizer) -> Tokens:
+    """The tokens of a prompt that shows one person as {}, or says by name whom of them it shows.
+
+    The tokens of the first of those whom it shows follow the vocabulary, then the second's.
+
+    Raises:
+      TextError: it names nobody, or somebody else, or is far too long.
+    """
+    if is_for_each(prompt, list(people)) and len(people) == 1:
+        (own,) = people.values()
+        text.fill(prompt, own)
+        tokenizer = worded(plain, own.token, own.n)
+        return weighted_tokens(tokenizer, prompt, {"{}": own.text})
+    # Whatever they are called in their files, here they need words of their own.
+    words = {
+        name: text.Placeholder(f"<sitter-{k}>", own.n)
+        for k, (name, own) in enumerate(people.items())
+    }
+    _, names = text.fill_names(prompt, words)
+    tokenizer = plain
+    for name in names:
+        tokenizer = worded(tokenizer, words[name].token, words[name].n)
+    return weighted_tokens(tokenizer, prompt, {f"{{{name}}}": words[name].text for name in names})
+
+
+def check_negative(negative: str, people: Mapping[str, text.Placeholder], plain: Tokenizer) -> None:
+    """Raises ConfigError if a negative prompt names a person: the plain model draws it."""
+    for own in people.values():
+        tokenizer = worded(plain, own.token, own.n)
+        tokens = weighted_tokens(tokenizer, negative, {})
+        names_them = re.search(rf"(?<!\w){re.escape(own.token)}(?!\w)", negative.lower())
+        if names_them or (tokens.ids >= tokenizer.vocab_size).any():
             raise ConfigError(
                 "--negative_prompt is drawn by the plain model, without the person; leave "
-                f"{tokenizer.placeholder.token} out of it"
+                f"{own.token} out of it"
             )
-    return drawings, negative
 
 
 def weighted_tokens(tokenizer: Tokenizer, prompt: str, words: Mapping[str, str]) -> Tokens:

@@ -1,16 +1,14 @@
 """The programs that draw: prompts -> pictures, one compiled program per shape."""
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 from idea_jax.config.settings import ConfigError
 from idea_jax.data import images
@@ -19,7 +17,6 @@ from idea_jax.diffusion import samplers
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
-from idea_jax.pytrees import abstract
 from idea_jax.runtime import traces
 
 DECODED = 8  # pictures that the autoencoder decodes at once
@@ -56,18 +53,16 @@ def prompt_keys_values(
 
 
 @functools.partial(jax.jit, static_argnames=("methods", "model"))
-def cast_keys_values(
+def named_keys_values(
     model: sd.StableDiffusion,
     methods: tuple[condition.Method, ...],
     frozen: sd.Frozen,
     trainables: Sequence[condition.Trainable],
     givens: Sequence[condition.Given],
     prompt: Tokens,
-    negative: Tokens,
     strength: jax.Array,
 ) -> dict:
-    """What `prompt_keys_values` returns, of a prompt that names one person or several: leaves
-    [2, K * T, inner].
+    """Keys and values of a prompt that names one person or several: leaves [1, K * T, inner].
 
     Each chunk is encoded by itself; all of them are attended to together. A token's weight
     multiplies its row of the condition (A1111's emphasis without its normalisation), and so its
@@ -75,24 +70,36 @@ def cast_keys_values(
 
     Args:
       prompt: K chunks; ids as in `condition.keys_values_together`.
-      negative: as many.
+      strength: float32[], scales adapter and K/V delta.
     """
-
-    def joined(kv, weights):
-        def weighted(leaf):
-            return (leaf * weights[..., None].astype(leaf.dtype)).reshape(1, -1, leaf.shape[-1])
-
-        return jax.tree.map(weighted, kv)
-
-    named = condition.keys_values_together(
+    kv = condition.keys_values_together(
         model, methods, frozen, trainables, givens, prompt.ids, strength=strength
     )
-    plain = project_kv(frozen.cross_kv, sd.encode_text(model, frozen, negative.ids), model.dtype)
-    return jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]),
-        joined(plain, negative.weights),
-        joined(named, prompt.weights),
-    )
+    return _joined(kv, prompt.weights)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def plain_keys_values(model: sd.StableDiffusion, frozen: sd.Frozen, tokens: Tokens) -> dict:
+    """Keys and values of a text that names nobody, as the plain model has them: leaves
+    [1, K * T, inner]."""
+    encoded = sd.encode_text(model, frozen, tokens.ids)
+    return _joined(project_kv(frozen.cross_kv, encoded, model.dtype), tokens.weights)
+
+
+def _joined(kv: dict, weights: jax.Array) -> dict:
+    """The chunks of a text, leaves [K, T, inner], with their weights [K, T], as one."""
+
+    def weighted(leaf):
+        return (leaf * weights[..., None].astype(leaf.dtype)).reshape(1, -1, leaf.shape[-1])
+
+    return jax.tree.map(weighted, kv)
+
+
+@jax.jit
+def stacked(plain: Sequence[dict], named: Sequence[dict]) -> dict:
+    """Keys and values of R rows, leaves [R, 2, T, inner], from leaves [1, T, inner] of each."""
+    halves = [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kv) for kv in (plain, named)]
+    return jax.tree.map(lambda a, b: jnp.stack([a, b], axis=1), *halves)
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,61 @@ class Sampling:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
+def draw_rows(
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    kv: dict,
+    numbers: jax.Array,
+    guidance: jax.Array | None,
+    sampling: Sampling,
+) -> jax.Array:
+    """Draws one picture a row: float32[R, height, width, 3] in [-1, 1].
+
+    Args:
+      kv: leaves [R, 2, T, inner]: of the negative prompt, and of the prompt.
+      numbers: uint32[R, 2], seed and the picture's number; a row depends on nothing else in the
+        call.
+      guidance: float32[R]; None for 1 everywhere, which leaves the unguided half of the work out.
+    """
+    latent_size = tuple(side // model.vae.downscale for side in sampling.size)
+    shape = (*latent_size, model.unet.in_channels)
+    x, keys = jax.vmap(
+        lambda number: samplers.initial_noise(number[0], number[1:].astype(jnp.int32), shape)
+    )(numbers)
+    x, keys = x[:, 0], keys[:, 0]
+
+    visited = samplers.visited_timesteps(sampling.scheduler, model.schedule, sampling.steps)
+    embedded = sd.embed_times(model, frozen, jnp.asarray(visited))
+
+    def predict_from(first):
+        # The unguided rows come first, then those of the prompts.
+        def joined(leaf):
+            return jnp.concatenate([leaf[:, half] for half in range(first, 2)])
+
+        rows = jax.tree.map(joined, kv)
+
+        def predict(x, timestep):
+            step = jnp.argmax(visited == timestep)  # samplers tell the time, not the step
+            times = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, step, 1), embedded)
+            return sd.denoise(model, frozen, x, times, rows)
+
+        return predict
+
+    predict = predict_from(1)
+    if guidance is not None:
+        scale = guidance[:, None, None, None]
+        both, interval = samplers.guided(predict_from(0), scale), sampling.interval
+        if interval is None:
+            predict = both
+        else:
+            predict = samplers.guided_between(both, predict, interval, model.schedule)
+    fresh_noise = {"eta": sampling.eta, "keys": keys} if sampling.scheduler == "ddim" else {}
+    sample = samplers.SAMPLERS[sampling.scheduler]
+    x = sample(predict, x, model.schedule, sampling.steps, **fresh_noise)
+    return decode(model, frozen, x)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"))
 def draw(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
@@ -131,33 +193,11 @@ def draw(
       guidance_scale: float32[]; None for 1, which leaves the unguided half of the work out.
     """
     B = indices.shape[0]
-    latent_size = tuple(side // model.vae.downscale for side in sampling.size)
-    x, keys = samplers.initial_noise(seed, indices, (*latent_size, model.unet.in_channels))
-
-    visited = samplers.visited_timesteps(sampling.scheduler, model.schedule, sampling.steps)
-    embedded = sd.embed_times(model, frozen, jnp.asarray(visited))
-
-    def predict_from(first):
-        rows = jax.tree.map(lambda leaf: jnp.repeat(leaf[first:], B, axis=0), kv)
-
-        def predict(x, timestep):
-            step = jnp.argmax(visited == timestep)  # samplers tell the time, not the step
-            times = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, step, 1), embedded)
-            return sd.denoise(model, frozen, x, times, rows)
-
-        return predict
-
-    predict = predict_from(1)
-    if guidance_scale is not None:
-        both, interval = samplers.guided(predict_from(0), guidance_scale), sampling.interval
-        if interval is None:
-            predict = both
-        else:
-            predict = samplers.guided_between(both, predict, interval, model.schedule)
-    fresh_noise = {"eta": sampling.eta, "keys": keys} if sampling.scheduler == "ddim" else {}
-    sample = samplers.SAMPLERS[sampling.scheduler]
-    x = sample(predict, x, model.schedule, sampling.steps, **fresh_noise)
-    return decode(model, frozen, x)
+    seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), (B,))
+    numbers = jnp.stack([seeds, indices.astype(jnp.uint32)], axis=1)
+    rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (B, *leaf.shape)), kv)
+    scale = None if guidance_scale is None else jnp.broadcast_to(guidance_scale, (B,))
+    return draw_rows(model, frozen, rows, numbers, scale, sampling)
 
 
 def decode(model: sd.StableDiffusion, frozen: sd.Frozen, latents: jax.Array) -> jax.Array:
@@ -204,154 +244,25 @@ def draw_everywhere(
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
     kv: dict,
-    seed: jax.Array,
-    indices: jax.Array,
-    guidance_scale: jax.Array | None,
+    numbers: jax.Array,
+    guidance: jax.Array | None,
     sampling: Sampling,
 ) -> jax.Array:
-    """`draw` on every device of a mesh, each with a prompt and picture numbers of its own.
+    """`draw_rows` with the rows spread over the first axis of a mesh, on all of its devices."""
 
-    Args:
-      mesh: of D devices, with the axis `pictures`.
-      kv: leaves [D, 2, T, inner]; indices: int32[D, B].
+    def own(frozen, kv, numbers, guidance):
+        return draw_rows(model, frozen, kv, numbers, guidance, sampling)
 
-    Returns:
-      float32[D, B, height, width, 3] in [-1, 1].
-    """
-
-    def one(frozen, kv, seed, indices, guidance_scale):
-        own = jax.tree.map(lambda leaf: leaf[0], kv)
-        return draw(model, frozen, own, seed, indices[0], guidance_scale, sampling)[None]
-
-    each = P("pictures")
+    each = P(mesh.axis_names[0])
     # Nothing is communicated, so there is nothing that checking replication could find.
     spread = jax.shard_map(
-        one,
-        mesh=mesh,
-        in_specs=(P(), each, P(), each, P()),
-        out_specs=each,
-        check_vma=False,
+        own, mesh=mesh, in_specs=(P(), each, each, each), out_specs=each, check_vma=False
     )
-    return spread(frozen, kv, seed, indices, guidance_scale)
+    return spread(frozen, kv, numbers, guidance)
 
 
 # How `draw_everywhere` is kept.
-DRAWING = traces.Kind("draw_everywhere", (0, 1, 7), (), lambda *_: 0)
-
-
-def arrange(prompts: int, count: int, batch_size: int) -> tuple[Mesh, list[tuple[int, int]], int]:
-    """How the pictures of some prompts are spread over the devices of the process.
-
-    Returns:
-      The devices that draw; the units of work, each a batch of one prompt, as prompt's number and
-      first picture; and the pictures of a unit. The last unit of a prompt is filled up with further
-      pictures.
-    """
-    devices = jax.local_devices()
-    batch_size = min(batch_size, count, math.ceil(prompts * count / len(devices)))
-    units = [(n, first) for n in range(prompts) for first in range(0, count, batch_size)]
-    devices = np.array(devices[: len(units)])
-    return Mesh(devices, ("pictures",), axis_types=(AxisType.Auto,)), units, batch_size
-
-
-def lower_drawing(
-    model: sd.StableDiffusion,
-    prompts: int,
-    chunks: int,
-    sampling: Sampling,
-    *,
-    count: int,
-    batch_size: int,
-    guidance_scale: float,
-) -> jax.stages.Lowered:
-    """The program of `draw_all` with these arguments, from shapes alone: weights may be missing.
-
-    One program draws all seeds. There are so many prompts, with `chunks` chunks each.
-    """
-    mesh, _, batch_size = arrange(prompts, count, batch_size)
-    each, shapes = NamedSharding(mesh, P("pictures")), sd.shapes(model)
-    T = chunks * model.text.max_position_embeddings
-    kv = jax.tree.map(
-        lambda kernel: jax.ShapeDtypeStruct((mesh.size, 2, T, kernel.shape[1]), model.dtype),
-        shapes.cross_kv,
-    )
-    numbers = jax.ShapeDtypeStruct((mesh.size, batch_size), jnp.int32)
-    scale = None if guidance_scale == 1 else jax.ShapeDtypeStruct((), jnp.float32)
-    arguments = (
-        mesh,
-        model,
-        abstract(shapes, NamedSharding(mesh, P()), model.dtype),
-        abstract(kv, each),
-        jax.ShapeDtypeStruct((), jnp.uint32),  # of the seed
-        abstract(numbers, each),
-        scale,
-        sampling,
-    )
-    return traces.lower(DRAWING, draw_everywhere, arguments)
-
-
-def draw_all(
-    model: sd.StableDiffusion,
-    frozen: sd.Frozen,
-    keys_values: Sequence[Callable[[sd.Frozen], dict]],
-    sampling: Sampling,
-    *,
-    seed: int,
-    count: int,
-    batch_size: int,
-    guidance_scale: float,
-) -> Iterator[np.ndarray]:
-    """Yields pictures 0..count-1 of a seed for each prompt: uint8[count, height, width, 3].
-
-    The pictures are spread over all devices of the process, in calls of one shape.
-
-    Args:
-      keys_values: of each prompt a function of the frozen weights, to leaves [2, T, inner].
-      batch_size: pictures of one prompt that a device draws at once, at most.
-    """
-    mesh, units, batch_size = arrange(len(keys_values), count, batch_size)
-    frozen = jax.device_put(frozen, NamedSharding(mesh, P()))
-    each = NamedSharding(mesh, P("pictures"))
-    known: dict[int, dict] = {}  # keys and values of the prompts under way
-    called = None  # units and pictures of the call that is not fetched yet
-    drawn: list[np.ndarray] = []  # of the prompt that is not complete yet
-
-    def complete(units, pictures):
-        for (_, first), part in zip(units, np.asarray(pictures), strict=False):
-            drawn.append(images.to_uint8(part))
-            progress.update()
-            if first + batch_size >= count:
-                yield np.concatenate(drawn)[:count]
-                drawn.clear()
-
-    progress = tqdm(total=len(units), unit="batch", disable=None, leave=False)
-    for start in range(0, len(units), mesh.size):
-        now = units[start : start + mesh.size]
-        known = {
-            n: known[n] if n in known else jax.device_get(keys_values[n](frozen)) for n, _ in now
-        }
-        filled = [*now, *[now[-1]] * (mesh.size - len(now))]
-        kv = jax.tree.map(lambda *leaves: np.stack(leaves), *(known[n] for n, _ in filled))
-        numbers = np.array([range(first, first + batch_size) for _, first in filled], np.int32)
-        pictures = traces.call(
-            DRAWING,
-            draw_everywhere,
-            mesh,
-            model,
-            frozen,
-            jax.device_put(kv, each),
-            jnp.uint32(seed),
-            jax.device_put(numbers, each),
-            scale_of(guidance_scale),
-            sampling,
-        )
-        # While the devices draw the one just called, the pictures of the one before are fetched
-        # here, and written to the disk by whoever takes them.
-        if called:
-            yield from complete(*called)
-        called = now, pictures
-    yield from complete(*called)
-    progress.close()
+DRAWING = traces.Kind("draw_everywhere", (0, 1, 6), (), lambda *_: 0)
 
 
 def picture_size(

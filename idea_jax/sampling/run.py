@@ -4,13 +4,14 @@ import functools
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig, reading
 from idea_jax.data import images, text
@@ -23,6 +24,7 @@ from idea_jax.formats.enhancer import introduce, warn_of_weights
 from idea_jax.formats.identity import Identity, IdentityError, check_identity
 from idea_jax.method import shared
 from idea_jax.models import flash, hub, lora, sd
+from idea_jax.pytrees import tree_digest
 from idea_jax.runtime import compile_cache
 from idea_jax.runtime.files import (
     check_writable,
@@ -31,17 +33,17 @@ from idea_jax.runtime.files import (
     write_together,
 )
 from idea_jax.runtime.versions import versions
-from idea_jax.sampling import programs
+from idea_jax.sampling import engine, programs
 from idea_jax.sampling.plan import (
     NOBODY,
+    Drawing,
     Sitter,
     is_for_each,
-    padded,
     plan,
     read_prompts,
     read_sitters,
 )
-from idea_jax.sampling.programs import cast_keys_values, picture_size
+from idea_jax.sampling.programs import picture_size
 
 log = logging.getLogger(__name__)
 
@@ -96,16 +98,7 @@ def run(cfg: SampleConfig) -> list[Path]:
         sitters = [see_sitter(cfg, enhancer, model, found)]
     length = model.text.max_position_embeddings
     plain = load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
-    # The drawings; the prompts of one length are drawn together: one program each.
     drawings, negative = plan(cfg, prompts, sitters, plain)
-    empty = plain.chunks([("", 1.0)])
-    lengths = [max(len(drawing.tokens.ids), len(negative.ids)) for drawing in drawings]
-    groups = {n: [k for k, own in enumerate(lengths) if own == n] for n in dict.fromkeys(lengths)}
-    settings: dict = {
-        "count": cfg.num_images_per_prompt * cfg.n_iter,
-        "batch_size": cfg.batch_size,
-        "guidance_scale": cfg.guidance_scale,
-    }
     span = cfg.guidance_interval
     interval = (span[0], span[1]) if span else None
     sampling = programs.Sampling(size, cfg.scheduler, cfg.num_inference_steps, cfg.eta, interval)
@@ -113,44 +106,73 @@ def run(cfg: SampleConfig) -> list[Path]:
         check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
     # The program is compiled while the weights are read.
+    count = cfg.num_images_per_prompt * cfg.n_iter
+    kinds = [
+        engine.Kind(sampling, max(len(d.tokens.ids), len(negative.ids)), cfg.guidance_scale != 1)
+        for d in drawings
+    ]
+    most = count * max(kinds.count(kind) for kind in kinds)
+    devices = jax.local_devices()
+    each = engine.rows_of_each(most, len(devices), cfg.batch_size)
+    devices = devices[: math.ceil(most / each)]
     sd.shapes(model)  # once, before two threads ask for them
-    first = next(iter(groups))
-    lower = functools.partial(
-        programs.lower_drawing, model, len(groups[first]), first, sampling, **settings
-    )
-    with compile_cache.ahead(lower):
+    size_of_call = engine.size_for(count * kinds.count(kinds[0]), engine.sizes_on(devices, each))
+    with compile_cache.ahead(
+        functools.partial(engine.lower_call, model, kinds[0], size_of_call, devices, each)
+    ):
         changes |= {"variant": cfg.variant, "compute_dtype": compute_dtype, "loras": loras}
         _, frozen = sd.load(found.folder, **changes)
-    ours = {}
+    ours = None
     if enhancer is not None:
         warn_of_weights(enhancer, frozen, found.name)
-        ours = jax.tree.map(jnp.asarray, shared.frozen_part(enhancer.shared))
+        ours = shared.frozen_part(enhancer.shared)
+    texts = engine.Texts(plain)
+    artist = engine.Engine(model, frozen, texts, each=each, shared=ours, devices=devices)
+    for sitter in sitters:
+        trees = {"trainable": sitter.identity.trainable, "given": sitter.identity.given}
+        artist.add(sitter.name, engine.person_of(sitter.identity, tree_digest(trees)))
+    return draw(cfg, artist, drawings, sampling, (found, sitters))
 
-    def keys_values(number, frozen):
-        cast = [sitters[k].identity for k in drawings[number].cast]
-        return cast_keys_values(
-            model,
-            tuple(identity.method for identity in cast),
-            frozen._replace(shared=ours),
-            tuple(identity.trainable for identity in cast),
-            tuple(identity.given for identity in cast),
-            padded(drawings[number].tokens, empty, lengths[number]),
-            padded(negative, empty, lengths[number]),
-            jnp.float32(cfg.id_strength),
+
+def draw(
+    cfg: SampleConfig,
+    artist: engine.Engine,
+    drawings: Sequence[Drawing],
+    sampling: programs.Sampling,
+    about: tuple[hub.Checkpoint, Sequence[Sitter]],
+) -> list[Path]:
+    """Draws and writes; the pictures of a prompt are written while the next ones are drawn."""
+    found, sitters = about
+    count = cfg.num_images_per_prompt * cfg.n_iter
+    rows = [
+        engine.PictureRow(
+            tuple(sitters[k].name for k in drawing.cast),
+            drawing.prompt,
+            sampling,
+            negative=cfg.negative_prompt,
+            seed=cfg.seed,
+            number=number,
+            guidance=cfg.guidance_scale,
+            strength=cfg.id_strength,
         )
-
-    # The pictures; those of a prompt are written while the next ones are drawn.
-    folders = {}
-    for numbers in groups.values():
-        own = [functools.partial(keys_values, number) for number in numbers]
-        pictures = programs.draw_all(model, frozen, own, sampling, seed=cfg.seed, **settings)
-        for number, drawn in zip(numbers, pictures, strict=True):
-            drawing = drawings[number]
-            about = describe(cfg, found, size, [sitters[k] for k in drawing.cast])
-            where = Path(cfg.save_dir) / drawing.folder
-            folders[number] = save_pictures(where, drawing.prompt, drawn, about)
-            log.info("%d pictures in %s", len(drawn), folders[number])
-    return [folders[number] for number in sorted(folders)]
+        for drawing in drawings
+        for number in range(count)
+    ]
+    folders: dict[int, Path] = {}
+    drawn: dict[int, list[np.ndarray]] = {}  # of the prompts that are not complete yet
+    with tqdm(total=len(rows), unit="picture", disable=None, leave=False) as progress:
+        for place, picture in artist.draw(rows):
+            which = place // count
+            drawn.setdefault(which, []).append(images.to_uint8(picture))
+            progress.update()
+            if len(drawn[which]) == count:
+                drawing, pictures = drawings[which], np.stack(drawn.pop(which))
+                people = [sitters[k] for k in drawing.cast]
+                settings = describe(cfg, found, sampling.size, people)
+                where = Path(cfg.save_dir) / drawing.folder
+                folders[which] = save_pictures(where, drawing.prompt, pictures, settings)
+                log.info("%d pictures in %s", count, folders[which])
+    return [folders[which] for which in sorted(folders)]
 
 
 def changes_of(cfg: SampleConfig) -> dict[str, Any]:

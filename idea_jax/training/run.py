@@ -110,7 +110,8 @@ def train_people(cfg: TrainConfig) -> list[Path]:
         cfg = replace(cfg, validation_prompt=prompts, validation_prompt_file=None)
     face_models.check_select(cfg.face_select)
     everybody = people_of(cfg)
-    devices.check_same_people(list(everybody))
+    sources = "--train_data_dir, --dataset_dir and --identities"
+    devices.check_same(list(everybody), "people", sources)
     is_single = list(everybody) == [""]
     alone = person_of(cfg, "", everybody[""]) if is_single else None
     crowd = Crowd(everybody, devices.own_share(list(everybody)), alone)

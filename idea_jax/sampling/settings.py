@@ -1,0 +1,110 @@
+"""What a batch of many pictures is; filled as `idea_jax.config.reading` says."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from idea_jax.config.settings import (
+    ConfigError,
+    SampleConfig,
+    check_compile_cache,
+    check_interval,
+    check_seed,
+    not_negative,
+    positive,
+    setting,
+)
+
+FORMATS = ("folder", "tar", "parquet")
+PICTURES = ("png", "webp", "jpeg")
+
+
+def as_for_one(name: str) -> Any:
+    """A setting of `idea-sample`, with the same default and meaning."""
+    (spec,) = (spec for spec in fields(SampleConfig) if spec.name == name)
+    if "required" in spec.metadata:
+        return field(metadata=spec.metadata)
+    return field(default=spec.default, metadata=spec.metadata)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Everything that decides what `idea-batch` does.
+
+    What a row of the job file does not say, it takes from the setting of the same name.
+    """
+
+    SMALLER: ClassVar[str] = (
+        "a smaller --batch_size, --mixed_precision bf16, or a smaller --height and --width"
+    )
+
+    pretrained_model_name_or_path: str = as_for_one("pretrained_model_name_or_path")
+    out: str = setting(..., "folder that receives the pictures and their index")
+    jobs: str | None = setting(
+        None, "file of rows, .jsonl or .csv: one picture each (also without the flag's name)"
+    )
+    prompts: str | None = setting(
+        None, "instead of jobs: text file with one prompt per line, drawn of all --identities"
+    )
+    identities: str | None = setting(
+        None, "folder of people, as training writes them: a row may name one of them"
+    )
+    num_images_per_prompt: int = setting(1, "with --prompts: pictures of each prompt and person")
+    # Where it goes
+    format: str = setting(
+        "folder", "pictures as files, as WebDataset tar shards, or as Parquet", choices=FORMATS
+    )
+    shard_pictures: int = setting(1000, "pictures of a tar or Parquet file")
+    picture: str = setting("png", "format of each picture", choices=PICTURES)
+    quality: int = setting(95, "of webp and jpeg, 1 to 100")
+    resume: bool = setting(
+        False, "go on in a folder that has pictures; those whose rows are the same are kept"
+    )
+    dry_run: bool = setting(
+        False, "say what would be drawn, how much space and time it takes; write nothing"
+    )
+    threads: int = setting(4, "that encode and write pictures")
+    distributed: bool = setting(
+        False, "one of several processes, each with a range of the rows: docs/scale.md"
+    )
+    # The model
+    enhancer: str = as_for_one("enhancer")
+    revision: str | None = as_for_one("revision")
+    variant: str | None = as_for_one("variant")
+    preset: str | None = as_for_one("preset")
+    vae: str | None = as_for_one("vae")
+    clip_skip: int = as_for_one("clip_skip")
+    mixed_precision: str = as_for_one("mixed_precision")
+    attention: str = as_for_one("attention")
+    compile_cache: str | None = as_for_one("compile_cache")
+    batch_size: int = as_for_one("batch_size")
+    # What a row may say itself
+    negative_prompt: str = as_for_one("negative_prompt")
+    num_inference_steps: int = as_for_one("num_inference_steps")
+    guidance_scale: float = as_for_one("guidance_scale")
+    guidance_interval: list[float] | None = as_for_one("guidance_interval")
+    scheduler: str = as_for_one("scheduler")
+    id_strength: float = as_for_one("id_strength")
+    height: int | None = as_for_one("height")
+    width: int | None = as_for_one("width")
+    seed: int = as_for_one("seed")
+
+    def __post_init__(self):
+        positive(self, "num_images_per_prompt", "shard_pictures", "threads", "batch_size")
+        positive(self, "num_inference_steps", "height", "width")
+        not_negative(self, "guidance_scale", "id_strength", "clip_skip")
+        check_seed(self.seed)
+        check_compile_cache(self.compile_cache)
+        if (self.jobs is None) == (self.prompts is None):
+            raise ConfigError("give either a job file (--jobs) or --prompts, one of the two")
+        if self.prompts is not None and self.identities is None:
+            raise ConfigError("--prompts needs --identities, the folder of people to draw")
+        if self.num_images_per_prompt != 1 and self.prompts is None:
+            raise ConfigError(
+                "--num_images_per_prompt has no effect on a job file, whose rows are a picture "
+                "each: give them other numbers"
+            )
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"quality must lie between 1 and 100, got {self.quality}")
+        if self.quality != 95 and self.picture == "png":
+            raise ConfigError("--quality has no effect on png, which loses nothing")
+        check_interval(self.guidance_interval)
