@@ -23,11 +23,12 @@ from idea_jax.data import images
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime import compile_cache, devices, signals
 from idea_jax.runtime.files import check_writable, file_digest, json_digest
 from idea_jax.runtime.versions import versions
 from idea_jax.sampling import engine
+from idea_jax.sampling.plan import changes_of
 from idea_jax.sampling.rows import Job, Roster, RowsError, make_jobs
 from idea_jax.sampling.settings import BatchConfig
 from idea_jax.sampling.store import INDEX, Held, Store, StoreError, write_index
@@ -62,8 +63,7 @@ class BatchPlan:
     @property
     def loading(self) -> dict:
         """What reading the weights needs besides their folder and type."""
-        vae = hub.resolve_vae(self.cfg.vae) if self.cfg.vae else None
-        return {"vae": vae, "clip_skip": self.cfg.clip_skip}
+        return {**changes_of(self.cfg), "loras": lora.named(self.cfg.lora)}
 
 
 def run(cfg: BatchConfig) -> list:
@@ -132,25 +132,26 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
     Raises:
       RowsError: no row can be drawn.
     """
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    loras = lora.named(cfg.lora)
+    found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
-    model = sd.read_configs(found.folder, dtype, vae=vae, clip_skip=cfg.clip_skip)
-    model = replace(model, attention=attention)
+    changes = changes_of(cfg)
+    model = replace(sd.read_configs(found.folder, dtype, **changes), attention=attention)
     path, enhancer = enhancers.find(cfg.enhancer, found.folder), None
     if path is not None:
         enhancer = enhancers.read(path)
         enhancers.check(enhancer, model, path, face_model=None)
-    plain = load_tokenizer(
-        found.folder / "tokenizer", model.text.vocab_size, model.text.max_position_embeddings
-    )
+    length = model.text.max_position_embeddings
+    plain = load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     texts = engine.Texts(plain)
     casting = Roster(model, cfg.identities, enhancer.sha256 if enhancer else None)
     of_model = {
         "model": found.name,
         "revision": found.revision,
-        "weights": digest_of_weights(found.folder, vae, cfg.variant),
+        "weights": digest_of_weights(found.folder, changes["vae"], cfg.variant),
+        "prediction_type": model.schedule.prediction_type,
+        **({"lora": lora.about(loras)} if loras else {}),
         "clip_skip": cfg.clip_skip,
         "mixed_precision": cfg.mixed_precision,
     }
@@ -177,13 +178,14 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
 
 
 def digest_of_weights(folder: Path, vae: Path | None, variant: str | None) -> str:
-    """Digest of the files of a checkpoint whose weights draw."""
+    """Digest of the files of a checkpoint, a folder or one file, whose weights draw."""
     parts = [folder / "unet", folder / "text_encoder", vae or folder / "vae"]
     infix = f".{variant}" if variant else ""
-    files = [
+    files = [folder] if folder.is_file() else []
+    files += [
         file
         for part in parts
-        for file in sorted(part.glob("*.safetensors"))
+        for file in sorted([*part.glob("*.safetensors"), *part.glob("*.bin")])
         if part == vae or not infix or infix in file.name
     ]
     return json_digest([[file.parent.name, file.name, file_digest(file)] for file in files])

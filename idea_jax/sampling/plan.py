@@ -6,20 +6,32 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from idea_jax.config.settings import ConfigError, SampleConfig
+from idea_jax.config.settings import ConfigError, SampleConfig, reading
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import Tokenizer, Tokens
 from idea_jax.formats import learned_embeds
 from idea_jax.formats.identity import Identity, read_identity
 from idea_jax.method import condition
+from idea_jax.models import hub
 from idea_jax.runtime.files import file_digest, slug
 
 log = logging.getLogger(__name__)
 
 NOBODY = "<person>"  # the placeholder of people without a name of their own in prompts
+
+
+def changes_of(cfg: Any) -> dict[str, Any]:
+    """What a run reads otherwise than the checkpoint has it, as `sd.read_configs` takes it.
+
+    Args:
+      cfg: settings with `vae`, `clip_skip`, `prediction_type` and `original_config`.
+    """
+    vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
+    return {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:

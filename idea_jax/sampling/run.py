@@ -7,13 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig, reading
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
@@ -38,6 +37,7 @@ from idea_jax.sampling.plan import (
     NOBODY,
     Drawing,
     Sitter,
+    changes_of,
     is_for_each,
     plan,
     read_prompts,
@@ -173,12 +173,6 @@ def draw(
                 folders[which] = save_pictures(where, drawing.prompt, pictures, settings)
                 log.info("%d pictures in %s", count, folders[which])
     return [folders[which] for which in sorted(folders)]
-
-
-def changes_of(cfg: SampleConfig) -> dict[str, Any]:
-    """What a run reads otherwise than the checkpoint has it, as `sd.read_configs` takes it."""
-    vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
-    return {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
 
 
 def open_enhancer(
