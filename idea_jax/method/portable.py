@@ -105,7 +105,7 @@ def plain_adapter(params: Mapping, enhanced: np.ndarray, beta: float) -> Adapter
     return Adapter(enhanced @ kernel + bias, float(scale), attention)
 
 
-def deltas(kv: Mapping) -> Deltas:
+def deltas(kv: dict) -> Deltas:
     """K/V deltas, low-rank or full, as pairs of thin matrices. A full one has an identity matrix as
     the other factor, so that nothing of it is lost."""
     found: dict[str, dict[str, np.ndarray]] = {}
