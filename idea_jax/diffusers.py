@@ -28,7 +28,7 @@ from idea_jax.formats import exported
 from idea_jax.formats.identity import IdentityError, read_identity
 from idea_jax.method import shared
 from idea_jax.method.modules import NUM_HEADS
-from idea_jax.method.portable import Adapter, Portable, portable
+from idea_jax.method.portable import Portable, PortableAdapter, portable
 from idea_jax.runtime.files import file_digest
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ def constant(values: np.ndarray) -> Callable[[Any], Any]:
     return get
 
 
-def contribution(adapter: Adapter, context: Any, strength: float) -> Any:
+def contribution(adapter: PortableAdapter, context: Any, strength: float) -> Any:
     """What an ID-Adapter adds to a text condition [B, T, D]: attention over the text and the face,
     read at the text's positions; `method.modules.IDAdapter.contribution`."""
     import torch

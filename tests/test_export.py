@@ -72,9 +72,7 @@ def metadata(path):
 
 
 CASES = {
-    "low rank": ({}, {}),
     "full": ({"kv": "full"}, {}),
-    "without K/V": ({"kv": "none"}, {}),
     "tokens alone": ({"profile": "official"}, {}),
     "shared": (None, {}),
     "shared, own K/V": (None, {"kv": "low_rank"}),

@@ -19,7 +19,7 @@ import numpy as np
 from idea_jax.errors import InputError
 from idea_jax.formats import learned_embeds
 from idea_jax.method.modules import NUM_HEADS
-from idea_jax.method.portable import Adapter, Deltas, Portable
+from idea_jax.method.portable import Deltas, Portable, PortableAdapter
 from idea_jax.runtime.files import file_digest, write_json, write_tensors
 from idea_jax.runtime.versions import versions
 
@@ -153,7 +153,7 @@ def write_lora(path: Path, deltas: Deltas, text_width: int, metadata: Mapping[st
     write_checked(path, tensors, {**metadata, **about})
 
 
-def network_tensors(adapter: Adapter) -> dict[str, np.ndarray]:
+def network_tensors(adapter: PortableAdapter) -> dict[str, np.ndarray]:
     """All of an adapter but the face."""
     attention = {f"attention.{name}": value for name, value in adapter.attention.items()}
     return {"scale": np.float32(adapter.scale).reshape(()), **attention}
@@ -281,7 +281,7 @@ def read_lora(path: Path) -> Deltas:
     return {name: (pair["down"], pair["up"]) for name, pair in found.items()}
 
 
-def adapter_of(tensors: Mapping[str, np.ndarray], D: int, where: Path) -> Adapter:
+def adapter_of(tensors: Mapping[str, np.ndarray], D: int, where: Path) -> PortableAdapter:
     """The adapter that an exported folder's tensors make.
 
     Raises:
@@ -301,7 +301,7 @@ def adapter_of(tensors: Mapping[str, np.ndarray], D: int, where: Path) -> Adapte
             f"expected width {D}; export again"
         )
     attention = {name: tensors[f"attention.{name}"] for name in names_of_attention()}
-    return Adapter(tensors["face"], float(tensors["scale"]), attention)
+    return PortableAdapter(tensors["face"], float(tensors["scale"]), attention)
 
 
 def names_of_attention() -> list[str]:

@@ -21,7 +21,7 @@ Deltas = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PortableAdapter:
     """An ID-Adapter: `contribution` of `idea_jax.diffusers` says how it is used.
 
     Attributes:
@@ -51,7 +51,7 @@ class Portable:
     tokens: np.ndarray
     own: Deltas = field(default_factory=dict)
     shared: Deltas = field(default_factory=dict)
-    adapter: Adapter | None = None
+    adapter: PortableAdapter | None = None
     shares_adapter: bool = False
 
 
@@ -92,7 +92,7 @@ def enhanced_of(
     return IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
 
 
-def plain_adapter(params: Mapping, enhanced: np.ndarray, beta: float) -> Adapter:
+def plain_adapter(params: Mapping, enhanced: np.ndarray, beta: float) -> PortableAdapter:
     """The parameters of an `IDAdapter` that sees float32[N, 2D], without its first layer, which
     sees nothing else."""
     project = params["project"]
@@ -102,7 +102,7 @@ def plain_adapter(params: Mapping, enhanced: np.ndarray, beta: float) -> Adapter
         attention[f"{name}.weight"] = np.asarray(layer["kernel"], np.float32).T
         attention[f"{name}.bias"] = np.asarray(layer["bias"], np.float32)
     scale = beta * np.tanh(np.float64(params["gamma"]))
-    return Adapter(enhanced @ kernel + bias, float(scale), attention)
+    return PortableAdapter(enhanced @ kernel + bias, float(scale), attention)
 
 
 def deltas(kv: dict) -> Deltas:

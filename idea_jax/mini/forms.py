@@ -1,7 +1,7 @@
 """What other programs make of a person: K/V deltas on one half of guidance or both, no adapter.
 
     python -m idea_jax.mini.forms [--split test|validation] [--people N] [--pictures N] \\
-        [--steps N ...] [--json FILE]
+        [--profile paper|paper_alone] [--steps N ...] [--json FILE]
 
 This project's K/V deltas act on the prompt's half of guidance. A plain LoRA acts on both halves,
 and no LoRA can say the ID-Adapter. Every person is learned once, and drawn in each of the forms
@@ -11,7 +11,7 @@ from the same noise. Similarities and what prompts asked for are those of `idea_
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from idea_jax.config.settings import check_seed
+from idea_jax.config.settings import TrainConfig, check_seed
 from idea_jax.data import text
 from idea_jax.data.images import to_uint8
 from idea_jax.errors import InputError
@@ -102,12 +102,15 @@ def _draw(form, model, method, frozen, trainable, given, ids, count, seed):
 
 def experiment(
     mini: quality.Mini,
-    steps: Sequence[int],
+    configs: dict[int, TrainConfig],
     protocol: lab.Protocol,
     progress: Callable = iter,
 ) -> dict[str, list[lab.Score]]:
     """Returns the scores of every person, by number of steps and form, and those of the lab's floor
     and ceiling.
+
+    Args:
+      configs: by their number of steps.
 
     Raises:
       FaceError: on some photos no face is found.
@@ -122,22 +125,16 @@ def experiment(
             result = lab.judge_pictures(mini, scoring, person, other.true)
             scores.setdefault(name, []).append(lab.Score(*result))
     texts = [prompt.text for prompt in captions.PROMPTS]
-    for number in steps:
-        learner = lab.Lab(mini, lab.read_config("paper", {"max_train_steps": number}))
+    for number, cfg in configs.items():
+        learner = lab.Lab(mini, cfg)
         tokenizer = learner.base.tokenizer
         empty, *filled = tokenizer(
             ["", *(text.fill(prompt, tokenizer.placeholder) for prompt in texts)]
         )
         ids = jnp.asarray(np.stack([np.stack([own, empty]) for own in filled]))
         for person in progress(met):
-            state, losses = (
-                learner.learn(person.photos)
-                if number
-                else (
-                    learner.begin(person.photos)[0],
-                    [],
-                )
-            )
+            learn = learner.learn if number else learner.begin
+            state, _ = learn(person.photos)
             for name, form in FORMS.items():
                 drawn = _draw(
                     form,
@@ -152,7 +149,7 @@ def experiment(
                 )
                 result = lab.judge_pictures(mini, scoring, person, to_uint8(np.asarray(drawn)))
                 row = f"{number} steps, {name}"
-                scores.setdefault(row, []).append(lab.Score(*result, steps=len(losses)))
+                scores.setdefault(row, []).append(lab.Score(*result, steps=number))
     return scores
 
 
@@ -165,6 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--people", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=1, help="for each prompt (default: 1)")
+    parser.add_argument(
+        "--profile",
+        choices=("paper", "paper_alone"),
+        default="paper",
+        help="paper_alone learns without the shared ID-Enhancer (default: paper)",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[0, 25], help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
@@ -182,13 +185,14 @@ def main(argv: list[str] | None = None) -> int:
             check_writable(args.json.parent)
         devices.check_backend()
         protocol = lab.Protocol(args.split, args.people, pictures=args.pictures, seed=args.seed)
-        mini, steps = quality.load(hub.MINI), list(dict.fromkeys(args.steps))
-        scores = experiment(mini, steps, protocol, lambda met: tqdm(met, unit="person"))
+        configs = {n: lab.read_config(args.profile, {"max_train_steps": n}) for n in args.steps}
+        mini = quality.load(hub.MINI)
+        scores = experiment(mini, configs, protocol, lambda met: tqdm(met, unit="person"))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     say(lab.markdown(scores))
-    for number in steps:
+    for number in configs:
         bounds = ("another person", "true drawings", *(f"{number} steps, {n}" for n in FORMS))
         own = {name: scores[name] for name in bounds}
         say(f"\nDifferences of the same people, {number} steps:\n\n{lab.differences(own)}")
