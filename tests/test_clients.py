@@ -34,6 +34,8 @@ from idea_jax.formats import enhancer as enhancers
 from idea_jax.formats import exported
 from idea_jax.formats.identity import IdentityError, write_identity
 from idea_jax.method import condition, shared
+from idea_jax.method.portable import portable
+from idea_jax.mini import forms
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import cross_kv_shapes
 from idea_jax.sampling import programs
@@ -505,3 +507,24 @@ def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
     (comfyui.root / "d").symlink_to(tmp_path / "d")
     with pytest.raises(ValueError, match="other programs"):
         load("d")
+
+
+@pytest.mark.parametrize("name", forms.FORMS)
+def test_forms_that_are_measured(name, world):
+    """Row 0 is the negative prompt's, row 1 the prompt's: with the delta and the adapter or not."""
+    form, person, model = forms.FORMS[name], world.person, world.model
+    given = (model, person.method, world.frozen, person.trainable, person.given)
+    ids = world.ids(PROMPT, NEGATIVE)
+    arrays = portable(person.method, person.trainable, person.given)
+    encoded = sd.encode_text(model, world.frozen, ids, person.trainable["pseudo_tokens"])
+    if form.adapter:
+        encoded = encoded.at[0].set(condition.context(*given, ids[:1])[0])
+    found = forms.keys_values(form, *given, ids)["mid_block"]["attentions_0"]
+    weight = world.frozen.cross_kv["mid_block"]["attentions_0"]["transformer_blocks_0"]["to_v"]
+    down, up = arrays.own["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"]
+    halves = {"prompt": (0, 1), "both": (1, 1), "none": (0, 0)}[form.kv]
+    for row, (text_row, changes) in enumerate(zip((1, 0), halves, strict=True)):
+        want = np.asarray(encoded[text_row]) @ (weight + changes * (up @ down).T)
+        np.testing.assert_allclose(
+            found["transformer_blocks_0"]["to_v"][row], want, rtol=1e-4, atol=1e-4
+        )
