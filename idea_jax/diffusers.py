@@ -28,7 +28,7 @@ from idea_jax.formats import exported
 from idea_jax.formats.identity import IdentityError, read_identity
 from idea_jax.method import shared
 from idea_jax.method.modules import NUM_HEADS
-from idea_jax.method.portable import Portable, PortableAdapter, portable
+from idea_jax.method.portable import Portable, PortableAdapter
 from idea_jax.runtime.files import file_digest
 
 log = logging.getLogger(__name__)
@@ -204,8 +204,7 @@ def read_person(path: Path, enhancer: str | Path | None, pipe: Any) -> tuple[Por
         file = own if enhancer is None else Path(enhancer)
         known = enhancers.read_needed(file, identity.enhancer, path, "enhancer=FILE")
         ours = shared.frozen_part(known.shared)
-    person = portable(identity.method, identity.trainable, identity.given, ours)
-    return person, file_digest(path)
+    return exported.person_of(identity, ours, path), file_digest(path)
 
 
 def check_strength(strength: float) -> None:

@@ -21,7 +21,7 @@ from idea_jax.formats import exported, learned_embeds
 from idea_jax.formats.exported import ExportError, Origin
 from idea_jax.formats.identity import Identity, check_identity, read_identity
 from idea_jax.method import shared
-from idea_jax.method.portable import Portable, portable
+from idea_jax.method.portable import Portable
 from idea_jax.models import hub, sd
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import WriteError, atomic_write, file_digest, say, write_together
@@ -54,7 +54,7 @@ def export(args: argparse.Namespace) -> Path:
     elif args.enhancer:
         log.warning("--enhancer has no effect: %s needs no shared ID-Enhancer", path)
     ours = shared.frozen_part(enhancer.shared) if enhancer else None
-    person = portable(identity.method, identity.trainable, identity.given, ours)
+    person = exported.person_of(identity, ours, path)
     origin = Origin(
         name=name_of(identity, path, folder),
         placeholder=identity.placeholder,
@@ -325,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 where the input or the disk is at fault."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    cli.start_logging()
     found = parser()
     args = found.parse_args(argv)
     if args.push_to_hub and not args.publish_consent:

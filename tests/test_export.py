@@ -227,6 +227,18 @@ def test_what_cannot_be_exported_is_one_message(checkpoint, loaded, identity, tm
     (tmp_path / "cut.safetensors").write_bytes(identity.read_bytes()[:200])
     assert "damaged" in refused(capsys, tmp_path / "cut.safetensors", *here)
     assert "no identity file at" in refused(capsys, tmp_path / "nobody", *here)
+    # Of a stranger, who says more than there is, or something else.
+    person = people.person(model)
+    for part, value in (
+        ("adapter", {}),
+        ("kv", {"../x": np.zeros((2, 2), "f4")}),
+        ("enhancer", {}),
+    ):
+        changed = {k: v for k, v in person.trainable.items() if k != part} | (
+            {part: value} if value else {}
+        )
+        write_identity(tmp_path / "odd.safetensors", dataclasses.replace(person, trainable=changed))
+        assert "is damaged" in refused(capsys, tmp_path / "odd.safetensors", *here)
     # Of another checkpoint: the mini's text is 192 wide.
     said = refused(capsys, identity, *here, "--pretrained_model_name_or_path", "mini")
     assert "another model family" in said

@@ -18,8 +18,9 @@ import numpy as np
 
 from idea_jax.errors import InputError
 from idea_jax.formats import learned_embeds
+from idea_jax.formats.identity import Identity, IdentityError
 from idea_jax.method.modules import NUM_HEADS
-from idea_jax.method.portable import Deltas, Portable, PortableAdapter
+from idea_jax.method.portable import Deltas, Portable, PortableAdapter, portable
 from idea_jax.runtime.files import file_digest, write_json, write_tensors
 from idea_jax.runtime.versions import versions
 
@@ -131,6 +132,45 @@ def write(folder: Path, person: Portable, origin: Origin, clients: Sequence[str]
     return manifest
 
 
+def person_of(identity: Identity, shared: Mapping | None, where: Any) -> Portable:
+    """What draws the person of an identity file; looks whether the parts belong together.
+
+    Args:
+      shared: as of `method.portable.portable`.
+      where: the file, for messages.
+
+    Raises:
+      IdentityError: a part is missing, or of another shape.
+    """
+    try:
+        person = portable(identity.method, identity.trainable, identity.given, shared)
+        check(person, where)
+    except Exception as error:  # whatever networks and NumPy say of arrays that are not theirs
+        why = str(error).partition("\n")[0][:200]
+        raise IdentityError(
+            f"{where} is damaged ({type(error).__name__}: {why}); train again"
+        ) from error
+    return person
+
+
+def check(person: Portable, where: Any) -> None:
+    """Raises ExportError unless the parts of a person belong together, and are of known names."""
+    D = person.tokens.shape[1]
+    for name, (down, up) in [*person.own.items(), *person.shared.items()]:
+        shapes = np.shape(down), np.shape(up)
+        if not _KOHYA.fullmatch(f"{kohya(name)}.lora_up.weight"):
+            raise ExportError(f"{where} changes {name!r:.80}, which is no key or value layer")
+        if {*map(len, shapes)} != {2} or shapes[0] != (shapes[1][1], D):
+            raise ExportError(f"{where} is damaged at {name}: its two matrices do not fit")
+    if person.adapter is not None:
+        adapter_of({"face": person.adapter.face, **network_tensors(person.adapter)}, D, where)
+
+
+def kohya(name: str) -> str:
+    """What kohya's LoRAs call a layer of the UNet."""
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
 def files_of(parts: Mapping[str, Any]) -> list[str]:
     """The files that `parts` of an `identity.json` names."""
     single = [parts[name] for name in ("tokens", "embedding") if parts[name]]
@@ -145,9 +185,8 @@ def write_lora(path: Path, deltas: Deltas, text_width: int, metadata: Mapping[st
     """
     tensors = {}
     for name, (down, up) in deltas.items():
-        stem = f"lora_unet_{name.replace('.', '_')}"
-        tensors[f"{stem}.lora_down.weight"] = down
-        tensors[f"{stem}.lora_up.weight"] = up
+        tensors[f"{kohya(name)}.lora_down.weight"] = down
+        tensors[f"{kohya(name)}.lora_up.weight"] = up
     is_second = WIDTHS.get(text_width) == "SD 2.x"
     about = {"ss_v2": str(is_second), "ss_network_module": "networks.lora", "format": "pt"}
     write_checked(path, tensors, {**metadata, **about})
@@ -242,7 +281,8 @@ def read(folder: Path) -> tuple[Portable, dict]:
     (tokens,) = learned_embeds.read(folder / parts["tokens"]).values()
     loras = {name: read_lora(folder / name) for name in parts["loras"]}
     deltas: Deltas = {}
-    for own in loras.values():
+    for name, own in loras.items():
+        check(Portable(tokens, own), folder / name)
         for layer, pair in own.items():
             deltas[layer] = beside(deltas[layer], pair) if layer in deltas else pair
     adapter = None
@@ -275,13 +315,12 @@ def read_lora(path: Path) -> Deltas:
         name = f"{block}.attentions.{attention}.transformer_blocks.{layer}.attn2.to_{letter}"
         found.setdefault(name, {})[part] = value
     for name, pair in found.items():
-        shapes = [pair[part].shape for part in ("down", "up") if part in pair]
-        if len(shapes) < 2 or {*map(len, shapes)} != {2} or shapes[0][0] != shapes[1][1]:
-            raise ExportError(f"{path} is damaged at {name}: down and up do not belong together")
+        if len(pair) < 2:
+            raise ExportError(f"{path} is damaged at {name}: it lacks one of its two matrices")
     return {name: (pair["down"], pair["up"]) for name, pair in found.items()}
 
 
-def adapter_of(tensors: Mapping[str, np.ndarray], D: int, where: Path) -> PortableAdapter:
+def adapter_of(tensors: Mapping[str, np.ndarray], D: int, where: Any) -> PortableAdapter:
     """The adapter that an exported folder's tensors make.
 
     Raises:
