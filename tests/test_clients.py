@@ -35,7 +35,7 @@ from idea_jax.formats import exported
 from idea_jax.formats.identity import IdentityError, write_identity
 from idea_jax.method import condition, shared
 from idea_jax.method.portable import portable
-from idea_jax.mini import forms
+from idea_jax.mini import halves
 from idea_jax.models import hub, sd
 from idea_jax.models.unet import cross_kv_shapes
 from idea_jax.sampling import programs
@@ -241,8 +241,8 @@ def test_what_diffusers_cannot_draw_is_one_message(world, tmp_path):
     with pytest.raises(ValueError, match="strength"):
         load_identity(pipe, world.file, strength=-1)
     with pytest.raises(ValueError, match="two text encoders"):
-        load_identity(SimpleNamespace(**pipe.components, text_encoder_2=1, encode_prompt=1,
-                                      load_textual_inversion=1), world.file)  # fmt: skip
+        extra = {"text_encoder_2": 1, "encode_prompt": 1, "load_textual_inversion": 1}
+        load_identity(SimpleNamespace(**pipe.components, **extra), world.file)
     with pytest.raises(ValueError, match="lacks tokenizer"):
         load_identity(SimpleNamespace(), world.file)
     mini, other = tmp_path / "mini.safetensors", tmp_path / "other.safetensors"
@@ -286,8 +286,8 @@ def test_lora_file_in_diffusers_own_loader(world, folder):
 
 
 # The networks of Stable Diffusion 1.5 and 2.1 have the same levels: 16 cross-attentions.
-FULL = [(size, random_sd.config(size, family, 49408).unet) for size, family in
-        (("sd15", "sd1"), ("sd21", "sd2"))]  # fmt: skip
+KINDS = (("sd15", "sd1"), ("sd21", "sd2"))
+FULL = [(size, random_sd.config(size, family, 49408).unet) for size, family in KINDS]
 
 
 @functools.cache
@@ -509,21 +509,21 @@ def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
         load("d")
 
 
-@pytest.mark.parametrize("name", forms.FORMS)
+@pytest.mark.parametrize("name", halves.FORMS)
 def test_forms_that_are_measured(name, world):
     """Row 0 is the negative prompt's, row 1 the prompt's: with the delta and the adapter or not."""
-    form, person, model = forms.FORMS[name], world.person, world.model
+    form, person, model = halves.FORMS[name], world.person, world.model
     given = (model, person.method, world.frozen, person.trainable, person.given)
     ids = world.ids(PROMPT, NEGATIVE)
     arrays = portable(person.method, person.trainable, person.given)
     encoded = sd.encode_text(model, world.frozen, ids, person.trainable["pseudo_tokens"])
     if form.adapter:
         encoded = encoded.at[0].set(condition.context(*given, ids[:1])[0])
-    found = forms.keys_values(form, *given, ids)["mid_block"]["attentions_0"]
+    found = halves.keys_values(form, *given, ids)["mid_block"]["attentions_0"]
     weight = world.frozen.cross_kv["mid_block"]["attentions_0"]["transformer_blocks_0"]["to_v"]
     down, up = arrays.own["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"]
-    halves = {"prompt": (0, 1), "both": (1, 1), "none": (0, 0)}[form.kv]
-    for row, (text_row, changes) in enumerate(zip((1, 0), halves, strict=True)):
+    acts = {"prompt": (0, 1), "both": (1, 1), "none": (0, 0)}[form.kv]
+    for row, (text_row, changes) in enumerate(zip((1, 0), acts, strict=True)):
         want = np.asarray(encoded[text_row]) @ (weight + changes * (up @ down).T)
         np.testing.assert_allclose(
             found["transformer_blocks_0"]["to_v"][row], want, rtol=1e-4, atol=1e-4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import enhancers as made
@@ -93,9 +94,17 @@ def test_what_is_written_acts_as_the_person_does(loaded, case, tmp_path):
         ours = shared.frozen_part(enhancer.shared)
     arrays = portable(person.method, person.trainable, person.given, ours)
     origin = exported.Origin(
-        *("anna", "<anna>", "tiny", None, "paper", 1, 0, "0" * 64), person.enhancer
+        name="anna",
+        placeholder="<anna>",
+        base_model="tiny",
+        revision=None,
+        profile="paper",
+        steps=1,
+        seed=0,
+        identity="0" * 64,
+        enhancer=person.enhancer,
     )
-    exported.write(tmp_path, arrays, origin, exported.CLIENTS)
+    exported.write(tmp_path, arrays, origin, export.PROGRAMS)
     read, about = exported.read(tmp_path)
     assert about["enhancer"] == person.enhancer
     np.testing.assert_array_equal(read.tokens, person.trainable["pseudo_tokens"])
@@ -143,8 +152,8 @@ def layers(tree, path=()):
     """Leaves of a tree of keys and values by diffusers' names."""
     if not isinstance(tree, dict):
         *blocks, last = path
-        return {".".join([*(name[::-1].replace("_", ".", 1)[::-1] if name[-1].isdigit() else name
-                            for name in blocks), "attn2", last]): tree}  # fmt: skip
+        dotted = (re.sub(r"_(\d+)$", r".\1", name) for name in blocks)
+        return {".".join([*dotted, "attn2", last]): tree}
     found = {}
     for name, node in tree.items():
         found |= layers(node, (*path, name))
@@ -199,8 +208,11 @@ def test_shared_parts_are_one_file_for_everybody(checkpoint, loaded, tmp_path):
     """And a person is their tokens and their F, seen by the adapter's first layer."""
     model, _, enhancer = loaded
     folders = []
-    for seed, settings in enumerate([("--pretrained_model_name_or_path", checkpoint),
-                                     ("--enhancer", checkpoint / enhancers.FILE)]):  # fmt: skip
+    ways = [
+        ("--pretrained_model_name_or_path", checkpoint),
+        ("--enhancer", checkpoint / enhancers.FILE),
+    ]
+    for seed, settings in enumerate(ways):
         path = tmp_path / f"{seed}.safetensors"
         write_identity(
             path, people.enhanced_person(model, enhancer.config, enhancer.sha256, seed=seed)

@@ -59,7 +59,8 @@ ROWS = (
     ("cli", "config launch models runtime"),
     ("train_enhancer", "cli enhancer launch"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
-    ("export", "data errors formats launch method models publish runtime"),
+    ("exporting", "data formats method models publish runtime"),
+    ("export", "exporting launch runtime"),
     ("diffusers", "errors formats method models runtime"),
 )
 

@@ -27,7 +27,6 @@ from idea_jax.runtime.versions import versions
 FORMAT, FORMAT_VERSION = "idea_jax.export", 1
 MANIFEST = "identity.json"
 ADAPTER = "adapter.safetensors"
-CLIENTS = ("diffusers", "a1111", "comfyui")
 
 MAX_MANIFEST = 100_000
 MAX_BYTES = 1_000_000_000
@@ -71,7 +70,7 @@ def write(folder: Path, person: Portable, origin: Origin, clients: Sequence[str]
     """Writes a person's files into an empty folder; returns what is in `identity.json`.
 
     Args:
-      clients: of `CLIENTS`.
+      clients: some of "diffusers", "a1111" and "comfyui".
 
     Raises:
       ExportError: a value is not finite.
