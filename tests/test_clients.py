@@ -77,7 +77,7 @@ class World:
     def channels(self):
         return self.model.unet.in_channels
 
-    def draw(self, guidance, person=None, shared_parts=None):
+    def draw(self, guidance, person=None, shared_parts=None, strength=1.0):
         """Picture 0 of seed 7, as `sample_jax.py` draws it: int[side, side, 3]."""
         person, frozen = person or self.person, self.frozen
         if shared_parts is not None:
@@ -89,7 +89,7 @@ class World:
             person.trainable,
             person.given,
             *self.ids(PROMPT, NEGATIVE),
-            jnp.float32(1),
+            jnp.float32(strength),
         )
         drawn = programs.draw(
             self.model,
@@ -137,13 +137,12 @@ def test_pictures_in_diffusers_are_those_of_this_project(kind, request, tmp_path
     pipe = world.pipe()
     plain = world.draw_there(pipe, 7.5, PROMPT.replace("{}", "somebody"))
     loaded = load_identity(pipe, world.file)
-    for guidance in (1.0, 7.5):
-        ours = world.draw(guidance)
+    for guidance, loaded.strength in ((1.0, 1.0), (7.5, 1.0), (7.5, 0.5)):
+        ours = world.draw(guidance, strength=loaded.strength)
         assert apart(world.draw_there(pipe, guidance), ours) <= 2
-        # The parts are seen: without them it is another picture.
-        loaded.strength = 0.0
-        assert apart(world.draw_there(pipe, guidance), ours) > 10
-        loaded.strength = 1.0
+    # The parts are seen: without them it is another picture.
+    loaded.strength = 0.0
+    assert apart(world.draw_there(pipe, 7.5), ours) > 10
     # Nobody is named: the plain model; and so once the person is gone.
     for _ in range(2):
         assert apart(world.draw_there(pipe, 7.5, PROMPT.replace("{}", "somebody")), plain) == 0
@@ -245,15 +244,27 @@ def test_what_diffusers_cannot_draw_is_one_message(world, tmp_path):
         load_identity(SimpleNamespace(**pipe.components, **extra), world.file)
     with pytest.raises(ValueError, match="lacks tokenizer"):
         load_identity(SimpleNamespace(), world.file)
-    mini, other = tmp_path / "mini.safetensors", tmp_path / "other.safetensors"
-    write_identity(mini, people.person(sd.read_configs(hub.MINI_FOLDER, "float32")))
+    wide, odd, other = (tmp_path / f"{name}.safetensors" for name in ("wide", "odd", "other"))
+    words = {"pseudo_tokens": np.zeros((2, 16), np.float32)}
+    alone = condition.make_method("textual_inversion")
+    write_identity(
+        wide,
+        dataclasses.replace(
+            world.person,
+            method=alone,
+            trainable=words,
+            given={"anchor": words["pseudo_tokens"]},
+        ),
+    )
     with pytest.raises(IdentityError, match="another model family"):
-        load_identity(pipe, mini)
-    narrow = dataclasses.replace(world.model.unet, block_out_channels=(16,))
-    write_identity(other, people.person(dataclasses.replace(world.model, unet=narrow)))
+        load_identity(pipe, wide)
+    trained = world.person.trainable
+    elsewhere = {"down_blocks_7": trained["kv"]["mid_block"]}
+    elsewhere = dataclasses.replace(world.person, trainable={**trained, "kv": elsewhere})
+    write_identity(odd, elsewhere)
     with pytest.raises(IdentityError, match="does not fit this UNet"):
-        load_identity(pipe, other)
-    write_identity(other, people.person(world.model, seed=1))
+        load_identity(pipe, odd)
+    write_identity(other, dataclasses.replace(world.person, seed=1))
     loaded = load_identity(pipe, world.file)
     with pytest.raises(ValueError, match="another person already"):
         load_identity(pipe, other)
@@ -509,7 +520,7 @@ def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
         load("d")
 
 
-@pytest.mark.parametrize("name", halves.FORMS)
+@pytest.mark.parametrize("name", ["both halves", "prompt half, no adapter"])
 def test_forms_that_are_measured(name, world):
     """Row 0 is the negative prompt's, row 1 the prompt's: with the delta and the adapter or not."""
     form, person, model = halves.FORMS[name], world.person, world.model
