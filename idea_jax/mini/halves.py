@@ -122,8 +122,7 @@ def experiment(
         )
         ids = jnp.asarray(np.stack([np.stack([own, empty]) for own in filled]))
         for person in progress(met):
-            learn = learner.learn if number else learner.begin
-            state, _ = learn(person.photos)
+            state, losses = learner.learn(person.photos)
             for name, form in FORMS.items():
                 drawn = _draw(
                     form,
@@ -138,5 +137,5 @@ def experiment(
                 )
                 result = trials.judge_pictures(mini, scoring, person, to_uint8(np.asarray(drawn)))
                 row = f"{number} steps, {name}"
-                scores.setdefault(row, []).append(trials.Score(*result, steps=number))
+                scores.setdefault(row, []).append(trials.Score(*result, steps=len(losses)))
     return scores
