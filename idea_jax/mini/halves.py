@@ -7,7 +7,6 @@ from the same noise. Similarities and what prompts asked for are those of `idea_
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from idea_jax.config.settings import TrainConfig
 from idea_jax.data import text
 from idea_jax.data.images import to_uint8
 from idea_jax.method import condition
-from idea_jax.mini import captions, drawings, measures, trials
+from idea_jax.mini import captions, measures, trials
 from idea_jax.models import sd
 from idea_jax.sampling import programs
 
@@ -70,23 +69,8 @@ def keys_values(
     return jax.tree.map(lambda both, one: jnp.concatenate([one, both[1:]]), kv, unguided)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 7))
-def _draw(form, model, method, frozen, trainable, given, ids, count, seed):
-    """float32[prompts, count, 64, 64, 3] of ids int32[prompts, 2, T]."""
-
-    def one(ids):
-        kv = keys_values(form, model, method, frozen, trainable, given, ids)
-        return programs.draw(
-            model,
-            frozen._replace(shared={}),
-            kv,
-            seed,
-            jnp.arange(count, dtype=jnp.int32),
-            jnp.float32(measures.GUIDANCE),
-            programs.Sampling((drawings.SIZE,) * 2, "ddim", measures.STEPS),
-        )
-
-    return jax.vmap(one)(ids)
+# Of several prompts, leaf by leaf as of one.
+_keys_values = jax.jit(jax.vmap(keys_values, in_axes=(None,) * 6 + (0,)), static_argnums=(0, 1, 2))
 
 
 def experiment(
@@ -124,7 +108,7 @@ def experiment(
         for person in progress(met):
             state, losses = learner.learn(person.photos)
             for name, form in FORMS.items():
-                drawn = _draw(
+                kv = _keys_values(
                     form,
                     mini.model,
                     learner.method,
@@ -132,8 +116,9 @@ def experiment(
                     state.trainable,
                     state.given,
                     ids,
-                    pictures,
-                    jnp.uint32(seed),
+                )
+                drawn = trials.draw_together(
+                    mini.model, mini.frozen, kv, jnp.uint32(seed), pictures
                 )
                 result = trials.judge_pictures(mini, scoring, person, to_uint8(np.asarray(drawn)))
                 row = f"{number} steps, {name}"
