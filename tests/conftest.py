@@ -76,10 +76,15 @@ def photo_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smallest_checkpoint(tmp_path_factory):
     """A checkpoint of one level and 8 channels, whose step compiles in a third of the time."""
-    folder = tmp_path_factory.mktemp("smallest") / "smallest"
-    tiny = random_sd.config("tiny", "sd2", vocab_size=2)
+    return write_smallest(tmp_path_factory.mktemp("smallest") / "smallest", "sd2")
+
+
+def write_smallest(folder, family):
+    """Writes `smallest_checkpoint`, as one of SD 1.x ("sd1") or 2.x ("sd2"); returns its folder."""
+    tiny = random_sd.config("tiny", family, vocab_size=2)
     words = [*random_sd.PROMPT_WORDS.split(), *text.TEMPLATES, *text.shipped_names()]
-    vocab_size = random_sd.write_tokenizer(folder / "tokenizer", words, pad="!")
+    pad = "!" if family == "sd2" else random_sd.EOS
+    vocab_size = random_sd.write_tokenizer(folder / "tokenizer", words, pad=pad)
     model = dataclasses.replace(
         tiny,
         text=dataclasses.replace(

@@ -6,9 +6,10 @@ import huggingface_hub
 import pytest
 import yaml
 
+from idea_jax import publish
 from idea_jax.config import reading
 from idea_jax.config.settings import ConfigError, TrainConfig
-from idea_jax.training import publish, results
+from idea_jax.training import results
 
 
 class Hub:

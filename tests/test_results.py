@@ -34,13 +34,13 @@ def tokenizer(tmp_path_factory):
     ],
 )
 def test_a_trigger_is_the_name_but_no_word_of_the_vocabulary(tokenizer, token, trigger):
-    assert results.trigger_of(token, tokenizer.is_word) == trigger
+    assert learned_embeds.trigger_of(token, tokenizer.is_word) == trigger
     assert len(tokenizer.ids(trigger)) > 1
 
 
 def test_names_that_no_file_can_have_are_kept_apart(tokenizer):
     tokens = ["<a.b>", "<a/b>", "<a:b>", "<*>", "<?>", "<\N{GRINNING FACE}>", "<a-b>", "<../a-b>"]
-    triggers = [results.trigger_of(token, tokenizer.is_word) for token in tokens]
+    triggers = [learned_embeds.trigger_of(token, tokenizer.is_word) for token in tokens]
     assert len(set(triggers)) == len(tokens)
     for trigger in triggers:
         assert trigger and not set(trigger) & set('./\\:*?"<>| ') and len(trigger.encode()) < 200

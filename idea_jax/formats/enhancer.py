@@ -154,6 +154,29 @@ def read(path: str | Path) -> Enhancer:
     return Enhancer(config, pytrees.unflatten(tensors), about, digest)
 
 
+def read_needed(path: Path | None, sha256: str, who: Any, how: str) -> Enhancer:
+    """Reads the shared ID-Enhancer that somebody was trained with.
+
+    Args:
+      path: where it may be; None where none was found.
+      sha256: of its file.
+      who: the file of the person; how: the way to name another enhancer. Both for messages.
+
+    Raises:
+      EnhancerError: there is none, it cannot be used, or it is another one.
+    """
+    needs = f"{who} needs the ID-Enhancer that it was trained with (SHA-256 {sha256})"
+    if path is None:
+        raise EnhancerError(f"{needs}; give its file with {how}")
+    enhancer = read(path)
+    if enhancer.sha256 != sha256:
+        raise EnhancerError(
+            f"{needs}, and {path} is another one (SHA-256 {enhancer.sha256}); give the right file "
+            f"with {how}"
+        )
+    return enhancer
+
+
 def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray], dict]:
     """Config, float32 tensors by name, and `about` of the bytes of a file.
 

@@ -4,10 +4,11 @@ Pickles are never given to Python's `pickle`. A small interpreter knows the inst
 `torch.save` writes for a dictionary of tensors, and can do nothing else.
 """
 
+import hashlib
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,23 @@ def _write(path: str | Path, key: str, vectors: np.ndarray, metadata: Mapping[st
         raise EmbedsError(f"expected vectors [N, D] to write to {path}, got {list(vectors.shape)}")
     _check(vectors, f"the vectors to write to {path}")
     write_tensors(path, {key: vectors}, {**metadata, "format": "pt"})
+
+
+def trigger_of(token: str, is_word: Callable[[str], bool]) -> str:
+    """The word that means a person in web UIs, where it is the name of a file.
+
+    It is the placeholder without the characters that no file name has in every system, in any
+    script. It is no word of the vocabulary, which would mean the person wherever it stands; and
+    placeholders that would give the same word are told apart by a digest.
+
+    Args:
+      is_word: whether the vocabulary has a text as one word.
+    """
+    bare = token.strip("<>")
+    name = re.sub(r"[^\w-]+", "-", bare).strip("-")[:40]
+    if name != bare or not name:
+        name = f"{name or 'idea'}-{hashlib.sha256(token.encode()).hexdigest()[:6]}"
+    return f"idea-{name}" if is_word(name) else name
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:

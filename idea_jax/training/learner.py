@@ -29,7 +29,6 @@ from idea_jax.training.results import (
     Results,
     occupant_of,
     remove_finished,
-    trigger_of,
 )
 from idea_jax.training.resume import CheckpointError, Checkpoints
 from idea_jax.training.start import first_values
@@ -200,8 +199,8 @@ def write_results(learner: Learner, folder: Path, seconds: float) -> None:
         photos = learner.checkpoints.fingerprint["photos"]
         results.save_run(int(state.step), seconds, learner.person, photos, temporary)
     if before is not None and before.placeholder not in (None, results.token):
-        remove_finished(folder, trigger_of(before.placeholder, results.is_word))
-    trigger = trigger_of(results.token, results.is_word)
+        remove_finished(folder, learned_embeds.trigger_of(before.placeholder, results.is_word))
+    trigger = learned_embeds.trigger_of(results.token, results.is_word)
     log.info(
         "%sin AUTOMATIC1111 the word is %s, in ComfyUI embedding:%s, with the file in %s",
         f"{learner.person.name}: " if learner.person.name else "",

@@ -1,8 +1,6 @@
 """What one person's training shows and writes: losses, grids, identities, what was run."""
 
-import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -204,7 +202,7 @@ class Results:
 
     def save_webui(self, state: IdentityState, folder: Path) -> None:
         """Writes the pseudo tokens for AUTOMATIC1111 and ComfyUI, where the file is the trigger."""
-        path = folder / f"{trigger_of(self.token, self.is_word)}.safetensors"
+        path = folder / f"{learned_embeds.trigger_of(self.token, self.is_word)}.safetensors"
         learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
 
     def save_run(
@@ -249,23 +247,6 @@ class Results:
         """Flushes the log."""
         if self.log:
             self.log.close()
-
-
-def trigger_of(token: str, is_word: Callable[[str], bool]) -> str:
-    """The word that means a person in web UIs, where it is the name of a file.
-
-    It is the placeholder without the characters that no file name has in every system, in any
-    script. It is no word of the vocabulary, which would mean the person wherever it stands; and
-    placeholders that would give the same word are told apart by a digest.
-
-    Args:
-      is_word: whether the vocabulary has a text as one word.
-    """
-    bare = token.strip("<>")
-    name = re.sub(r"[^\w-]+", "-", bare).strip("-")[:40]
-    if name != bare or not name:
-        name = f"{name or 'idea'}-{hashlib.sha256(token.encode()).hexdigest()[:6]}"
-    return f"idea-{name}" if is_word(name) else name
 
 
 @dataclass(frozen=True)

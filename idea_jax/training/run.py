@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from idea_jax import jobs
+from idea_jax import jobs, publish
 from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, TrainConfig, reading
 from idea_jax.data import people, text
 from idea_jax.data.tokenizer import (
@@ -30,7 +30,7 @@ from idea_jax.runtime import compile_cache, devices
 from idea_jax.runtime.files import check_writable
 from idea_jax.runtime.signals import Interrupted
 from idea_jax.sampling import programs
-from idea_jax.training import group, publish
+from idea_jax.training import group
 from idea_jax.training.fingerprint import fingerprint_of
 from idea_jax.training.group import has_plateau
 from idea_jax.training.learner import Work, begin, has_checkpoints, resume, write_results

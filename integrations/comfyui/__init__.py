@@ -1,0 +1,97 @@
+"""A node for ComfyUI that draws a person whom `idea-export` wrote: see README.md."""
+
+from pathlib import Path
+
+import comfy.hooks
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from . import identity as identities
+
+ROOT = Path(folder_paths.models_dir) / "identities"
+PROMPT_HALF, BOTH_HALVES = "prompt half (exact)", "both halves (faster)"
+
+ROOT.mkdir(parents=True, exist_ok=True)
+# The words of a person are found below their own folder, by `embedding:NAME/embeddings/NAME`.
+folder_paths.add_model_folder_path("embeddings", str(ROOT))
+
+
+class LoadIdentity:
+    """Model, text encoder, person and text in; model and conditioning out."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "clip": ("CLIP",),
+                "identity": (identities.people(ROOT), {"tooltip": f"folders in {ROOT}"}),
+                # Without dynamic prompts: ComfyUI would take {} for an empty choice.
+                "text": ("STRING", {"multiline": True, "default": "a photo of {}"}),
+                "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05}),
+                "guidance": ([PROMPT_HALF, BOTH_HALVES],),
+            }
+        }
+
+    RETURN_TYPES = ("MODEL", "CONDITIONING")
+    FUNCTION = "load"
+    CATEGORY = "conditioning"
+    DESCRIPTION = "Draws the person where the text says {}. The conditioning is the positive one."
+
+    @classmethod
+    def IS_CHANGED(cls, identity, **_):
+        return identities.sha256(ROOT / identity / identities.MANIFEST)
+
+    def load(self, model, clip, identity, text, strength, guidance):
+        if identity not in identities.people(ROOT):
+            raise ValueError(f"there is no person {identity!r} in {ROOT}")
+        person = identities.read(ROOT / identity)
+        conditioning = encode(clip, person, text, strength)
+        if not strength:
+            return model, conditioning
+        loras = [comfy.utils.load_torch_file(str(path), safe_load=True) for path in person.loras]
+        if guidance == BOTH_HALVES:
+            for lora in loras:
+                model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
+        else:
+            for lora in loras:
+                hooks = comfy.hooks.create_hook_lora(lora, strength, 0.0)
+                conditioning = comfy.hooks.set_hooks_for_conditioning(conditioning, hooks)
+        return model, conditioning
+
+
+def encode(clip, person, text, strength):
+    """The conditioning of a text that names the person with {}."""
+    if "{}" not in text:
+        raise ValueError("write {} where the text names the person")
+    # Spaces around it: ComfyUI takes what follows up to a space for the name.
+    word = f" embedding:{person.folder.name}/{Path(person.embedding).with_suffix('').as_posix()} "
+    tokens = clip.tokenize(text.replace("{}", word))
+    if len(tokens) != 1:
+        raise ValueError("people of idea_jax are for SD 1.x and 2.x, with one text encoder")
+    ((chunks),) = tokens.values()
+    if not any(isinstance(entry[0], torch.Tensor) for chunk in chunks for entry in chunk):
+        raise ValueError(
+            f"the words of {person.folder.name} were not found; load the checkpoint again, or copy "
+            f"{person.folder / person.embedding} into models/embeddings"
+        )
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    for entry in conditioning:
+        condition = entry[0]
+        if condition.shape[-1] != person.width:
+            raise ValueError(
+                f"{person.folder.name} was learned for a text width of {person.width}, and this "
+                f"checkpoint has {condition.shape[-1]}: it is of another model family"
+            )
+        if person.adapter is not None:
+            # Each chunk of a long text is seen by itself, as the text encoder saw it.
+            parts = condition.reshape(len(chunks), -1, person.width)
+            added = strength * identities.contribution(person.adapter, parts)
+            entry[0] = condition + added.reshape(condition.shape)
+    return conditioning
+
+
+NODE_CLASS_MAPPINGS = {"IdeaJaxLoadIdentity": LoadIdentity}
+NODE_DISPLAY_NAME_MAPPINGS = {"IdeaJaxLoadIdentity": "Load identity (idea_jax)"}

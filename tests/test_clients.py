@@ -1,0 +1,541 @@
+"""People in other programs: diffusers itself, and the rules of ComfyUI and AUTOMATIC1111.
+
+The rules of the latter two were written anew from their formats; ComfyUI's modules are stand-ins
+with the functions that the node calls.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import diffusers
+import enhancers as made
+import jax
+import jax.numpy as jnp
+import numpy as np
+import people
+import pytest
+import torch
+from conftest import write_smallest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from idea_jax import export, random_sd
+from idea_jax.data import text
+from idea_jax.data.images import to_uint8
+from idea_jax.data.tokenizer import load_tokenizer
+from idea_jax.diffusers import load_identity
+from idea_jax.diffusion import samplers
+from idea_jax.formats import enhancer as enhancers
+from idea_jax.formats import exported
+from idea_jax.formats.identity import IdentityError, write_identity
+from idea_jax.method import condition, shared
+from idea_jax.method.portable import portable
+from idea_jax.mini import halves
+from idea_jax.models import hub, sd
+from idea_jax.models.unet import cross_kv_shapes
+from idea_jax.sampling import programs
+
+NODE = Path(__file__).resolve().parent.parent / "integrations" / "comfyui"
+STEPS = 4
+PROMPT, NEGATIVE = "a photo of {} smiling", "blurry"
+
+
+class World:
+    """A checkpoint with a person, in JAX and in diffusers."""
+
+    def __init__(self, folder, work, scale):
+        self.folder, self.file = folder, work / "identity.safetensors"
+        self.model, self.frozen = sd.load(folder)
+        T = self.model.text.max_position_embeddings
+        plain = load_tokenizer(folder / "tokenizer", self.model.text.vocab_size, T)
+        self.tokenizer = plain.with_placeholder("<person>", 2)
+        self.person = people.person(self.model, scale=scale, base_model=folder.name)
+        write_identity(self.file, self.person)
+        self.side = self.model.unet.sample_size * self.model.vae.downscale
+
+    def pipe(self, kind=diffusers.StableDiffusionPipeline, **settings):
+        found = kind.from_pretrained(self.folder, local_files_only=True, **settings)
+        found.set_progress_bar_config(disable=True)
+        return found
+
+    def ids(self, *prompts):
+        filled = [text.fill(p, self.tokenizer.placeholder) if "{}" in p else p for p in prompts]
+        return jnp.asarray(self.tokenizer(filled))
+
+    def latents(self, seed=7):
+        x, _ = samplers.initial_noise(
+            jnp.uint32(seed), jnp.arange(1), (*[self.model.unet.sample_size] * 2, self.channels)
+        )
+        return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2)
+
+    @property
+    def channels(self):
+        return self.model.unet.in_channels
+
+    def draw(self, guidance, person=None, shared_parts=None, strength=1.0):
+        """Picture 0 of seed 7, as `sample_jax.py` draws it: int[side, side, 3]."""
+        person, frozen = person or self.person, self.frozen
+        if shared_parts is not None:
+            frozen = frozen._replace(shared=jax.tree.map(jnp.asarray, shared_parts))
+        kv = programs.prompt_keys_values(
+            self.model,
+            person.method,
+            frozen,
+            person.trainable,
+            person.given,
+            *self.ids(PROMPT, NEGATIVE),
+            jnp.float32(strength),
+        )
+        drawn = programs.draw(
+            self.model,
+            self.frozen,
+            kv,
+            jnp.uint32(7),
+            jnp.arange(1, dtype=jnp.int32),
+            jnp.float32(guidance),
+            programs.Sampling((self.side, self.side), "ddim", STEPS),
+        )
+        return to_uint8(np.asarray(drawn))[0].astype(int)
+
+    def draw_there(self, pipe, guidance, prompt=PROMPT, **settings):
+        given = {"latents": self.latents(), "negative_prompt": NEGATIVE} | settings
+        drawn = pipe(prompt, num_inference_steps=STEPS, guidance_scale=guidance, **given)
+        return np.asarray(drawn.images[0]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def world(smallest_checkpoint, tmp_path_factory):
+    return World(smallest_checkpoint, tmp_path_factory.mktemp("sd2"), 0.3)
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    """What `idea-export` writes of that person."""
+    out = tmp_path_factory.mktemp("exported") / "anna"
+    assert export.main([str(world.file), "--out", str(out)]) == 0
+    return out
+
+
+def apart(first, second):
+    return np.abs(first - second).max()
+
+
+@pytest.mark.parametrize("kind", [pytest.param("mini", marks=pytest.mark.long), "sd1", "sd2"])
+def test_pictures_in_diffusers_are_those_of_this_project(kind, request, tmp_path):
+    """From the same latents, without guidance and with it."""
+    if kind == "sd2":
+        world = request.getfixturevalue("world")
+    elif kind == "sd1":
+        world = World(write_smallest(tmp_path / "sd1", "sd1"), tmp_path, 0.3)
+    else:
+        world = World(hub.MINI_FOLDER, tmp_path, 0.05)
+    pipe = world.pipe()
+    plain = world.draw_there(pipe, 7.5, PROMPT.replace("{}", "somebody"))
+    loaded = load_identity(pipe, world.file)
+    for guidance, loaded.strength in ((1.0, 1.0), (7.5, 1.0), (7.5, 0.5)):
+        ours = world.draw(guidance, strength=loaded.strength)
+        assert apart(world.draw_there(pipe, guidance), ours) <= 2
+    # The parts are seen: without them it is another picture.
+    loaded.strength = 0.0
+    assert apart(world.draw_there(pipe, 7.5), ours) > 10
+    # Nobody is named: the plain model; and so once the person is gone.
+    for _ in range(2):
+        assert apart(world.draw_there(pipe, 7.5, PROMPT.replace("{}", "somebody")), plain) == 0
+        loaded.unload()
+
+
+def test_each_prompt_of_a_batch_names_somebody_or_nobody(world):
+    pipe = world.pipe()
+    alone = world.draw_there(pipe, 7.5, "a photo of a cat")
+    load_identity(pipe, world.file)
+    person = world.draw_there(pipe, 7.5)
+    latents = world.latents().repeat(4, 1, 1, 1)
+    drawn = pipe(
+        ["a photo of a cat", PROMPT],
+        negative_prompt=[NEGATIVE] * 2,
+        latents=latents,
+        num_images_per_prompt=2,
+        num_inference_steps=STEPS,
+        guidance_scale=7.5,
+    ).images
+    for picture, expected in zip(drawn, (alone, alone, person, person), strict=True):
+        assert apart(np.asarray(picture).astype(int), expected) <= 1
+    # What encode_prompt gave can be given back.
+    embeds, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True, NEGATIVE)
+    again = pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        latents=world.latents(),
+        num_inference_steps=STEPS,
+        guidance_scale=7.5,
+    ).images[0]
+    assert apart(np.asarray(again).astype(int), person) <= 1
+
+
+def test_other_pipelines_of_the_same_networks(world, folder):
+    """An exported folder, in ControlNet's pipeline and in image to image."""
+    pipe = world.pipe()
+    load_identity(pipe, folder)
+    person = world.draw_there(pipe, 7.5)
+    # A new ControlNet adds nothing.
+    control = diffusers.ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(16, 32)
+    )
+    parts = {**pipe.components, "safety_checker": None, "feature_extractor": None}
+    parts = {**parts, "requires_safety_checker": False}
+    controlled = diffusers.StableDiffusionControlNetPipeline(controlnet=control, **parts)
+    load_identity(controlled, folder)
+    controlled.set_progress_bar_config(disable=True)
+    hint = torch.zeros(1, 3, world.side, world.side)
+    assert apart(world.draw_there(controlled, 7.5, image=hint), person) <= 1
+    # Without guidance a plain pipeline with the deltas in its weights is the same.
+    photo = torch.rand(1, 3, world.side, world.side, generator=torch.Generator().manual_seed(0))
+    settings = {"image": photo, "strength": 0.8, "guidance_scale": 1.0, "num_inference_steps": 8}
+    from_photo = diffusers.StableDiffusionImg2ImgPipeline(**parts)
+    from_photo.set_progress_bar_config(disable=True)
+    load_identity(from_photo, folder)
+    drawn = from_photo(PROMPT, generator=torch.Generator().manual_seed(1), **settings).images[0]
+    merged = world.pipe(diffusers.StableDiffusionImg2ImgPipeline)
+    for name, (down, up) in exported.read(folder)[0].own.items():
+        merged.unet.get_submodule(name).weight.data += torch.tensor(up @ down)
+    person = world.person
+    embeds = condition.context(
+        world.model, person.method, world.frozen, person.trainable, person.given, world.ids(PROMPT)
+    )
+    expected = merged(
+        prompt_embeds=torch.tensor(np.asarray(embeds)),
+        generator=torch.Generator().manual_seed(1),
+        **settings,
+    ).images[0]
+    assert apart(*(np.asarray(picture).astype(int) for picture in (drawn, expected))) <= 2
+
+
+def test_person_with_a_shared_enhancer_in_diffusers(world, tmp_path):
+    cfg = made.config(world.model.text.hidden_size)
+    path = tmp_path / "enhancer.safetensors"
+    enhancers.write(path, cfg, made.tree(cfg, world.model), made.about())
+    enhancer = enhancers.read(path)
+    person = people.enhanced_person(world.model, cfg, enhancer.sha256, kv="low_rank")
+    file = tmp_path / "identity.safetensors"
+    write_identity(file, person)
+    assert export.main([str(file), "--out", str(tmp_path / "out"), "--enhancer", str(path)]) == 0
+    ours = world.draw(7.5, person, shared.frozen_part(enhancer.shared))
+    for given, settings in ((file, {"enhancer": path}), (tmp_path / "out", {})):
+        pipe = world.pipe()
+        load_identity(pipe, given, **settings)
+        assert apart(world.draw_there(pipe, 7.5), ours) <= 2
+    with pytest.raises(enhancers.EnhancerError, match="enhancer=FILE"):
+        load_identity(world.pipe(), file)
+
+
+def test_what_diffusers_cannot_draw_is_one_message(world, tmp_path):
+    pipe = world.pipe()
+    with pytest.raises(FileNotFoundError, match="no identity file"):
+        load_identity(pipe, tmp_path / "nobody")
+    with pytest.raises(ValueError, match="strength"):
+        load_identity(pipe, world.file, strength=-1)
+    with pytest.raises(ValueError, match="two text encoders"):
+        extra = {"text_encoder_2": 1, "encode_prompt": 1, "load_textual_inversion": 1}
+        load_identity(SimpleNamespace(**pipe.components, **extra), world.file)
+    with pytest.raises(ValueError, match="lacks tokenizer"):
+        load_identity(SimpleNamespace(), world.file)
+    wide, odd, other = (tmp_path / f"{name}.safetensors" for name in ("wide", "odd", "other"))
+    words = {"pseudo_tokens": np.zeros((2, 16), np.float32)}
+    alone = condition.make_method("textual_inversion")
+    write_identity(
+        wide,
+        dataclasses.replace(
+            world.person,
+            method=alone,
+            trainable=words,
+            given={"anchor": words["pseudo_tokens"]},
+        ),
+    )
+    with pytest.raises(IdentityError, match="another model family"):
+        load_identity(pipe, wide)
+    trained = world.person.trainable
+    elsewhere = {"down_blocks_7": trained["kv"]["mid_block"]}
+    elsewhere = dataclasses.replace(world.person, trainable={**trained, "kv": elsewhere})
+    write_identity(odd, elsewhere)
+    with pytest.raises(IdentityError, match="does not fit this UNet"):
+        load_identity(pipe, odd)
+    write_identity(other, dataclasses.replace(world.person, seed=1))
+    loaded = load_identity(pipe, world.file)
+    with pytest.raises(ValueError, match="another person already"):
+        load_identity(pipe, other)
+    with pytest.raises(ValueError, match="negative prompt"):
+        pipe("a photo", negative_prompt="{}")
+    loaded.unload()
+    load_identity(pipe, other)  # takes the place of the one before
+
+
+def test_lora_file_in_diffusers_own_loader(world, folder):
+    """peft adds it to the weights as it is, and the file of tokens gives both vectors."""
+    pipe = world.pipe()
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    (lora,) = (folder / "loras").iterdir()
+    pipe.load_lora_weights(folder, weight_name=f"loras/{lora.name}")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    person, _ = exported.read(folder)
+    changed = {
+        n for n, value in pipe.unet.state_dict().items() if not torch.equal(value, before[n])
+    }
+    assert changed == {f"{name}.weight" for name in person.own}
+    for name, (down, up) in person.own.items():
+        key = f"{name}.weight"
+        added = (pipe.unet.state_dict()[key] - before[key]).numpy()
+        np.testing.assert_allclose(added, up @ down, atol=1e-6)
+    pipe.load_textual_inversion(str(folder))
+    rows = pipe.text_encoder.get_input_embeddings().weight[-2:].detach().numpy()
+    np.testing.assert_array_equal(rows, world.person.trainable["pseudo_tokens"])
+
+
+# The networks of Stable Diffusion 1.5 and 2.1 have the same levels: 16 cross-attentions.
+KINDS = (("sd15", "sd1"), ("sd21", "sd2"))
+FULL = [(size, random_sd.config(size, family, 49408).unet) for size, family in KINDS]
+
+
+@functools.cache
+def ldm_attentions(unet):
+    """Widths of the cross-attentions by their names in the original layout: blocks are counted
+    through all levels, and on the way down one that halves ends each level but the last."""
+    found, levels = {}, unet.block_out_channels
+    each, number = unet.layers_per_block, 1
+    for level, kind in enumerate(unet.down_block_types):
+        for _ in range(each):
+            if "CrossAttn" in kind:
+                found[f"input_blocks.{number}.1"] = levels[level]
+            number += 1
+        number += level < len(levels) - 1
+    found["middle_block.1"] = levels[-1]
+    number = 0
+    for level, kind in enumerate(unet.up_block_types):
+        for _ in range(each + 1):
+            if "CrossAttn" in kind:
+                found[f"output_blocks.{number}.1"] = levels[::-1][level]
+            number += 1
+    return found
+
+
+def a1111_module(key):
+    """Where AUTOMATIC1111 looks for the layer of a kohya key, whose numbers are diffusers'."""
+    for pattern, name in (
+        (r"lora_unet_down_blocks_(\d+)_attentions_(\d+)_(.+)", "input_blocks.{}.1"),
+        (r"lora_unet_mid_block_attentions_(\d+)_(.+)", "middle_block.1"),
+        (r"lora_unet_up_blocks_(\d+)_attentions_(\d+)_(.+)", "output_blocks.{}.1"),
+    ):
+        if match := re.fullmatch(pattern, key):
+            *numbers, rest = match.groups()
+            down, up = 1 + 3 * int(numbers[0]), 3 * int(numbers[0])
+            number = (down if "input" in name else up) + int(numbers[-1])
+            return name.format(number), rest
+    return None
+
+
+def comfyui_modules(unet):
+    """What ComfyUI calls the layers of a UNet in LoRAs: diffusers' names with `_` between."""
+    original = iter(ldm_attentions(unet))
+    names = {}
+    for block, tree in cross_kv_shapes(unet).items():
+        for attention in tree:
+            place = next(original)
+            for letter in "kv":
+                rest = f"transformer_blocks_0_attn2_to_{letter}"
+                names[f"lora_unet_{block}_{attention}_{rest}"] = place
+    return names
+
+
+@pytest.mark.parametrize(("size", "unet"), FULL)
+def test_lora_file_by_the_rules_of_web_uis(size, unet, tmp_path):
+    """Each layer is found once, with its shape; the weights that are added are the deltas."""
+    rng, D = np.random.default_rng(0), unet.cross_attention_dim
+    deltas = {}
+    for name, module in diffusers_attentions(unet).items():
+        for letter in "kv":
+            down, up = rng.normal(size=(2, D)), rng.normal(size=(module, 2))
+            deltas[f"{name}.attn2.to_{letter}"] = (np.float32(down), np.float32(up))
+    path = tmp_path / "anna-kv.safetensors"
+    exported.write_lora(path, deltas, D, {})
+    assert exported.read_lora(path).keys() == deltas.keys()
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    # AUTOMATIC1111: anything with metadata is SD 1 unless it says that it is SD 2.
+    family = "SD2" if metadata.get("ss_v2") == "True" else "SD1" if metadata else "unknown"
+    assert family == {"sd15": "SD1", "sd21": "SD2"}[size]
+    widths, known, seen = ldm_attentions(unet), comfyui_modules(unet), set()
+    layers = {key.split(".")[0] for key in tensors}
+    assert not any(key.endswith(".alpha") for key in tensors) and layers == known.keys()
+    for layer in layers:
+        place, rest = a1111_module(layer)
+        assert place == known[layer]  # both programs find the same one
+        seen.add((place, rest))
+        up, down = (tensors[f"{layer}.lora_{part}.weight"] for part in ("up", "down"))
+        # Without alpha both scale by 1.
+        assert (up @ down).shape == (widths[place], D)
+    assert len(seen) == 2 * len(widths) == 32
+
+
+def diffusers_attentions(unet):
+    """Widths by diffusers' names, from diffusers' own UNet without weights."""
+    with torch.device("meta"):
+        network = diffusers.UNet2DConditionModel.from_config(unet.to_dict())
+    return {
+        name: module.norm2.normalized_shape[0]
+        for name, module in network.named_modules()
+        if name.rpartition(".")[2].isdigit() and "transformer_blocks" in name.split(".")[-2]
+    }
+
+
+class FakeClip:
+    """A text encoder as ComfyUI holds it: tokens are numbers or vectors, in chunks of 77."""
+
+    def __init__(self, world, folders):
+        self.world, self.folders = world, folders
+
+    def tokenize(self, prompt):
+        plain, row = self.world.tokenizer, []
+        for word in prompt.split():
+            name = word.removeprefix("embedding:")
+            if name == word:
+                row += [(int(number), 1.0) for number in plain.ids(word)]
+                continue
+            for directory in self.folders():
+                file = Path(directory) / f"{name}.safetensors"
+                if file.is_file():
+                    row += [(vector, 1.0) for vector in next(iter(load_file(file).values()))]
+                    break
+        ends = [plain.eos] + [plain.pad] * 77
+        return {"h": [[(plain.bos, 1.0), *row, *((n, 1.0) for n in ends)][:77]]}
+
+    def encode_from_tokens_scheduled(self, tokens):
+        model, frozen = self.world.model, self.world.frozen
+        ((chunk,),) = tokens.values()
+        numbers = [0 if torch.is_tensor(token) else token for token, _ in chunk]
+        rows = np.array(sd.embed_tokens(model, frozen, jnp.asarray(numbers)))
+        for place, (token, _) in enumerate(chunk):
+            if torch.is_tensor(token):
+                rows[place] = token.numpy()
+        encoded = sd.encode_token_embeds(model, frozen, jnp.asarray(rows)[None])
+        return [[torch.tensor(np.asarray(encoded)), {"pooled_output": None}]]
+
+
+@pytest.fixture
+def comfyui(tmp_path, monkeypatch):
+    """The node, with stand-ins for the modules of ComfyUI that it uses."""
+    folders = {"embeddings": [str(tmp_path / "embeddings")]}
+    paths = ModuleType("folder_paths")
+    paths.models_dir = str(tmp_path)
+    paths.add_model_folder_path = lambda kind, folder: folders[kind].append(folder)
+    hooks, utils, core = (ModuleType(f"comfy.{name}") for name in ("hooks", "utils", "sd"))
+    hooks.create_hook_lora = lambda lora, strength_model, strength_clip: [
+        (lora, strength_model, strength_clip)
+    ]
+    hooks.set_hooks_for_conditioning = lambda cond, added: [
+        [c, {**about, "hooks": about.get("hooks", []) + added}] for c, about in cond
+    ]
+    utils.load_torch_file = lambda path, safe_load: load_file(path)
+    core.load_lora_for_models = lambda model, clip, lora, model_strength, clip_strength: (
+        [*model, (lora, model_strength)],
+        clip,
+    )
+    package = ModuleType("comfy")
+    package.hooks, package.utils, package.sd = hooks, utils, core
+    for module in (package, hooks, utils, core, paths):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    spec = importlib.util.spec_from_file_location(
+        "idea_jax_node", NODE / "__init__.py", submodule_search_locations=[str(NODE)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "idea_jax_node", module)
+    spec.loader.exec_module(module)
+    yield SimpleNamespace(node=module, root=tmp_path / "identities", folders=folders)
+    sys.modules.pop("idea_jax_node.identity", None)
+
+
+def test_comfyui_node_gives_the_condition_of_this_project(world, folder, comfyui):
+    (comfyui.root / "anna").symlink_to(folder)
+    node, person = comfyui.node.LoadIdentity(), world.person
+    clip = FakeClip(world, lambda: comfyui.folders["embeddings"])
+    ((choices, _),) = [v for k, v in node.INPUT_TYPES()["required"].items() if k == "identity"]
+    assert choices == ["anna"] and node.RETURN_TYPES == ("MODEL", "CONDITIONING")
+    model, conditioning = node.load([], clip, "anna", PROMPT, 0.5, comfyui.node.PROMPT_HALF)
+    ((given, about),) = conditioning
+    expected = condition.context(
+        world.model,
+        person.method,
+        world.frozen,
+        person.trainable,
+        person.given,
+        world.ids(PROMPT),
+        strength=0.5,
+    )
+    np.testing.assert_allclose(given.numpy(), expected, rtol=1e-5, atol=1e-4)  # of values up to 12
+    ((lora, *strengths),) = about["hooks"]
+    assert model == [] and strengths == [0.5, 0.0]
+    (file,) = (folder / "loras").iterdir()
+    assert lora.keys() == load_file(file).keys()
+    model, ((_, about),) = node.load([], clip, "anna", PROMPT, 1.0, comfyui.node.BOTH_HALVES)
+    assert "hooks" not in about and [strength for _, strength in model] == [1.0]
+    # The words alone.
+    model, ((given, about),) = node.load([], clip, "anna", PROMPT, 0.0, comfyui.node.PROMPT_HALF)
+    tokens = person.trainable["pseudo_tokens"]
+    alone = sd.encode_text(world.model, world.frozen, world.ids(PROMPT), tokens)
+    np.testing.assert_allclose(given.numpy(), alone, rtol=1e-5, atol=1e-4)
+    assert np.abs(expected - alone).max() > 0.1
+    assert model == [] and "hooks" not in about
+
+
+def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
+    (comfyui.root / "anna").symlink_to(folder)
+    node = comfyui.node.LoadIdentity()
+    clip = FakeClip(world, lambda: comfyui.folders["embeddings"])
+
+    def load(name="anna", prompt=PROMPT, clip=clip):
+        return node.load([], clip, name, prompt, 1.0, comfyui.node.PROMPT_HALF)
+
+    with pytest.raises(ValueError, match="no person"):
+        load("../anna")
+    with pytest.raises(ValueError, match="write {}"):
+        load(prompt="a photo")
+    with pytest.raises(ValueError, match="were not found"):
+        load(clip=FakeClip(world, list))
+    copy = comfyui.root / "copy"
+    assert export.main([str(world.file), "--out", str(copy)]) == 0
+    (copy / "adapter.safetensors").write_bytes(b"0" * 100)
+    with pytest.raises(ValueError, match="another file"):
+        load("copy")
+    (copy / "identity.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load("copy")
+    assert export.main([str(world.file), "--out", str(tmp_path / "d"), "--to", "diffusers"]) == 0
+    (comfyui.root / "d").symlink_to(tmp_path / "d")
+    with pytest.raises(ValueError, match="other programs"):
+        load("d")
+
+
+@pytest.mark.parametrize("name", ["both halves", "prompt half, no adapter"])
+def test_forms_that_are_measured(name, world):
+    """Row 0 is the negative prompt's, row 1 the prompt's: with the delta and the adapter or not."""
+    form, person, model = halves.FORMS[name], world.person, world.model
+    given = (model, person.method, world.frozen, person.trainable, person.given)
+    ids = world.ids(PROMPT, NEGATIVE)
+    arrays = portable(person.method, person.trainable, person.given)
+    encoded = sd.encode_text(model, world.frozen, ids, person.trainable["pseudo_tokens"])
+    if form.adapter:
+        encoded = encoded.at[0].set(condition.context(*given, ids[:1])[0])
+    found = halves.keys_values(form, *given, ids)["mid_block"]["attentions_0"]
+    weight = world.frozen.cross_kv["mid_block"]["attentions_0"]["transformer_blocks_0"]["to_v"]
+    down, up = arrays.own["mid_block.attentions.0.transformer_blocks.0.attn2.to_v"]
+    acts = {"prompt": (0, 1), "both": (1, 1), "none": (0, 0)}[form.kv]
+    for row, (text_row, changes) in enumerate(zip((1, 0), acts, strict=True)):
+        want = np.asarray(encoded[text_row]) @ (weight + changes * (up @ down).T)
+        np.testing.assert_allclose(
+            found["transformer_blocks_0"]["to_v"][row], want, rtol=1e-4, atol=1e-4
+        )
