@@ -43,6 +43,11 @@ WEIGHTS = (
     ("unet", "diffusion_pytorch_model"),
     ("vae", "diffusion_pytorch_model"),
 )
+CLIP_FILES = (
+    *("config.json", "model.safetensors", "preprocessor_config.json"),
+    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
+    "special_tokens_map.json",
+)
 ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
 # huggingface_hub itself retries for about 23 s before it says that there is no network. No network
@@ -123,32 +128,25 @@ def resolve_vae(name_or_path: str) -> Path:
     )
 
 
-def _vae_from_hub(name: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def resolve_clip(name_or_path: str) -> Path:
+    """Returns the folder of a CLIP model, as transformers' CLIPModel saves it.
 
+    Args:
+      name_or_path: a local folder or a Hub id, such as openai/clip-vit-large-patch14.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
+    folder = local_folder(name_or_path)
+    return folder if folder.is_dir() else _clip_from_hub(name_or_path)
+
+
+def _vae_from_hub(name: str) -> Path:
     stem = dict(WEIGHTS)["vae"]
     patterns = [
         f"{place}{file}"
         for place in ("", "vae/")
         for file in ("config.json", f"{stem}.safetensors")
     ]
-    _check_cache(name)
-    with suppress(LocalEntryNotFoundError):
-        try:
-            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-        except HFValidationError as error:
-            raise CheckpointNotFound(
-                f"there is no folder {name}, and a Hub id has the form owner/name"
-            ) from error
-        if any(_is_whole_vae(place) for place in (found, found / "vae")):
-            return found
-    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
-        raise CheckpointNotFound(
-            f"there is no folder {name}, the cache does not hold all of it, and "
-            f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
-            "local folder"
-        )
 
     def check(files):
         place = "vae/" if "vae/config.json" in files else ""
@@ -163,12 +161,57 @@ def _vae_from_hub(name: str) -> Path:
                 absent(f"{stem}.safetensors", f"{name}/{place}".rstrip("/"), stem, present)
             )
 
+    def is_whole(folder):
+        return any(_has_network(place, stem) for place in (folder, folder / "vae"))
+
+    return _network_from_hub(name, patterns, is_whole, check)
+
+
+def _clip_from_hub(name: str) -> Path:
+    def check(files):
+        if "config.json" not in files:
+            raise CheckpointNotFound(f"the Hub repository {name} is no CLIP model: no config.json")
+        if "model.safetensors" not in files:
+            raise CheckpointNotFound(absent("model.safetensors", name, "model", sorted(files)))
+
+    def is_whole(folder):
+        return _has_network(folder, "model") and (folder / "preprocessor_config.json").is_file()
+
+    return _network_from_hub(name, list(CLIP_FILES), is_whole, check)
+
+
+def _network_from_hub(
+    name: str,
+    patterns: list[str],
+    is_whole: Callable[[Path], bool],
+    check: Callable[[list[str]], None],
+) -> Path:
+    """The snapshot of a repository of one network: that in the cache if `is_whole`, or fetched."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    _check_cache(name)
+    with suppress(LocalEntryNotFoundError):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        except HFValidationError as error:
+            raise CheckpointNotFound(
+                f"there is no folder {name}, and a Hub id has the form owner/name"
+            ) from error
+        if is_whole(found):
+            return found
+    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+        raise CheckpointNotFound(
+            f"there is no folder {name}, the cache does not hold all of it, and "
+            f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
+            "local folder"
+        )
     return _fetch(name, None, patterns, check)
 
 
-def _is_whole_vae(folder: Path) -> bool:
+def _has_network(folder: Path, stem: str) -> bool:
     try:
-        find_weights(folder, dict(WEIGHTS)["vae"])
+        find_weights(folder, stem)
     except WeightsError:
         return False
     return (folder / "config.json").is_file()
