@@ -23,7 +23,7 @@ class Asked(NamedTuple):
 
     @property
     def shows_several(self) -> bool:
-        """Whether more than one face is to be seen, so that the person's is not just the largest."""
+        """Whether more than one face is to be seen: the person's need not be the largest."""
         return self.group in SEVERAL or OTHER in self.text
 
 

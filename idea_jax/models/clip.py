@@ -45,8 +45,8 @@ class Preprocessing:
 
     shortest_edge: int
     side: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _load_beside(folder: Path) -> tuple[ClipModel, dict]:
             "model of its own"
         )
     model = ClipModel(text, vision, _preprocessing(parts[1], vision), has_text_projection=False)
-    targets, trees = shapes(model), {}
+    targets, trees = shapes(model), dict[str, dict]()
     tables = {"text": weights.text_table(), "vision": weights.vision_table()}
     for part, (tree, table) in zip(parts, tables.items(), strict=True):
         paths = weights.find_weights(part, "model")
