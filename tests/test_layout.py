@@ -43,6 +43,11 @@ ROWS = (
         "config data diffusion errors faces formats jobs method models pytrees runtime sampling "
         "training",
     ),
+    # people scored
+    (
+        "evaluation",
+        "config data errors faces formats jobs method models pytrees runtime sampling training",
+    ),
     # the drawn world, and a Stable Diffusion of it
     (
         "mini",

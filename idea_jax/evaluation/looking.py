@@ -148,7 +148,7 @@ def _look_at_some(
             read[digest] = images.read_image(path)
             faces[digest] = eyes.faces_on(read[digest], path.name)
         except images.ImageError as error:
-            broken[path] = str(error)
+            broken[path] = str(error).replace(str(path), path.name)  # reports are passed on
     empty = np.zeros((len(read), 0), np.float32)
     embeds = eyes.clip.embed_images(list(read.values())) if eyes.clip else empty
     return {

@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 
 SETTINGS, TIMES, SUMMARY = "settings.json", "seconds.json", "summary.json"
 # What may differ when a run goes on: it changes no picture and no score.
-FREE = ("output_dir", "batch_size", "attention", "compile_cache", "face_provider", "images")
+FREE = (
+    *("output_dir", "batch_size", "attention", "compile_cache", "face_provider", "images"),
+    *("same_recogniser", "accept_face_licence"),
+)
 
 
 class EvaluationError(InputError, ValueError):
@@ -80,7 +83,7 @@ def run(cfg: EvaluateConfig) -> list[Path]:
                 f"--compare needs a folder per person and two people at least in {cfg.photos}"
             )
     check_writable(out)
-    hold(cfg, out)
+    held = held_settings(cfg, out)
     checkpoint = None
     if cfg.pretrained_model_name_or_path is not None:
         name = cfg.pretrained_model_name_or_path
@@ -91,6 +94,7 @@ def run(cfg: EvaluateConfig) -> list[Path]:
     check_recogniser(cfg, score_model, checkpoint, needs_face)
     judge = load_clip(cfg, mode, checkpoint)
     eyes = looking.open_eyes(score_model, judge, crop=cfg.score_crop, provider=cfg.face_provider)
+    write_json(out / SETTINGS, held)
     # The pictures of each method.
     sources = images_of(cfg)
     problems: list[Problem] = []
@@ -118,8 +122,9 @@ def run(cfg: EvaluateConfig) -> list[Path]:
     return write(scored, out)
 
 
-def hold(cfg: EvaluateConfig, out: Path) -> None:
-    """Keeps the settings of a folder, so that pictures of two settings never meet in a report.
+def held_settings(cfg: EvaluateConfig, out: Path) -> dict:
+    """Returns the settings that a folder is held to, so that pictures of two settings never meet in
+    a report.
 
     Raises:
       EvaluationError: the folder holds an evaluation with other settings.
@@ -141,7 +146,7 @@ def hold(cfg: EvaluateConfig, out: Path) -> None:
             f"{out} holds an evaluation with other settings ({', '.join(changed)}); choose another "
             "--output_dir, or delete that folder"
         )
-    write_json(out / SETTINGS, held)
+    return held
 
 
 def images_of(cfg: EvaluateConfig) -> dict[str, Path]:
@@ -172,6 +177,8 @@ def find_score_model(cfg: EvaluateConfig, checkpoint: Path | None) -> Path:
     """
     if cfg.score_model is not None:
         path = Path(cfg.score_model).expanduser()
+        if not path.exists():
+            raise face_models.FaceError(f"--score_model {path} does not exist")
         return packs.find_in_pack(path, "recognition") if path.is_dir() else path
     own = checkpoint / "face" / "scoring.onnx" if checkpoint is not None else None
     if own is None or not own.is_file():
