@@ -31,7 +31,8 @@ h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem }
 td, th { padding: .25rem .7rem .25rem 0; text-align: left; vertical-align: top }
 th { border-bottom: 1px solid var(--line) } tbody tr:nth-child(even) { background: var(--row) }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td:not(.number) { min-width: 6rem } th { min-width: 4.5rem }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 th button { all: unset; cursor: pointer; font-weight: bold }
 th button:focus-visible { outline: 2px solid var(--c0) }
 th[aria-sort=ascending] button::after { content: " \\2191" }
@@ -106,7 +107,8 @@ def interval(estimate: Mapping | None, form: str = ".3f") -> str:
         return number(None)
     said = f"{estimate['mean']:{form}}"
     if estimate["low"] is not None:
-        said += f" ({estimate['low']:{form}} to {estimate['high']:{form}})"
+        low, high = (f"{estimate[end]:{form}}" for end in ("low", "high"))
+        said += f"<br><span class=dim>{low} to {high}</span>"
     return f'<td class=number data-value="{estimate["mean"]:.9g}">{said}</td>'
 
 
@@ -146,7 +148,8 @@ def scatter(
     """The plot of two scores as SVG: methods with their intervals, people as dots, and bounds of
     the vertical one as broken lines."""
     width, height = size
-    left, right, top, bottom = 60, 170, 16, 48
+    left, right, top, bottom = 60, 80, 16 * len(points) + 16, 48
+    height += 16 * len(points)
     xs = [x for p in points for x in (*p.x, *(d[0] for d in p.dots)) if x is not None]
     ys = [y for p in points for y in (*p.y, *(d[1] for d in p.dots)) if y is not None]
     ys += [value for value in bounds.values() if value is not None]
@@ -179,9 +182,9 @@ def scatter(
             parts.append(f"<text x={width - right + 8} y={y + 4:.1f}>{escape(name)}</text>")
     for place, point in enumerate(points):
         parts += _marks(point, f"var(--c{place % 8})", at_x, at_y)
-        y = top + 16 * (place + 1)
+        y = 16 * (place + 1)
         style = f'style="fill: var(--c{place % 8})"'
-        parts.append(f"<text x={left + 8} y={y} {style}>{escape(point.name)}</text>")
+        parts.append(f"<text x={left} y={y} {style}>{escape(point.name)}</text>")
     middle = (left + width - right) / 2
     parts.append(
         f"<text x={middle:.0f} y={height - 8} text-anchor=middle>{escape(labels[0])}</text>"
