@@ -248,8 +248,12 @@ def unscored(rows: Sequence[Row], summary: dict) -> str:
     return said + parts.table(["method", "person", "what", "why"], lines[:LISTED], "problems")
 
 
-def markdown(summary: dict) -> str:
-    """The tables of methods and differences, for a document."""
+def markdown(summary: dict, about: dict) -> str:
+    """The tables of methods and differences as a document, with what they were measured with.
+
+    Args:
+      summary, about: as of `page`.
+    """
 
     def said(estimate, form):
         if estimate is None:
@@ -264,7 +268,16 @@ def markdown(summary: dict) -> str:
 
     order = _order(summary)
     scores = [s for s in order if any(m[ALL][s] for m in summary["methods"].values())]
+    settings, people = about["settings"], len(summary["floors"])
+    model = settings.get("pretrained_model_name_or_path", "pictures that were there already")
     lines = [
+        "# Results",
+        "",
+        f"{people} people, {plain(model)}, mode {summary['mode']}. Means over people with 95% "
+        "bootstrap intervals; prompts of",
+        "the group style stand apart, in the report. [evaluation.md](evaluation.md) has the "
+        "formulas.",
+        "",
         f"| | {' | '.join(HEADS[s] for s in scores)} | seconds to learn a person |",
         f"|---|{'---|' * (len(scores) + 1)}",
     ]
@@ -277,9 +290,15 @@ def markdown(summary: dict) -> str:
         cells = [said(summary[name], ".3f") if s == summary["headline"] else "" for s in scores]
         lines.append(f"| {name} | {' | '.join(cells)} | |")
     if summary["differences"]:
-        lines += ["", f"| | {' | '.join(HEADS[s] for s in scores)} |"]
+        lines += ["", "## Differences on the same people", ""]
+        lines.append(f"| | {' | '.join(HEADS[s] for s in scores)} |")
         lines.append(f"|---|{'---|' * len(scores)}")
         for found in summary["differences"]:
             cells = [said(found[s], f"+{FORMS.get(s, '.3f')}") for s in scores]
             lines.append(f"| {plain(' - '.join(found['methods']))} | {' | '.join(cells)} |")
+    lines += ["", "## What ran", ""]
+    lines += [f"* {plain(name)}: {plain(value)}" for name, value in settings.items()]
+    lines += [f"* {plain(name)}: {plain(value)}" for name, value in about["models"].items()]
+    lines += [f"* {plain(name)}: {plain(value)}" for name, value in about["machine"].items()]
+    lines.append("* " + ", ".join(f"{name} {value}" for name, value in about["versions"].items()))
     return "\n".join(lines) + "\n"

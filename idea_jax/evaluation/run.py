@@ -413,7 +413,9 @@ def write(scored: Scored, out: Path) -> list[Path]:
         path.write_bytes(sheet.getvalue().encode("utf-8", "backslashreplace"))
     write_json(out / SUMMARY, scored.summary | {"about": scored.about})
     with atomic_write(out / "table.md") as path:
-        path.write_bytes(report.markdown(scored.summary).encode("utf-8", "backslashreplace"))
+        path.write_bytes(
+            report.markdown(scored.summary, scored.about).encode("utf-8", "backslashreplace")
+        )
     page = report.page(scored.rows, scored.paths, scored.photos, scored.summary, scored.about)
     with atomic_write(out / "report.html") as path:
         path.write_bytes(page.encode("utf-8", "backslashreplace"))
