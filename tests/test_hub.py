@@ -242,7 +242,7 @@ def test_a_slow_name_server_is_waited_for(fake_hub, monkeypatch):
         return known(*args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    assert hub._reachable(f"http://127.0.0.1:{fake_hub.port}")
+    assert hub.reachable(f"http://127.0.0.1:{fake_hub.port}")
 
 
 def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
@@ -256,10 +256,10 @@ def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
     for name in ("http_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", "http://user:secret@proxy.example:3128")
-    assert not hub._reachable("https://hub.example")
+    assert not hub.reachable("https://hub.example")
     monkeypatch.setenv("no_proxy", "hub.example")
-    assert not hub._reachable("https://hub.example")
-    assert not hub._reachable("http://mirror.example:8080/hub")
+    assert not hub.reachable("https://hub.example")
+    assert not hub.reachable("http://mirror.example:8080/hub")
     assert asked == [("proxy.example", 3128), ("hub.example", 443), ("mirror.example", 8080)]
     monkeypatch.delenv("no_proxy")
     monkeypatch.delenv("https_proxy")
@@ -269,7 +269,7 @@ def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
         ("all.example:3128", ("all.example", 3128)),
     ):
         monkeypatch.setenv("ALL_PROXY", proxy)
-        assert not hub._reachable("https://hub.example")
+        assert not hub.reachable("https://hub.example")
         assert asked[-1] == address
 
 

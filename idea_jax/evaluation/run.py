@@ -365,7 +365,8 @@ def describe(cfg: EvaluateConfig, mode: Mode, eyes: Eyes) -> dict:
         for name, value in asdict(cfg).items()
         if value is not None and name not in paths
     }
-    for name in ("score_model", "face_model", "face_model_dir", "pretrained_model_name_or_path"):
+    files = ("score_model", "face_model", "face_model_dir", "pretrained_model_name_or_path")
+    for name in (*files, "prompts", "clip", "enhancer"):
         if name in settings and Path(settings[name]).exists():
             settings[name] = Path(settings[name]).name
     detector = eyes.detector.path.name if eyes.detector else "none: the central square of a picture"

@@ -200,7 +200,7 @@ def _network_from_hub(
             ) from error
         if is_whole(found):
             return found
-    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
         raise CheckpointNotFound(
             f"there is no folder {name}, the cache does not hold all of it, and "
             f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
@@ -288,7 +288,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
     )
     if constants.HF_HUB_OFFLINE:
         raise CheckpointNotFound(f"{absent}; HF_HUB_OFFLINE is set: unset it, or {advice}")
-    if not _reachable(constants.ENDPOINT):
+    if not reachable(constants.ENDPOINT):
         raise CheckpointNotFound(
             f"{absent}; {constants.ENDPOINT} cannot be reached: check the network (HF_ENDPOINT, "
             f"proxies), or {advice}"
@@ -419,7 +419,7 @@ def _check_listing(repository: str, variant: str | None, files: list[str]) -> No
         raise CheckpointNotFound("\n".join(problems))
 
 
-def _reachable(endpoint: str) -> bool:
+def reachable(endpoint: str) -> bool:
     """Whether the endpoint's host, or the proxy in front of it, answers within PROBE_SECONDS."""
     url = urlsplit(endpoint)
     proxies = getproxies()  # those that huggingface_hub's HTTP library takes, too

@@ -140,12 +140,25 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
         parts.append(
             f"{device.device_kind} has {gigabytes(stats['bytes_limit'])}, {used} of them in use"
         )
-    elif hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError, ValueError):  # of a container, if this is one with a limit
-            total = min(total, int(CONTAINER.read_text()))
+    elif total := host_memory():
         parts.append(f"this machine has {gigabytes(total)}")
     return "; ".join(parts)
+
+
+def host_memory() -> int | None:
+    """Bytes of memory of this machine, or of the container that it is; None if not known."""
+    if not hasattr(os, "sysconf"):
+        return None
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # of a container, if this is one with a limit
+        total = min(total, int(CONTAINER.read_text()))
+    return total
+
+
+def memory_limit() -> int | None:
+    """Bytes that programs on one device of this process may use; None if not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] if "bytes_limit" in stats else host_memory()
 
 
 def sizes(pattern: str, text: str) -> list[float] | None:
