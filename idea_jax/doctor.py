@@ -73,7 +73,7 @@ def machine() -> Iterator[Finding]:
         yield Finding("devices", WRONG, str(error))
         return
     found = jax.local_devices()
-    memory = devices.memory_limit()
+    memory = memory_limit()
     each = devices.gigabytes(memory) if memory else "an unknown size"
     shared = "shared by all" if found[0].platform == "cpu" else "each"
     text = f"{len(found)} x {found[0].device_kind} ({found[0].platform}), {each} {shared}"
@@ -140,7 +140,7 @@ def caches() -> Iterator[Finding]:
             there = next(path for path in (folder, *folder.parents) if path.exists())
             if there == folder:
                 check_writable(folder)
-            elif not os.access(there, os.W_OK | os.X_OK):
+            elif not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
                 raise PermissionError(13, "cannot be written", str(there))
         except WriteError as error:
             level, text = NOTE, str(error)
@@ -198,7 +198,7 @@ def people_in_a_step(cfg: TrainConfig) -> Iterator[Finding]:
             raise
         yield Finding(name, WRONG, f"not even two: {devices.describe_memory(error, None)}")
         return
-    limit = devices.memory_limit()
+    limit = memory_limit()
     if limit is None:
         yield Finding(name, NOTE, "the memory of this machine is not known")
         return
@@ -209,6 +209,12 @@ def people_in_a_step(cfg: TrainConfig) -> Iterator[Finding]:
         f"{cfg.profile}, batch {cfg.train_batch_size}, --mixed_precision {cfg.mixed_precision})"
     )
     yield Finding(name, OK if fit else WRONG, text)
+
+
+def memory_limit() -> int | None:
+    """Bytes that programs on one device of this process may use; None if not known."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] if "bytes_limit" in stats else devices.host_memory()
 
 
 def people_that_fit(one: int, two: int, limit: int) -> int:

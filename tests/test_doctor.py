@@ -78,10 +78,11 @@ def test_what_is_wrong_is_named_and_decides_the_exit_code(
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(home, capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    (home / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
     code, lines = found(capsys)
     level, text = lines["compiled programs"]
-    assert code == 0 and level in ("ok", "note") and "/proc" in text
+    assert (code, level) == (0, "note") and "cannot be written" in text
 
 
 def test_people_that_fit_are_counted_from_two_steps(smallest_checkpoint, capsys, monkeypatch):
@@ -89,11 +90,11 @@ def test_people_that_fit_are_counted_from_two_steps(smallest_checkpoint, capsys,
     assert doctor.people_that_fit(50, 60, 50) == 1
     assert doctor.people_that_fit(50, 60, 89) == 4
     monkeypatch.setattr(doctor, "step_bytes", lambda cfg, folder, count: 2**30 * (3 + count))
-    monkeypatch.setattr(doctor.devices, "memory_limit", lambda: 2**30 * 16)
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 2**30 * 16)
     command = ["--checkpoint", str(smallest_checkpoint), "--people_in_a_step"]
     code, lines = found(capsys, *command)
     assert code == 0 and lines["people in a step"][1].startswith("13 on a device of 16.0 GiB")
-    monkeypatch.setattr(doctor.devices, "memory_limit", lambda: 2**30)
+    monkeypatch.setattr(doctor, "memory_limit", lambda: 2**30)
     assert found(capsys, *command)[0] == 1
     with pytest.raises(SystemExit):
         doctor.main(["--people_in_a_step"])

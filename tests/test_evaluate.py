@@ -225,7 +225,7 @@ def test_values_of_a_prompt_and_of_a_person_by_mode():
 def test_where_several_faces_are_asked_for_the_persons_is_the_most_alike():
     faces = np.eye(4, dtype=np.float32)
     known = scoring.Known(faces[1:2], faces[2:3], np.zeros((1, 0), np.float32))
-    row, nothing = scoring.Row("m", "p", "{}", "g", "a.png"), np.zeros(0, np.float32)
+    row, nothing = scoring.PictureRow("m", "p", "{}", "g", "a.png"), np.zeros(0, np.float32)
     alone, both = asked.Asked("{}", "g"), asked.Asked("{} and {other}", "g")
     assert scoring.score(row, alone, faces[:2], nothing, known, None).identity == 0
     found = scoring.score(row, both, faces[:2], nothing, known, None)

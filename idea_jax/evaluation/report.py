@@ -7,7 +7,7 @@ from idea_jax.data.images import ImageError
 from idea_jax.evaluation import page as parts
 from idea_jax.evaluation.looking import thumbnail
 from idea_jax.evaluation.page import Point, escape, interval, number, words
-from idea_jax.evaluation.scoring import ALL, SCORES, Row, is_judged
+from idea_jax.evaluation.scoring import ALL, SCORES, PictureRow, is_judged
 
 SIDE = 112  # of a picture in the page, in pixels
 PEOPLE, PROMPTS, LISTED = 24, 16, 200  # shown at most; a page of thousands opens nowhere
@@ -25,7 +25,7 @@ FORMS = {"detected": ".1%"}
 
 
 def page(
-    rows: Sequence[Row],
+    rows: Sequence[PictureRow],
     paths: Sequence[Path],
     photos: Mapping[str, Sequence[Path]],
     summary: dict,
@@ -62,12 +62,16 @@ def page(
         "<h2>What could not be scored</h2>",
         unscored(rows, summary),
         "<h2>What ran</h2>",
-        *(
-            f"<h3>{escape(name)}</h3>" + parts.table(["what", "value"], _lines(values), name)
-            for name, values in about.items()
-        ),
     ]
+    for name, values in about.items():
+        lines = parts.table(["what", "value"], _lines(values), name)
+        body.append(f"<h3>{escape(name)}</h3>{lines}")
     return parts.document("Evaluation", "\n".join(body))
+
+
+def intervals(values: Mapping, order: Sequence[str], sign: str = "") -> list[str]:
+    """The cells of some scores, in order."""
+    return [interval(values[score], sign + FORMS.get(score, ".3f")) for score in order]
 
 
 def _lines(values: Mapping) -> list[list[str]]:
@@ -83,7 +87,7 @@ def methods(summary: dict) -> str:
         rows.append(
             [
                 words(name),
-                *(interval(found[ALL][score], FORMS.get(score, ".3f")) for score in order),
+                *intervals(found[ALL], order),
                 number(found[ALL]["pictures"], "d"),
                 number(_ratio(seconds, "training", "learned"), ".1f"),
                 number(_ratio(seconds, "drawing", "drawn"), ".2f"),
@@ -139,7 +143,7 @@ def differences(summary: dict) -> str:
     rows = [
         [
             words(" - ".join(found["methods"])),
-            *(interval(found[score], f"+{FORMS.get(score, '.3f')}") for score in order),
+            *intervals(found, order, "+"),
         ]
         for found in summary["differences"]
     ]
@@ -153,7 +157,7 @@ def groups(summary: dict) -> str:
         [
             words(name),
             words(group),
-            *(interval(values[score], FORMS.get(score, ".3f")) for score in order),
+            *intervals(values, order),
             number(values["pictures"], "d"),
         ]
         for name, found in summary["methods"].items()
@@ -185,7 +189,7 @@ def people(summary: dict) -> str:
             [
                 words(who),
                 words(name),
-                *(number(own[score], FORMS.get(score, ".3f")) for score in order),
+                *[number(own[score], FORMS.get(score, ".3f")) for score in order],
                 number(summary["floors"].get(who)),
                 number(summary["ceilings"].get(who)),
             ]
@@ -195,7 +199,7 @@ def people(summary: dict) -> str:
 
 
 def grids(
-    rows: Sequence[Row],
+    rows: Sequence[PictureRow],
     paths: Sequence[Path],
     photos: Mapping[str, Sequence[Path]],
     summary: dict,
@@ -205,7 +209,7 @@ def grids(
     found = []
     if len(pairs) > PEOPLE:
         found.append(f"<p>The {PEOPLE} worst of {len(pairs)}.</p>")
-    own_rows: dict[tuple[str, str], dict[str, tuple[Row, Path]]] = {}
+    own_rows: dict[tuple[str, str], dict[str, tuple[PictureRow, Path]]] = {}
     for row, path in zip(rows, paths, strict=True):
         own_rows.setdefault((row.method, row.person), {}).setdefault(row.prompt, (row, path))
     for method, who in pairs[:PEOPLE]:
@@ -230,7 +234,7 @@ def figure(path: Path, caption: str, is_generated: bool) -> str:
         return f"<figure><figcaption>{escape(text)}</figcaption></figure>"
 
 
-def unscored(rows: Sequence[Row], summary: dict) -> str:
+def unscored(rows: Sequence[PictureRow], summary: dict) -> str:
     """What went wrong, one line each."""
     lines = [
         [words(p["method"]), words(p["person"]), words(p["what"]), words(p["why"])]

@@ -20,7 +20,7 @@ from idea_jax.evaluation.asked import OTHER, Asked
 from idea_jax.evaluation.gallery import Problem
 from idea_jax.evaluation.looking import Eyes, Look
 from idea_jax.evaluation.modes import MODES, Mode
-from idea_jax.evaluation.scoring import Known, Row, score, summarise
+from idea_jax.evaluation.scoring import Known, PictureRow, score, summarise
 from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.faces import models as face_models
 from idea_jax.faces import packs, portraits
@@ -34,10 +34,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS, TIMES, SUMMARY = "settings.json", "seconds.json", "summary.json"
 # What may differ when a run goes on: it changes no picture and no score.
-FREE = (
-    *("output_dir", "batch_size", "attention", "compile_cache", "face_provider", "images"),
-    *("same_recogniser", "accept_face_licence"),
-)
+FREE = "output_dir batch_size attention compile_cache face_provider images".split()
+FREE += "same_recogniser accept_face_licence".split()
 
 
 class EvaluationError(InputError, ValueError):
@@ -54,7 +52,7 @@ class Scored:
       about: settings, versions and digests, for the report.
     """
 
-    rows: list[Row]
+    rows: list[PictureRow]
     paths: list[Path]
     people: dict[str, Known]
     photos: dict[str, list[Path]]
@@ -296,17 +294,17 @@ def judge_all(
     for picture in shown:
         prompt = groups.get(picture.prompt) or Asked(picture.prompt, asked.OWN)
         place = str(picture.path.relative_to(sources[picture.method]))
-        row = Row(picture.method, picture.person, prompt.text, prompt.group, place)
+        row = PictureRow(picture.method, picture.person, prompt.text, prompt.group, place)
         if picture.path in looks:
             look = looks[picture.path]
-            row = Row(**{**asdict(row), "sha256": digests[picture.path]})
+            row = PictureRow(**{**asdict(row), "sha256": digests[picture.path]})
             known, text = people.get(picture.person), texts.get(picture.prompt)
             row = score(row, prompt, look.faces, look.image, known, text)
             seen.setdefault(picture.method, {}).setdefault((row.person, row.prompt), []).append(
                 look.image
             )
         else:
-            row = Row(**{**asdict(row), "error": errors[picture.path]})
+            row = PictureRow(**{**asdict(row), "error": errors[picture.path]})
         rows.append(row)
     diversities = {
         method: {key: metrics.diversity(np.stack(own)) for key, own in of.items()}
@@ -402,7 +400,7 @@ def machine() -> dict[str, str]:
 
 def write(scored: Scored, out: Path) -> list[Path]:
     """Writes rows, summary, table and report; returns the paths of report and summary."""
-    names = [spec.name for spec in fields(Row)]
+    names = [spec.name for spec in fields(PictureRow)]
     with atomic_write(out / "rows.jsonl") as path:
         lines = [json.dumps(asdict(row)) for row in scored.rows]
         path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")

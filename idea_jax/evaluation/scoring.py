@@ -18,7 +18,7 @@ ALL = "all but style"  # the rows that a method is judged by
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """The scores of one picture; those that it has not are None.
 
     Attributes:
@@ -58,13 +58,13 @@ class Known:
 
 
 def score(
-    row: Row,
+    row: PictureRow,
     asked: Asked,
     faces: np.ndarray,
     image: np.ndarray,
     known: Known | None,
     text: np.ndarray | None,
-) -> Row:
+) -> PictureRow:
     """Returns a row with the scores of its picture.
 
     Args:
@@ -89,19 +89,19 @@ def score(
             values["copy_paste"] = metrics.mean_copy_paste(face, known.photos, known.held_out)
         if len(image) and len(known.images):
             values["image_score"] = float((known.images.astype(np.float64) @ image).mean())
-    return Row(**{**asdict(row), **values, "error": error})
+    return PictureRow(**{**asdict(row), **values, "error": error})
 
 
-def by_prompt(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+def by_prompt(rows: Sequence[PictureRow]) -> dict[tuple[str, str], list[PictureRow]]:
     """Returns the rows that could be scored, by person and prompt."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[tuple[str, str], list[PictureRow]] = {}
     for row in rows:
         if row.faces is not None:
             found.setdefault((row.person, row.prompt), []).append(row)
     return found
 
 
-def values_of(mode: Mode, score: str, rows: Sequence[Row]) -> tuple[float | None, float]:
+def values_of(mode: Mode, score: str, rows: Sequence[PictureRow]) -> tuple[float | None, float]:
     """Returns a score of the pictures of one prompt, and how many they are."""
     if score in ("identity", "identity_zero", "detected") and any(row.error for row in rows):
         return None, 0  # nobody to compare with: no miss of the method's
@@ -112,7 +112,7 @@ def values_of(mode: Mode, score: str, rows: Sequence[Row]) -> tuple[float | None
 def person_sums(
     mode: Mode,
     score: str,
-    rows: Sequence[Row],
+    rows: Sequence[PictureRow],
     diversities: Mapping[tuple[str, str], float | None],
 ) -> dict[str, tuple[float, float]]:
     """Returns what each person adds to the mean of a score: a sum, and what it is over.
@@ -136,14 +136,14 @@ def person_means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float | N
     return {person: a / b if b else None for person, (a, b) in sums.items()}
 
 
-def is_judged(row: Row) -> bool:
+def is_judged(row: PictureRow) -> bool:
     """Whether a row counts for a method as a whole: recognisers are brittle on styles."""
     return row.group != STYLE
 
 
 def summarise(
     mode: Mode,
-    rows: Sequence[Row],
+    rows: Sequence[PictureRow],
     diversities: Mapping[str, Mapping[tuple[str, str], float | None]],
     people: Mapping[str, Known],
     problems: Sequence[Problem],

@@ -22,10 +22,8 @@ from idea_jax.evaluation.asked import SETS
 from idea_jax.evaluation.modes import MODES
 
 # Settings of the drawing that have no effect on pictures that are there already.
-OF_DRAWING = (
-    *("prompts", "pictures", "num_inference_steps", "guidance_scale", "negative_prompt"),
-    *("id_strength", "batch_size", "variant", "mixed_precision"),
-)
+OF_DRAWING = "pictures num_inference_steps guidance_scale negative_prompt".split()
+OF_DRAWING += "id_strength batch_size variant mixed_precision".split()
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,6 @@ class EvaluateConfig:
             raise ConfigError("--identity and --compare need --pretrained_model_name_or_path")
         defaults = type(self).__dataclass_fields__
         for name in () if draws else OF_DRAWING:
-            if name == "prompts":  # there it says which group a prompt belongs to
-                continue
             if getattr(self, name) != defaults[name].default:
                 raise ConfigError(f"--{name} has no effect on --images, which are drawn already")
         if self.identities_per_step is not None and self.compare is None:

@@ -6,6 +6,7 @@ Two layouts are read: that of transformers' CLIPModel, and a Stable Diffusion ch
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,12 @@ from idea_jax.models.weights import Rule, Table, WeightsError
 # What the towers' settings are called in `config.json`. Files of earlier transformers repeat there
 # dozens of settings of text generation, which say nothing of the network; that the weights fit one
 # to one shows that the network is the one described.
-_OF_TOWERS = {
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "hidden_act", "layer_norm_eps", "attention_dropout", "dropout"),
-}
-_OF_TEXT = _OF_TOWERS | {"vocab_size", "max_position_embeddings"}
-_OF_VISION = _OF_TOWERS | {"image_size", "patch_size", "num_channels"}
+_OF_TOWERS = (
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+)
+_OF_TOWERS += "hidden_act layer_norm_eps attention_dropout dropout".split()
+_OF_TEXT = [*_OF_TOWERS, "vocab_size", "max_position_embeddings"]
+_OF_VISION = [*_OF_TOWERS, "image_size", "patch_size", "num_channels"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def _read(file: Path) -> dict:
     return values
 
 
-def _part(values: dict, name: str, known: set[str]) -> dict:
+def _part(values: dict, name: str, known: Sequence[str]) -> dict:
     """The settings of a tower, without those that say nothing of the network."""
     own = values.get(name)
     return {key: value for key, value in (own or {}).items() if key in known}

@@ -44,10 +44,9 @@ WEIGHTS = (
     ("vae", "diffusion_pytorch_model"),
 )
 CLIP_FILES = (
-    *("config.json", "model.safetensors", "preprocessor_config.json"),
-    *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
-    "special_tokens_map.json",
+    "config.json model.safetensors preprocessor_config.json special_tokens_map.json".split()
 )
+CLIP_FILES += "vocab.json merges.txt tokenizer.json tokenizer_config.json".split()
 ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
 # huggingface_hub itself retries for about 23 s before it says that there is no network. No network
@@ -177,7 +176,7 @@ def _clip_from_hub(name: str) -> Path:
     def is_whole(folder):
         return _has_network(folder, "model") and (folder / "preprocessor_config.json").is_file()
 
-    return _network_from_hub(name, list(CLIP_FILES), is_whole, check)
+    return _network_from_hub(name, CLIP_FILES, is_whole, check)
 
 
 def _network_from_hub(

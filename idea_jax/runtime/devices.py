@@ -155,12 +155,6 @@ def host_memory() -> int | None:
     return total
 
 
-def memory_limit() -> int | None:
-    """Bytes that programs on one device of this process may use; None if not known."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] if "bytes_limit" in stats else host_memory()
-
-
 def sizes(pattern: str, text: str) -> list[float] | None:
     """The numbers of bytes in a text, where it has a pattern with the word SIZE for each of them;
     None if it has not."""
