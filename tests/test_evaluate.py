@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -128,12 +129,19 @@ def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tm
     blank = mine / "photos" / "zoe"
     blank.mkdir()
     Image.new("RGB", (64, 64), "red").save(blank / "a.png")
+    cut = mine / "photos" / "yan"
+    cut.mkdir()
+    (cut / "a.png").write_bytes(b"")
+    shutil.copytree(prompt, mine / "true" / "yan" / os.fsdecode(b"no unicode \xff"))
     out = tmp_path / "out"
     assert evaluate.main(arguments(mine, out, "true")) == 0
-    assert "5 pictures and 4 other things could not be scored" in caplog.text
+    assert "9 pictures and 6 other things could not be scored" in caplog.text
     summary = json.loads((out / "summary.json").read_text())
     said = {(p["person"], p["what"]) for p in summary["problems"]}
-    assert said == {(names[1], "pictures"), ("zoe", "pictures"), ("zoe", "photos"), ("", "lost.d")}
+    assert said == {
+        *((names[1], "pictures"), ("zoe", "pictures"), ("zoe", "photos"), ("yan", "photos")),
+        *(("", "lost.d"), ("", "a.png")),
+    }
     rows = {(row["person"], row["picture"].rpartition("/")[2]): row for row in rows_of(out)}
     missed = rows[names[0], "blank.png"]
     assert (missed["faces"], missed["identity"], missed["error"]) == (0, None, None)
@@ -358,6 +366,37 @@ def test_a_comparison_trains_draws_and_scores(
     assert rows_of(out) == rows
     again = json.loads((out / "seconds.json").read_text())
     assert [own["learned"] for own in again.values()] == [2, 2]
+
+
+def test_pictures_of_an_earlier_identity_are_drawn_again(tmp_path, monkeypatch):
+    file, calls = tmp_path / "anna.safetensors", []
+    file.write_bytes(b"one")
+    settings = {"num_images_per_prompt": 1, "pretrained_model_name_or_path": "mini"}
+    prompt = asked.Asked("{} at sea", "g")
+
+    def run(cfg):
+        calls.append(cfg)
+        folder = Path(cfg.save_dir) / draw.slug(cfg.prompt[0])
+        folder.mkdir(parents=True)
+        (folder / "00000.png").touch()
+        about = {"prompt": cfg.prompt[0], "identity": {"sha256": draw.file_digest(file)}}
+        (folder / "run.json").write_text(json.dumps(about))
+        return [folder]
+
+    monkeypatch.setattr(draw.sampling, "run", run)
+
+    def drawn():
+        spent, problems = draw.draw("m", {"anna": file}, [prompt], settings, tmp_path / "out")
+        assert problems == []
+        return spent["drawn"]
+
+    assert [drawn(), drawn()] == [1, 0]
+    file.write_bytes(b"two")
+    assert [drawn(), drawn()] == [1, 0] and len(calls) == 2
+    # A prompt with two people cannot be drawn of one.
+    both = asked.Asked("{} and {other}", "g")
+    _, (problem,) = draw.draw("m", {"anna": file}, [both], settings, tmp_path / "out")
+    assert "there is one" in problem.why
 
 
 def test_the_recogniser_of_training_is_refused(tmp_path, photo_folder, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from idea_jax.evaluation.gallery import OURS, Problem
 from idea_jax.evaluation.modes import Mode
 from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.formats.identity import read_identity
-from idea_jax.runtime.files import slug
+from idea_jax.runtime.files import file_digest, slug
 from idea_jax.sampling import run as sampling
 from idea_jax.sampling.plan import safe_name
 
@@ -90,14 +91,16 @@ def draw(
       what `sampling.run.run` raises.
     """
     names, count = list(files), settings["num_images_per_prompt"]
+    digests = {name: file_digest(file) for name, file in files.items()}
     alone = [prompt.text for prompt in prompts if OTHER not in prompt.text]
     todo: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         own = folder / safe_name(name)
-        missing = tuple(text for text in alone if not _is_drawn(own, text, count))
+        mine = {name: digests[name]}
+        missing = tuple(text for text in alone if not _is_drawn(own, text, count, mine))
         todo.setdefault(missing, []).append(name)
     together, problems = _together(method, names, prompts)
-    together = [text for text in together if not _is_drawn(folder, text, count)]
+    together = [text for text in together if not _is_drawn(folder, text, count, digests)]
     calls = [
         (people, texts, folder if len(people) > 1 else folder / safe_name(people[0]))
         for texts, people in todo.items()
@@ -132,13 +135,22 @@ def _together(
     return texts, []
 
 
-def _is_drawn(folder: Path, prompt: str, count: int) -> bool:
-    """Whether a prompt's pictures lie in a folder, all of them; the settings are those of the run,
-    which holds them together."""
+def _is_drawn(folder: Path, prompt: str, count: int, digests: Mapping[str, str]) -> bool:
+    """Whether a prompt's pictures lie in a folder, all of them, and of these identity files. Those
+    of earlier ones are removed; all other settings are those that the run is held to.
+
+    Args:
+      digests: of the identity files, by person.
+    """
     own = folder / slug(prompt)
     try:
         about = json.loads((own / OURS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        cast = about.get("identities") or {name: about["identity"] for name in digests}
+        is_same = all(seen["sha256"] == digests.get(name) for name, seen in cast.items())
+        is_ours = about["prompt"] == prompt
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    pictures = [path for path in own.glob("*.png") if path.stem.isdigit()]
-    return about.get("prompt") == prompt and len(pictures) == count
+    if not is_same:
+        shutil.rmtree(own)
+        return False
+    return is_ours and sum(path.stem.isdigit() for path in own.glob("*.png")) == count

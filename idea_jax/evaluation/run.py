@@ -234,7 +234,12 @@ def load_clip(cfg: EvaluateConfig, mode: Mode, checkpoint: Path | None) -> clip.
         return clip.load(cfg.clip)
     if checkpoint is not None and (checkpoint / "image_encoder" / "config.json").is_file():
         return clip.load(str(checkpoint))
-    return clip.load(mode.clip)
+    try:
+        return clip.load(mode.clip)
+    except hub.CheckpointNotFound as error:
+        raise EvaluationError(
+            f"{error}; --clip takes the folder of a CLIP, and --clip none scores without one"
+        ) from error
 
 
 def note(out: Path, method: str, spent: Mapping[str, float]) -> None:
@@ -327,8 +332,8 @@ def know_people(
     for name, own in learned.items():
         seen = [looks[path] for path in own if path in looks]
         rest = [looks[path] for path in others.get(name, ()) if path in looks]
-        images = [look.image for look in seen] or [np.zeros(0, np.float32)]
-        people[name] = Known(largest(seen), largest(rest), np.stack(images))
+        images = np.stack([look.image for look in seen]) if seen else np.zeros((0, 0), np.float32)
+        people[name] = Known(largest(seen), largest(rest), images)
         if not len(people[name].photos):
             problems.append(Problem("", name, "photos", "there is no photo with a face on it"))
     for name in others.keys() - learned.keys():
@@ -352,6 +357,8 @@ def embed_prompts(eyes: Eyes, mode: Mode, prompts: Sequence[str]) -> dict[str, n
         return {}
     unique = list(dict.fromkeys(prompts))
     said = [text.replace("{}", mode.person).replace(OTHER, mode.other) for text in unique]
+    # The name of a folder need not be valid Unicode.
+    said = [text.encode("utf-8", "replace").decode("utf-8") for text in said]
     return dict(zip(unique, eyes.clip.embed_texts(said), strict=True))
 
 
