@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from idea_jax import cli
-from idea_jax.evaluation import run as evaluation
 from idea_jax.evaluation.settings import EvaluateConfig
 
 PROGRAM = "python -m idea_jax.evaluate"
@@ -18,7 +17,13 @@ PROGRAM = "python -m idea_jax.evaluate"
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code, as `cli.main` says."""
     about = "Score pictures of people: likeness, prompts, intervals over people, one report."
-    return cli.main(EvaluateConfig, evaluation.run, argv, prog=PROGRAM, description=about)
+
+    def load():
+        from idea_jax.evaluation import run
+
+        return run.run
+
+    return cli.main(EvaluateConfig, load, argv, prog=PROGRAM, description=about)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from idea_jax import doctor
+from idea_jax import doctor, findings
 from idea_jax.config import reading
 from idea_jax.config.settings import TrainConfig
 from idea_jax.faces import random_model
@@ -86,15 +86,15 @@ def test_a_cache_that_cannot_be_written_is_a_note(home, capsys, monkeypatch):
 
 
 def test_people_that_fit_are_counted_from_two_steps(smallest_checkpoint, capsys, monkeypatch):
-    assert doctor.people_that_fit(50, 60, 49) == 0
-    assert doctor.people_that_fit(50, 60, 50) == 1
-    assert doctor.people_that_fit(50, 60, 89) == 4
-    monkeypatch.setattr(doctor, "step_bytes", lambda cfg, folder, count: 2**30 * (3 + count))
-    monkeypatch.setattr(doctor, "memory_limit", lambda: 2**30 * 16)
+    assert findings.people_that_fit(50, 60, 49) == 0
+    assert findings.people_that_fit(50, 60, 50) == 1
+    assert findings.people_that_fit(50, 60, 89) == 4
+    monkeypatch.setattr(findings, "step_bytes", lambda cfg, folder, count: 2**30 * (3 + count))
+    monkeypatch.setattr(findings, "memory_limit", lambda: 2**30 * 16)
     command = ["--checkpoint", str(smallest_checkpoint), "--people_in_a_step"]
     code, lines = found(capsys, *command)
     assert code == 0 and lines["people in a step"][1].startswith("13 on a device of 16.0 GiB")
-    monkeypatch.setattr(doctor, "memory_limit", lambda: 2**30)
+    monkeypatch.setattr(findings, "memory_limit", lambda: 2**30)
     assert found(capsys, *command)[0] == 1
     with pytest.raises(SystemExit):
         doctor.main(["--people_in_a_step"])
@@ -104,7 +104,7 @@ def test_a_step_needs_more_than_the_frozen_weights(smallest_checkpoint):
     given = {"pretrained_model_name_or_path": str(smallest_checkpoint), "train_data_dir": "."}
     given |= {"profile": "textual_inversion", "train_batch_size": 1}
     cfg = reading.build(TrainConfig, {}, given)
-    needed = doctor.step_bytes(cfg, hub.resolve(str(smallest_checkpoint)).folder, 1)
+    needed = findings.step_bytes(cfg, hub.resolve(str(smallest_checkpoint)).folder, 1)
     shapes = sd.shapes(sd.read_configs(smallest_checkpoint))
     frozen = sum(4 * leaf.size for tree in shapes for leaf in flatten(tree).values())
     assert frozen < needed < 20 * frozen

@@ -61,6 +61,9 @@ ROWS = (
     # level 6: the command line
     ("cli", "config launch models runtime"),
     ("train_enhancer", "cli enhancer launch"),
+    ("evaluate", "cli evaluation"),
+    ("findings", "config errors faces launch models runtime training"),
+    ("doctor", "config findings launch runtime"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
 )
 

@@ -44,7 +44,12 @@ def written(tmp_path_factory):
                 value = 0.9 - 0.3 * number - 0.1 * place
                 rows.append(
                     scoring.PictureRow(
-                        *(method, name, prompt, group, "a.png", "0" * 64, 1),
+                        method,
+                        name,
+                        prompt,
+                        group,
+                        "a.png",
+                        faces=1,
                         identity=value,
                         prompt_score=0.2 + 0.01 * number + 0.02 * place,
                     )
