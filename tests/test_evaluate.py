@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idea_jax import evaluate
+from idea_jax import evaluate, jobs
 from idea_jax.data.text import TextError
 from idea_jax.evaluation import asked, compare, draw, gallery, looking, page, scoring
 from idea_jax.evaluation import run as evaluation
 from idea_jax.evaluation.modes import MODES, of_person, prompt_value
+from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.faces import random_model
 from idea_jax.mini import captions, measures, strangers, trials
 from idea_jax.models import hub
@@ -257,7 +258,7 @@ def test_folders_say_whom_they_show_and_what_was_asked(tmp_path):
 
     make("anna/as_it_is_called")
     make("anna/x", prompt="a photo of {}\n")
-    make("anna/y", run=json.dumps({"prompt": "{} smiling", "identity": {}}))
+    make("anna/y", run=json.dumps({"prompt": "{anna} smiling", "identity": {}}))
     make("z", run=json.dumps({"prompt": "{bo} and {anna}", "identities": {"anna": 1, "bo": 2}}))
     make("nobody", run="{")
     make(f"{draw.safe_name('jörg')}/{{}}")
@@ -400,6 +401,34 @@ def test_pictures_of_an_earlier_identity_are_drawn_again(tmp_path, monkeypatch):
     both = asked.Asked("{} and {other}", "g")
     _, (problem,) = draw.draw("m", {"anna": file}, [both], settings, tmp_path / "out")
     assert "there is one" in problem.why
+
+
+def test_who_cannot_be_learned_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    (contender,) = compare.read_contenders("textual_inversion", "mini")
+    cfg = EvaluateConfig(
+        photos="p", compare="textual_inversion", pretrained_model_name_or_path="mini"
+    )
+
+    def run(_):
+        (tmp_path / "anna").mkdir()
+        (tmp_path / "anna" / draw.FILE).touch()
+        records = [jobs.Record("anna", "done"), jobs.Record("bo", "failed", "no face")]
+        lines = "".join(f"{jobs.to_line(record)}\n" for record in records)
+        (tmp_path / jobs.MANIFEST).write_text(lines)
+        raise compare.TrainingError("1 of 2 failed")
+
+    monkeypatch.setattr(compare.training, "run", run)
+    files, spent, problems = compare.train(contender, cfg, tmp_path, ["anna", "bo"], 0)
+    assert list(files) == ["anna"] and spent["learned"] == 1
+    assert problems == [gallery.Problem("textual_inversion", "bo", "training", "no face")]
+    monkeypatch.undo()
+
+    def nobody(_):
+        raise compare.TrainingError("all failed")
+
+    monkeypatch.setattr(compare.training, "run", nobody)
+    with pytest.raises(compare.TrainingError):
+        compare.train(contender, cfg, tmp_path, ["bo"], 0)
 
 
 def test_the_recogniser_of_training_is_refused(tmp_path, photo_folder, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from idea_jax import jobs
 from idea_jax.config import reading
 from idea_jax.config.settings import (
     FACE_PROFILES,
@@ -149,9 +150,10 @@ def train(
     log.info("learning %d people: %s", len(names), contender.name)
     try:
         training.run(train_config(contender, cfg, out, seed))
-    except TrainingError as error:
+    except TrainingError:
+        why = {record.person: record.why for record in jobs.read(out)}
         problems = [
-            Problem(contender.name, name, "training", str(error).splitlines()[0])
+            Problem(contender.name, name, "training", why.get(name) or "it was not finished")
             for name in names
             if not (out / name / FILE).is_file()
         ]

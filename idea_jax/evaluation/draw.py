@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -126,13 +127,17 @@ def _together(
     if len(names) < 2:
         why = f"{len(shared)} prompts show two people, and there is one"
         return [], [Problem(method, names[0], OTHER, why)]
-    texts = []
+    texts, problems = [], []
     for number, name in enumerate(names):
         other = names[(number + len(names) // 2) % len(names)]
+        if re.search("[{}]", name + other):
+            why = f"their names cannot stand in braces: {name}, {other}"
+            problems.append(Problem(method, name, OTHER, why))
+            continue
         texts += [
             text.replace("{}", f"{{{name}}}").replace(OTHER, f"{{{other}}}") for text in shared
         ]
-    return texts, []
+    return texts, problems
 
 
 def _is_drawn(folder: Path, prompt: str, count: int, digests: Mapping[str, str]) -> bool:

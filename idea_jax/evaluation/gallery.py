@@ -112,8 +112,12 @@ def _whose(folder: Path, root: Path, about: dict, people: Sequence[str]) -> tupl
         # A name that cannot be a folder's everywhere has another there.
         folders_of = {safe_name(name): name for name in people}
         own = folder.parent.name
-        return own if own in people else folders_of.get(own, own), prompt
-    return (people[0], prompt) if len(people) == 1 and folder.name not in people else (None, prompt)
+        name = own if own in people else folders_of.get(own, own)
+    elif len(people) == 1 and folder.name not in people:
+        name = people[0]
+    else:
+        return None, prompt
+    return name, prompt.replace(f"{{{name}}}", "{}")
 
 
 def photos_of(root: Path, single: str = "person") -> dict[str, list[Path]]:
