@@ -4,6 +4,8 @@
 # make test-long  the tests that take minutes each: whole trainings and tables of the mini
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
+# make results  the profiles side by side on twenty people of the mini, to docs/results.md; the same
+#             command goes on where it was stopped (RESULTS_OUT, RESULTS_PEOPLE, RESULTS_METHODS)
 # make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate);
 #             see docs/performance.md for the parts, for other workloads and for BENCH_OUT
 
@@ -11,8 +13,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= outputs/benchmarks
+RESULTS_OUT ?= outputs/results
+RESULTS_FILE ?= docs/results.md
+RESULTS_PEOPLE ?= 20
+RESULTS_METHODS ?= paper,paper@steps=0,paper_alone,official,cross_init,textual_inversion
 
-.PHONY: demo lint test test-long chaos slow bench clean
+.PHONY: demo lint test test-long chaos slow results bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
@@ -33,6 +39,14 @@ chaos: $(VENV)/.installed-test
 
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
+
+results: $(VENV)/.installed
+	$(BIN)/python -m idea_jax.mini.album $(RESULTS_OUT)/people --people $(RESULTS_PEOPLE)
+	$(BIN)/python -m idea_jax.evaluate --compare "$(RESULTS_METHODS)" \
+	  --pretrained_model_name_or_path mini --prompts mini --score_crop center --guidance_scale 3 --pictures 2 \
+	  --photos $(RESULTS_OUT)/people/photos --held_out $(RESULTS_OUT)/people/held_out \
+	  --output_dir $(RESULTS_OUT)/evaluation
+	cp $(RESULTS_OUT)/evaluation/table.md $(RESULTS_FILE)
 
 bench: $(VENV)/.installed-test
 	failed=0; for run in "mini" "mini --parts kernels --jobs 5 --name mini-cpu-jobs" "mid"; do \

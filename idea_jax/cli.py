@@ -55,7 +55,8 @@ def main(cls: type, load: Callable, argv: Sequence[str] | None, **about: str) ->
 
         compile_cache.use(settings.compile_cache)
         compile_cache.needs.clear()  # of another run in this process
-        devices.use_cores(hub.local_folder(settings.pretrained_model_name_or_path))
+        if settings.pretrained_model_name_or_path is not None:
+            devices.use_cores(hub.local_folder(settings.pretrained_model_name_or_path))
         if not getattr(settings, "distributed", False):  # those find each other first
             devices.check_backend()
         for path in load()(settings):

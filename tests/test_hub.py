@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from idea_jax.models import config_reader, hub
+from idea_jax.models import config_reader, hub, hub_access
 from idea_jax.models.hub import CheckpointNotFound, resolve
 from idea_jax.models.tensor_files import TensorFiles, WeightsError, find_weights
 
@@ -233,7 +233,7 @@ def test_network_that_swallows_everything_fails_within_two_seconds(cache, no_net
         raise OSError
 
     monkeypatch.setattr(socket, "getaddrinfo", wait)
-    monkeypatch.setattr(hub, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(hub_access, "PROBE_SECONDS", 1.0)
     assert_quick_failure("cannot be reached")
 
 
@@ -246,7 +246,7 @@ def test_a_slow_name_server_is_waited_for(fake_hub, monkeypatch):
         return known(*args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", slow)
-    assert hub._reachable(f"http://127.0.0.1:{fake_hub.port}")
+    assert hub.reachable(f"http://127.0.0.1:{fake_hub.port}")
 
 
 def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
@@ -260,10 +260,10 @@ def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
     for name in ("http_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", "http://user:secret@proxy.example:3128")
-    assert not hub._reachable("https://hub.example")
+    assert not hub.reachable("https://hub.example")
     monkeypatch.setenv("no_proxy", "hub.example")
-    assert not hub._reachable("https://hub.example")
-    assert not hub._reachable("http://mirror.example:8080/hub")
+    assert not hub.reachable("https://hub.example")
+    assert not hub.reachable("http://mirror.example:8080/hub")
     assert asked == [("proxy.example", 3128), ("hub.example", 443), ("mirror.example", 8080)]
     monkeypatch.delenv("no_proxy")
     monkeypatch.delenv("https_proxy")
@@ -273,7 +273,7 @@ def test_probe_asks_the_proxy_where_there_is_one(monkeypatch):
         ("all.example:3128", ("all.example", 3128)),
     ):
         monkeypatch.setenv("ALL_PROXY", proxy)
-        assert not hub._reachable("https://hub.example")
+        assert not hub.reachable("https://hub.example")
         assert asked[-1] == address
 
 

@@ -48,6 +48,11 @@ ROWS = (
         "config data diffusion errors faces formats jobs method models pytrees runtime sampling "
         "training",
     ),
+    # people scored
+    (
+        "evaluation",
+        "config data errors faces formats jobs method models pytrees runtime sampling training",
+    ),
     # the drawn world, and a Stable Diffusion of it
     (
         "mini",
@@ -62,6 +67,9 @@ ROWS = (
     ("cli", "config launch models runtime"),
     ("batch", "cli sampling"),
     ("train_enhancer", "cli enhancer launch"),
+    ("evaluate", "cli evaluation"),
+    ("findings", "config errors faces launch models runtime training"),
+    ("doctor", "config findings launch runtime"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
     ("exporting", "data formats method models publish runtime"),
     ("export", "exporting launch runtime"),

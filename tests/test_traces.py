@@ -46,7 +46,9 @@ class Example:
             return {"x": tree["x"] * factor + noise, "sum": tree["x"].sum()}
 
         self.scale = scale
-        self.kind = traces.Kind("scale", (0,), (1,), lambda factor, tree, key: {"x": 0, "sum": 0})
+        self.kind = traces.KeptFunction(
+            "scale", (0,), (1,), lambda factor, tree, key: {"x": 0, "sum": 0}
+        )
 
     def __call__(self, factor=3.0, size=4, about=None):
         """The results, by what is kept or traced anew as in a new process."""

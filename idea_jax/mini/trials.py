@@ -5,7 +5,7 @@ The library of `python -m idea_jax.mini.lab`.
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +23,8 @@ from idea_jax.faces import embedding
 from idea_jax.faces import models as face_models
 from idea_jax.faces.portraits import Portraits
 from idea_jax.method import shared
-from idea_jax.mini import captions, drawings, measures, people, traits
+from idea_jax.mini import captions, drawings, measures, strangers
 from idea_jax.models import hub, sd
-from idea_jax.pytrees import stream
 from idea_jax.sampling import programs
 from idea_jax.training import group, results
 from idea_jax.training.photos import encode_pixels, training_pixels
@@ -43,7 +42,6 @@ from idea_jax.training.start import (
 from idea_jax.training.step import IdentityState, Photos, check_plateau, init_state
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-REFERENCES = 8  # true drawings of a person that pictures of them are compared with
 DRAWS = 2000  # of the bootstrap
 
 # One program for everybody who is learned with the same method and optimiser object.
@@ -55,7 +53,7 @@ class Acquaintance(NamedTuple):
     """One person of the drawn world, and what is known about them."""
 
     photos: np.ndarray  # uint8[photos, 64, 64, 3], all that training sees
-    references: np.ndarray  # float32[REFERENCES, 512], embeddings of other true drawings
+    references: np.ndarray  # float32[strangers.REFERENCES, 512], embeddings of other true drawings
     true: np.ndarray  # uint8[prompts, pictures, 64, 64, 3], the person as each prompt asks
 
 
@@ -83,42 +81,11 @@ def meet(
     first photo not on how many there are.
     """
     scoring = mini.scoring()
-    everybody = people.unnamed(split, max(numbers) + 1)
-    met = []
-    for number in numbers:
-        key = jax.random.fold_in(stream(jax.random.key(seed), f"lab {split}"), number)
-        plain = {"hat": "none", "expression": "neutral"}
-        wanted: list[Mapping[str, str]] = [plain, *({},) * REFERENCES]
-        wanted += [prompt.asks for prompt in prompts for _ in range(pictures)]
-        scenes = _scenes(stream(key, "scenes"), wanted)
-        rows = np.full(len(wanted), number)
-        who = jax.tree.map(lambda leaf, rows=rows: leaf[rows], everybody)
-        images = drawings.draw(who, scenes, jax.random.split(stream(key, "drawings"), len(wanted)))
-        first, references, true = np.split(images, [1, 1 + REFERENCES])
-        true = true.reshape(len(prompts), pictures, *true.shape[1:])
-        if photos > 1:
-            more = stream(key, "more photos")
-            rows = np.full(photos - 1, number)
-            who = jax.tree.map(lambda leaf, rows=rows: leaf[rows], everybody)
-            scenes = _scenes(stream(more, "scenes"), [plain] * (photos - 1))
-            keys = jax.random.split(stream(more, "drawings"), photos - 1)
-            first = np.concatenate([first, drawings.draw(who, scenes, keys)])
-        met.append(Acquaintance(first, measures.embed(scoring, references), true))
-    return met
-
-
-def _scenes(key: jax.Array, wanted: Sequence[Mapping[str, str]]) -> traits.Scene:
-    """Returns random scenes (leaves [N]), but plain photos, and where something is wanted, that."""
-    columns = drawings.random_scenes(key, (len(wanted),))._asdict()
-    for row, kinds in enumerate(wanted):
-        for field, kind in {
-            "style": "photo",
-            "light": "plain",
-            "framing": "plain",
-            **kinds,
-        }.items():
-            columns[field][row] = captions.KINDS[field].index(kind)
-    return traits.Scene(**columns)
+    drawn = strangers.draw_people(split, numbers, pictures, seed, prompts, photos)
+    return [
+        Acquaintance(first, measures.embed(scoring, references), true)
+        for first, references, true in drawn
+    ]
 
 
 class Lab:

@@ -241,3 +241,22 @@ class CLIPTextModel(nn.Module):
             raise ValueError(f"expected at most {limit} tokens, got {length}; shorten the prompt")
         x = token_embeds.astype(jnp.float32) + self.embeddings.positions(length)[None]
         return self.final_layer_norm(self.encoder(x))
+
+
+class CLIPTextModelWithProjection(nn.Module):
+    """The text tower of CLIP: what a text is compared with pictures by, float32[B, width]."""
+
+    cfg: CLIPTextConfig
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.text_model = CLIPTextModel(self.cfg, self.dtype)
+        self.text_projection = nn.Dense(self.width, use_bias=False, dtype=self.dtype)
+
+    def __call__(self, token_ids: jax.Array, ends: jax.Array) -> jax.Array:
+        """Embeds int32[B, T], each text by its output at its end token, `ends` int32[B]; not
+        normalised."""
+        states = self.text_model(token_ids)
+        pooled = jnp.take_along_axis(states, ends[:, None, None], axis=1)[:, 0]
+        return self.text_projection(pooled).astype(jnp.float32)

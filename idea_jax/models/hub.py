@@ -4,17 +4,13 @@ import functools
 import logging
 import os
 import re
-import socket
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
-from idea_jax.errors import InputError
+from idea_jax.models.hub_access import CheckpointNotFound, check_cache, fetch, reachable
 from idea_jax.models.original import PADDING, Original
 from idea_jax.models.tensor_files import (
     WeightsError,
@@ -56,21 +52,15 @@ WEIGHTS = (
     ("unet", "diffusion_pytorch_model"),
     ("vae", "diffusion_pytorch_model"),
 )
+CLIP_FILES = (
+    "config.json model.safetensors preprocessor_config.json special_tokens_map.json".split()
+)
+CLIP_FILES += "vocab.json merges.txt tokenizer.json tokenizer_config.json".split()
 ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
 BESIDE_WEIGHTS = ("model_index.json", "tokenizer/*", *CONFIGS, ENHANCER)
 
-# huggingface_hub itself retries for about 23 s before it says that there is no network. No network
-# is mostly told at once; a slow name server or proxy has as long as huggingface_hub gives it.
-PROBE_SECONDS = 10.0
-
-
-PORTS = {"https": 443, "socks5": 1080, "socks5h": 1080, "socks4": 1080}
 SINGLE_FILE = ".safetensors"  # of a whole checkpoint
-
-
-class CheckpointNotFound(InputError, FileNotFoundError):
-    """No usable checkpoint under the given name; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +167,18 @@ def resolve_vae(name_or_path: str) -> Path:
     )
 
 
+def resolve_clip(name_or_path: str) -> Path:
+    """Returns the folder of a CLIP model, as transformers' CLIPModel saves it.
+
+    Args:
+      name_or_path: a local folder or a Hub id, such as openai/clip-vit-large-patch14.
+
+    Raises: CheckpointNotFound, if there is none, or the Hub cannot be reached.
+    """
+    folder = local_folder(name_or_path)
+    return folder if folder.is_dir() else _clip_from_hub(name_or_path)
+
+
 def resolve_tokenizer(name: str) -> Path:
     """Returns the folder of a tokenizer: one of its own, or that in a whole checkpoint.
 
@@ -221,7 +223,21 @@ def _vae_from_hub(name: str) -> Path:
         present = sorted(f.removeprefix(place) for f in files if f.startswith(place))
         raise CheckpointNotFound(absent(names[0], f"{name}/{place}".rstrip("/"), stem, present))
 
-    return _part_from_hub(name, patterns, _is_whole_vae, wanted)
+    return _part_from_hub(name, patterns, functools.partial(_has_network, stem=stem), wanted)
+
+
+def _clip_from_hub(name: str) -> Path:
+    def wanted(files):
+        if "config.json" not in files:
+            raise CheckpointNotFound(f"the Hub repository {name} is no CLIP model: no config.json")
+        if "model.safetensors" not in files:
+            raise CheckpointNotFound(absent("model.safetensors", name, "model", sorted(files)))
+        return CLIP_FILES
+
+    def is_whole(folder):
+        return _has_network(folder, "model") and (folder / "preprocessor_config.json").is_file()
+
+    return _part_from_hub(name, CLIP_FILES, is_whole, wanted)
 
 
 def _part_from_hub(
@@ -242,7 +258,7 @@ def _part_from_hub(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    _check_cache(name)
+    check_cache(name)
     with suppress(LocalEntryNotFoundError):
         try:
             found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
@@ -252,18 +268,18 @@ def _part_from_hub(
             ) from error
         if is_whole(found) or any(is_whole(found / inner) for inner in ("vae", "tokenizer")):
             return found
-    if constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT):
+    if constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT):
         raise CheckpointNotFound(
             f"there is no folder {name}, the cache does not hold all of it, and "
             f"{constants.ENDPOINT} cannot be reached or HF_HUB_OFFLINE is set; pass the path of a "
             "local folder"
         )
-    return _fetch(name, None, wanted or (lambda files: patterns))
+    return fetch(name, None, wanted or (lambda files: patterns))
 
 
-def _is_whole_vae(folder: Path) -> bool:
+def _has_network(folder: Path, stem: str) -> bool:
     try:
-        find_weights(folder, dict(WEIGHTS)["vae"])
+        find_weights(folder, stem)
     except WeightsError:
         return False
     return (folder / "config.json").is_file()
@@ -320,7 +336,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"there is no folder {name}, and a Hub id has the form owner/name"
         ) from error
 
-    _check_cache(name)
+    check_cache(name)
     # What the user has already wins over what would have to be fetched, the mirror included.
     mirror = MIRRORS.get(name)
     for repository in filter(None, (name, mirror)):
@@ -338,14 +354,14 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
         f"there is no folder {name}, and the cache ({constants.HF_HUB_CACHE}) does not hold all of "
         f"{repository}{f', variant {variant}' if variant else ''}"
     )
-    reachable = not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT)
-    spare = None if reachable else _cached(repository, revision, variant, exact=False)
+    is_reachable = not constants.HF_HUB_OFFLINE and reachable(constants.ENDPOINT)
+    spare = None if is_reachable else _cached(repository, revision, variant, exact=False)
     if spare is not None:  # not what was asked for, but all that can be had
         _notice_mirror(name, repository)
         return Checkpoint(spare, repository, _origin(spare)[1], spare / "tokenizer")
     if constants.HF_HUB_OFFLINE:
         raise CheckpointNotFound(f"{absent}; HF_HUB_OFFLINE is set: unset it, or {advice}")
-    if not reachable:
+    if not is_reachable:
         raise CheckpointNotFound(
             f"{absent}; {constants.ENDPOINT} cannot be reached: check the network (HF_ENDPOINT, "
             f"proxies), or {advice}"
@@ -358,17 +374,6 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"layout: it lacks {', '.join(missing)}"
         )
     return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
-
-
-def _check_cache(name: str) -> None:
-    """Raises CheckpointNotFound if the Hub's cache would be in a home folder that is not there."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_CACHE.startswith("~"):
-        raise CheckpointNotFound(
-            f"there is no folder {name}, and no home folder for the cache of the Hub: set HOME, or "
-            "HF_HOME to a folder that can be written"
-        )
 
 
 def _notice_mirror(name: str, repository: str) -> None:
@@ -400,34 +405,7 @@ def _cached(
 
 def _download(repository: str, revision: str | None, variant: str | None) -> Path:
     """Fetches what is read of a checkpoint."""
-    return _fetch(repository, revision, functools.partial(_wanted, repository, variant))
-
-
-def _fetch(repository: str, revision: str | None, wanted: Callable[[list[str]], list[str]]) -> Path:
-    """Fetches what `wanted` makes of a repository's files; it raises if they lack something."""
-    from huggingface_hub import HfApi, errors, snapshot_download
-
-    try:
-        # Before gigabytes are fetched: is all there that is read?
-        patterns = wanted(HfApi().list_repo_files(repository, revision=revision))
-        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
-    except CheckpointNotFound:
-        raise
-    except errors.GatedRepoError as error:
-        raise CheckpointNotFound(
-            f"{repository} asks for its terms to be accepted: do so on its page on the Hub, then "
-            "log in (hf auth login, or HF_TOKEN)"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointNotFound(
-            f"there is no folder {repository}, and the Hub has no public repository of that name: "
-            "check the spelling; for a private one log in (hf auth login, or HF_TOKEN)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointNotFound(f"{repository} has no revision {revision!r} on the Hub") from error
-    except Exception as error:  # of the HTTP library beneath, of a proxy, of the disk
-        raise CheckpointNotFound(f"downloading {repository} failed: {error}") from error
-    return Path(folder)
+    return fetch(repository, revision, functools.partial(_wanted, repository, variant))
 
 
 def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]:
@@ -474,27 +452,3 @@ def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]
     if problems:
         raise CheckpointNotFound("\n".join(problems))
     return patterns
-
-
-def _reachable(endpoint: str) -> bool:
-    """Whether the endpoint's host, or the proxy in front of it, answers within PROBE_SECONDS."""
-    url = urlsplit(endpoint)
-    proxies = getproxies()  # those that huggingface_hub's HTTP library takes, too
-    proxy = proxies.get(url.scheme) or proxies.get("all")
-    if proxy and not proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = (url.hostname, url.port or PORTS.get(url.scheme, 80))
-    answered = threading.Event()
-
-    def connect():
-        try:
-            socket.create_connection(address, timeout=PROBE_SECONDS).close()
-        except OSError:
-            return
-        answered.set()
-
-    # In a thread, because looking up a host name cannot be given a time limit.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()

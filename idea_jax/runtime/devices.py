@@ -140,17 +140,23 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
         parts.append(
             f"{device.device_kind} has {gigabytes(stats['bytes_limit'])}, {used} of them in use"
         )
-    elif hasattr(os, "sysconf"):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with suppress(OSError, ValueError):  # of a container, if this is one with a limit
-            total = min(total, int(CONTAINER.read_text()))
+    elif total := host_memory():
         parts.append(f"this machine has {gigabytes(total)}")
     return "; ".join(parts)
 
 
+def host_memory() -> int | None:
+    """Bytes of memory of this machine, or of the container that it is; None if not known."""
+    if not hasattr(os, "sysconf"):
+        return None
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # of a container, if this is one with a limit
+        total = min(total, int(CONTAINER.read_text()))
+    return total
+
+
 def sizes(pattern: str, text: str) -> list[float] | None:
-    """The numbers of bytes in a text, where it has a pattern with the word SIZE for each of them;
-    None if it has not."""
+    """The numbers of bytes in a text, by a pattern with SIZE for each; None if it is not there."""
     found = re.search(pattern.replace("SIZE", r"([\d.]+) ?([A-Za-z]+)"), text)
     pairs = list(zip(found.groups()[::2], found.groups()[1::2], strict=True)) if found else []
     if not pairs or any(unit not in UNITS for _, unit in pairs):

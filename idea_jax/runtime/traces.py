@@ -37,7 +37,7 @@ DEBUGGING = ("key_reuse", "nans", "infs")
 UNSTABLE = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
 
 
-class Kind(NamedTuple):
+class KeptFunction(NamedTuple):
     """A jitted function of positional arguments that is kept as traced.
 
     Attributes:
@@ -58,7 +58,9 @@ _ready: dict[tuple, Callable] = {}
 _lock = threading.Lock()
 
 
-def lower(kind: Kind, function: Any, arguments: Sequence, about: Any = None) -> jax.stages.Lowered:
+def lower(
+    kind: KeptFunction, function: Any, arguments: Sequence, about: Any = None
+) -> jax.stages.Lowered:
     """A function lowered for arguments, or shapes of such: read from an earlier run, or traced.
 
     Args:
@@ -84,7 +86,7 @@ def lower(kind: Kind, function: Any, arguments: Sequence, about: Any = None) -> 
     return lowered
 
 
-def call(kind: Kind, function: Callable, *arguments: Any) -> Any:
+def call(kind: KeptFunction, function: Callable, *arguments: Any) -> Any:
     """What a function returns: by the program that `lower` has made for such arguments, if any."""
     ready = _ready.get(identity_of(kind, function, arguments)) if _ready else None
     if ready is None:
@@ -97,17 +99,17 @@ class NotKept(Exception):
     """A program cannot be kept, or nothing is."""
 
 
-def dynamic(kind: Kind, arguments: Sequence) -> list:
+def dynamic(kind: KeptFunction, arguments: Sequence) -> list:
     """The arguments that are trees of arrays."""
     return [tree for place, tree in enumerate(arguments) if place not in kind.static]
 
 
-def leaves_of(kind: Kind, arguments: Sequence) -> list:
+def leaves_of(kind: KeptFunction, arguments: Sequence) -> list:
     """The arrays of all arguments, one after the other."""
     return jax.tree.leaves(dynamic(kind, arguments))
 
 
-def donated_leaves(kind: Kind, arguments: Sequence) -> tuple[int, ...]:
+def donated_leaves(kind: KeptFunction, arguments: Sequence) -> tuple[int, ...]:
     """Places of the arrays whose memory the results may take, among `leaves_of`."""
     found: list[int] = []
     first = 0
@@ -119,14 +121,14 @@ def donated_leaves(kind: Kind, arguments: Sequence) -> tuple[int, ...]:
     return tuple(found)
 
 
-def identity_of(kind: Kind, function: Callable, arguments: Sequence) -> tuple:
+def identity_of(kind: KeptFunction, function: Callable, arguments: Sequence) -> tuple:
     """By what a call of this process finds the program that was lowered for such arguments."""
     leaves, structure = jax.tree.flatten(dynamic(kind, arguments))
     static = tuple(arguments[place] for place in kind.static)
     return function, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-def key_of(kind: Kind, arguments: Sequence, about: Any) -> str:
+def key_of(kind: KeptFunction, arguments: Sequence, about: Any) -> str:
     """Digest of all that what is traced depends on, as `digest_of`: also the static arguments, and
     the types and places of the others.
 
@@ -188,7 +190,9 @@ def remembered(name: str, about: Any, make: Callable[[], Any]) -> Any:
     return found
 
 
-def trace(kind: Kind, function: Callable, arguments: Sequence) -> tuple[export.Exported, bytes]:
+def trace(
+    kind: KeptFunction, function: Callable, arguments: Sequence
+) -> tuple[export.Exported, bytes]:
     """Traces and lowers a function of the arrays of its arguments; returns it also serialised.
 
     Raises:
@@ -213,7 +217,7 @@ def trace(kind: Kind, function: Callable, arguments: Sequence) -> tuple[export.E
         raise NotKept from error
 
 
-def jitted(kind: Kind, exported: export.Exported, arguments: Sequence) -> Any:
+def jitted(kind: KeptFunction, exported: export.Exported, arguments: Sequence) -> Any:
     """What was exported, as a jitted function of arrays."""
 
     def of_leaves(*leaves):

@@ -262,7 +262,7 @@ def draw_everywhere(
 
 
 # How `draw_everywhere` is kept.
-DRAWING = traces.Kind("draw_everywhere", (0, 1, 6), (), lambda *_: 0)
+DRAWING = traces.KeptFunction("draw_everywhere", (0, 1, 6), (), lambda *_: 0)
 
 
 def picture_size(

@@ -173,7 +173,7 @@ def step_people(
 
 
 # How `step_people` is kept: its results are states as it was given, and metrics.
-STEP = traces.Kind(
+STEP = traces.KeptFunction(
     "step_people", (0,), (2,), lambda program, frozen, states, *_: (states, Metrics(0, 0, 0, 0, 0))
 )
 

@@ -189,10 +189,7 @@ def prepare(
         )
     if alone:
         seen = portraits_of(cfg, method, eyes, alone)
-        # A checkpoint says for itself whether it is this person's.
-        if not cfg.overwrite and not (cfg.resume_from_checkpoint and has_checkpoints(cfg)):
-            new = Occupant(placeholder.token, digest_of(seen.pictures), cfg.train_data_dir)
-            refuse_another(out, new)
+        refuse_somebody_else(cfg, seen, placeholder)
     # The step and the weights, and with them what people begin with.
     # Of all people, also of those who are done or in another process: one program for all.
     counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in crowd.everybody.values()]
@@ -224,6 +221,16 @@ def prepare(
         about=about,
         is_word=is_word,
     ), seen
+
+
+def refuse_somebody_else(cfg: TrainConfig, seen: Portraits, placeholder: text.Placeholder) -> None:
+    """Raises OccupiedError if the output folder holds a person who is not the one of these photos.
+
+    A checkpoint says for itself whose it is.
+    """
+    if not cfg.overwrite and not (cfg.resume_from_checkpoint and has_checkpoints(cfg)):
+        new = Occupant(placeholder.token, digest_of(seen.pictures), cfg.train_data_dir)
+        refuse_another(Path(cfg.output_dir), new)
 
 
 def read_tokenizer(

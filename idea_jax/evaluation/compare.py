@@ -1,0 +1,165 @@
+"""Training several methods on the same people, through the step of many people."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from idea_jax import jobs
+from idea_jax.config import reading
+from idea_jax.config.settings import (
+    FACE_PROFILES,
+    PROFILE_DEFAULTS,
+    ConfigError,
+    SampleConfig,
+    TrainConfig,
+    settings_of,
+)
+from idea_jax.evaluation.draw import FILE
+from idea_jax.evaluation.gallery import Problem
+from idea_jax.evaluation.settings import EvaluateConfig
+from idea_jax.models import hub
+from idea_jax.training import run as training
+from idea_jax.training.results import TrainingError
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SHORT = {"steps": "max_train_steps", "photos": "pictures_per_person"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method of a comparison.
+
+    Attributes:
+      name: as it was given, and as the report calls it.
+      config: the YAML file that it begins from.
+      training, drawing: settings that differ from that, and from the evaluation's.
+    """
+
+    name: str
+    config: Path
+    training: dict[str, Any]
+    drawing: dict[str, Any]
+
+    @property
+    def uses_face(self) -> bool:
+        """Whether a recogniser is seen in training."""
+        values = reading.read_yaml(str(self.config)) | self.training
+        crops = values.get("crop", PROFILE_DEFAULTS[values["profile"]]["crop"])
+        return values["profile"] in FACE_PROFILES or crops == "face"
+
+
+def read_contenders(given: str, checkpoint: str) -> list[Contender]:
+    """Returns the methods of `--compare`, in order.
+
+    Args:
+      given: CONFIG or CONFIG@KEY=VALUE;KEY=VALUE, with a comma between them. CONFIG is the name of
+        a file of `idea_jax/configs`, without its `mini_` for the mini.
+
+    Raises:
+      ConfigError: there is no such file, or a setting is unknown, or a method is there twice.
+    """
+    known = {spec.name for spec in settings_of(TrainConfig)}
+    drawn = {spec.name for spec in settings_of(SampleConfig)} - known
+    found: list[Contender] = []
+    for name in given.split(","):
+        base, _, rest = name.strip().partition("@")
+        prefix = "mini_" if checkpoint == hub.MINI else ""
+        config = CONFIGS / f"{prefix}{base}.yaml"
+        if "/" in base or not base or not config.is_file():
+            files = [file.stem.removeprefix(prefix) for file in CONFIGS.glob(f"{prefix}*.yaml")]
+            ours = sorted(f for f in files if not f.startswith(("mini_", "enhancer_")))
+            raise ConfigError(f"--compare {base!r} is unknown; there are {', '.join(ours)}")
+        values: dict[str, Any] = {}
+        for part in filter(None, rest.split(";")):
+            key, sign, value = part.partition("=")
+            key = SHORT.get(key.strip(), key.strip())
+            if not sign or key not in known | drawn:
+                raise ConfigError(f"--compare {name}: {part!r} is no SETTING=VALUE")
+            values[key] = yaml.safe_load(value)
+        found.append(
+            Contender(
+                name.strip(),
+                config,
+                {key: value for key, value in values.items() if key in known},
+                {key: value for key, value in values.items() if key in drawn},
+            )
+        )
+    names = [contender.name for contender in found]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--compare has a method twice: {given}")
+    return found
+
+
+def train_config(contender: Contender, cfg: EvaluateConfig, out: Path, seed: int) -> TrainConfig:
+    """Returns the settings with which a method is trained.
+
+    Raises:
+      ConfigError: they do not fit together.
+    """
+    values = reading.read_yaml(str(contender.config))
+    flags: dict[str, Any] = {
+        "pretrained_model_name_or_path": cfg.pretrained_model_name_or_path,
+        "train_data_dir": cfg.photos,
+        "output_dir": str(out),
+        "seed": seed,
+        "report_to": "none",
+    }
+    for name in ("revision", "variant", "identities_per_step", "compile_cache"):
+        if getattr(cfg, name) is not None:
+            flags[name] = getattr(cfg, name)
+    for name in ("mixed_precision", "attention"):
+        flags.setdefault(name, getattr(cfg, name))
+    if cfg.enhancer != "auto" and "enhancer" not in values:
+        flags["enhancer"] = cfg.enhancer
+    if contender.uses_face:
+        for name in ("face_model", "face_model_dir", "accept_face_licence"):
+            if getattr(cfg, name):
+                flags[name] = getattr(cfg, name)
+        if cfg.face_provider != "cpu":
+            flags["face_provider"] = cfg.face_provider
+    # Names and types are looked at in what a file says, so once as if the file said them.
+    source = f"{contender.config} or --compare"
+    reading.build(TrainConfig, values | contender.training, flags, source=source)
+    return reading.build(TrainConfig, values, flags | contender.training, source=source)
+
+
+def train(
+    contender: Contender, cfg: EvaluateConfig, out: Path, names: Sequence[str], seed: int
+) -> tuple[dict[str, Path], dict, list[Problem]]:
+    """Trains everybody with one method; who is done already is left alone.
+
+    Args:
+      out: folder of the method's people.
+      names: of the people.
+
+    Returns:
+      Identity files by person, seconds and people of this call, and who could not be learned.
+
+    Raises:
+      what `training.run.run` raises, but for what concerns single people.
+    """
+    before = {name for name in names if (out / name / FILE).is_file()}
+    started, problems = time.perf_counter(), []
+    log.info("learning %d people: %s", len(names), contender.name)
+    try:
+        training.run(train_config(contender, cfg, out, seed))
+    except TrainingError:
+        why = {record.person: record.why for record in jobs.read(out)}
+        problems = [
+            Problem(contender.name, name, "training", why.get(name) or "it was not finished")
+            for name in names
+            if not (out / name / FILE).is_file()
+        ]
+        if len(problems) in (0, len(names)):
+            raise
+    files = {name: out / name / FILE for name in names if (out / name / FILE).is_file()}
+    new = len(files.keys() - before)
+    seconds = time.perf_counter() - started if new else 0.0
+    return files, {"training": seconds, "learned": new}, problems

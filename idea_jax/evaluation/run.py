@@ -1,0 +1,442 @@
+"""An evaluation from beginning to end: draw what is not drawn, look, score, write."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from idea_jax.config.settings import ConfigError
+from idea_jax.errors import InputError
+from idea_jax.evaluation import asked, clip, compare, draw, gallery, looking, metrics, report
+from idea_jax.evaluation.asked import OTHER, Asked
+from idea_jax.evaluation.gallery import Problem
+from idea_jax.evaluation.looking import Eyes, Look
+from idea_jax.evaluation.modes import MODES, Mode
+from idea_jax.evaluation.scoring import Known, ScoredPicture, score, summarise
+from idea_jax.evaluation.settings import EvaluateConfig
+from idea_jax.faces import models as face_models
+from idea_jax.faces import packs, portraits
+from idea_jax.formats import enhancer as enhancers
+from idea_jax.models import hub
+from idea_jax.runtime.files import atomic_write, check_writable, file_digest, write_json
+from idea_jax.runtime.versions import versions
+from idea_jax.sampling.plan import safe_name
+
+log = logging.getLogger(__name__)
+
+SETTINGS, TIMES, SUMMARY = "settings.json", "seconds.json", "summary.json"
+# What may differ when a run goes on: it changes no picture and no score.
+FREE = "output_dir batch_size attention compile_cache face_provider images".split()
+FREE += "same_recogniser accept_face_licence".split()
+
+
+class EvaluationError(InputError, ValueError):
+    """An evaluation that cannot be done as it was asked for; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """All that a report is made of.
+
+    Attributes:
+      people: by name; photos: their files, those that were learned from.
+      paths: of each row's picture, in the order of rows.
+      about: settings, versions and digests, for the report.
+    """
+
+    rows: list[ScoredPicture]
+    paths: list[Path]
+    people: dict[str, Known]
+    photos: dict[str, list[Path]]
+    summary: dict
+    about: dict
+
+
+def run(cfg: EvaluateConfig) -> list[Path]:
+    """Evaluates; returns the paths of the report and the summary.
+
+    Raises:
+      ConfigError, TextError, ImageError, FaceError, CheckpointNotFound, WeightsError,
+      UnsupportedConfig, EvaluationError: bad input that concerns everybody; what concerns one
+      picture or one person stands in the report instead.
+    """
+    # What can be wrong and is cheap to see comes first.
+    mode, out = MODES[cfg.mode], Path(cfg.output_dir)
+    prompts = asked.read(cfg.prompts or mode.prompts)
+    photos = gallery.photos_of(Path(cfg.photos))
+    held_out = gallery.photos_of(Path(cfg.held_out)) if cfg.held_out else {}
+    contenders = []
+    if cfg.compare is not None:
+        contenders = compare.read_contenders(cfg.compare, cfg.pretrained_model_name_or_path)
+        if len(photos) < 2:
+            raise ConfigError(
+                f"--compare needs a folder per person and two people at least in {cfg.photos}"
+            )
+    check_writable(out)
+    held = held_settings(cfg, out)
+    checkpoint = None
+    if cfg.pretrained_model_name_or_path is not None:
+        name = cfg.pretrained_model_name_or_path
+        checkpoint = hub.resolve(name, cfg.revision, cfg.variant).folder
+    identities = draw.find_identities(cfg.identity) if cfg.identity is not None else {}
+    score_model = find_score_model(cfg, checkpoint)
+    needs_face = any(contender.uses_face for contender in contenders) or bool(identities)
+    check_recogniser(cfg, score_model, checkpoint, needs_face)
+    judge = load_clip(cfg, mode, checkpoint)
+    eyes = looking.open_eyes(score_model, judge, crop=cfg.score_crop, provider=cfg.face_provider)
+    write_json(out / SETTINGS, held)
+    # The pictures of each method.
+    sources = images_of(cfg)
+    problems: list[Problem] = []
+    settings = draw.settings_of(cfg, mode) if cfg.images is None else {}
+    for contender in contenders:
+        files, spent, failed = compare.train(
+            contender,
+            cfg,
+            out / "people" / safe_name(contender.name),
+            list(photos),
+            settings["seed"],
+        )
+        note(out, contender.name, spent)
+        problems += failed
+        identities[contender.name] = files
+    drawing = {contender.name: contender.drawing for contender in contenders}
+    for method, files in identities.items():
+        sources[method] = out / "pictures" / safe_name(method)
+        own = settings | drawing.get(method, {})
+        spent, failed = draw.draw(method, files, prompts, own, sources[method])
+        note(out, method, spent)
+        problems += failed
+    # What is seen on them, and what that is worth.
+    scored = judge_all(cfg, mode, eyes, prompts, (photos, held_out), sources, problems)
+    return write(scored, out)
+
+
+def held_settings(cfg: EvaluateConfig, out: Path) -> dict:
+    """Returns the settings that a folder is held to, so that pictures of two settings never meet in
+    a report.
+
+    Raises:
+      EvaluationError: the folder holds an evaluation with other settings.
+    """
+    held = {name: value for name, value in asdict(cfg).items() if name not in FREE}
+    for name in ("photos", "held_out"):
+        held[name] = str(Path(held[name]).resolve()) if held[name] else None
+    try:
+        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = held
+    changed = [
+        f"--{name}: {before.get(name)} -> {value}"
+        for name, value in held.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise EvaluationError(
+            f"{out} holds an evaluation with other settings ({', '.join(changed)}); choose another "
+            "--output_dir, or delete that folder"
+        )
+    return held
+
+
+def images_of(cfg: EvaluateConfig) -> dict[str, Path]:
+    """The folders of `--images`, by method.
+
+    Raises:
+      ConfigError: two methods have the same name.
+    """
+    found: dict[str, Path] = {}
+    for given in cfg.images or ():
+        name, sign, folder = given.partition("=")
+        path = Path(given)
+        if sign and name and "/" not in name and not path.exists():
+            path = Path(folder)
+        else:
+            name = path.resolve().name
+        if name in found:
+            raise ConfigError(f"two of --images are called {name}; tell them apart: METHOD=DIR")
+        found[name] = path
+    return found
+
+
+def find_score_model(cfg: EvaluateConfig, checkpoint: Path | None) -> Path:
+    """The recogniser that scores.
+
+    Raises:
+      ConfigError: there is none; FaceError: the pack has none.
+    """
+    if cfg.score_model is not None:
+        path = Path(cfg.score_model).expanduser()
+        if not path.exists():
+            raise face_models.FaceError(f"--score_model {path} does not exist")
+        return packs.find_in_pack(path, "recognition") if path.is_dir() else path
+    own = checkpoint / "face" / "scoring.onnx" if checkpoint is not None else None
+    if own is None or not own.is_file():
+        raise ConfigError(
+            "give the recogniser that scores with --score_model FILE.onnx (or the folder of a "
+            "pack); it has to be another one than training sees, such as glintr100.onnx of "
+            "antelopev2 where people were learned with w600k_r50.onnx of buffalo_l"
+        )
+    return own
+
+
+def check_recogniser(
+    cfg: EvaluateConfig, score_model: Path, checkpoint: Path | None, needs_face: bool
+) -> None:
+    """Refuses to score with what people were learned with, as far as that can be known.
+
+    Args:
+      needs_face: whether a recogniser is seen in training that would be the default here.
+
+    Raises:
+      EvaluationError: it is the same file.
+      FaceError: the recogniser of training is missing or cannot be used.
+    """
+    known: dict[str, str] = {}
+    if cfg.face_model is not None or cfg.face_model_dir is not None or needs_face:
+        try:
+            path = portraits.find_face_model(
+                cfg.face_model,
+                checkpoint or Path(),
+                cfg.face_model_dir,
+                accept_licence=cfg.accept_face_licence,
+            )
+            known[file_digest(path)] = path.name
+        except (face_models.FaceError, OSError):
+            if cfg.compare is not None or cfg.face_model or cfg.face_model_dir:
+                raise
+    if checkpoint is not None and cfg.enhancer != "none":
+        file = enhancers.find(cfg.enhancer, checkpoint)
+        if file is not None:
+            known[enhancers.read(file).about["face_model"]] = f"the recogniser of {file.name}"
+    own = file_digest(score_model)
+    if own in known and not cfg.same_recogniser:
+        raise EvaluationError(
+            f"--score_model {score_model} is the recogniser that people are learned with "
+            f"({known[own]}): what it calls alike was trained to look alike to it. Give another "
+            "one, or --same_recogniser if you want these numbers all the same"
+        )
+
+
+def load_clip(cfg: EvaluateConfig, mode: Mode, checkpoint: Path | None) -> clip.Clip | None:
+    """The CLIP of an evaluation; None if there is to be none."""
+    if cfg.clip == "none":
+        return None
+    if cfg.clip != "auto":
+        return clip.load(cfg.clip)
+    if checkpoint is not None and (checkpoint / "image_encoder" / "config.json").is_file():
+        return clip.load(str(checkpoint))
+    try:
+        return clip.load(mode.clip)
+    except hub.CheckpointNotFound as error:
+        raise EvaluationError(
+            f"{error}; --clip takes the folder of a CLIP, and --clip none scores without one"
+        ) from error
+
+
+def note(out: Path, method: str, spent: Mapping[str, float]) -> None:
+    """Adds seconds and counts to what earlier runs of the same folder took."""
+    times = read_times(out)
+    own = times.setdefault(method, {})
+    for name, value in spent.items():
+        own[name] = own.get(name, 0) + value
+    write_json(out / TIMES, times)
+
+
+def read_times(out: Path) -> dict:
+    """Seconds of training and drawing, people learned and pictures drawn, by method."""
+    try:
+        return json.loads((out / TIMES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def judge_all(
+    cfg: EvaluateConfig,
+    mode: Mode,
+    eyes: Eyes,
+    prompts: Sequence[Asked],
+    photos: tuple[dict[str, list[Path]], dict[str, list[Path]]],
+    sources: Mapping[str, Path],
+    problems: Sequence[Problem],
+) -> Scored:
+    """Looks at all photos and pictures, and scores them.
+
+    Args:
+      photos: those that were learned from, and others, by person.
+      sources: the folder of each method.
+      problems: found so far.
+    """
+    learned, others = photos
+    problems, shown = list(problems), []
+    for method, folder in sources.items():
+        found, missed = gallery.scan(method, folder, list(learned))
+        shown += found
+        problems += missed
+        drawn = {picture.person for picture in found}
+        for name in learned.keys() - drawn:
+            problems.append(Problem(method, name, "pictures", "there is no picture of them"))
+    paths = [path for own in (*learned.values(), *others.values()) for path in own]
+    out = Path(cfg.output_dir)
+    looks, digests, errors = looking.look_at(
+        eyes, [*paths, *(picture.path for picture in shown)], out / "seen"
+    )
+    problems += [Problem("", "", path.name, errors[path]) for path in paths if path in errors]
+    people, more = know_people(learned, others, looks)
+    problems += more
+    groups = {prompt.text: prompt for prompt in prompts}
+    texts = embed_prompts(eyes, mode, [picture.prompt for picture in shown])
+    rows = []
+    seen: dict[str, dict[tuple[str, str], list]] = {}
+    for picture in shown:
+        prompt = groups.get(picture.prompt) or Asked(picture.prompt, asked.OWN)
+        place = str(picture.path.relative_to(sources[picture.method]))
+        row = ScoredPicture(picture.method, picture.person, prompt.text, prompt.group, place)
+        if picture.path in looks:
+            look = looks[picture.path]
+            row = ScoredPicture(**{**asdict(row), "sha256": digests[picture.path]})
+            known, text = people.get(picture.person), texts.get(picture.prompt)
+            row = score(row, prompt, look.faces, look.image, known, text)
+            seen.setdefault(picture.method, {}).setdefault((row.person, row.prompt), []).append(
+                look.image
+            )
+        else:
+            row = ScoredPicture(**{**asdict(row), "error": errors[picture.path]})
+        rows.append(row)
+    diversities = {
+        method: {key: metrics.diversity(np.stack(own)) for key, own in of.items()}
+        for method, of in seen.items()
+        if eyes.clip is not None
+    }
+    summary = summarise(mode, rows, diversities, people, problems, cfg.seed or 0)
+    summary["seconds"] = read_times(out)
+    about = describe(cfg, mode, eyes)
+    return Scored(rows, [picture.path for picture in shown], people, learned, summary, about)
+
+
+def know_people(
+    learned: Mapping[str, list[Path]],
+    others: Mapping[str, list[Path]],
+    looks: Mapping[Path, Look],
+) -> tuple[dict[str, Known], list[Problem]]:
+    """What is known of each person, and whose photos show no face."""
+    people, problems = {}, []
+    for name, own in learned.items():
+        seen = [looks[path] for path in own if path in looks]
+        rest = [looks[path] for path in others.get(name, ()) if path in looks]
+        images = np.stack([look.image for look in seen]) if seen else np.zeros((0, 0), np.float32)
+        people[name] = Known(largest(seen), largest(rest), images)
+        if not len(people[name].photos):
+            problems.append(Problem("", name, "photos", "there is no photo with a face on it"))
+    for name in others.keys() - learned.keys():
+        problems.append(Problem("", name, "held out", "--photos has nobody of this name"))
+    if len(people) < 2:
+        problems.append(
+            Problem("", "", "people", "there is one person: no floor, and no interval over people")
+        )
+    return people, problems
+
+
+def largest(looks: Sequence[Look]) -> np.ndarray:
+    """float32[P, 512]: the largest face of each photo that has one."""
+    faces = [look.faces[0] for look in looks if len(look.faces)]
+    return np.stack(faces) if faces else np.zeros((0, face_models.WIDTH), np.float32)
+
+
+def embed_prompts(eyes: Eyes, mode: Mode, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """CLIP's embedding of each prompt, as the mode says that it is read; empty without a CLIP."""
+    if eyes.clip is None:
+        return {}
+    unique = list(dict.fromkeys(prompts))
+    said = [text.replace("{}", mode.person).replace(OTHER, mode.other) for text in unique]
+    # The name of a folder need not be valid Unicode.
+    said = [text.encode("utf-8", "replace").decode("utf-8") for text in said]
+    return dict(zip(unique, eyes.clip.embed_texts(said), strict=True))
+
+
+def describe(cfg: EvaluateConfig, mode: Mode, eyes: Eyes) -> dict:
+    """All that the numbers depend on, without paths."""
+    paths = ("photos", "held_out", "output_dir", "images", "identity", "compile_cache")
+    settings = {
+        name: value
+        for name, value in asdict(cfg).items()
+        if value is not None and name not in paths
+    }
+    files = ("score_model", "face_model", "face_model_dir", "pretrained_model_name_or_path")
+    for name in (*files, "prompts", "clip", "enhancer"):
+        if name in settings and Path(settings[name]).exists():
+            settings[name] = Path(settings[name]).name
+    detector = eyes.detector.path.name if eyes.detector else "none: the central square of a picture"
+    models = {
+        "recogniser": f"{eyes.recogniser.path.name} ({eyes.recogniser.sha256})",
+        "detector": f"{detector} ({eyes.detector.sha256})" if eyes.detector else detector,
+        "clip": f"{eyes.clip.name} ({eyes.clip.digest})" if eyes.clip else "none",
+    }
+    return {
+        "mode": asdict(mode),
+        "settings": settings,
+        "models": models,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """The devices, and the most memory that this process has had."""
+    device = jax.devices()[0]
+    found = {"devices": f"{len(jax.devices())} x {device.device_kind}"}
+    with contextlib.suppress(ImportError):  # Windows has no such count
+        import resource
+
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        found["memory of the process, at most"] = f"{peak:.1f} GiB"
+    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if used is not None:
+        found["memory of the first device, at most"] = f"{used / 2**30:.1f} GiB"
+    return found
+
+
+def write(scored: Scored, out: Path) -> list[Path]:
+    """Writes rows, summary, table and report; returns the paths of report and summary."""
+    names = [spec.name for spec in fields(ScoredPicture)]
+    with atomic_write(out / "rows.jsonl") as path:
+        lines = [json.dumps(asdict(row)) for row in scored.rows]
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
+    sheet = io.StringIO(newline="")
+    table = csv.writer(sheet)
+    table.writerow(names)
+    table.writerows([cell(getattr(row, name)) for name in names] for row in scored.rows)
+    with atomic_write(out / "rows.csv") as path:
+        path.write_bytes(sheet.getvalue().encode("utf-8", "backslashreplace"))
+    write_json(out / SUMMARY, scored.summary | {"about": scored.about})
+    with atomic_write(out / "table.md") as path:
+        path.write_bytes(
+            report.markdown(scored.summary, scored.about).encode("utf-8", "backslashreplace")
+        )
+    page = report.page(scored.rows, scored.paths, scored.photos, scored.summary, scored.about)
+    with atomic_write(out / "report.html") as path:
+        path.write_bytes(page.encode("utf-8", "backslashreplace"))
+    unscored = sum(row.error is not None for row in scored.rows)
+    if unscored or scored.summary["problems"]:
+        log.warning(
+            "%d pictures and %d other things could not be scored, or not wholly: see the report",
+            unscored,
+            len(scored.summary["problems"]),
+        )
+    return [out / "report.html", out / SUMMARY]
+
+
+def cell(value: object) -> object:
+    """What a table has for a value; text that a spreadsheet would take for a formula is marked."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value

@@ -1,0 +1,110 @@
+"""The doctor: what it finds, what it calls wrong, and that it sends nothing."""
+
+import importlib.metadata
+import json
+import shutil
+
+import pytest
+
+from idea_jax import doctor, findings
+from idea_jax.config import reading
+from idea_jax.config.settings import TrainConfig
+from idea_jax.faces import random_model
+from idea_jax.models import hub, sd
+from idea_jax.pytrees import flatten
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A user's home with nothing in it, so that no pack and no cache of this machine is found."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "home").mkdir()
+    return tmp_path / "home"
+
+
+def found(capsys, *argv):
+    code = doctor.main([*argv, "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return code, {line["what"]: (line["level"], line["text"]) for line in lines}
+
+
+def test_a_whole_checkpoint_is_described(smallest_checkpoint, capsys):
+    code, lines = found(capsys, "--checkpoint", str(smallest_checkpoint))
+    assert code == 0
+    level, text = lines["checkpoint"]
+    model = sd.read_configs(smallest_checkpoint)
+    assert level == "ok" and model.schedule.prediction_type in text
+    assert lines["jax"] == ("ok", importlib.metadata.version("jax"))
+    assert "8 x cpu" in lines["devices"][1] and "shared by all" in lines["devices"][1]
+    assert lines["Hub"] == ("note", lines["Hub"][1]) and "HF_HUB_OFFLINE" in lines["Hub"][1]
+    assert lines["compiled programs"][0] == "ok" and "not made yet" in lines["compiled programs"][1]
+    assert lines["shared ID-Enhancer"][0] == "note"
+    assert {level for level, _ in lines.values()} <= {"ok", "note"}
+    assert doctor.main([]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(lines) - 2 and said[0].startswith("ok    python: ")
+
+
+def test_what_is_wrong_is_named_and_decides_the_exit_code(
+    smallest_checkpoint, tmp_path, home, capsys, monkeypatch
+):
+    """A cut weight file, a face model under another's name, a package that is too old or absent."""
+    broken = tmp_path / "broken"
+    shutil.copytree(smallest_checkpoint, broken)
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    pack = home / ".insightface" / "models" / "buffalo_l"
+    pack.mkdir(parents=True)
+    for name in ("w600k_r50.onnx", "mine.onnx"):
+        random_model.write_random_recogniser(pack / name)
+    version = importlib.metadata.version
+
+    def other(name):
+        if name == "optax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "flax" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", other)
+    code, lines = found(capsys, "--checkpoint", str(broken))
+    assert code == 1
+    wrong = {what for what, (level, _) in lines.items() if level == "wrong"}
+    assert wrong == {"checkpoint", "buffalo_l/w600k_r50.onnx", "flax", "optax"}
+    assert "not a complete safetensors file" in lines["checkpoint"][1]
+    assert "pip install 'flax" in lines["flax"][1] and "not installed" in lines["optax"][1]
+    assert lines["buffalo_l/mine.onnx"][0] == "ok"
+    code, lines = found(capsys, "--checkpoint", str(tmp_path / "nowhere" / "x" / "y"))
+    assert code == 1 and "there is no folder" in lines["checkpoint"][1]
+
+
+def test_a_cache_that_cannot_be_written_is_a_note(home, capsys, monkeypatch):
+    (home / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
+    code, lines = found(capsys)
+    level, text = lines["compiled programs"]
+    assert (code, level) == (0, "note") and "cannot be written" in text
+
+
+def test_people_that_fit_are_counted_from_two_steps(smallest_checkpoint, capsys, monkeypatch):
+    assert findings.people_that_fit(50, 60, 49) == 0
+    assert findings.people_that_fit(50, 60, 50) == 1
+    assert findings.people_that_fit(50, 60, 89) == 4
+    monkeypatch.setattr(findings, "step_bytes", lambda cfg, folder, count: 2**30 * (3 + count))
+    monkeypatch.setattr(findings, "memory_limit", lambda: 2**30 * 16)
+    command = ["--checkpoint", str(smallest_checkpoint), "--people_in_a_step"]
+    code, lines = found(capsys, *command)
+    assert code == 0 and lines["people in a step"][1].startswith("13 on a device of 16.0 GiB")
+    monkeypatch.setattr(findings, "memory_limit", lambda: 2**30)
+    assert found(capsys, *command)[0] == 1
+    with pytest.raises(SystemExit):
+        doctor.main(["--people_in_a_step"])
+
+
+def test_a_step_needs_more_than_the_frozen_weights(smallest_checkpoint):
+    given = {"pretrained_model_name_or_path": str(smallest_checkpoint), "train_data_dir": "."}
+    given |= {"profile": "textual_inversion", "train_batch_size": 1}
+    cfg = reading.build(TrainConfig, {}, given)
+    needed = findings.step_bytes(cfg, hub.resolve(str(smallest_checkpoint)).folder, 1)
+    shapes = sd.shapes(sd.read_configs(smallest_checkpoint))
+    frozen = sum(4 * leaf.size for tree in shapes for leaf in flatten(tree).values())
+    assert frozen < needed < 20 * frozen
