@@ -167,7 +167,8 @@ def test_older_names_and_several_files_add_up(layers, tmp_path):
 
 def test_alpha_of_peft_is_divided_as_its_config_says(layers, tmp_path):
     """A common alpha, one for a layer by the end of its name, and a root of the rank."""
-    expected = flatten(load(write(tmp_path / "k.safetensors", kohya(layers, 6)), 1))
+    # Twice the rank is as a scale of 2.
+    expected = flatten(load(write(tmp_path / "k.safetensors", kohya(layers, RANK)), 2))
     for number, config in enumerate(
         (
             {"unet.lora_alpha": 6, "text_encoder.lora_alpha": 6},
