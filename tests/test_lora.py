@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import sample_jax
 from idea_jax.diffusion.samplers import initial_noise
-from idea_jax.mini import people, quality
+from idea_jax.mini import measures, people
 from idea_jax.models import hub, lora, sd
 from idea_jax.models.lora import Lora
 from idea_jax.models.tensor_files import WeightsError
@@ -98,20 +98,20 @@ def test_pictures_equal_those_of_diffusers_with_the_same_lora(pipeline, layers, 
     # diffusers 0.42 passes over alphas that differ from layer to layer: one for all.
     tensors = kohya(layers, 2) if naming == "kohya" else peft(layers)
     path = write(tmp_path / f"{naming}.safetensors", tensors)
-    mini = quality.load()
+    mini = measures.load()
     prompt = f"a photo of {people.full_name(5, 5)} smiling"
-    plain = quality.draw(mini, prompt, 2, seed=7, steps=20, batch_size=2)
+    plain = measures.draw(mini, prompt, 1, seed=7, steps=3, batch_size=1)
     _, frozen = sd.load(mini.folder, loras=[Lora(path, 0.7)])
     merged = dataclasses.replace(mini, frozen=frozen)
-    ours = quality.draw(merged, prompt, 2, seed=7, steps=20, batch_size=2)
-    noise, _ = initial_noise(7, np.arange(2), (8, 8, mini.model.unet.in_channels))
+    ours = measures.draw(merged, prompt, 1, seed=7, steps=3, batch_size=1)
+    noise, _ = initial_noise(7, np.arange(1), (8, 8, mini.model.unet.in_channels))
     pipeline.load_lora_weights(path, adapter_name=naming)
     pipeline.set_adapters([naming], [0.7])
     theirs = pipeline(
-        [prompt] * 2,
+        [prompt],
         latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
-        num_inference_steps=20,
-        guidance_scale=quality.GUIDANCE,
+        num_inference_steps=3,
+        guidance_scale=measures.GUIDANCE,
         output_type="np",
     ).images
     pipeline.delete_adapters(naming)
@@ -167,7 +167,8 @@ def test_older_names_and_several_files_add_up(layers, tmp_path):
 
 def test_alpha_of_peft_is_divided_as_its_config_says(layers, tmp_path):
     """A common alpha, one for a layer by the end of its name, and a root of the rank."""
-    expected = flatten(load(write(tmp_path / "k.safetensors", kohya(layers, 6)), 1))
+    # Twice the rank is as a scale of 2.
+    expected = flatten(load(write(tmp_path / "k.safetensors", kohya(layers, RANK)), 2))
     for number, config in enumerate(
         (
             {"unet.lora_alpha": 6, "text_encoder.lora_alpha": 6},
