@@ -128,7 +128,7 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
     file_values, flags = without_switches(known, file_values), without_switches(known, flags)
     for name, value in file_values.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
+            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
             raise ConfigError(f"unknown key {name!r} in {source}{hint}")
         check_type(known[name], value, source)
