@@ -41,7 +41,7 @@ LICENCE = "MIT: drawn by a program, all people are made up"
 
 # What else than the defaults decides the training.
 SETTINGS: dict = {
-    "start": "cross_init",
+    "start": "names",
     "learning_rate": 1.5e-3,
     "ema_decay": 0.99,
     "small_faces": 0.2,
