@@ -53,7 +53,7 @@ def compile_for(chip: Chip, name: str, count: int, lower) -> Compiled | None:
 
     Args:
       count: chips of one process, which the program runs on.
-      lower: as of `work.Job`.
+      lower: as of `work.Planned`.
     """
     if chip.platform != "tpu" or not is_there():
         return None

@@ -5,14 +5,16 @@ import math
 from idea_jax.config.settings import COMPUTE_DTYPES
 from idea_jax.plan.compiled import Compiled
 from idea_jax.plan.settings import PlanConfig
-from idea_jax.plan.work import Job, kernel_of
+from idea_jax.plan.work import Planned, kernel_of
 from idea_jax.runtime.chips import CHIPS, Chip, hosts_of
 from idea_jax.runtime.devices import gigabytes
 
 UNITS = {"train": "people", "enhancer": "samples", "sample": "pictures"}
 
 
-def facts(cfg: PlanConfig, chip: Chip, devices: int, job: Job, compiled: Compiled | None) -> dict:
+def facts(
+    cfg: PlanConfig, chip: Chip, devices: int, job: Planned, compiled: Compiled | None
+) -> dict:
     """Everything that is known of a job, in bytes, FLOPs, seconds and hours; None: not known.
 
     Args:
@@ -63,7 +65,7 @@ def facts(cfg: PlanConfig, chip: Chip, devices: int, job: Job, compiled: Compile
     }
 
 
-def fits(chip: Chip, job: Job, compiled: Compiled | None) -> bool | None:
+def fits(chip: Chip, job: Planned, compiled: Compiled | None) -> bool | None:
     """Whether the memory of a device is enough, by the compiled program if there is one."""
     if not chip.room():
         return None
@@ -71,7 +73,7 @@ def fits(chip: Chip, job: Job, compiled: Compiled | None) -> bool | None:
     return (compiled.total + beside if compiled is not None else job.total()) <= chip.room()
 
 
-def remedies(cfg: PlanConfig, chip: Chip, job: Job) -> list[str]:
+def remedies(cfg: PlanConfig, chip: Chip, job: Planned) -> list[str]:
     """What would make a job fit that does not."""
     found, room, total = [], chip.room(), job.total()
     weights = job.memory.get("weights that the step reads", 0)

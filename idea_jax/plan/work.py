@@ -46,7 +46,7 @@ class PlanError(InputError, ValueError):
 
 
 @dataclass(frozen=True)
-class Job:
+class Planned:
     """One program on the devices that were named.
 
     Attributes:
@@ -111,7 +111,7 @@ def side_of(cfg: PlanConfig, model: sd.StableDiffusion) -> int:
     return programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)[0]
 
 
-def training(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
+def training(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     """The steps of people.
 
     Raises:
@@ -156,7 +156,7 @@ def training(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
         return lower_step(real, shape._replace(places=places), 0, enhancer)
 
     own = -(-cfg.people // hosts)
-    return Job(
+    return Planned(
         mesh={"identity": how.identity * hosts, "data": how.data},
         per_call=places * hosts,
         calls=-(-own // places) * train.max_train_steps,
@@ -269,7 +269,7 @@ def enhancer_shapes(cfg: PlanConfig, program: EnhancerProgram, side: int) -> tup
     )
 
 
-def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
+def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     """The steps of a shared ID-Enhancer, which all devices take together.
 
     Raises:
@@ -311,7 +311,7 @@ def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
         mesh = jax.sharding.Mesh(np.array(chips), ("data",), axis_types=(AxisType.Auto,))
         return enhancer_step.lower(program(mesh, kernel), *shapes_on(mesh))
 
-    return Job(
+    return Planned(
         mesh={"data": devices},
         per_call=size,
         calls=train.max_train_steps,
@@ -331,7 +331,7 @@ def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
     )
 
 
-def drawing(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
+def drawing(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     """Pictures of one prompt a device, drawn with the defaults of `idea-sample`."""
     model, _ = read_model(cfg)
     flags: dict[str, Any] = {"prompt": ["{}"], "identity": ["."]}
@@ -362,7 +362,7 @@ def drawing(cfg: PlanConfig, chip: Chip, devices: int) -> Job:
     kept = plain if kernel == "xla" else trace(sizing.traced(kernel))
     held = costs.memory(kept, pads_kernels=chip.platform == "tpu")
     frozen, kv, *_ = engine.call_shapes(model, kind, used * batch, mesh)
-    return Job(
+    return Planned(
         mesh={"rows": used},
         per_call=used * batch,
         calls=math.ceil(cfg.people / (used * batch)),
