@@ -81,8 +81,7 @@ def measure(args: argparse.Namespace) -> None:
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from benchmarks import flops
-    from idea_jax import random_sd
+    from idea_jax import costs, random_sd
     from idea_jax.config.settings import COMPUTE_DTYPES, PROFILE_DEFAULTS
     from idea_jax.method import condition
     from idea_jax.models import flash, hub, sd
@@ -109,7 +108,7 @@ def measure(args: argparse.Namespace) -> None:
     one = somebody(model, method, optimizer)
     key = jax.random.key(0)
     program = Program(model, method, optimizer, args.batch, mesh)
-    needed = flops.needed(functools.partial(draw_and_step, program), frozen, *one, key)
+    needed = costs.needed(functools.partial(draw_and_step, program), frozen, *one, key)
     about = {
         "model": args.model,
         "device": jax.devices()[0].device_kind,

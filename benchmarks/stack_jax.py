@@ -19,8 +19,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import flops, settings, worker, workloads
-from idea_jax import pytrees
+from benchmarks import settings, worker, workloads
+from idea_jax import costs, pytrees
 from idea_jax.data import images
 from idea_jax.data.tokenizer import Tokens
 from idea_jax.models import flash, sd
@@ -185,7 +185,7 @@ class JaxStack:
             jax.ShapeDtypeStruct((), jnp.int32),
             rows,
         )
-        found = Counter(flops.convolutions(jaxpr.jaxpr))
+        found = Counter(costs.convolutions(jaxpr.jaxpr))
         timed = []
         for (image, kernel, strides, padding), times in found.items():
             x = jax.random.normal(jax.random.key(0), image, self.model.dtype)
@@ -213,8 +213,8 @@ class JaxStack:
             return programs.draw(self.model, self.frozen, self.keys_values(self.frozen), *about)
 
         return {
-            "train_step": flops.needed(step, self.frozen, state, drawn),
-            "sampling": flops.needed(draw_pictures),
+            "train_step": costs.needed(step, self.frozen, state, drawn),
+            "sampling": costs.needed(draw_pictures),
         }
 
     def memory(self, batch: int, room: int) -> int:

@@ -158,7 +158,7 @@ def test_yaml_mistakes_are_named(tmp_path, yaml, message):
         ("--profile cross_init --crop face --drop_outliers", "--drop_outliers has no effect"),
         ("--dataset celeb_a --dataset_dir d", "either --train_data_dir or --dataset"),
         ("--dataset_dir d", "--dataset and --dataset_dir belong together"),
-        ("--mesh 4", "identity=N,data=M, such as identity=4,data=2, got '4'"),
+        ("--mesh 4", "identity=N,data=M, such as identity=4,data=2, or auto, got '4'"),
         ("--mesh data=0", "--mesh must be"),
         ("--mesh data=2,data=2", "--mesh must be"),
         ("--mesh identity=2,", "--mesh must be"),

@@ -17,6 +17,7 @@ ROWS = (
     ("errors", ""),
     ("config", "errors"),
     ("pytrees", ""),
+    ("costs", ""),
     ("runtime", "errors"),
     # level 1: what every command runs in, and one outside world each
     ("launch", "errors runtime"),
@@ -39,8 +40,8 @@ ROWS = (
     # level 5: people learned
     (
         "training",
-        "config data diffusion errors faces formats jobs method models publish pytrees runtime "
-        "sampling",
+        "config costs data diffusion errors faces formats jobs method models publish pytrees "
+        "runtime sampling",
     ),
     # one enhancer for everybody
     (
@@ -62,6 +63,12 @@ ROWS = (
     (
         "mini.pretrain",
         "config data diffusion errors launch mini models pytrees random_sd runtime",
+    ),
+    # programs on devices that are not there
+    (
+        "plan",
+        "config costs enhancer errors faces launch method models pytrees random_sd runtime "
+        "sampling training",
     ),
     # level 6: the command line
     ("cli", "config launch models runtime"),
@@ -112,6 +119,7 @@ OUTSIDE = {"pathlib", "os", "io", "logging", "time", "tqdm"}
 PURE = {
     "training.step",
     "training.program",
+    "training.sizing",
     "enhancer.step",
     "method.anchor",
     "method.condition",

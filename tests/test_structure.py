@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import flops
-from idea_jax import pytrees, random_sd
+from idea_jax import costs, pytrees, random_sd
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.models.unet import project_kv
@@ -73,7 +72,7 @@ def test_full_size_unet_needs_exactly_the_known_flops(sd21):
         (loss, 804.26),
         (jax.grad(loss, argnums=(0, 1)), 1675.1),
     ):
-        counted = flops.needed(function, *arguments) / GIGA
+        counted = costs.needed(function, *arguments) / GIGA
         np.testing.assert_allclose(counted, expected, rtol=1e-3)
 
 
@@ -107,7 +106,7 @@ def test_full_size_parts_need_exactly_the_known_flops(sd21, part, expected):
         ),
         "VAE decode": (functools.partial(sd.decode, model), (shapes, latents)),
     }[part]
-    np.testing.assert_allclose(flops.needed(function, *arguments) / GIGA, expected, rtol=1e-3)
+    np.testing.assert_allclose(costs.needed(function, *arguments) / GIGA, expected, rtol=1e-3)
 
 
 def test_full_size_picture_of_fifty_guided_steps_needs_exactly_the_known_flops(sd21):
@@ -123,7 +122,7 @@ def test_full_size_picture_of_fifty_guided_steps_needs_exactly_the_known_flops(s
         parts = (jnp.uint32(0), indices, jnp.float32(7.5))
         return programs.draw(model, frozen, kv, *parts, sampling)
 
-    counted = flops.needed(draw, shapes, kv, abstract(1, dtype=jnp.int32)) / GIGA
+    counted = costs.needed(draw, shapes, kv, abstract(1, dtype=jnp.int32)) / GIGA
     np.testing.assert_allclose(counted, 82600, rtol=1e-3)
 
 
@@ -138,7 +137,7 @@ def test_full_size_train_step_needs_exactly_the_known_flops(sd21, kv, expected):
     """
     model, shapes = sd21
     step, state, batch = person_of(model, kv)
-    counted = flops.needed(step, shapes, state, batch) / GIGA
+    counted = costs.needed(step, shapes, state, batch) / GIGA
     np.testing.assert_allclose(counted, expected, rtol=1e-3)
 
 
@@ -259,13 +258,13 @@ def test_counted_flops_are_those_of_the_operations():
         return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", None, None, layout)
 
     one = 2 * 2 * 8 * 8 * 5 * 27
-    assert flops.count(lambda x, k: convolve(x, k, 1), x, kernel) == one
-    assert flops.count(lambda x, k: convolve(x, k, 2), x, kernel) == one // 4
+    assert costs.count(lambda x, k: convolve(x, k, 1), x, kernel) == one
+    assert costs.count(lambda x, k: convolve(x, k, 2), x, kernel) == one // 4
     gradient = jax.grad(lambda x, k: convolve(x, k, 2).sum())
-    assert flops.needed(gradient, x, kernel) == one // 4
+    assert costs.needed(gradient, x, kernel) == one // 4
     a, b = abstract(4, 6), abstract(6, 7)
     looped = functools.partial(jax.lax.scan, lambda c, _: (c, a_product(c)), length=3, xs=None)
-    assert flops.count(lambda a, b: looped((a, b)), a, b) == 3 * 2 * 4 * 6 * 7
+    assert costs.count(lambda a, b: looped((a, b)), a, b) == 3 * 2 * 4 * 6 * 7
 
 
 def a_product(pair):

@@ -289,8 +289,9 @@ class TrainConfig:
     )
     mesh: str | None = setting(
         None,
-        "devices along people and along the samples of each, such as identity=4,data=2 (default: "
-        "all on identity for several people, else all on data)",
+        "devices along people and along the samples of each, such as identity=4,data=2; auto: what "
+        "is fastest and fits the memory, by idea-plan (default: all on identity for several "
+        "people, else all on data)",
         free=True,
     )
     shard_frozen: bool = setting(
@@ -539,10 +540,11 @@ class TrainConfig:
         check_sources("--train_data_dir", self.train_data_dir, self.dataset, self.dataset_dir)
         self.check_face()
         shape = self.mesh_shape()
-        if self.shard_frozen and (shape is None or shape["data"] == 1):
+        is_split = self.mesh == "auto" or (shape is not None and shape["data"] > 1)
+        if self.shard_frozen and not is_split:
             raise ConfigError(
                 "--shard_frozen splits the weights over the devices on data; give --mesh with "
-                "data=N, N > 1"
+                "data=N, N > 1, or --mesh auto"
             )
 
     def check_enhancer(self) -> None:
@@ -631,20 +633,12 @@ class TrainConfig:
             raise ConfigError("--crop face has no effect on --pre_aligned photos: they are crops")
 
     def mesh_shape(self) -> dict[str, int] | None:
-        """The sizes of the mesh's axes `identity` and `data`; None where none was given.
+        """The sizes of the mesh's axes `identity` and `data`; None where none was given, or auto.
 
         Raises:
           ConfigError: the setting does not say that.
         """
-        if self.mesh is None:
-            return None
-        pairs = re.findall(r"(identity|data)=([1-9]\d*)(?:,|$)", self.mesh)
-        shape = {axis: int(size) for axis, size in pairs}
-        if ",".join("=".join(pair) for pair in pairs) != self.mesh or len(shape) < len(pairs):
-            raise ConfigError(
-                f"--mesh must be identity=N,data=M, such as identity=4,data=2, got {self.mesh!r}"
-            )
-        return {"identity": 1, "data": 1} | shape
+        return None if self.mesh in (None, "auto") else read_mesh(self.mesh)
 
     @property
     def center_crop(self) -> bool:
@@ -860,6 +854,21 @@ def check_finding(settings: Any) -> None:
         raise ConfigError(
             "--face_select has no effect on --pre_aligned photos: they are crops of one face"
         )
+
+
+def read_mesh(value: str) -> dict[str, int]:
+    """The sizes of the axes `identity` and `data` that a mesh in words has.
+
+    Raises:
+      ConfigError: it does not say that.
+    """
+    pairs = re.findall(r"(identity|data)=([1-9]\d*)(?:,|$)", value)
+    shape = {axis: int(size) for axis, size in pairs}
+    if ",".join("=".join(pair) for pair in pairs) != value or len(shape) < len(pairs):
+        raise ConfigError(
+            f"--mesh must be identity=N,data=M, such as identity=4,data=2, or auto, got {value!r}"
+        )
+    return {"identity": 1, "data": 1} | shape
 
 
 def positive(config: Any, *names: str) -> None:

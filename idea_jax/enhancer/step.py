@@ -22,7 +22,7 @@ from idea_jax.enhancer.samples import EnhancerBatch
 from idea_jax.method import shared
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
-from idea_jax.training.program import gatherer, shard_specs
+from idea_jax.training.program import gatherer, shard_specs, without_vae
 
 
 class EnhancerState(NamedTuple):
@@ -227,6 +227,7 @@ def train_step(
         "stop", int32[devices], split over `data`: whether a device's process was asked to stop.
     """
     model, config, recipe, mesh = program.model, program.config, program.recipe, program.mesh
+    frozen = without_vae(frozen)  # pictures were encoded when they were prepared
     gather = gatherer(frozen, mesh) if program.shard_frozen else None
 
     def of_device(frozen, trained, constants, batch, key, stop):

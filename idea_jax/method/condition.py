@@ -17,6 +17,7 @@ import numpy as np
 from idea_jax.method import loss
 from idea_jax.method.modules import FACE_WIDTH, IDAdapter, IDEnhancer
 from idea_jax.models import sd
+from idea_jax.models.precision import exact
 from idea_jax.models.unet import cross_kv_shapes, project_kv
 from idea_jax.pytrees import stream
 
@@ -248,11 +249,13 @@ def adapter_contribution(
         enhanced = trainable["enhanced"]
     else:
         enhancer = trainable["enhancer"] if method.train_enhancer else given["enhancer"]
-        enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
+        with exact(jnp.float32):
+            enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
     adapter = frozen.shared["adapter"] if method.shared_adapter else trainable["adapter"]
-    return IDAdapter(D, method.beta).apply(
-        {"params": adapter}, encoded, enhanced, strength, method=IDAdapter.contribution
-    )
+    with exact(jnp.float32):
+        return IDAdapter(D, method.beta).apply(
+            {"params": adapter}, encoded, enhanced, strength, method=IDAdapter.contribution
+        )
 
 
 def keys_values(
@@ -287,20 +290,21 @@ def kv_contributions(
     own, both or none."""
 
     def low_rank(deltas):
-        return jax.tree.map(
-            lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
-            deltas,
-            is_leaf=lambda node: "down" in node,
-        )
+        with exact(jnp.float32):
+            return jax.tree.map(
+                lambda delta: (context @ delta["down"]) @ (strength * delta["up"]),
+                deltas,
+                is_leaf=lambda node: "down" in node,
+            )
 
     contributions = [low_rank(frozen.shared["kv"])] if method.shared_kv else []
     if method.kv == "full":
         narrow = context.astype(model.dtype)
-        contributions.append(
-            jax.tree.map(
+        with exact(model.dtype):
+            wide = jax.tree.map(
                 lambda kernel: strength * (narrow @ kernel.astype(model.dtype)), trainable["kv"]
             )
-        )
+        contributions.append(wide)
     elif method.kv == "low_rank":
         contributions.append(low_rank(trainable["kv"]))
     return contributions
@@ -394,4 +398,5 @@ def regulariser(method: Method, trainable: Trainable, given: Given) -> jax.Array
     delta = trainable["pseudo_tokens"] - given["anchor"]
     if method.regulariser == "euclidean":
         return jnp.mean(loss.euclidean(delta))
-    return jnp.mean(loss.mahalanobis(delta, loss.AnchorMetric(**given["metric"])))
+    with exact(jnp.float32):
+        return jnp.mean(loss.mahalanobis(delta, loss.AnchorMetric(**given["metric"])))

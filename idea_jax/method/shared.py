@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from idea_jax.method import condition
 from idea_jax.method.modules import FACE_WIDTH, IDAdapter, SharedEnhancer
 from idea_jax.models import sd
+from idea_jax.models.precision import exact
 from idea_jax.pytrees import stream
 
 KINDS = ("mlp", "attention", "names", "linear")
@@ -87,9 +88,10 @@ def predict(config: EnhancerConfig, shared: Shared, id_embed: jax.Array) -> cond
 
     A pure function of float32[512] of unit norm; `jax.vmap` takes it over many faces.
     """
-    offsets, enhanced = config.network.apply(
-        {"params": shared["enhancer"]}, id_embed, _anchor(shared), shared["names"]
-    )
+    with exact(jnp.float32):
+        offsets, enhanced = config.network.apply(
+            {"params": shared["enhancer"]}, id_embed, _anchor(shared), shared["names"]
+        )
     return {"pseudo_tokens": shared["start"] + shared["scale"] * offsets, "enhanced": enhanced}
 
 

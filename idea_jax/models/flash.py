@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from idea_jax.errors import InputError
+from idea_jax.models.precision import exact
 
 MIN_POSITIONS = 1024  # shorter sequences have weights that fit the caches
 SPLASH_BLOCKS = (512, 256, 128)  # positions in a tile; the first that divides the sequence
@@ -116,6 +117,27 @@ def splash(
     def split(x):
         return x.reshape(B, T, num_heads, -1).transpose(0, 2, 1, 3)
 
-    scaled = (q * jnp.asarray((C // num_heads) ** -0.5, q.dtype)).astype(q.dtype)
-    mixed = jax.vmap(kernel)(split(scaled), split(k), split(v))
-    return mixed.transpose(0, 2, 1, 3).reshape(B, T, C)
+    def join(x):
+        return x.transpose(0, 2, 1, 3).reshape(B, T, C)
+
+    def plain(q, k, v):
+        scaled = (q * jnp.asarray((C // num_heads) ** -0.5, q.dtype)).astype(q.dtype)
+        return join(jax.vmap(kernel)(split(scaled), split(k), split(v)))
+
+    # What the backward pass needs is kept without an axis of heads: a TPU holds the last axis of
+    # the kernel's arrays in multiples of 128, so heads of 64 would take twice their memory.
+    def forward(q, k, v):
+        mixed, pull = jax.vjp(plain, q, k, v)
+        by_head = (B, num_heads, T, C // num_heads)
+        return mixed, jax.tree.map(lambda x: join(x) if x.shape == by_head else x, pull)
+
+    def backward(kept, gradient):
+        # Otherwise XLA sees that both passes split alike, and keeps what is split.
+        kept, gradient = jax.lax.optimization_barrier((kept, gradient))
+        pull = jax.tree.map(lambda x: split(x) if x.shape == (B, T, C) else x, kept)
+        with exact(gradient.dtype):  # traced after the networks, so outside of theirs
+            return pull(gradient)
+
+    attend = jax.custom_vjp(plain)
+    attend.defvjp(forward, backward)
+    return attend(q, k, v)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from idea_jax.models import flash
+from idea_jax.models.precision import exact
 
 # diffusers' Transformer2DModel and BasicTransformerBlock
 TRANSFORMER_NORM_EPS = 1e-6
@@ -46,15 +47,17 @@ def _mix_fwd(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool) -> tuple[ja
 def _mix_bwd(causal: bool, saved: tuple, cotangent: jax.Array) -> tuple[jax.Array, ...]:
     # Weights that the mask made zero get no gradient, so `causal` needs no case of its own.
     q, k, v, weights, mixed = saved
-    dot_out = jnp.einsum("bhqd,bhkd->bhqk", cotangent, v, preferred_element_type=jnp.float32)
-    # The softmax's own sum over its row, as one over D numbers instead of Tk.
-    row = (cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    logits = (weights.astype(jnp.float32) * (dot_out - row)).astype(q.dtype)
-    return (
-        jnp.einsum("bhqk,bhkd->bhqd", logits, k),
-        jnp.einsum("bhqd,bhqk->bhdk", q, logits).swapaxes(2, 3),
-        jnp.einsum("bhqd,bhqk->bhdk", cotangent, weights).swapaxes(2, 3),
-    )
+    with exact(q.dtype):  # traced after the networks, so outside of theirs
+        dot_out = jnp.einsum("bhqd,bhkd->bhqk", cotangent, v, preferred_element_type=jnp.float32)
+        # The softmax's own sum over its row, as one over D numbers instead of Tk.
+        row = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
+        row = row.sum(axis=-1, keepdims=True)
+        logits = (weights.astype(jnp.float32) * (dot_out - row)).astype(q.dtype)
+        return (
+            jnp.einsum("bhqk,bhkd->bhqd", logits, k),
+            jnp.einsum("bhqd,bhqk->bhdk", q, logits).swapaxes(2, 3),
+            jnp.einsum("bhqd,bhqk->bhdk", cotangent, weights).swapaxes(2, 3),
+        )
 
 
 _mix.defvjp(_mix_fwd, _mix_bwd)

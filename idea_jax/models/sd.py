@@ -6,7 +6,7 @@ Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `
 import functools
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from idea_jax.models.config_reader import UnsupportedConfig, say_once
 from idea_jax.models.lora import Lora, Merging
 from idea_jax.models.original import Original
+from idea_jax.models.precision import exact
 from idea_jax.models.tensor_files import TensorFiles, Tensors, WeightsError, find_weights
 from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
@@ -96,6 +97,17 @@ class StableDiffusion:
     @property
     def vae_model(self) -> AutoencoderKL:
         return AutoencoderKL(self.vae, self.dtype)
+
+
+def _exactly(function: Callable) -> Callable:
+    """A function of a model, whose products are float32 if the model computes in it."""
+
+    @functools.wraps(function)
+    def run(model, *arguments, **named):
+        with exact(model.dtype):
+            return function(model, *arguments, **named)
+
+    return run
 
 
 class _Part(NamedTuple):
@@ -372,6 +384,7 @@ def init(model: StableDiffusion, key: jax.Array) -> Frozen:
         return Frozen(**unflatten(dict(zip(flat, leaves, strict=True))))
 
 
+@_exactly
 def encode_text(
     model: StableDiffusion,
     frozen: Frozen,
@@ -382,6 +395,7 @@ def encode_text(
     return model.text_model.apply({"params": frozen.text}, token_ids, pseudo_tokens)
 
 
+@_exactly
 def encode_token_embeds(
     model: StableDiffusion, frozen: Frozen, token_embeds: jax.Array
 ) -> jax.Array:
@@ -396,6 +410,7 @@ def embed_tokens(model: StableDiffusion, frozen: Frozen, token_ids: jax.Array) -
     return model.text_model.apply({"params": frozen.text}, token_ids, method=CLIPTextModel.embed)
 
 
+@_exactly
 def encode_image(
     model: StableDiffusion, frozen: Frozen, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -410,6 +425,7 @@ def encode_image(
     return mean * scale, logvar + 2 * np.log(scale)
 
 
+@_exactly
 def predict(
     model: StableDiffusion, frozen: Frozen, latents: jax.Array, timesteps: jax.Array, kv: dict
 ) -> jax.Array:
@@ -417,6 +433,7 @@ def predict(
     return model.unet_model.apply({"params": frozen.unet}, latents, timesteps, kv)
 
 
+@_exactly
 def embed_times(model: StableDiffusion, frozen: Frozen, timesteps: jax.Array) -> dict:
     """What the UNet adds at timesteps [N], each leaf [N, width]: for `denoise`, row by row."""
     return model.unet_model.apply(
@@ -424,6 +441,7 @@ def embed_times(model: StableDiffusion, frozen: Frozen, timesteps: jax.Array) ->
     )
 
 
+@_exactly
 def denoise(
     model: StableDiffusion, frozen: Frozen, latents: jax.Array, times: dict, kv: dict
 ) -> jax.Array:
@@ -433,6 +451,7 @@ def denoise(
     )
 
 
+@_exactly
 def decode(model: StableDiffusion, frozen: Frozen, latents: jax.Array) -> jax.Array:
     """Images float32[B, H, W, 3], about [-1, 1], of scaled latents [B, h, w, C]."""
     latents = latents / model.vae.scaling_factor

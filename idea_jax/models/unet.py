@@ -27,6 +27,7 @@ from idea_jax.models.layers import (
     dense,
     timestep_embedding,
 )
+from idea_jax.models.precision import exact
 
 # Conversions before diffusers 0.9 wrote any value; diffusers takes this one instead of a smaller.
 OLD_SAMPLE_SIZE = 64
@@ -223,7 +224,8 @@ def cross_kv_shapes(cfg: UNetConfig) -> dict:
 def project_kv(cross_kv: dict, context: jax.Array, dtype: jnp.dtype) -> dict:
     """Keys and values [B, T, width] of every cross-attention layer, from context [B, T, D]."""
     context = context.astype(dtype)
-    return jax.tree.map(lambda kernel: context @ kernel.astype(dtype), cross_kv)
+    with exact(dtype):
+        return jax.tree.map(lambda kernel: context @ kernel.astype(dtype), cross_kv)
 
 
 class UNetBlock(nn.Module):

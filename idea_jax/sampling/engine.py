@@ -126,6 +126,12 @@ def lower_call(
 ) -> jax.stages.Lowered:
     """The program of a call, from shapes alone: weights may be missing."""
     mesh = mesh_for(size, devices, each)
+    arguments = mesh, model, *call_shapes(model, kind, size, mesh), kind.sampling
+    return traces.lower(programs.DRAWING, programs.draw_everywhere, arguments)
+
+
+def call_shapes(model: sd.StableDiffusion, kind: Kind, size: int, mesh: Mesh) -> tuple:
+    """Shapes, types and places of weights, keys and values, numbers and guidance of a call."""
     shapes, spread = sd.shapes(model), NamedSharding(mesh, P("rows"))
     T = kind.chunks * model.text.max_position_embeddings
 
@@ -133,16 +139,12 @@ def lower_call(
         return jax.ShapeDtypeStruct((size, 2, T, kernel.shape[1]), model.dtype)
 
     guidance = jax.ShapeDtypeStruct((size,), np.float32, sharding=spread)
-    arguments = (
-        mesh,
-        model,
+    return (
         abstract(shapes, NamedSharding(mesh, P()), model.dtype),
         abstract(jax.tree.map(of_row, shapes.cross_kv), spread),
         jax.ShapeDtypeStruct((size, 2), np.uint32, sharding=spread),
         guidance if kind.is_guided else None,
-        kind.sampling,
     )
-    return traces.lower(programs.DRAWING, programs.draw_everywhere, arguments)
 
 
 class Kept:

@@ -139,6 +139,7 @@ def step_people(
     Returns: the states, and metrics with leaves [steps_per_call, I], of which `count` rows are
       filled.
     """
+    frozen = without_vae(frozen)
     gather = gatherer(frozen, program.mesh) if program.shard_frozen else None
     data_axis = "data" if program.mesh.shape["data"] > 1 else None
 
@@ -197,6 +198,7 @@ def check_plateaus(
     Args:
       due: bool[I], who is looked at; the others stay as they are. The rest as in `step_people`.
     """
+    frozen = without_vae(frozen)
     gather = gatherer(frozen, program.mesh) if program.shard_frozen else None
 
     def check_one(frozen, state, photos, key, due):
@@ -205,6 +207,12 @@ def check_plateaus(
         return jax.tree.map(lambda new, old: jnp.where(due, new, old), checked, state)
 
     return over_people(program, frozen, check_one)(frozen, states, photos, key, due)
+
+
+def without_vae(frozen: sd.Frozen) -> sd.Frozen:
+    """The weights that a step reads: photos were encoded before. As an argument that nothing
+    reads, the autoencoder would still have to be on each device of the step."""
+    return frozen._replace(vae={})
 
 
 def over_people(program: Program, frozen: sd.Frozen, one: Callable) -> Callable:
@@ -281,13 +289,26 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """`step_people`, lowered from shapes alone: before there are weights.
 
-    The states are those that `begin` makes, the photos those of `encode_pixels` and `group.fill`.
-
     Args:
       seed: of the run.
       enhancer: the shared one, if people begin with it.
       optimizer: all that the program's optimiser is made of; None if it is not known, so that the
         step is traced anew in each run.
+    """
+    frozen, states, photos, last = step_shapes(program, shape, enhancer)
+    arguments = program, frozen, states, photos, jax.random.key(seed), last, np.int32(1)
+    if optimizer is None:
+        return step_people.lower(*arguments)
+    about = [value for name, value in vars(program).items() if name != "optimizer"]
+    return traces.lower(STEP, step_people, arguments, [dict(optimizer), *about])
+
+
+def step_shapes(
+    program: Program, shape: Shape, enhancer: enhancers.Enhancer | None
+) -> tuple[sd.Frozen, IdentityState, Photos, jax.ShapeDtypeStruct]:
+    """Frozen weights, states, photos and ends that `step_people` takes: shapes, types, places.
+
+    The states are those that `begin` makes, the photos those of `encode_pixels` and `group.fill`.
     """
     model, method = program.model, program.method
     shapes = frozen_shapes(model, enhancer)
@@ -311,8 +332,4 @@ def lower_step(
     )
     states, photos, last = abstract(stacked, NamedSharding(program.mesh, P("identity")))
     frozen = abstract(shapes, frozen_shardings(shapes, program.mesh, program.shard_frozen))
-    arguments = program, frozen, states, photos, jax.random.key(seed), last, np.int32(1)
-    if optimizer is None:
-        return step_people.lower(*arguments)
-    about = [value for name, value in vars(program).items() if name != "optimizer"]
-    return traces.lower(STEP, step_people, arguments, [dict(optimizer), *about])
+    return frozen, states, photos, last

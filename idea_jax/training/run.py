@@ -26,11 +26,11 @@ from idea_jax.faces.portraits import Portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import flash, hub, lora, sd
-from idea_jax.runtime import compile_cache, devices
+from idea_jax.runtime import chips, compile_cache, devices
 from idea_jax.runtime.files import check_writable
 from idea_jax.runtime.signals import Interrupted
 from idea_jax.sampling import programs
-from idea_jax.training import group
+from idea_jax.training import group, sizing
 from idea_jax.training.fingerprint import fingerprint_of
 from idea_jax.training.group import has_plateau
 from idea_jax.training.learner import Work, begin, has_checkpoints, resume, write_results
@@ -127,6 +127,8 @@ def train_people(cfg: TrainConfig) -> list[Path]:
             "--overwrite is for one person; of several, delete the folder of whom you want to "
             f"replace in {cfg.output_dir}"
         )
+    if cfg.mesh == "auto":
+        cfg = arranged(cfg, crowd)
     layout = devices.layout(
         cfg.mesh_shape(), cfg.identities_per_step, max(len(crowd.own), 1), cfg.train_batch_size
     )
@@ -141,6 +143,76 @@ def train_people(cfg: TrainConfig) -> list[Path]:
         if is_single:
             return [train_one(work, alone, seen, started)]
         return train_many(work, everybody, crowd.own)
+
+
+def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
+    """The settings with the mesh, and the people of a step, that `sizing.choose` takes for the
+    devices that are here, as numbers.
+
+    Raises:
+      DevicesError: a step of one person needs more memory than there is.
+      as `run`.
+    """
+    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    settled, enhancer = settle(cfg, found.folder)
+    if not settled.max_train_steps:
+        return replace(cfg, mesh=None)
+    local, processes = jax.local_devices(), jax.process_count()
+    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    kernel = flash.resolve(cfg.attention, local[0], dtype)
+    model = replace(sd.read_configs(found.folder, dtype), attention=sizing.traced(kernel))
+    side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
+    method = method_of(settled, enhancer)
+    program = Program(model, method, optimizer_of(settled, method), cfg.train_batch_size)
+    sizes = sizing.Sizes(
+        program,
+        Shape(1, most_photos(cfg, crowd), side),
+        enhancer,
+        platform=local[0].platform,
+    )
+    room = chips.room_of(local[0], len(local))
+    step = cfg.identities_per_step
+    if step is not None and step % processes:
+        raise devices.DevicesError(
+            f"--identities_per_step {step} is no multiple of the {processes} processes"
+        )
+    how = sizing.choose(
+        sizes.need,
+        devices=len(local),
+        room=room,
+        # Of all processes alike, so that a person's numbers are the same in each.
+        people=-(-len(crowd.everybody) // processes),
+        batch=cfg.train_batch_size,
+        places=None if step is None else step // processes,
+        shard_frozen=cfg.shard_frozen,
+    )
+    if how is None:
+        alone = sizes.need(sizing.Arrangement(1, 1, 1, False)).total()
+        raise devices.DevicesError(
+            f"--mesh auto finds no way: a step of one person on one device needs about "
+            f"{devices.gigabytes(alone)} of {devices.gigabytes(room or 0)}, and more devices on "
+            "data help no further; take --mixed_precision bf16, a smaller --resolution or "
+            "--train_batch_size, or another --identities_per_step (idea-plan says what each needs)"
+        )
+    mesh = f"identity={how.identity * processes},data={how.data}"
+    places = how.places() * processes
+    about = devices.gigabytes(sizes.need(how).total())
+    split = " --shard_frozen" if how.shard_frozen else ""
+    log.info(
+        "--mesh auto: --mesh %s --identities_per_step %d%s; about %s on a device",
+        mesh,
+        places,
+        split,
+        about,
+    )
+    return replace(cfg, mesh=mesh, identities_per_step=places, shard_frozen=how.shard_frozen)
+
+
+def most_photos(cfg: TrainConfig, crowd: Crowd) -> int:
+    """The most photos of any person, also of those who are done or in another process: one program
+    for all."""
+    counts = (min(len(p), cfg.pictures_per_person or len(p)) for p in crowd.everybody.values())
+    return max(counts)
 
 
 def prepare(
@@ -191,9 +263,7 @@ def prepare(
         seen = portraits_of(cfg, method, eyes, alone)
         refuse_somebody_else(cfg, seen, placeholder)
     # The step and the weights, and with them what people begin with.
-    # Of all people, also of those who are done or in another process: one program for all.
-    counts = [min(len(p), cfg.pictures_per_person or len(p)) for p in crowd.everybody.values()]
-    shape = Shape(layout.places, max(counts), side)
+    shape = Shape(layout.places, most_photos(cfg, crowd), side)
     program, frozen, start = None, None, None
     if cfg.max_train_steps:
         program = program_of(cfg, method, model, layout.mesh)

@@ -1,0 +1,349 @@
+"""Plans: what is computed from shapes is what compiled programs need, and what is chosen fits."""
+
+import functools
+import importlib.util
+import json
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+
+from idea_jax import costs, pytrees
+from idea_jax.config.reading import build
+from idea_jax.config.settings import TrainConfig
+from idea_jax.models import flash, sd
+from idea_jax.models.precision import exact
+from idea_jax.plan import __main__ as command
+from idea_jax.plan import compiled, work
+from idea_jax.plan.settings import PlanConfig
+from idea_jax.runtime import chips
+from idea_jax.training import run, sizing
+from idea_jax.training.program import (
+    Program,
+    Shape,
+    draw_and_step,
+    frozen_shapes,
+    frozen_shardings,
+    lower_step,
+    step_shapes,
+)
+from idea_jax.training.start import method_of, optimizer_of
+
+GIGA = 10**9
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'idea-jax[plan]'"
+)
+
+
+def step_of(folder, *, mesh=None, batch=4, dtype="float32", shard=False):
+    """The program of a paper person's steps, and the sizes of its arrays."""
+    flags = {
+        "pretrained_model_name_or_path": str(folder),
+        "train_data_dir": ".",
+        "enhancer": "none",
+    }
+    cfg = build(TrainConfig, {}, flags)
+    model, method = sd.read_configs(folder, dtype), method_of(cfg)
+    program = Program(model, method, optimizer_of(cfg, method), batch, mesh, shard)
+    return program, Shape(2, 3, model.unet.sample_size * model.vae.downscale)
+
+
+def plan_of(folder, *more):
+    """The job that the command's arguments ask for."""
+    chip, count = chips.find("v5e:2x2")
+    cfg = build(PlanConfig, {}, {"checkpoint": str(folder), **dict(more)})
+    return work.training(cfg, chip, count)
+
+
+def test_bytes_and_operations_are_those_of_the_compiled_step(smallest_checkpoint):
+    mesh = Mesh(
+        np.array(jax.devices()[:4]).reshape(2, 2),
+        ("identity", "data"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
+    program, shape = step_of(smallest_checkpoint, mesh=mesh)
+    several = replace(program, steps_per_call=3)
+    stats = lower_step(several, shape, 0, None).compile().memory_analysis()
+    job = plan_of(
+        smallest_checkpoint,
+        ("mesh", "identity=2,data=2"),
+        ("batch", 4),
+        ("pictures_per_person", 3),
+        ("people", 2),
+        ("mixed_precision", "no"),
+        ("steps", 7),
+    )
+    parts = job.memory
+    held = sum(parts.values()) - parts["autoencoder beside them"]
+    # Besides, each call takes a key of two words and a number of steps.
+    assert stats.argument_size_in_bytes == held + 12
+    assert (job.mesh, job.per_call, job.calls) == ({"identity": 2, "data": 2}, 2, 7)
+    one = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), step_shapes(program, shape, None)[1:3]
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    frozen = frozen_shapes(program.model, None)
+    step = functools.partial(draw_and_step, replace(program, mesh=None, batch_size=2))
+    assert job.flops == costs.needed(step, frozen, *one, key) > 10**5
+    (reduce,) = job.collectives
+    own = pytrees.count(one[0].trainable)
+    assert reduce == costs.Collective("all-reduce", ("data",), 1, 4 * (own + 3))
+
+
+def test_split_weights_take_their_part_and_are_gathered_twice(smallest_checkpoint):
+    common = (("batch", 4), ("mixed_precision", "no"))
+    whole = plan_of(smallest_checkpoint, *common, ("mesh", "data=2"))
+    split = plan_of(smallest_checkpoint, *common, ("mesh", "data=2"), ("shard_frozen", True))
+    program, _ = step_of(smallest_checkpoint)
+    frozen = frozen_shapes(program.model, None)._replace(vae={})
+    shardings = frozen_shardings(frozen, sizing.mesh_of(1, 2), True)
+    sizes = jax.tree.map(lambda x, s: 4 * np.prod(s.shard_shape(x.shape)), frozen, shardings)
+    name = "weights that the step reads"
+    assert split.memory[name] == sum(jax.tree.leaves(sizes)) < 0.6 * whole.memory[name]
+    assert split.memory["people with optimiser"] == whole.memory["people with optimiser"]
+    gather, reduce = split.collectives
+    parts = sum(
+        s.shard_shape(x.shape) != x.shape
+        for x, s in zip(*map(jax.tree.leaves, (frozen, shardings)), strict=True)
+    )
+    assert (gather.kind, gather.axes, reduce) == ("all-gather", ("data",), *whole.collectives)
+    assert 1.5 * parts < gather.calls <= 2 * parts
+
+
+def test_one_person_alone_takes_no_collective(smallest_checkpoint):
+    assert plan_of(smallest_checkpoint, ("mesh", "identity=1"), ("batch", 1)).collectives == []
+
+
+def test_memory_is_that_of_a_chain_computed_by_hand():
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 128), (128, 16)))
+    wide, narrow = 4 * 64 * 128, 4 * 64 * 16
+
+    def of(function):
+        return costs.memory(jax.make_jaxpr(function)(x, a, b).jaxpr)
+
+    # Both products at once, and nothing for what is fused between them.
+    assert of(lambda x, a, b: jnp.tanh(x @ a * 2 + 1) @ b).peak == wide + narrow
+    # Its gradient keeps the first product, and has one of its size before tanh and one behind it.
+    kept = of(lambda x, a, b: jax.grad(lambda x: (jnp.tanh(x @ a) @ b).sum())(x)).peak
+    assert kept == 3 * wide
+    # A loop holds what is carried, and one round's values.
+    loop = of(
+        lambda x, a, b: jax.lax.scan(lambda c, _: (jnp.tanh(c @ a) @ a.T, None), x, length=9)[0]
+    )
+    assert wide <= loop.peak <= wide + 3 * 4 * 64 * 32
+    assert loop.traffic > 8 * 2 * wide
+
+
+def need(weights, each):
+    """A need of so many bytes, and so many for each sample of a device, in batches of 8."""
+
+    def of(how):
+        parts = how.data if how.shard_frozen else 1
+        return sizing.Need(weights // parts, 0, 0, 0, int(how.people * 8 / how.data * each), 0)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("devices", "people", "room", "more", "expected"),
+    [
+        (8, 960, 100 * GIGA, {}, (8, 1, 4, False)),  # as many as gain anything
+        (8, 1000, 18 * GIGA, {}, (8, 1, 2, False)),  # as many as fit
+        (8, 960, 8.5 * GIGA, {}, (4, 2, 1, False)),  # not a whole batch of one person
+        (8, 1, 100 * GIGA, {}, (1, 8, 1, False)),
+        (8, 8, 100 * GIGA, {}, (8, 1, 1, False)),
+        (4, 157, 18 * GIGA, {}, (4, 1, 2, False)),  # as in a process of a large pod
+        (4, 100, 1.9 * GIGA, {}, (1, 4, 1, True)),  # only with split weights
+        (4, 100, GIGA // 4, {}, None),
+        (8, 1000, 100 * GIGA, {"places": 2}, (2, 4, 1, False)),
+        (8, 960, 100 * GIGA, {"shard_frozen": True}, (4, 2, 8, True)),
+        (6, 1000, None, {"places": 4}, (4, 1, 1, False)),
+    ],
+)
+def test_choice_is_the_fastest_that_fits(devices, people, room, more, expected):
+    of = need(weights=1 * GIGA, each=1 * GIGA) if room != 1.9 * GIGA else need(4 * GIGA, GIGA // 4)
+    how = sizing.choose(of, devices=devices, room=room, people=people, batch=8, **more)
+    assert how == (expected and sizing.Arrangement(*expected))
+    if how is not None and room is not None:
+        assert of(how).total() <= room
+
+
+def test_training_with_mesh_auto_takes_what_is_planned(smallest_checkpoint, monkeypatch):
+    flags = {
+        "pretrained_model_name_or_path": str(smallest_checkpoint),
+        "train_data_dir": ".",
+        "mesh": "auto",
+        "train_batch_size": 4,
+    }
+    cfg = build(TrainConfig, {}, flags)
+    crowd = run.Crowd({f"{i}": ["photo"] for i in range(40)}, [], None)
+    rooms = iter((10**12, 9 * 10**6, 10))
+    monkeypatch.setattr(chips, "room_of", lambda device, beside: next(rooms))
+    first, second = run.arranged(cfg, crowd), run.arranged(cfg, crowd)
+    assert (first.mesh, first.identities_per_step) == ("identity=8,data=1", 40)
+    assert second.identities_per_step < 40
+    assert first.mesh_shape() == {"identity": 8, "data": 1}
+    with pytest.raises(run.devices.DevicesError, match="--mesh auto finds no way"):
+        run.arranged(cfg, crowd)
+
+
+def precisions(text):
+    """(type of the left operand, precision) of each product and convolution of a program."""
+    found = set()
+    for line in text.splitlines():
+        kind = re.search(r"stablehlo\.(?:convolution|dot_general)", line)
+        if kind:
+            said = re.search(r"precision(?: =|_config = \[#stablehlo<precision) \[?(\w+)", line)
+            left = re.search(r" : \(tensor<(?:\d+x)*(\w+)>", line)[1]
+            found.add((left, said[1] if said else "DEFAULT"))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_in_float32_are_that_on_every_device(smallest_checkpoint, dtype):
+    program, shape = step_of(smallest_checkpoint, mesh=one_device(jax.devices()[0]), dtype=dtype)
+    found = precisions(lower_step(program, shape, 0, None).as_text())
+    expected = {("f32", "HIGHEST")} | ({("bf16", "DEFAULT")} if dtype == "bfloat16" else set())
+    assert found == expected
+
+
+def one_device(device):
+    return Mesh(np.array([[device]]), ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_command_says_what_is_known_and_refuses_what_is_not(
+    smallest_checkpoint, monkeypatch, capsys
+):
+    common = ["--checkpoint", str(smallest_checkpoint), "--no_compile", "--people", "50"]
+    assert command.main([*common, "--json", "--price_per_hour", "2"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["fits"] is True and known["compiled"] is None and known["devices"] == 8
+    assert known["cost"] == pytest.approx(known["hours"] * 16)
+    assert known["people_per_hour"] == pytest.approx(50 / known["hours"])
+    for what in ("enhancer", "sample"):
+        more = ["--people", "1"] if what == "enhancer" else []
+        assert command.main([*common, *more, "--what", what, "--device", "h100:2"]) == 0
+        assert "| fits | yes |" in capsys.readouterr().out
+    small = replace(chips.CHIPS["v5e"], memory=10_000)
+    monkeypatch.setitem(chips.CHIPS, "v5e", small)
+    assert command.main([*common, "--mixed_precision", "no"]) == 1
+    told = capsys.readouterr().out
+    assert "| fits | no |" in told and "--mixed_precision bf16" in told and "h100" in told
+    for wrong, code, words in (
+        (["--checkpoint", "sdxl"], 2, "SDXL is not supported"),
+        (["--checkpoint", "nowhere"], 1, "is no folder"),
+        ([*common, "--device", "v9"], 1, "is not known"),
+        ([*common, "--device", "v5e:2x2x2"], 1, "is not known"),
+        ([*common, "--mesh", "identity=3,data=3"], 1, "does not fit"),
+        ([*common, "--what", "sample", "--mesh", "data=2"], 2, "has no effect"),
+        ([*common, "--utilisation", "1.5"], 2, "utilisation must lie"),
+    ):
+        assert command.main(wrong) == code
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "hosts"),
+    [
+        ("v5e:2x4", 8, 1),
+        ("v5e:4x4", 16, 4),
+        ("v5e:16x16", 256, 64),
+        ("v5p:2x2x2", 8, 2),
+        ("h200", 1, 1),
+        ("h100:16", 16, 2),
+    ],
+)
+def test_devices_are_counted_by_their_hosts(name, count, hosts):
+    chip, found = chips.find(name)
+    assert (found, chips.hosts_of(chip, found)) == (count, hosts)
+    assert chip.source.startswith("https://") and chip.room() < chip.memory
+
+
+def chip_that_is_not_here():
+    return compiled.devices_of("v5e:2x2")[0]
+
+
+@NEEDS_LIBTPU
+@pytest.mark.parametrize(
+    ("positions", "width", "heads", "dtype"),
+    [
+        (4096, 320, 8, jnp.bfloat16),
+        (4096, 320, 5, jnp.bfloat16),
+        (1024, 640, 8, jnp.bfloat16),
+        (9216, 320, 5, jnp.bfloat16),
+        (1024, 320, 5, jnp.float32),
+    ],
+)
+def test_kernel_and_its_gradient_compile_for_a_tpu(positions, width, heads, dtype):
+    """Heads of 40, 64 and 80; in float32 with products that are that."""
+    chip = chip_that_is_not_here()
+    assert flash.resolve("auto", chip, "bfloat16") == "splash"
+    x = jax.ShapeDtypeStruct((8, positions, width), dtype, sharding=SingleDeviceSharding(chip))
+
+    def both(q, k, v, w):
+        with exact(dtype):
+            out, pull = jax.vjp(lambda *a: flash.splash(*a, heads), q, k, v)
+        return out, *pull(w)
+
+    program = jax.jit(both).lower(x, x, x, x).compile()
+    plain = 8 * heads * positions**2 * 2  # bytes of one matrix of weights
+    assert program.memory_analysis().temp_size_in_bytes < plain / 2
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
+@NEEDS_LIBTPU
+def test_kept_heads_are_not_padded():
+    """Each further layer keeps its four arrays and little else; padded heads would be as much."""
+    chip = SingleDeviceSharding(chip_that_is_not_here())
+    x = jax.ShapeDtypeStruct((8, 1024, 320), jnp.bfloat16, sharding=chip)
+    w = jax.ShapeDtypeStruct((320, 320), jnp.bfloat16, sharding=chip)
+
+    def loss(x, weights):
+        for q, k, v, out in weights:
+            x = x + flash.splash(x @ q, x @ k, x @ v, 5) @ out
+        return (x.astype(jnp.float32) ** 2).sum()
+
+    def held(layers):
+        program = jax.jit(jax.grad(loss)).lower(x, [(w,) * 4] * layers).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    kept = 4 * 8 * 1024 * 320 * 2
+    assert held(5) - held(2) < 3 * kept * 1.3
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("is_split", [False, True])
+def test_step_of_people_compiles_for_a_tpu(smallest_checkpoint, is_split):
+    chips_there = np.array(compiled.devices_of("v5e:2x2")).reshape(2, 2)
+    mesh = Mesh(chips_there, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+    program, shape = step_of(smallest_checkpoint, mesh=mesh, dtype="bfloat16", shard=is_split)
+    program = replace(program, steps_per_call=8)
+    text = lower_step(program, shape, 0, None).compile().as_text()
+    groups = r"replica_groups=(?:\{\{0,1\},\{2,3\}\}|\[2,2\]<=\[4\])"
+    (reduce,) = re.findall(r" all-reduce(?:-start)?\(.*", text)
+    assert re.search(groups, reduce)
+    gathers = re.findall(r" all-gather(?:-start)?\(.*", text)
+    assert bool(gathers) == is_split
+    assert all(re.search(groups, gather) for gather in gathers)
+    assert not re.findall(r"f32\[[\d,]*\]\S* convolution\(f32", text)
+    assert "callback" not in text
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["enhancer", "sample"])
+def test_other_programs_compile_for_a_tpu(smallest_checkpoint, what):
+    chip, count = chips.find("v5e:2x2")
+    flags = {"checkpoint": str(smallest_checkpoint), "what": what}
+    flags |= {"batch": 8} if what == "enhancer" else {"people": 8, "steps": 4}
+    cfg = build(PlanConfig, {}, flags)
+    job = work.JOBS[what](cfg, chip, count)
+    found = compiled.compile_for(chip, "v5e:2x2", count, job.lower)
+    assert found.collectives == ({"all-reduce": 1} if what == "enhancer" else {})
+    assert found.total > job.memory.get("weights", 0) / 2
