@@ -543,7 +543,7 @@ def test_what_was_begun_before_there_were_these_settings_can_go_on():
     )
     base = results.Base(None, None, None, "m", None)
     about = fingerprint_of(cfg, method_of(cfg), base, None)
-    assert {name: about[name] for name in LATER if about[name] is not None} == {}
+    assert {name: value for name in LATER if (value := about.get(name)) is not None} == {}
 
 
 def test_without_an_enhancer_identities_are_written_and_read_as_ever(tmp_path):
