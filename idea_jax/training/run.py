@@ -153,14 +153,15 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
       DevicesError: a step of one person needs more memory than there is.
       as `run`.
     """
-    found = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant)
+    found = hub.resolve_for(cfg)
     settled, enhancer = settle(cfg, found.folder)
     if not settled.max_train_steps:
         return replace(cfg, mesh=None)
     local, processes = jax.local_devices(), jax.process_count()
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     kernel = flash.resolve(cfg.attention, local[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype), attention=sizing.traced(kernel))
+    model = sd.read_configs(found.folder, dtype, **reading(cfg))
+    model = replace(model, attention=sizing.traced(kernel))
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     method = method_of(settled, enhancer)
     program = Program(model, method, optimizer_of(settled, method), cfg.train_batch_size)
