@@ -196,8 +196,15 @@ def test_loop_of_the_sampler_embeds_no_timestep(tiny, interval):
         return programs.draw(model, frozen, kv, *parts, sampling)
 
     jaxpr = jax.make_jaxpr(draw)(shapes, kv, abstract(3, dtype=jnp.int32)).jaxpr
-    (call,) = [e for e in jaxpr.eqns if "jaxpr" in e.params]
-    program = call.params["jaxpr"].jaxpr
+
+    def with_loop(jaxpr):
+        """The jaxpr with a scan, in whichever call it is."""
+        if any(e.primitive.name == "scan" for e in jaxpr.eqns):
+            return jaxpr
+        calls = [e.params["jaxpr"].jaxpr for e in jaxpr.eqns if e.primitive.name == "jit"]
+        return next((found for call in calls if (found := with_loop(call))), None)
+
+    program = with_loop(jaxpr)
     (loop,) = [e for e in program.eqns if e.primitive.name == "scan"]
 
     def rows(jaxpr):
