@@ -43,7 +43,7 @@ def written(tmp_path_factory):
             for prompt, group in (("a photo of {}", "prompts"), ("a sketch of {}", "style")):
                 value = 0.9 - 0.3 * number - 0.1 * place
                 rows.append(
-                    scoring.PictureRow(
+                    scoring.ScoredPicture(
                         method,
                         name,
                         prompt,
