@@ -45,7 +45,7 @@ code { background: #f3f3f3; padding: .1rem .3rem; border-radius: 3px }
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m idea_jax.demo", description="Learns one person from a picture, draws them."
+        prog="idea-demo", description="Learns one person from a picture, draws them."
     )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("demo"), help="to write to (default: demo)"

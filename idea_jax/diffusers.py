@@ -16,6 +16,7 @@ import functools
 import inspect
 import logging
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,17 +85,26 @@ class LoadedIdentity:
     """A person in one or several pipelines of the same networks.
 
     Attributes:
-      strength: scales adapter and K/V delta.
       digest: SHA-256 of the file, or of the description, that they come from.
     """
 
     def __init__(self, person: Portable, digest: str):
-        self.person, self.digest, self.strength = person, digest, 1.0
+        self.person, self.digest, self._strength = person, digest, 1.0
         self.word = f"<idea-{digest[:12]}>"  # in the tokenizer; prompts say {}
         self._named: list[bool] = []  # of each prompt that was encoded last: does it say {}
         self._rows: Any = None  # of the call of the UNet under way: 1 where the K/V delta acts
         self._handles: list = []
         self._pipes: list[weakref.ref] = []
+
+    @property
+    def strength(self) -> float:
+        """Scales adapter and K/V delta; a number from 0 on. Others raise ValueError."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        check_strength(value)
+        self._strength = float(value)
 
     def hook(self, unet: Any) -> None:
         """Has keys and values of a UNet's cross-attention go through the person's deltas."""
@@ -209,8 +219,8 @@ def read_person(path: Path, enhancer: str | Path | None, pipe: Any) -> tuple[Por
 
 def check_strength(strength: float) -> None:
     """Raises ValueError unless it is a number from 0 on."""
-    if not (0 <= strength < math.inf):
-        raise ValueError(f"strength must be a number from 0 on, got {strength}")
+    if not (isinstance(strength, numbers.Real) and 0 <= strength < math.inf):
+        raise ValueError(f"strength must be a number from 0 on, got {strength!r}")
 
 
 def check_pipeline(pipe: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from idea_jax import cli
 from idea_jax.evaluation.settings import EvaluateConfig
 
-PROGRAM = "python -m idea_jax.evaluate"
+PROGRAM = "idea-evaluate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         description="Writes a learned person for diffusers, AUTOMATIC1111 and ComfyUI.",
     )
     found.add_argument("identity", metavar="IDENTITY", help="identity.safetensors, or its folder")
-    found.add_argument("--to", choices=(*PROGRAMS, "all"), default="all")
+    found.add_argument(
+        "--to", choices=(*PROGRAMS, "all"), default="all", help="program (default: all of them)"
+    )
     found.add_argument("--out", required=True, metavar="FOLDER", help="new, empty, or of an export")
     found.add_argument(
         "--pretrained_model_name_or_path",

@@ -12,14 +12,17 @@ import jax
 
 from idea_jax.config import reading
 from idea_jax.config.settings import COMPUTE_DTYPES, TrainConfig
+from idea_jax.config.settings import reading as reading_of
+from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.errors import InputError
 from idea_jax.faces import packs
-from idea_jax.faces.models import KNOWN_SHA256
+from idea_jax.faces.models import KNOWN_SHA256, FaceError, inspect
+from idea_jax.formats import enhancer as enhancers
 from idea_jax.launch import describe
 from idea_jax.models import flash, hub, sd
 from idea_jax.models.tensor_files import TensorFiles, find_weights
 from idea_jax.runtime import compile_cache, devices
-from idea_jax.runtime.files import WriteError, check_writable, file_digest
+from idea_jax.runtime.files import WriteError, check_writable
 from idea_jax.training import program as programs
 from idea_jax.training.start import method_of, optimizer_of, settle
 
@@ -90,17 +93,12 @@ def face_models(checkpoint: Path | None) -> Iterator[Finding]:
         for path in sorted(folder.glob("*.onnx")):
             known = KNOWN_SHA256.get(path.name)
             try:
-                digest = file_digest(path)
-            except OSError as error:
-                yield Finding(f"{folder.name}/{path.name}", WRONG, describe(error))
-                continue
-            if known == digest:
+                inspect(path, known)
                 level, text = OK, "the file that is known by this name"
-            elif known is None:
-                level, text = OK, "its hash is not known; that says nothing against it"
-            else:
-                level = WRONG
-                text = f"not the file of this name (SHA-256 {digest}): download the pack again"
+                if known is None:
+                    text = "its hash is not known; that says nothing against it"
+            except FaceError as error:
+                level, text = WRONG, str(error)
             yield Finding(f"{folder.name}/{path.name}", level, text)
 
 
@@ -157,13 +155,15 @@ def size_of(folder: Path) -> str:
     return devices.gigabytes(total)
 
 
-def checkpoint(name: str, revision: str | None, variant: str | None) -> Iterator[Finding]:
+def checkpoint(cfg: TrainConfig) -> Iterator[Finding]:
     """Whether a checkpoint can be read, and what it is; its weights are opened and not loaded."""
     try:
-        found = hub.resolve(name, revision, variant)
-        model = sd.read_configs(found.folder)
+        found = hub.resolve_for(cfg)
+        model = sd.read_configs(found.folder, **reading_of(cfg))
         for part, stem in hub.WEIGHTS if found.folder.is_dir() else ():  # one file is open already
-            TensorFiles(find_weights(found.folder / part, stem, variant))
+            TensorFiles(find_weights(found.folder / part, stem, cfg.variant))
+        length = model.text.max_position_embeddings
+        load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     except (InputError, OSError) as error:
         yield Finding("checkpoint", WRONG, describe(error))
         return
@@ -172,16 +172,27 @@ def checkpoint(name: str, revision: str | None, variant: str | None) -> Iterator
     side = model.unet.sample_size * model.vae.downscale
     text = f"{found.name}, {kind}, predicts {model.schedule.prediction_type}, {side} pixels"
     yield Finding("checkpoint", OK, text)
-    has = (found.folder / hub.ENHANCER).is_file()
-    text = "the checkpoint has one" if has else "the checkpoint has none: people take more steps"
-    yield Finding("shared ID-Enhancer", OK if has else NOTE, text)
+    yield enhancer(found.folder, model)
+
+
+def enhancer(folder: Path, model: sd.StableDiffusion) -> Finding:
+    """Whether a checkpoint has a shared ID-Enhancer that can be used."""
+    what = "shared ID-Enhancer"
+    path = enhancers.find("auto", folder)
+    if path is None:
+        return Finding(what, NOTE, "the checkpoint has none: people take more steps")
+    try:
+        enhancers.check(enhancers.read(path), model, path, face_model=None)
+    except InputError as error:
+        return Finding(what, WRONG, str(error))
+    return Finding(what, OK, "the checkpoint has one")
 
 
 def people_in_a_step(cfg: TrainConfig) -> Iterator[Finding]:
     """How many people a step takes on one device: the step is compiled for one and for two."""
     name = "people in a step"
     try:
-        folder = hub.resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant).folder
+        folder = hub.resolve_for(cfg).folder
         alone, both = (step_bytes(cfg, folder, count) for count in (1, 2))
     except (InputError, OSError) as error:
         yield Finding(name, WRONG, describe(error))
@@ -223,7 +234,7 @@ def step_bytes(cfg: TrainConfig, folder: Path, count: int) -> int:
     cfg = replace(cfg, max_train_steps=max(cfg.max_train_steps, 1))
     method, dtype = method_of(cfg, enhancer), COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(folder, dtype), attention=attention)
+    model = replace(sd.read_configs(folder, dtype, **reading_of(cfg)), attention=attention)
     mesh = devices.layout({"identity": 1, "data": 1}, count, count, cfg.train_batch_size).mesh
     program = programs.Program(
         model,
@@ -238,27 +249,26 @@ def step_bytes(cfg: TrainConfig, folder: Path, count: int) -> int:
     return compile_cache.bytes_needed(lowered.compile())
 
 
-def examine(
-    name: str | None, revision: str | None, variant: str | None, step: dict | None
-) -> Iterator[Finding]:
+def examine(of_model: dict | None, step: dict | None) -> Iterator[Finding]:
     """All findings, in order.
 
     Args:
-      name, revision, variant: of a checkpoint; None to look at none.
+      of_model: settings of a training that name a checkpoint and say how it is read; None to look
+        at none.
       step: settings of a training whose step is compiled, to count the people that fit into it.
     """
     yield from packages()
     yield from machine()
     folder = None
-    if name is not None:
-        found = list(checkpoint(name, revision, variant))
+    given = (of_model or {}) | {"train_data_dir": "."}
+    if of_model is not None:
+        cfg = reading.build(TrainConfig, {}, given)
+        found = list(checkpoint(cfg))
         yield from found
         if found[0].level == OK:
-            folder = hub.resolve(name, revision, variant).folder
+            folder = hub.resolve_for(cfg).folder
     yield from face_models(folder)
     yield from network()
     yield from caches()
     if step is not None and folder is not None:
-        given = {"pretrained_model_name_or_path": name, "train_data_dir": "."}
-        given |= {"revision": revision, "variant": variant}
         yield from people_in_a_step(reading.build(TrainConfig, {}, given | step))

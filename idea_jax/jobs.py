@@ -376,7 +376,7 @@ def summary(records: Sequence[Record], *, now: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 1 where there is no such run."""
     parser = argparse.ArgumentParser(
-        prog="python -m idea_jax.jobs", description="Says how far a training of many people is."
+        prog="idea-jobs", description="Says how far a training of many people is."
     )
     parser.add_argument("out", metavar="OUT", help="its --output_dir")
     out = parser.parse_args(argv).out

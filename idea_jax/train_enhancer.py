@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from idea_jax import cli, launch
 from idea_jax.enhancer.settings import EnhancerTrainConfig, PrepareConfig
 
-PROGRAM = "python -m idea_jax.train_enhancer"
+PROGRAM = "idea-train-enhancer"
 
 
 def preparing() -> Callable:

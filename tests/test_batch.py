@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import pytest
 from PIL import Image
 
 from idea_jax import batch as command
+from idea_jax.config import reading
 from idea_jax.data import images
 from idea_jax.formats.identity import Identity, write_identity
 from idea_jax.method import condition
 from idea_jax.sampling import batch, engine, rows, store
+from idea_jax.sampling.settings import BatchConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--num_inference_steps 2 --guidance_scale 3 --batch_size 2 --compile_cache off".split()
@@ -148,7 +151,7 @@ def test_csv_says_the_same_as_jsonl_and_unknown_columns_are_refused(tmp_path):
     assert list(of_table.values()) == list(of_lines.values()) == GOOD and not bad and not none
 
     table.write_text('identity,prompt,sede\nanna,"a photo, of {}",\n')
-    with pytest.raises(rows.RowsError, match=r"nobody knows: 'sede' \(line 2\)"):
+    with pytest.raises(rows.RowsError, match=r"nobody knows: 'sede' \(line 1\)"):
         rows.read_values(table)
     lines.write_text('{"identity": "anna"}\n{"promt": "{}", "identity": "anna"}\n')
     with pytest.raises(rows.RowsError, match=r"'promt' \(line 2\); expected some of identity, "):
@@ -161,6 +164,10 @@ def test_csv_says_the_same_as_jsonl_and_unknown_columns_are_refused(tmp_path):
         rows.read_values(table)
     with pytest.raises(rows.RowsError, match="cannot be read"):
         rows.read_values(tmp_path / "none.csv")
+    for damaged in ('identity,prompt\nanna,"{}\n', "prompt,prompt\n{},{}\n"):
+        table.write_text(damaged)
+        with pytest.raises(rows.RowsError, match="cannot be read as CSV"):
+            rows.read_values(table)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -305,6 +312,39 @@ def test_prompts_are_crossed_with_people(run, tmp_path, people, smallest_checkpo
         for prompt in ("a photo of {}", "{} at sea")
         for number in (0, 1)
     ]
+
+
+def test_what_a_checkpoint_says_of_its_noise_and_words_is_part_of_a_rows_hash(
+    tmp_path, smallest_checkpoint, people
+):
+    """Pictures of another noise schedule, or of other words, are not those that were asked for."""
+    copy, digests = tmp_path / "checkpoint", set()
+    shutil.copytree(smallest_checkpoint, copy)
+    jobs = tmp_path / "jobs.jsonl"
+    jobs.write_text(json.dumps(GOOD[0]))
+    given = {"pretrained_model_name_or_path": str(copy), "identities": str(people)}
+    cfg = reading.build(BatchConfig, {}, given | {"jobs": str(jobs), "out": "out"})
+    for name in (None, "scheduler/scheduler_config.json", "tokenizer/vocab.json"):
+        if name is not None:
+            (copy / name).write_bytes((copy / name).read_bytes() + b"\n")
+        digests |= {job.digest for job in batch.plan_batch(cfg).jobs}
+    assert len(digests) == 3
+
+
+def test_people_of_a_missing_folder_are_told_before_anything_is_drawn(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(GOOD, out, "--identities", str(tmp_path / "nobody")) == 1
+    assert "nobody is no folder" in capsys.readouterr().err and not (out / store.INDEX).exists()
+
+
+def test_a_name_may_hold_a_comma(people, tmp_path):
+    shutil.copytree(people / "anna", tmp_path / "Doe, Anna")
+    shutil.copytree(people / "bert", tmp_path / "bert")
+    roster = rows.Roster(None, str(tmp_path), None)
+    assert roster.names("Doe, Anna") == ["Doe, Anna"]
+    assert roster.names("bert, carl") == ["bert", "carl"]
+    with pytest.raises(FileNotFoundError, match="empty"):
+        rows.find_person("", str(tmp_path))
 
 
 def test_processes_take_neighbouring_ranges_that_cover_all(monkeypatch):

@@ -141,6 +141,10 @@ def test_pictures_in_diffusers_are_those_of_this_project(kind, request, tmp_path
         ours = world.draw(guidance, strength=loaded.strength)
         assert apart(world.draw_there(pipe, guidance), ours) <= 2
     # The parts are seen: without them it is another picture.
+    for wrong in (-1, float("nan"), "1"):
+        with pytest.raises(ValueError, match="strength must be a number"):
+            loaded.strength = wrong
+    assert loaded.strength == 0.5
     loaded.strength = 0.0
     assert apart(world.draw_there(pipe, 7.5), ours) > 10
     # Nobody is named: the plain model; and so once the person is gone.

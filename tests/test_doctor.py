@@ -73,8 +73,30 @@ def test_what_is_wrong_is_named_and_decides_the_exit_code(
     assert "not a complete safetensors file" in lines["checkpoint"][1]
     assert "pip install 'flax" in lines["flax"][1] and "not installed" in lines["optax"][1]
     assert lines["buffalo_l/mine.onnx"][0] == "ok"
+    # Other parts that a run would end at, each cut off.
+    shutil.copytree(hub.MINI_FOLDER, tmp_path / "mini")
+    parts = {
+        "shared ID-Enhancer": "enhancer/enhancer.safetensors",
+        "face/recogniser.onnx": "face/recogniser.onnx",
+        "checkpoint": "tokenizer/vocab.json",
+    }
+    for what, name in parts.items():
+        whole = (tmp_path / "mini" / name).read_bytes()
+        (tmp_path / "mini" / name).write_bytes(whole[: len(whole) // 2])
+        code, lines = found(capsys, "--checkpoint", str(tmp_path / "mini"))
+        assert code == 1 and lines[what][0] == "wrong", lines[what]
+        (tmp_path / "mini" / name).write_bytes(whole)
     code, lines = found(capsys, "--checkpoint", str(tmp_path / "nowhere" / "x" / "y"))
     assert code == 1 and "there is no folder" in lines["checkpoint"][1]
+
+
+def test_what_a_checkpoint_does_not_say_can_be_said(smallest_checkpoint, capsys):
+    command = ["--pretrained_model_name_or_path", str(smallest_checkpoint)]
+    for kind in ("epsilon", "v_prediction"):
+        code, lines = found(capsys, *command, "--prediction_type", kind)
+        assert code == 0 and f"predicts {kind}" in lines["checkpoint"][1]
+    with pytest.raises(SystemExit):
+        doctor.main(["--prediction_type", "epsilon"])
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(home, capsys, monkeypatch):

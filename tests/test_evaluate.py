@@ -179,12 +179,28 @@ def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tm
         ({"clip": "nowhere"}, 1, "there is no folder nowhere"),
         ({"pictures": 3}, 2, "--pictures has no effect on --images"),
         ({"compare": "paper"}, 2, "exactly one of"),
+        ({"images": "nowhere"}, 1, "nowhere is no folder"),
         ({"face_model": FACE / "scoring.onnx"}, 1, "is the recogniser that people are learned"),
     ],
 )
 def test_what_concerns_everybody_is_one_message(world, tmp_path, capsys, change, code, problem):
     assert evaluate.main(arguments(world, tmp_path / "out", "true", **change)) == code
     assert problem in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # a command that is put right is not held to this one
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [("steps=x", "must be int"), ("id_strength=x", "must be float"), ("id_strength=-1", "id_str")],
+)
+def test_settings_of_a_method_are_looked_at_before_it_is_trained(
+    world, tmp_path, capsys, monkeypatch, given, problem
+):
+    monkeypatch.setattr(compare.training, "run", None)
+    command = ["--photos", str(world / "photos"), "--output_dir", str(tmp_path / "out")]
+    command += ["--pretrained_model_name_or_path", "mini", "--compare", f"paper@{given}"]
+    assert evaluate.main(command) == 1
+    assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_numbers_of_the_mini_are_the_labs(world, tmp_path):
@@ -322,7 +338,8 @@ def test_methods_of_a_comparison_are_read():
         ("../paper", "unknown"),
         ("", "unknown"),
         ("paper@steps", "no SETTING=VALUE"),
-        ("paper@no_such=1", "no SETTING=VALUE"),
+        ("paper@no_such=1", "'no_such' is no setting"),
+        ("paper@steps=[", "no readable value"),
     ):
         with pytest.raises(compare.ConfigError, match=problem):
             compare.read_contenders(given, "mini")

@@ -233,14 +233,14 @@ def test_manifest_without_a_hash_does_not_switch_off_a_known_one(pack, no_onnxru
 @pytest.mark.parametrize("manifest", [False, True])
 def test_what_is_run_is_what_was_inspected(pack, monkeypatch, name, manifest):
     """The file is changed between the two: its bytes are run that were read, or it is refused."""
-    inspect = face_models._inspect
+    inspect = face_models.inspect
 
     def inspect_and_change(path, expected):
         seen = inspect(path, expected)
         random_model.write_random_recogniser(path, seed=9)
         return seen
 
-    monkeypatch.setattr(face_models, "_inspect", inspect_and_change)
+    monkeypatch.setattr(face_models, "inspect", inspect_and_change)
     load = face_models.load_recogniser if name == "rec.onnx" else face_models.load_detector
     if manifest:
         write_manifest(pack)

@@ -178,3 +178,11 @@ def test_a_folder_that_another_run_removes_while_it_is_empty_is_made_again(tmp_p
         return (tmp_path / "a" / "file").write_text("x")
 
     assert files.make_in(tmp_path / "a", make) == 1 and len(calls) == 3
+
+
+def test_a_file_in_the_place_of_a_folder_is_not_a_full_disk(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(files.WriteError, match="a file is where a folder is needed") as told:
+            files.check_writable(place)
+        assert "disk space" not in str(told.value)

@@ -75,7 +75,7 @@ ROWS = (
     ("batch", "cli sampling"),
     ("train_enhancer", "cli enhancer launch"),
     ("evaluate", "cli evaluation"),
-    ("findings", "config errors faces launch models runtime training"),
+    ("findings", "config data errors faces formats launch models runtime training"),
     ("doctor", "config findings launch runtime"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
     ("exporting", "data formats method models publish runtime"),

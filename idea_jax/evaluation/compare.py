@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,16 @@ def read_contenders(given: str, checkpoint: str) -> list[Contender]:
         for part in filter(None, rest.split(";")):
             key, sign, value = part.partition("=")
             key = SHORT.get(key.strip(), key.strip())
-            if not sign or key not in known | drawn:
+            if not sign:
                 raise ConfigError(f"--compare {name}: {part!r} is no SETTING=VALUE")
-            values[key] = yaml.safe_load(value)
+            if key not in known | drawn:
+                raise ConfigError(
+                    f"--compare {name}: {key!r} is no setting of idea-train or idea-sample"
+                )
+            try:
+                values[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ConfigError(f"--compare {name}: {part!r} has no readable value") from error
         found.append(
             Contender(
                 name.strip(),
@@ -128,6 +135,23 @@ def train_config(contender: Contender, cfg: EvaluateConfig, out: Path, seed: int
     source = f"{contender.config} or --compare"
     reading.build(TrainConfig, values | contender.training, flags, source=source)
     return reading.build(TrainConfig, values, flags | contender.training, source=source)
+
+
+def check(
+    contender: Contender, cfg: EvaluateConfig, out: Path, seed: int, drawing: Mapping[str, Any]
+) -> None:
+    """Looks at the settings of a method before anything is trained.
+
+    Args:
+      drawing: settings of `SampleConfig` that all methods share.
+
+    Raises:
+      ConfigError: one is of the wrong type, out of its range, or does not fit the others.
+    """
+    train_config(contender, cfg, out, seed)
+    values = {"identity": [FILE], "prompt": ["{}"], **drawing}
+    flags = {key: value for key, value in values.items() if key not in contender.drawing}
+    reading.build(SampleConfig, contender.drawing, flags, source=f"--compare {contender.name}")
 
 
 def train(

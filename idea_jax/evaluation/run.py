@@ -80,6 +80,11 @@ def run(cfg: EvaluateConfig) -> list[Path]:
             raise ConfigError(
                 f"--compare needs a folder per person and two people at least in {cfg.photos}"
             )
+    sources = images_of(cfg)
+    settings = draw.settings_of(cfg, mode) if cfg.images is None else {}
+    for contender in contenders:
+        where = out / "people" / safe_name(contender.name)
+        compare.check(contender, cfg, where, settings["seed"], settings)
     check_writable(out)
     held = held_settings(cfg, out)
     checkpoint = None
@@ -94,9 +99,7 @@ def run(cfg: EvaluateConfig) -> list[Path]:
     eyes = looking.open_eyes(score_model, judge, crop=cfg.score_crop, provider=cfg.face_provider)
     write_json(out / SETTINGS, held)
     # The pictures of each method.
-    sources = images_of(cfg)
     problems: list[Problem] = []
-    settings = draw.settings_of(cfg, mode) if cfg.images is None else {}
     for contender in contenders:
         files, spent, failed = compare.train(
             contender,
@@ -151,7 +154,7 @@ def images_of(cfg: EvaluateConfig) -> dict[str, Path]:
     """The folders of `--images`, by method.
 
     Raises:
-      ConfigError: two methods have the same name.
+      ConfigError: two methods have the same name, or there is no such folder.
     """
     found: dict[str, Path] = {}
     for given in cfg.images or ():
@@ -163,6 +166,11 @@ def images_of(cfg: EvaluateConfig) -> dict[str, Path]:
             name = path.resolve().name
         if name in found:
             raise ConfigError(f"two of --images are called {name}; tell them apart: METHOD=DIR")
+        if not path.is_dir():
+            raise ConfigError(
+                f"--images {given}: {path} is no folder; expected a folder per person, in it one "
+                "per prompt"
+            )
         found[name] = path
     return found
 

@@ -96,7 +96,7 @@ def _digest(file: Path | None) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m idea_jax.faces",
+        prog="idea-faces",
         description="Compute the face embeddings of a folder of photos, and of its sub-folders, or "
         "of a data set, once; training reads them with --face_embeddings. The same command goes on "
         "where it stopped.",

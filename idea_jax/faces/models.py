@@ -148,7 +148,7 @@ def _open(path: Path, provider: str, task: str) -> tuple[Any, str]:
     if declared is not None and declared.path != path.resolve():
         declared = None
     expected = (declared.sha256 if declared else None) or KNOWN_SHA256.get(path.name)
-    content, digest = _inspect(path, expected)
+    content, digest = inspect(path, expected)
     providers = PROVIDERS[provider]
     if providers[0] not in onnxruntime.get_available_providers():
         raise FaceError(_no_provider(provider, "this onnxruntime was built without it"))
@@ -193,9 +193,13 @@ def _no_provider(provider: str, why: str) -> str:
     )
 
 
-def _inspect(path: Path, expected: str | None) -> tuple[bytes, str]:
+def inspect(path: Path, expected: str | None) -> tuple[bytes, str]:
     """Checks that `path` is one ONNX model without external data and, where it is known, that it
-    has the expected SHA-256; returns its bytes and their SHA-256."""
+    has the expected SHA-256; returns its bytes and their SHA-256.
+
+    Raises:
+      FaceError: it is not.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -24,9 +24,11 @@ class WriteError(InputError, OSError):
 def cannot_write(path: str | os.PathLike, error: BaseException) -> WriteError:
     """The error to raise when `error` kept `path` from being written."""
     reason = getattr(error, "strerror", None) or error
+    advice = "free some disk space or choose another folder"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        advice = "a file is where a folder is needed, so choose another folder"
     return WriteError(
-        f"cannot write {path}: {reason}; free some disk space or choose another folder. Nothing "
-        "that was there before is lost"
+        f"cannot write {path}: {reason}; {advice}. Nothing that was there before is lost"
     )
 
 

@@ -105,20 +105,22 @@ def fill(cfg: BatchConfig, out: Path) -> list[Path]:
     log.info("%d of %d pictures are there", len(own) - len(left), len(own))
     lost = draw_left(batch, store, held, own, left)
     if jax.process_index() > 0:
-        told(out, [{"line": line, "error": why} for line, why in lost.values()], len(own))
+        failed = [{"line": line, "error": why} for line, why in lost.values()]
+        told(cfg, out, failed, len(own))
         return []
     devices.await_others()
     if jax.process_count() > 1:
         held = store.held()
     lines = index_lines(batch, held, lost)
     write_index(out, lines)
-    return told(out, [line for line in lines if "error" in line], len(lines))
+    return told(cfg, out, [line for line in lines if "error" in line], len(lines))
 
 
-def told(out: Path, failed: Sequence[dict], rows: int) -> list[Path]:
+def told(cfg: BatchConfig, out: Path, failed: Sequence[dict], rows: int) -> list[Path]:
     """The path of the index; raises RowsError where rows failed."""
     if failed:
-        reasons = "; ".join(f"line {one['line']}: {one['error']}" for one in failed[:SAID])
+        place = place_of(cfg)
+        reasons = "; ".join(f"{place} {one['line']}: {one['error']}" for one in failed[:SAID])
         raise RowsError(
             f"{len(failed)} of {rows} rows could not be drawn, the others are; {out / INDEX} has "
             f"the reason of each. {reasons}"
@@ -150,16 +152,18 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
         "model": found.name,
         "revision": found.revision,
         "weights": digest_of_weights(found.folder, changes["vae"], cfg.variant),
+        "configs": digest_of_configs(found, changes["vae"], cfg.original_config),
         "prediction_type": model.schedule.prediction_type,
         **({"lora": lora.about(loras)} if loras else {}),
         "clip_skip": cfg.clip_skip,
         "mixed_precision": cfg.mixed_precision,
     }
     good, bad = make_jobs(cfg, model, (casting, texts), of_model)
+    place = place_of(cfg)
     for line, why in list(bad.items())[:SAID]:
-        log.warning("line %d is left out: %s", line, why)
+        log.warning("%s %d is left out: %s", place, line, why)
     if not good:
-        reasons = "; ".join(f"line {line}: {why}" for line, why in list(bad.items())[:SAID])
+        reasons = "; ".join(f"{place} {line}: {why}" for line, why in list(bad.items())[:SAID])
         raise RowsError(f"none of the {len(bad)} rows can be drawn. {reasons}")
     lines = [(job.line, job.digest) for job in good]
     once = {job.digest: job for job in reversed(good)}
@@ -189,6 +193,21 @@ def digest_of_weights(folder: Path, vae: Path | None, variant: str | None) -> st
         if part == vae or not infix or infix in file.name
     ]
     return json_digest([[file.parent.name, file.name, file_digest(file)] for file in files])
+
+
+def digest_of_configs(found: hub.Checkpoint, vae: Path | None, original_config: str | None) -> str:
+    """Digest of the files that say how a checkpoint is read: configs, noise schedule, tokenizer."""
+    parts = ["unet", "text_encoder", "scheduler"] + ([] if vae else ["vae"])
+    files = [file for part in parts for file in sorted((found.folder / part).glob("*.json"))]
+    files += [vae / "config.json"] if vae else []
+    files += sorted([*found.tokenizer.glob("*.json"), *found.tokenizer.glob("*.txt")])
+    files += [Path(original_config)] if original_config else []
+    return json_digest([found.padding, *([file.name, file_digest(file)] for file in files)])
+
+
+def place_of(cfg: BatchConfig) -> str:
+    """What the number of a row counts: lines of the job file, or --prompts times people."""
+    return "row" if cfg.jobs is None else "line"
 
 
 def range_of(everything: Sequence[Job]) -> Sequence[Job]:
@@ -289,7 +308,7 @@ class Desk:
             self.held[job.digest] = future.result()
         except images.ImageError as error:
             self.lost[job.digest] = job.line, str(error)
-            log.warning("line %d could not be drawn: %s", job.line, error)
+            log.warning("%s %d could not be drawn: %s", place_of(self.batch.cfg), job.line, error)
         self.pack(self.batch.cfg.shard_pictures)
 
     def pack(self, most: int) -> None:

@@ -4,7 +4,7 @@ import csv
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,8 +86,10 @@ def read_values(path: Path) -> tuple[dict[int, dict], dict[int, str]]:
                 good[line] = values
     except OSError as error:
         raise RowsError(f"the job file {path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise RowsError(f"the job file {path} is no UTF-8 text of this type: {error}") from error
+    except UnicodeDecodeError as error:
+        raise RowsError(f"the job file {path} is no UTF-8 text: {error}") from error
+    except csv.Error as error:
+        raise RowsError(f"the job file {path} cannot be read as CSV: {error}") from error
     if unknown:
         names = ", ".join(f"{name!r} (line {line})" for name, line in sorted(unknown.items()))
         raise RowsError(
@@ -121,9 +123,12 @@ def _read_csv(file: Any) -> Iterator[tuple[int, dict | str]]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise csv.Error(f"the column {', '.join(twice)} stands there twice")
     reader.fieldnames = names
+    if unknown := [name for name in names if name not in COLUMNS]:
+        # Of these the caller complains, where there are no rows as well.
+        yield reader.line_num, dict.fromkeys(unknown, "")
     for cells in reader:
         if None in cells:
-            yield reader.line_num, f"has more cells than the {len(names)} columns"
+            yield reader.line_num, f"the row has more cells than the {len(names)} columns"
             continue
         values = {name: cell for name, cell in cells.items() if cell not in (None, "")}
         # A cell is text; a number that is none is told as such later.
@@ -132,8 +137,7 @@ def _read_csv(file: Any) -> Iterator[tuple[int, dict | str]]:
             if kind is not str:
                 with suppress(ValueError):
                     values[name] = kind(cell)
-        # An unknown column is refused even where all of its cells are empty.
-        yield reader.line_num, values | {n: "" for n in names if n not in COLUMNS}
+        yield reader.line_num, values
 
 
 def crossed(cfg: BatchConfig) -> dict[int, dict]:
@@ -166,8 +170,10 @@ def find_person(name: str, folder: str | None) -> Path:
     Raises:
       FileNotFoundError: there is none.
     """
+    if not name:
+        raise FileNotFoundError("identity names nobody: a name is empty")
     paths = []
-    if folder is not None and name not in ("", ".", "..") and Path(name).name == name:
+    if folder is not None and name not in (".", "..") and Path(name).name == name:
         paths += [Path(folder) / name / RESULT, Path(folder) / f"{name}.safetensors"]
     paths += [Path(name) / RESULT, Path(name)]
     found = next((path for path in paths if path.is_file()), None)
@@ -187,6 +193,13 @@ class Roster:
     def __init__(self, model: sd.StableDiffusion, folder: str | None, enhancer: str | None):
         self.model, self.folder, self.enhancer = model, folder, enhancer
         self.known: dict[str, KnownPerson | str] = {}
+
+    def names(self, text: str) -> list[str]:
+        """Whom a row names: one person, whose name may hold commas, or several between commas."""
+        with suppress(OSError):  # also of names that are too long for a file
+            find_person(text, self.folder)
+            return [text]
+        return [name.strip() for name in text.split(",")]
 
     def __call__(self, name: str) -> KnownPerson:
         """Whom a row calls so.
@@ -283,7 +296,7 @@ def make_job(
     line: int,
     found: Mapping[str, Any],
     sampling: programs.Sampling,
-    people: tuple[Callable[[str], KnownPerson], Texts],
+    people: tuple[Roster, Texts],
     of_model: Mapping[str, Any],
 ) -> Job:
     """A row that can be drawn; whom it names is added to the texts.
@@ -294,8 +307,7 @@ def make_job(
       RowsError, TextError, ConfigError: a person's file or the prompt cannot be used.
     """
     casting, texts = people
-    names = [name.strip() for name in found["identity"].split(",")]
-    cast = {name: casting(name) for name in names}
+    cast = {name: casting(name) for name in casting.names(found["identity"].strip())}
     if len(cast) > 1 and is_for_each(found["prompt"], list(cast)):
         raise RowsError(
             f"the prompt has {{}} and the row {len(cast)} people: write "
@@ -337,7 +349,7 @@ def make_job(
 def make_jobs(
     cfg: BatchConfig,
     model: sd.StableDiffusion,
-    people: tuple[Callable[[str], KnownPerson], Texts],
+    people: tuple[Roster, Texts],
     of_model: Mapping[str, Any],
 ) -> tuple[list[Job], dict[int, str]]:
     """All rows of a batch that can be drawn, and what is wrong with the lines of the others.
@@ -346,6 +358,11 @@ def make_jobs(
       RowsError, TextError: the job file, or the prompts and the people, cannot be used at all.
     """
     bad: dict[int, str] = {}
+    if cfg.identities is not None and not Path(cfg.identities).is_dir():
+        raise RowsError(
+            f"--identities {cfg.identities} is no folder: expected a folder of people, as training "
+            "writes them"
+        )
     good = crossed(cfg) if cfg.jobs is None else {}
     if cfg.jobs is not None:
         good, bad = read_values(Path(cfg.jobs))
