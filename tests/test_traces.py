@@ -22,6 +22,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_cache, "KEEPS_TRACES", True)
     changed = {
         "jax_compilation_cache_dir": str(tmp_path / "cache"),
+        "jax_enable_compilation_cache": True,  # a run with `--compile_cache off` may have been here
         "jax_debug_key_reuse": False,  # with it nothing is kept
     }
     before = {name: getattr(jax.config, name) for name in changed}
