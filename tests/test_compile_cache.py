@@ -90,8 +90,15 @@ def test_without_a_name_the_folder_given_to_jax_stays_else_it_is_the_users(tmp_p
     assert kept_in() == str(tmp_path / "idea_jax" / "compiled")
 
 
-def test_off_keeps_nothing():
+def test_off_keeps_nothing_and_holds_for_one_run(tmp_path, monkeypatch):
     compile_cache.use("off")
+    assert not jax.config.jax_enable_compilation_cache
+    compile_cache.use(str(tmp_path))
+    assert jax.config.jax_enable_compilation_cache
+    # Whoever has told JAX itself is obeyed.
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compile_cache.use(str(tmp_path))
     assert not jax.config.jax_enable_compilation_cache
 
 

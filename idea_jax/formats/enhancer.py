@@ -165,16 +165,29 @@ def read_needed(path: Path | None, sha256: str, who: Any, how: str) -> Enhancer:
     Raises:
       EnhancerError: there is none, it cannot be used, or it is another one.
     """
-    needs = f"{who} needs the ID-Enhancer that it was trained with (SHA-256 {sha256})"
     if path is None:
-        raise EnhancerError(f"{needs}; give its file with {how}")
+        raise EnhancerError(
+            f"{who} needs the ID-Enhancer that it was trained with (its file has the SHA-256 "
+            f"{sha256}), and there is no {FILE} in the folder of this checkpoint, or none was to "
+            f"be used; give its file with {how}"
+        )
     enhancer = read(path)
+    refuse_another(enhancer, path, sha256, who, how)
+    return enhancer
+
+
+def refuse_another(enhancer: Enhancer, path: Path, sha256: str, who: Any, how: str) -> None:
+    """Raises EnhancerError unless an enhancer is the one that somebody was trained with.
+
+    Args:
+      path: of the enhancer; the others as of `read_needed`.
+    """
     if enhancer.sha256 != sha256:
         raise EnhancerError(
-            f"{needs}, and {path} is another one (SHA-256 {enhancer.sha256}); give the right file "
-            f"with {how}"
+            f"{who} was trained with the ID-Enhancer whose file has the SHA-256 {sha256}, and "
+            f"{path} is another one (SHA-256 {enhancer.sha256}); give the right file with {how}, "
+            "or train again with this one"
         )
-    return enhancer
 
 
 def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray], dict]:

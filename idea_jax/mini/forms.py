@@ -8,13 +8,12 @@ both, as a LoRA does, with the ID-Adapter and without, and with the tokens alone
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from idea_jax import launch
 from idea_jax.config.settings import check_seed
-from idea_jax.runtime.files import atomic_write, check_writable, say
+from idea_jax.runtime.files import check_writable, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,9 +70,7 @@ def measure(args: argparse.Namespace) -> None:
         apart = trials.differences({name: scores[name] for name in names})
         say(f"\nDifferences of the same people, {number} steps:\n\n{apart}")
     if args.json:
-        with atomic_write(args.json) as path:
-            values = {n: [s._asdict() for s in each] for n, each in scores.items()}
-            path.write_text(json.dumps(values) + "\n")
+        trials.write_scores(args.json, scores)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ prompt asks for is read by the judge.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from idea_jax import launch
 from idea_jax.config.settings import check_seed
-from idea_jax.runtime.files import atomic_write, check_writable, say
+from idea_jax.runtime.files import check_writable, say
 
 PROFILES = ("paper", "paper_alone", "official", "cross_init", "textual_inversion")
 
@@ -91,9 +90,7 @@ def measure(args: argparse.Namespace) -> None:
     if apart := trials.differences(scores):
         say(f"\nDifferences of the same people:\n\n{apart}")
     if args.json:
-        with atomic_write(args.json) as path:
-            values = {n: [s._asdict() for s in each] for n, each in scores.items()}
-            path.write_text(json.dumps(values) + "\n")
+        trials.write_scores(args.json, scores)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ The library of `python -m idea_jax.mini.lab`.
 """
 
 import functools
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from idea_jax.faces.portraits import Portraits
 from idea_jax.method import shared
 from idea_jax.mini import captions, drawings, measures, strangers
 from idea_jax.models import hub, sd
+from idea_jax.runtime.files import atomic_write
 from idea_jax.sampling import programs
 from idea_jax.training import group, results
 from idea_jax.training.photos import encode_pixels, training_pixels
@@ -315,6 +317,17 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     means = values[rng.integers(0, len(values), (DRAWS, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def write_scores(path: Path, scores: Mapping[str, Sequence[Score]]) -> None:
+    """Writes the scores of every person as JSON.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    values = {name: [score._asdict() for score in each] for name, each in scores.items()}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(values) + "\n")
 
 
 def markdown(scores: dict[str, list[Score]]) -> str:

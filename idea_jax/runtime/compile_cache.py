@@ -41,8 +41,10 @@ def use(folder: str | None) -> None:
       OSError: the folder that was named cannot be written. Without the one that was not named the
         run goes on, and says so.
     """
+    # A run that keeps nothing leaves that to itself, not to the next one of the process.
+    if "JAX_ENABLE_COMPILATION_CACHE" not in os.environ or folder == "off":
+        jax.config.update("jax_enable_compilation_cache", folder != "off")
     if folder == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -18,17 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from idea_jax import jobs
-from idea_jax.config.settings import COMPUTE_DTYPES
 from idea_jax.data import images
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, lora, sd
+from idea_jax.models import hub, lora, sd
 from idea_jax.runtime import compile_cache, devices, signals
 from idea_jax.runtime.files import check_writable, file_digest, json_digest
 from idea_jax.runtime.versions import versions
 from idea_jax.sampling import engine
-from idea_jax.sampling.plan import changes_of
+from idea_jax.sampling.plan import open_model
 from idea_jax.sampling.rows import Job, Roster, RowsError, make_jobs
 from idea_jax.sampling.settings import BatchConfig
 from idea_jax.sampling.store import INDEX, Held, Store, StoreError, write_index
@@ -45,6 +44,7 @@ class BatchPlan:
     """What is to be drawn, before any weights are read.
 
     Attributes:
+      loading: what `sd.load` takes besides the folder.
       jobs: the rows of all processes, each picture once, in the order in which they are drawn:
         rows that share a program together, and in these the rows of one person.
       lines: (line, hash) of all rows of the job file that can be drawn.
@@ -54,16 +54,12 @@ class BatchPlan:
     cfg: BatchConfig
     found: hub.Checkpoint
     model: sd.StableDiffusion
+    loading: dict
     enhancer: enhancers.Enhancer | None
     texts: engine.Texts
     jobs: list[Job]
     lines: list[tuple[int, str]]
     bad: dict[int, str]
-
-    @property
-    def loading(self) -> dict:
-        """What reading the weights needs besides their folder and type."""
-        return {**changes_of(self.cfg), "loras": lora.named(self.cfg.lora)}
 
 
 def run(cfg: BatchConfig) -> list:
@@ -134,12 +130,7 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
     Raises:
       RowsError: no row can be drawn.
     """
-    loras = lora.named(cfg.lora)
-    found = hub.resolve_for(cfg)
-    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    changes = changes_of(cfg)
-    model = replace(sd.read_configs(found.folder, dtype, **changes), attention=attention)
+    found, model, loading = open_model(cfg)
     path, enhancer = enhancers.find(cfg.enhancer, found.folder), None
     if path is not None:
         enhancer = enhancers.read(path)
@@ -151,10 +142,10 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
     of_model = {
         "model": found.name,
         "revision": found.revision,
-        "weights": digest_of_weights(found.folder, changes["vae"], cfg.variant),
-        "configs": digest_of_configs(found, changes["vae"], cfg.original_config),
+        "weights": digest_of_weights(found.folder, loading["vae"], cfg.variant),
+        "configs": digest_of_configs(found, loading["vae"], cfg.original_config),
         "prediction_type": model.schedule.prediction_type,
-        **({"lora": lora.about(loras)} if loras else {}),
+        **({"lora": lora.about(loading["loras"])} if loading["loras"] else {}),
         "clip_skip": cfg.clip_skip,
         "mixed_precision": cfg.mixed_precision,
     }
@@ -178,7 +169,7 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
             job.digest,
         ),
     )
-    return BatchPlan(cfg, found, model, enhancer, texts, order, lines, bad)
+    return BatchPlan(cfg, found, model, loading, enhancer, texts, order, lines, bad)
 
 
 def digest_of_weights(folder: Path, vae: Path | None, variant: str | None) -> str:
@@ -246,12 +237,7 @@ def open_engine(batch: BatchPlan, rows: Sequence[engine.PictureRow]) -> engine.E
     sd.shapes(model)  # once, before two threads ask for them
     lower = functools.partial(engine.lower_call, model, kinds[0], size, local, each)
     with compile_cache.ahead(lower):
-        _, frozen = sd.load(
-            batch.found.folder,
-            variant=cfg.variant,
-            compute_dtype=model.compute_dtype,
-            **batch.loading,
-        )
+        _, frozen = sd.load(batch.found.folder, **batch.loading)
     ours = None
     if batch.enhancer is not None:
         enhancers.warn_of_weights(batch.enhancer, frozen, batch.found.name)

@@ -4,19 +4,20 @@ import functools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from idea_jax.config.settings import ConfigError, SampleConfig, reading
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig, reading
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import Tokenizer, Tokens
 from idea_jax.formats import learned_embeds
 from idea_jax.formats.identity import Identity, read_identity
 from idea_jax.method import condition
-from idea_jax.models import hub
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime.files import file_digest, slug
 
 log = logging.getLogger(__name__)
@@ -24,14 +25,26 @@ log = logging.getLogger(__name__)
 NOBODY = "<person>"  # the placeholder of people without a name of their own in prompts
 
 
-def changes_of(cfg: Any) -> dict[str, Any]:
-    """What a run reads otherwise than the checkpoint has it, as `sd.read_configs` takes it.
+def open_model(cfg: Any) -> tuple[hub.Checkpoint, sd.StableDiffusion, dict[str, Any]]:
+    """The checkpoint that a run draws with, its networks, and what `sd.load` takes besides its
+    folder; weights are not read yet.
 
     Args:
-      cfg: settings with `vae`, `clip_skip`, `prediction_type` and `original_config`.
+      cfg: a SampleConfig or BatchConfig.
+
+    Raises:
+      CheckpointNotFound, UnsupportedConfig: there is none, or none that can be used.
+      LoraError, ConfigError: a LoRA file is not there, or the attention kernel not available.
     """
+    loras = lora.named(cfg.lora)  # a file that is not there is said before anything is fetched
+    found = hub.resolve_for(cfg)
+    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
-    return {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
+    changes = {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
+    model = replace(sd.read_configs(found.folder, dtype, **changes), attention=attention)
+    weights = {"variant": cfg.variant, "compute_dtype": dtype, "loras": loras}
+    return found, model, changes | weights
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:

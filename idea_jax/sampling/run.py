@@ -5,14 +5,13 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig
+from idea_jax.config.settings import ConfigError, SampleConfig
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
@@ -20,9 +19,9 @@ from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.faces import portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.formats.enhancer import introduce, warn_of_weights
-from idea_jax.formats.identity import Identity, IdentityError, check_identity
+from idea_jax.formats.identity import Identity, check_identity
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, lora, sd
+from idea_jax.models import hub, lora, sd
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime import compile_cache
 from idea_jax.runtime.files import (
@@ -37,8 +36,8 @@ from idea_jax.sampling.plan import (
     NOBODY,
     Drawing,
     Sitter,
-    changes_of,
     is_for_each,
+    open_model,
     plan,
     read_prompts,
     read_sitters,
@@ -85,12 +84,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     check_prompts(prompts, sitters)
     check_writable(cfg.save_dir)
     # The model; a person on photos is seen with its shared ID-Enhancer.
-    loras = lora.named(cfg.lora)
-    found = hub.resolve_for(cfg)
-    compute_dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.local_devices()[0], compute_dtype)
-    changes = changes_of(cfg)
-    model = replace(sd.read_configs(found.folder, compute_dtype, **changes), attention=attention)
+    found, model, loading = open_model(cfg)
     size = picture_size(model, cfg.height, cfg.width)
     check_guidance(cfg, model.schedule)
     enhancer = open_enhancer(cfg, found.folder, model, sitters)
@@ -120,8 +114,7 @@ def run(cfg: SampleConfig) -> list[Path]:
     with compile_cache.ahead(
         functools.partial(engine.lower_call, model, kinds[0], size_of_call, devices, each)
     ):
-        changes |= {"variant": cfg.variant, "compute_dtype": compute_dtype, "loras": loras}
-        _, frozen = sd.load(found.folder, **changes)
+        _, frozen = sd.load(found.folder, **loading)
     ours = None
     if enhancer is not None:
         warn_of_weights(enhancer, frozen, found.name)
@@ -181,33 +174,27 @@ def open_enhancer(
     """The shared ID-Enhancer that the people of a run need; None if they need none.
 
     Raises:
-      ConfigError: there is none.
-      EnhancerError: its file cannot be used.
-      IdentityError: somebody began with another one.
+      ConfigError: --photo needs one, and there is none.
+      EnhancerError: there is none, its file cannot be used, or somebody began with another one.
     """
     needy = [sitter for sitter in sitters if sitter.identity.needs_enhancer]
     if not needy and not cfg.photo:
         if cfg.enhancer not in ("auto", "none"):
             log.warning("--enhancer has no effect: nobody here needs a shared ID-Enhancer")
         return None
-    path = enhancers.find(cfg.enhancer, checkpoint_folder)
-    if path is None:
-        who = "--photo needs a shared ID-Enhancer"
-        if needy:
-            who = f"{needy[0].source} needs the ID-Enhancer that it was trained with (its file has "
-            who += f"the SHA-256 {needy[0].identity.enhancer})"
+    path, how = enhancers.find(cfg.enhancer, checkpoint_folder), "--enhancer FILE"
+    if path is None and not needy:
         raise ConfigError(
-            f"{who}, and there is no {enhancers.FILE} in the folder of this checkpoint, or "
-            "--enhancer none was given; give the file with --enhancer FILE"
+            f"--photo needs a shared ID-Enhancer, and there is no {enhancers.FILE} in the folder "
+            f"of this checkpoint, or --enhancer none was given; give the file with {how}"
         )
-    enhancer = enhancers.read(path)
-    for sitter in needy:
-        if sitter.identity.enhancer != enhancer.sha256:
-            raise IdentityError(
-                f"{sitter.source} was trained with the ID-Enhancer whose file has the SHA-256 "
-                f"{sitter.identity.enhancer}, and that of {path} is {enhancer.sha256}; give the "
-                "right file with --enhancer FILE, or train again with this one"
-            )
+    if needy:
+        first = needy[0]
+        enhancer = enhancers.read_needed(path, first.identity.enhancer, first.source, how)
+    else:
+        enhancer = enhancers.read(path)
+    for sitter in needy[1:]:
+        enhancers.refuse_another(enhancer, path, sitter.identity.enhancer, sitter.source, how)
     enhancers.check(enhancer, model, path, face_model=None)
     log.info("%s", introduce(path, enhancer))
     return enhancer
