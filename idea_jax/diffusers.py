@@ -7,8 +7,8 @@
     load_identity(pipe, "anna/identity.safetensors")
     pipe("a photo of {} on the beach").images[0].save("anna.png")
 
-All of the person draws: tokens, ID-Adapter, and the K/V delta on the prompt's half of guidance, so
-that pictures are those of `sample_jax.py`. It works with any pipeline of one text encoder, a UNet
+All of the person draws: tokens, ID-Adapter, and the K/V delta on both halves of guidance, so that
+pictures are those of `sample_jax.py`. It works with any pipeline of one text encoder, a UNet
 with cross-attention and `encode_prompt`: text to image, image to image, inpainting, ControlNet.
 """
 
@@ -47,7 +47,7 @@ def load_identity(
 ) -> "LoadedIdentity":
     """Lets a pipeline draw a person where a prompt says `{}`.
 
-    A prompt without `{}`, and any negative prompt, is drawn by the plain model. A second pipeline
+    A prompt without `{}` is drawn by the plain model, as is its negative prompt. A second pipeline
     of the same networks (`from_pipe`, or `**pipe.components`) needs a call of its own.
 
     Args:
@@ -152,8 +152,8 @@ class LoadedIdentity:
         negative = given.get("negative_prompt") or ""
         if any(self._names(text) for text in listed(negative)):
             raise ValueError(
-                "the negative prompt is drawn by the plain model, without the person: leave {} out "
-                "of it"
+                "the negative prompt says what pictures turn away from, and names nobody: leave {} "
+                "out of it"
             )
         embeds_given = given.get("prompt_embeds") is not None
         prompts = [] if embeds_given else listed(given["prompt"])
@@ -177,7 +177,7 @@ class LoadedIdentity:
         return "{}" in text or self.word in text
 
     def _before(self, unet: Any, args: tuple, kwargs: dict) -> None:
-        """Notes which rows of a call of the UNet are prompts that name the person."""
+        """Notes which rows of a call of the UNet belong to prompts that name the person."""
         states = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         self._rows = None
         if states is None or not any(self._named):
@@ -188,8 +188,8 @@ class LoadedIdentity:
                 f"the UNet is called with {len(states)} conditions, and {count} prompts were "
                 "encoded: expected as many, or twice as many with guidance"
             )
-        unguided = [False] * (len(states) - count)  # diffusers puts them first
-        self._rows = column([*unguided, *self._named], states)
+        # With guidance, diffusers puts the negative prompt of each before all of them.
+        self._rows = column(self._named * (len(states) // count), states)
 
     def _add(self, down: Callable, up: Callable, layer: Any, args: tuple, output: Any) -> Any:
         """A key or value layer's output with a delta, on the rows that name the person."""

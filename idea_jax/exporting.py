@@ -253,8 +253,8 @@ def a1111_lines(name: str, parts: dict, person: Portable) -> str:
 
 def comfyui_lines(name: str, parts: dict) -> str:
     loras = (
-        "; `loras/` into `models/loras/`, each through *Create Hook LoRA* and *Cond Set Props* on "
-        "the prompt's conditioning, which is then drawn as in idea_jax but for the adapter"
+        "; `loras/` into `models/loras/`, each through *LoraLoaderModelOnly*: the whole person but "
+        "the adapter"
     )
     return COMFYUI.format(name=name, loras=loras if parts["loras"] else "")
 
@@ -271,12 +271,8 @@ def what_is_lost(clients: Sequence[str], person: Portable) -> str:
     if "diffusers" in clients:
         said.append("* diffusers with `load_identity`: nothing.")
     if "comfyui" in clients:
-        said.append("* ComfyUI with the node, `prompt half`: nothing.")
-    if "a1111" in clients and has_kv:
-        said.append(
-            "* AUTOMATIC1111: a LoRA acts on both halves of guidance. idea_jax changes keys and "
-            "values on the prompt's half alone, so pictures differ where guidance is above 1."
-        )
-    if "a1111" in clients and has_adapter:
-        said.append("* AUTOMATIC1111: the ID-Adapter is missing; no LoRA can say it.")
+        said.append("* ComfyUI with the node: nothing; without it, the ID-Adapter.")
+    if "a1111" in clients:
+        lost = "the ID-Adapter; no LoRA can say it" if has_adapter else "nothing"
+        said.append(f"* AUTOMATIC1111: {lost}.")
     return "\n".join(said)

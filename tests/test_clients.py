@@ -279,7 +279,8 @@ def test_what_diffusers_cannot_draw_is_one_message(world, tmp_path):
 
 
 def test_lora_file_in_diffusers_own_loader(world, folder):
-    """peft adds it to the weights as it is, and the file of tokens gives both vectors."""
+    """peft adds it to the weights as it is, and the file of tokens gives both vectors; pictures are
+    those of this project but for the adapter, with guidance too."""
     pipe = world.pipe()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     (lora,) = (folder / "loras").iterdir()
@@ -298,6 +299,11 @@ def test_lora_file_in_diffusers_own_loader(world, folder):
     pipe.load_textual_inversion(str(folder))
     rows = pipe.text_encoder.get_input_embeddings().weight[-2:].detach().numpy()
     np.testing.assert_array_equal(rows, world.person.trainable["pseudo_tokens"])
+    word = pipe.tokenizer.convert_ids_to_tokens(len(pipe.tokenizer) - 2)
+    method = dataclasses.replace(world.person.method, adapter=False)
+    person = dataclasses.replace(world.person, method=method)
+    drawn = world.draw_there(pipe, 7.5, PROMPT.replace("{}", word))
+    assert apart(drawn, world.draw(7.5, person)) <= 2 < apart(drawn, world.draw(7.5))
 
 
 # The networks of Stable Diffusion 1.5 and 2.1 have the same levels: 16 cross-attentions.
@@ -437,21 +443,15 @@ def comfyui(tmp_path, monkeypatch):
     paths = ModuleType("folder_paths")
     paths.models_dir = str(tmp_path)
     paths.add_model_folder_path = lambda kind, folder: folders[kind].append(folder)
-    hooks, utils, core = (ModuleType(f"comfy.{name}") for name in ("hooks", "utils", "sd"))
-    hooks.create_hook_lora = lambda lora, strength_model, strength_clip: [
-        (lora, strength_model, strength_clip)
-    ]
-    hooks.set_hooks_for_conditioning = lambda cond, added: [
-        [c, {**about, "hooks": about.get("hooks", []) + added}] for c, about in cond
-    ]
+    utils, core = (ModuleType(f"comfy.{name}") for name in ("utils", "sd"))
     utils.load_torch_file = lambda path, safe_load: load_file(path)
     core.load_lora_for_models = lambda model, clip, lora, model_strength, clip_strength: (
-        [*model, (lora, model_strength)],
+        [*model, (lora, model_strength, clip_strength)],
         clip,
     )
     package = ModuleType("comfy")
-    package.hooks, package.utils, package.sd = hooks, utils, core
-    for module in (package, hooks, utils, core, paths):
+    package.utils, package.sd = utils, core
+    for module in (package, utils, core, paths):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     spec = importlib.util.spec_from_file_location(
         "idea_jax_node", NODE / "__init__.py", submodule_search_locations=[str(NODE)]
@@ -469,8 +469,8 @@ def test_comfyui_node_gives_the_condition_of_this_project(world, folder, comfyui
     clip = FakeClip(world, lambda: comfyui.folders["embeddings"])
     ((choices, _),) = [v for k, v in node.INPUT_TYPES()["required"].items() if k == "identity"]
     assert choices == ["anna"] and node.RETURN_TYPES == ("MODEL", "CONDITIONING")
-    model, conditioning = node.load([], clip, "anna", PROMPT, 0.5, comfyui.node.PROMPT_HALF)
-    ((given, about),) = conditioning
+    model, conditioning = node.load([], clip, "anna", PROMPT, 0.5)
+    ((given, _),) = conditioning
     expected = condition.context(
         world.model,
         person.method,
@@ -481,19 +481,17 @@ def test_comfyui_node_gives_the_condition_of_this_project(world, folder, comfyui
         strength=0.5,
     )
     np.testing.assert_allclose(given.numpy(), expected, rtol=1e-5, atol=1e-4)  # of values up to 12
-    ((lora, *strengths),) = about["hooks"]
-    assert model == [] and strengths == [0.5, 0.0]
+    ((lora, *strengths),) = model
+    assert strengths == [0.5, 0.0]
     (file,) = (folder / "loras").iterdir()
     assert lora.keys() == load_file(file).keys()
-    model, ((_, about),) = node.load([], clip, "anna", PROMPT, 1.0, comfyui.node.BOTH_HALVES)
-    assert "hooks" not in about and [strength for _, strength in model] == [1.0]
     # The words alone.
-    model, ((given, about),) = node.load([], clip, "anna", PROMPT, 0.0, comfyui.node.PROMPT_HALF)
+    model, ((given, _),) = node.load([], clip, "anna", PROMPT, 0.0)
     tokens = person.trainable["pseudo_tokens"]
     alone = sd.encode_text(world.model, world.frozen, world.ids(PROMPT), tokens)
     np.testing.assert_allclose(given.numpy(), alone, rtol=1e-5, atol=1e-4)
     assert np.abs(expected - alone).max() > 0.1
-    assert model == [] and "hooks" not in about
+    assert model == []
 
 
 def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
@@ -502,7 +500,7 @@ def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
     clip = FakeClip(world, lambda: comfyui.folders["embeddings"])
 
     def load(name="anna", prompt=PROMPT, clip=clip):
-        return node.load([], clip, name, prompt, 1.0, comfyui.node.PROMPT_HALF)
+        return node.load([], clip, name, prompt, 1.0)
 
     with pytest.raises(ValueError, match="no person"):
         load("../anna")

@@ -187,7 +187,7 @@ def test_folder_for_each_program(checkpoint, identity, tmp_path, capsys):
     assert run(identity, "--out", out, *model, "--to", "a1111") == 0
     assert contents(out).keys() == {embedding, lora, *shown}
     text = (out / "README.md").read_text()
-    assert "both halves" in text and "ID-Adapter is missing" in text and "ComfyUI" not in text
+    assert "AUTOMATIC1111: the ID-Adapter" in text and "ComfyUI" not in text
     assert run(identity.parent, "--out", out, *model, "--to", "diffusers") == 0
     assert contents(out).keys() == {tokens, lora, "adapter.safetensors", *shown}
     assert not (out / "embeddings").exists()

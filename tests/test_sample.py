@@ -182,11 +182,20 @@ def test_guidance_on_the_whole_interval_is_guidance_and_on_none_of_it_is_none(lo
     assert np.abs(nothing - guided).max() > 1e-2
 
 
-def test_negative_prompt_is_drawn_by_the_plain_model(loaded, identity):
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_negative_prompt_has_the_keys_and_values_of_the_person_and_no_more(
+    loaded, identity, strength
+):
+    """As with a LoRA: the delta is in the weights, and the adapter acts where somebody is named."""
     model, frozen, tokenizer = loaded
-    kv = keys_values(loaded, identity, negative="blurry")
-    plain = sd.encode_text(model, frozen, tokenizer(["blurry"]))
-    expected = jax.tree.map(lambda kernel: plain[0] @ kernel, frozen.cross_kv)
+    assert identity.method.adapter and identity.method.kv == "low_rank"
+    kv = keys_values(loaded, identity, negative="blurry", strength=strength)
+    plain = sd.encode_text(model, frozen, tokenizer(["blurry"]))[0]
+    expected = jax.tree.map(
+        lambda kernel, delta: plain @ (kernel + strength * delta["down"] @ delta["up"]),
+        frozen.cross_kv,
+        identity.trainable["kv"],
+    )
     jax.tree.map(
         lambda got, want: np.testing.assert_allclose(got[0], want, atol=1e-5), kv, expected
     )
@@ -387,7 +396,7 @@ def test_negative_prompt_that_names_the_person_is_refused(
     write_identity(file, identity)
     args = (random_checkpoint, file, tmp_path / "x", "--prompt", "{}")
     assert run(*args, "--negative_prompt", "<person>_v0 ugly") == 1
-    assert "drawn by the plain model" in capsys.readouterr().err
+    assert "leave <person> out of it" in capsys.readouterr().err
 
 
 def test_person_may_be_called_anything_that_a_prompt_can_say(tmp_path, monkeypatch):

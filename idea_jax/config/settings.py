@@ -765,8 +765,8 @@ class SampleConfig:
             raise ConfigError("--negative_prompt has no effect with --guidance_scale 1")
         if "{" in self.negative_prompt or "}" in self.negative_prompt:
             raise ConfigError(
-                "--negative_prompt is drawn by the plain model, without the person; {} can stand "
-                "in --prompt only"
+                "--negative_prompt says what pictures turn away from, and names nobody; {} can "
+                "stand in --prompt only"
             )
         if self.eta > 1:
             raise ConfigError(f"eta must lie between 0 and 1, got {self.eta}")

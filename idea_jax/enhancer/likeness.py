@@ -99,7 +99,8 @@ def _keys_values(config, model, tree, frozen, face, token_ids, empty):
     rows = face.shape[0]
     ids = jnp.broadcast_to(token_ids, (rows, *token_ids.shape))
     kv = shared.keys_values(config, model, tree, frozen, face, ids, jnp.ones(rows))
-    return drawing.beside(kv, drawing.empty_keys_values(model, frozen, empty))
+    unguided = shared.unguided_keys_values(config, model, tree, frozen, empty[None])
+    return drawing.beside(kv, unguided)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -121,7 +121,7 @@ def write(folder: Path, person: Portable, origin: Origin, clients: Sequence[str]
         **about,
         "identity": origin.identity,
         "enhancer": origin.enhancer,
-        "kv_acts_on": "prompt half of guidance",
+        "kv_acts_on": "both halves of guidance",
         "parts": parts,
         "sha256": {name: file_digest(folder / name) for name in files_of(parts)},
         "versions": versions(),

@@ -8,7 +8,7 @@ only tree that is differentiated) and what is given (one per person, not trained
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,11 @@ class Method:
         """Whether the face embedding is one of a person's constants; a shared enhancer has said
         all that is needed of it before the first step."""
         return self.adapter and not self.enhanced
+
+    @property
+    def changes_kv(self) -> bool:
+        """Whether K/V deltas act when pictures are drawn."""
+        return self.acts_at_sampling and (self.kv != "none" or self.shared_kv)
 
     def parts(self) -> tuple[str, ...]:
         """Names of the trained parts: the keys of the trainables."""
@@ -287,7 +292,11 @@ def kv_contributions(
     strength: float | jax.Array,
 ) -> list[dict]:
     """What K/V deltas add to the keys and values of a text condition: the shared one, a person's
-    own, both or none."""
+    own, both or none.
+
+    They act on every text that is drawn beside the person's, the negative prompt too, as a LoRA
+    does in other programs.
+    """
 
     def low_rank(deltas):
         with exact(jnp.float32):
@@ -374,6 +383,27 @@ def keys_values_together(
                 deltas,
             )
     return kv
+
+
+def unguided_keys_values(
+    model: sd.StableDiffusion,
+    methods: Sequence[Method],
+    frozen: sd.Frozen,
+    trainables: Sequence[Trainable],
+    token_ids: jax.Array,
+    *,
+    strength: float | jax.Array = 1.0,
+) -> dict:
+    """Keys and values of the negative prompt int32[B, T] beside a prompt that names people.
+
+    It names nobody, so no ID-Adapter acts; K/V deltas do, as `keys_values_together` says of the
+    positions of shared words.
+    """
+    plain = [replace(method, adapter=False) for method in methods]
+    nothing = [{}] * len(plain)
+    return keys_values_together(
+        model, plain, frozen, trainables, nothing, token_ids, strength=strength
+    )
 
 
 def position_shares(counts: Sequence[int], vocab_size: int, token_ids: jax.Array) -> jax.Array:

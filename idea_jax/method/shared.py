@@ -134,6 +134,21 @@ def keys_values(
     return jax.vmap(one)(id_embeds, token_ids, strength)
 
 
+def unguided_keys_values(
+    config: EnhancerConfig,
+    model: sd.StableDiffusion,
+    shared: Shared,
+    frozen: sd.Frozen,
+    token_ids: jax.Array,
+) -> dict:
+    """Keys and values of the negative prompt int32[B, T] beside texts that name a person: leaves
+    [B, T, inner], with the shared K/V delta."""
+    method = person_method(config, kv="none")
+    frozen = frozen._replace(shared=frozen_part(shared))
+    text = sd.encode_text(model, frozen, token_ids)
+    return condition.keys_values(model, method, frozen, {}, text)
+
+
 def person_method(
     config: EnhancerConfig,
     *,

@@ -3,8 +3,8 @@
     python -m idea_jax.mini.forms [--split test|validation] [--people N] [--pictures N] \\
         [--profile paper|paper_alone] [--steps N ...] [--json FILE]
 
-Each person is drawn with K/V deltas on the prompt's half of guidance, as this project does, and on
-both, as a LoRA does, with the ID-Adapter and without, and with the tokens alone.
+Each person is drawn with K/V deltas on both halves of guidance, as this project and a LoRA do, and
+on the prompt's half, with the ID-Adapter and without, and with the tokens alone.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """K/V deltas on one half of guidance or both, with the ID-Adapter and without: people measured.
 
-This project's K/V deltas act on the prompt's half of guidance. A plain LoRA acts on both halves,
-and no LoRA can say the ID-Adapter. Every person is learned once, and drawn in each of the forms
-from the same noise. Similarities and what prompts asked for are those of `idea_jax.mini.trials`.
+K/V deltas act on both halves of guidance, as a LoRA does; they could act on the prompt's half
+alone, and no LoRA can say the ID-Adapter. Every person is learned once, and drawn in each of the
+forms from the same noise. Similarities and what prompts asked for are those of
+`idea_jax.mini.trials`.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from idea_jax.data.images import to_uint8
 from idea_jax.method import condition
 from idea_jax.mini import captions, measures, trials
 from idea_jax.models import sd
+from idea_jax.models.unet import project_kv
 from idea_jax.sampling import programs
 
 
@@ -35,9 +37,9 @@ class Form(NamedTuple):
 
 
 FORMS = {
-    "prompt half": Form("prompt", True),  # this project, diffusers with `load_identity`, ComfyUI
-    "both halves": Form("both", True),
-    "prompt half, no adapter": Form("prompt", False),  # ComfyUI's own nodes
+    "prompt half": Form("prompt", True),
+    "both halves": Form("both", True),  # this project, diffusers with `load_identity`, ComfyUI
+    "prompt half, no adapter": Form("prompt", False),
     "both halves, no adapter": Form("both", False),  # a plain LoRA and tokens: AUTOMATIC1111
     "tokens alone": Form("none", False),
 }
@@ -62,11 +64,10 @@ def keys_values(
     kv = programs.prompt_keys_values(
         model, drawn, frozen, trainable, given, ids[0], ids[1], strength
     )
-    if form.kv != "both":
+    if form.kv != "prompt":
         return kv
-    plain = sd.encode_text(model, frozen, ids[1][None])
-    unguided = condition.keys_values(model, method, frozen, trainable, plain)
-    return jax.tree.map(lambda both, one: jnp.concatenate([one, both[1:]]), kv, unguided)
+    plain = project_kv(frozen.cross_kv, sd.encode_text(model, frozen, ids[1][None]), model.dtype)
+    return jax.tree.map(lambda both, one: jnp.concatenate([one, both[1:]]), kv, plain)
 
 
 # Of several prompts, leaf by leaf as of one.

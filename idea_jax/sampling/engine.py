@@ -274,30 +274,38 @@ class Engine:
         prompt, negative = self.texts.tokens(row)
         cast = [self.texts.people[name] for name in row.cast]
         digests = tuple(person.digest for person in cast)
+        methods = tuple(person.method for person in cast)
 
         def arrays(person):
             identity = person.load()
             return jax.device_put((identity.trainable, identity.given), self.devices[0])
 
+        def trees():
+            each = [self.near.get(who.digest, functools.partial(arrays, who)) for who in cast]
+            return [tuple(part) for part in zip(*each, strict=True)]
+
+        frozen, strength = self.frozen_alone._replace(shared=self.shared), np.float32(row.strength)
+        # The negative prompt is one for everybody where nobody's keys and values change.
+        changes = row.strength != 0 and any(method.changes_kv for method in methods)
+
         def of_prompt():
-            trees = [self.near.get(who.digest, functools.partial(arrays, who)) for who in cast]
+            tokens = padded(prompt, self.texts.empty, chunks)
             return programs.named_keys_values(
-                self.model,
-                tuple(person.method for person in cast),
-                self.frozen_alone._replace(shared=self.shared),
-                tuple(trainable for trainable, _ in trees),
-                tuple(given for _, given in trees),
-                padded(prompt, self.texts.empty, chunks),
-                np.float32(row.strength),
+                self.model, methods, frozen, *trees(), tokens, strength
             )
 
         def of_negative():
             tokens = padded(negative, self.texts.empty, chunks)
-            return programs.plain_keys_values(self.model, self.frozen_alone, tokens)
+            if not changes:
+                return programs.plain_keys_values(self.model, self.frozen_alone, tokens)
+            trainables, _ = trees()
+            return programs.unguided_keys_values(
+                self.model, methods, frozen, trainables, tokens, strength
+            )
 
-        named = self.known.get((digests, row.prompt, row.strength, chunks), of_prompt)
-        plain = self.known.get(("plain", row.negative, chunks), of_negative)
-        return plain, named
+        named = self.known.get((digests, "prompt", row.prompt, row.strength, chunks), of_prompt)
+        whose = (digests, "negative", row.strength) if changes else ("plain",)
+        return self.known.get((*whose, row.negative, chunks), of_negative), named
 
     def launch(self, rows: Sequence[PictureRow], size: int | None = None) -> Call:
         """Starts to draw rows of one kind, and does not wait.

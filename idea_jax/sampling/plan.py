@@ -236,14 +236,14 @@ def tokens_of(prompt: str, people: Mapping[str, text.Placeholder], plain: Tokeni
 
 
 def check_negative(negative: str, people: Mapping[str, text.Placeholder], plain: Tokenizer) -> None:
-    """Raises ConfigError if a negative prompt names a person: the plain model draws it."""
+    """Raises ConfigError if a negative prompt names a person: pictures turn away from it."""
     for own in people.values():
         tokenizer = worded(plain, own.token, own.n)
         tokens = weighted_tokens(tokenizer, negative, {})
         names_them = re.search(rf"(?<!\w){re.escape(own.token)}(?!\w)", negative.lower())
         if names_them or (tokens.ids >= tokenizer.vocab_size).any():
             raise ConfigError(
-                "--negative_prompt is drawn by the plain model, without the person; leave "
+                "--negative_prompt says what pictures turn away from, and names nobody; leave "
                 f"{own.token} out of it"
             )
 

@@ -35,9 +35,10 @@ def prompt_keys_values(
 ) -> dict:
     """Keys and values of a prompt, once for all of its pictures and steps: leaves [2, T, inner].
 
-    Row 0 is the unguided condition (negative prompt), row 1 the prompt. The person's adapter and
-    K/V delta act on the prompt only: they were trained on texts that name the person, and the plain
-    model as the other end lets guidance push towards the person too.
+    Row 0 is the unguided condition (negative prompt), row 1 the prompt. The person's K/V delta acts
+    on both, as a LoRA does in other programs, so that a person is drawn alike everywhere; the
+    ID-Adapter acts where the person is named. docs/log/2026-11-29-both-halves.md has the measured
+    difference to a delta on the prompt alone.
 
     Args:
       prompt_ids, negative_ids: int32[T].
@@ -46,8 +47,8 @@ def prompt_keys_values(
     prompt = condition.drawing_keys_values(
         model, method, frozen, trainable, given, prompt_ids[None], strength=strength
     )
-    negative = project_kv(
-        frozen.cross_kv, sd.encode_text(model, frozen, negative_ids[None]), model.dtype
+    negative = condition.unguided_keys_values(
+        model, [method], frozen, [trainable], negative_ids[None], strength=strength
     )
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), negative, prompt)
 
@@ -76,6 +77,23 @@ def named_keys_values(
         model, methods, frozen, trainables, givens, prompt.ids, strength=strength
     )
     return _joined(kv, prompt.weights)
+
+
+@functools.partial(jax.jit, static_argnames=("methods", "model"))
+def unguided_keys_values(
+    model: sd.StableDiffusion,
+    methods: tuple[condition.Method, ...],
+    frozen: sd.Frozen,
+    trainables: Sequence[condition.Trainable],
+    negative: Tokens,
+    strength: jax.Array,
+) -> dict:
+    """Keys and values of the negative prompt beside a prompt that names people: leaves
+    [1, K * T, inner]."""
+    kv = condition.unguided_keys_values(
+        model, methods, frozen, trainables, negative.ids, strength=strength
+    )
+    return _joined(kv, negative.weights)
 
 
 @functools.partial(jax.jit, static_argnames="model")

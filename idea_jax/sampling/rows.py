@@ -260,7 +260,7 @@ def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
     if found["scheduler"] not in spec.metadata["choices"]:
         raise RowsError(f"scheduler must be one of {', '.join(spec.metadata['choices'])}")
     if "{" in found["negative_prompt"] or "}" in found["negative_prompt"]:
-        raise RowsError("negative_prompt is drawn by the plain model and names nobody: no {}")
+        raise RowsError("negative_prompt says what a picture turns away from: no {}")
     if found["guidance_scale"] == 1:
         if values.get("negative_prompt"):
             raise RowsError("negative_prompt has no effect with guidance_scale 1")

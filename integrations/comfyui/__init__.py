@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import comfy.hooks
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -11,7 +10,6 @@ import torch
 from . import identity as identities
 
 ROOT = Path(folder_paths.models_dir) / "identities"
-PROMPT_HALF, BOTH_HALVES = "prompt half (exact)", "both halves (faster)"
 
 ROOT.mkdir(parents=True, exist_ok=True)
 # The words of a person are found below their own folder, by `embedding:NAME/embeddings/NAME`.
@@ -31,7 +29,6 @@ class LoadIdentity:
                 # Without dynamic prompts: ComfyUI would take {} for an empty choice.
                 "text": ("STRING", {"multiline": True, "default": "a photo of {}"}),
                 "strength": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05}),
-                "guidance": ([PROMPT_HALF, BOTH_HALVES],),
             }
         }
 
@@ -44,21 +41,16 @@ class LoadIdentity:
     def IS_CHANGED(cls, identity, **_):
         return identities.sha256(ROOT / identity / identities.MANIFEST)
 
-    def load(self, model, clip, identity, text, strength, guidance):
+    def load(self, model, clip, identity, text, strength):
         if identity not in identities.people(ROOT):
             raise ValueError(f"there is no person {identity!r} in {ROOT}")
         person = identities.read(ROOT / identity)
         conditioning = encode(clip, person, text, strength)
         if not strength:
             return model, conditioning
-        loras = [comfy.utils.load_torch_file(str(path), safe_load=True) for path in person.loras]
-        if guidance == BOTH_HALVES:
-            for lora in loras:
-                model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
-        else:
-            for lora in loras:
-                hooks = comfy.hooks.create_hook_lora(lora, strength, 0.0)
-                conditioning = comfy.hooks.set_hooks_for_conditioning(conditioning, hooks)
+        for path in person.loras:
+            lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+            model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
         return model, conditioning
 
 
