@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from test_people import write_celeb_a
 
 from idea_jax import train_enhancer
@@ -664,6 +665,31 @@ def test_folder_of_another_checkpoint_is_refused(flags, checkpoint, base, tmp_pa
     sd.save(changed, base.model, base.frozen._replace(cross_kv=kernels))
     swapped = [flags[0], str(changed), *flags[2:]]
     assert train_enhancer.main([*swapped, "--output_dir", str(tmp_path / "out")]) == 1
+    assert "was prepared for another checkpoint" in capsys.readouterr().err
+
+
+def test_a_lora_is_part_of_the_checkpoint(flags, checkpoint, base, tmp_path, capsys):
+    """What is prepared with it is for it alone, and the training has it, too."""
+    kernel = base.frozen.cross_kv["mid_block"]["attentions_0"]["transformer_blocks_0"]["to_v"]
+    D, inner = kernel.shape
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v.lora"
+    style, data = tmp_path / "style.safetensors", tmp_path / "data"
+    thin = {"down": np.ones((1, D), np.float32), "up": np.ones((inner, 1), np.float32)}
+    save_file({f"{key}_{name}.weight": value for name, value in thin.items()}, style)
+    for number in range(4):
+        person = tmp_path / "people" / str(number // 2)
+        person.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(person / f"{number}.png")
+    model = ["--pretrained_model_name_or_path", str(checkpoint), "--lora", str(style)]
+    asked = ["--prepare", str(data), "--people", str(tmp_path / "people"), "--crop", "center"]
+    assert train_enhancer.main([*model, *asked]) == 0
+    rest = ["--data", str(data), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "0"]
+    small = ["--width", "16", "--train_batch_size", "8", "--validation_steps", "0"]
+    run = [*rest, *small, "--report_to", "none"]
+    assert train_enhancer.main([*model, *run]) == 0
+    capsys.readouterr()
+    assert train_enhancer.main([*model[:2], *run]) == 1
     assert "was prepared for another checkpoint" in capsys.readouterr().err
 
 

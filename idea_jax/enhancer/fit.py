@@ -48,7 +48,7 @@ from idea_jax.enhancer.step import (
 )
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.pytrees import count
 from idea_jax.runtime import compile_cache, devices, files
 from idea_jax.runtime.files import atomic_write, check_writable, write_together
@@ -98,6 +98,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     weights = samples.read_weights(cfg.data)
     folders = [samples.open_folder(path) for path, _ in weights]
     check_together(folders)
+    loras = lora.named(cfg.lora)  # a file that is not there is said before anything is fetched
     found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
@@ -109,7 +110,9 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else known_names(found.folder)
     finder = open_finder(cfg, found.folder, folders)
     with jax.default_device(devices.host() if cfg.shard_frozen else None):
-        _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype, **reading(cfg))
+        _, frozen = sd.load(
+            found.folder, variant=cfg.variant, compute_dtype=dtype, loras=loras, **reading(cfg)
+        )
     digests = weights_digests(frozen)
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)

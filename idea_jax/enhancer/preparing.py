@@ -15,7 +15,7 @@ from idea_jax.enhancer.settings import CELEBRITIES, PrepareConfig
 from idea_jax.enhancer.sources import Casting, Source
 from idea_jax.faces import finding, portraits
 from idea_jax.faces import models as face_models
-from idea_jax.models import flash, hub, sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.sampling import programs
 from idea_jax.training.results import Base
 from idea_jax.training.start import known_names
@@ -30,6 +30,7 @@ def run(cfg: PrepareConfig) -> list[Path]:
     people.places(cfg.identities)
     face_models.check_select(cfg.face_select)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
+    loras = lora.named(cfg.lora)  # a file that is not there is said before anything is fetched
     found = hub.resolve_for(cfg)
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
@@ -50,7 +51,9 @@ def run(cfg: PrepareConfig) -> list[Path]:
         needs_detector=cfg.crop == "face" or cfg.face_select != "largest",
     )
     source = None if cfg.people == CELEBRITIES else read_source(cfg)
-    _, frozen = sd.load(found.folder, variant=cfg.variant, compute_dtype=dtype, **reading(cfg))
+    _, frozen = sd.load(
+        found.folder, variant=cfg.variant, compute_dtype=dtype, loras=loras, **reading(cfg)
+    )
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     if source is None:
         casting = Casting(

@@ -8,6 +8,7 @@ from idea_jax.config.settings import (
     CHECKPOINT,
     COMPILE_CACHE,
     COMPUTE_DTYPES,
+    LORA,
     PREDICTION_TYPES,
     READING,
     ConfigError,
@@ -41,6 +42,7 @@ class PrepareConfig:
         None, READING["prediction_type"], choices=PREDICTION_TYPES
     )
     original_config: str | None = setting(None, READING["original_config"])
+    lora: list[str] | None = setting(None, LORA)
     # The people
     people: str | None = setting(
         None,
@@ -159,6 +161,7 @@ class EnhancerTrainConfig:
         None, READING["prediction_type"], choices=PREDICTION_TYPES
     )
     original_config: str | None = setting(None, READING["original_config"], free=True)
+    lora: list[str] | None = setting(None, LORA, free=True)
     # The enhancer
     kind: str = setting("mlp", "what leads from a face to a person's start", choices=KINDS)
     width: int = setting(512, "of its hidden layers")

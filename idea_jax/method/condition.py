@@ -400,7 +400,7 @@ def unguided_keys_values(
     positions of shared words.
     """
     plain = [replace(method, adapter=False) for method in methods]
-    nothing = [{}] * len(plain)
+    nothing: list[Given] = [{} for _ in plain]
     return keys_values_together(
         model, plain, frozen, trainables, nothing, token_ids, strength=strength
     )
