@@ -6,7 +6,8 @@
 # make slow   the tests that need about 10 GB of memory
 # make results  the profiles side by side on twenty people of the mini, to docs/results.md; the same
 #             command goes on where it was stopped (RESULTS_OUT, RESULTS_PEOPLE, RESULTS_METHODS)
-# make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate);
+# make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate),
+#             and ends with the five lines that a user would want to know;
 #             see docs/performance.md for the parts, for other workloads and for BENCH_OUT
 
 PYTHON ?= python3
@@ -51,7 +52,7 @@ results: $(VENV)/.installed
 bench: $(VENV)/.installed-test
 	failed=0; for run in "mini" "mini --parts kernels --jobs 5 --name mini-cpu-jobs" "mid"; do \
 	  $(BIN)/python -m benchmarks --workload $$run --out $(BENCH_OUT) || failed=1; \
-	done; exit $$failed
+	done; $(BIN)/python -m benchmarks.summary $(BENCH_OUT) || failed=1; exit $$failed
 
 # The stamps make a second call install nothing, until the requirements change.
 $(VENV)/.installed: setup.cfg pyproject.toml

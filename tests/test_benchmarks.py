@@ -29,6 +29,7 @@ from benchmarks import (
     settings,
     stack_jax,
     stack_torch,
+    summary,
     torch_job,
     workloads,
 )
@@ -37,6 +38,7 @@ from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 from idea_jax.config import reading
 from idea_jax.config.settings import SampleConfig, TrainConfig
+from idea_jax.models import hub
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -214,8 +216,6 @@ def test_parts_are_those_that_a_workload_can_measure_and_reports_stay_out_of_the
     assert options.parse(["--workload", "sd21"]).parts == ("train", "sampling")
     assert options.parse(["--device", "gpu"]).ablations == list(settings.ABLATIONS["gpu"])
     assert options.parse(["--parts", "kernels"]).parts == ["kernels"]
-    lines = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, check=True)
-    assert "--out outputs/benchmarks " in lines.stdout.decode()
 
 
 def test_stacks_are_those_that_the_parts_measure():
@@ -239,7 +239,7 @@ def test_all_stacks_use_one_gpu(monkeypatch):
 
 def test_jobs_keep_their_programs_whatever_the_shell_says(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
-    (tmp_path / "workload.json").write_text('{"name": "tiny"}')
+    (tmp_path / "workload.json").write_text('{"name": "tiny", "checkpoint": "none"}')
     look = "import os; assert 'JAX_ENABLE_COMPILATION_CACHE' not in os.environ"
     monkeypatch.setattr(jobs, "commands", lambda *_: [[sys.executable, "-c", look]] * 3)
     failed = {}
@@ -565,7 +565,7 @@ def test_stack_that_cannot_be_loaded_is_left_out_from_the_first_request_on():
 
 
 def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypatch):
-    (tmp_path / "workload.json").write_text('{"name": "tiny"}')
+    (tmp_path / "workload.json").write_text('{"name": "tiny", "checkpoint": "none"}')
     (tmp_path / "programs").mkdir()
     (tmp_path / "programs" / "old").touch()
     programs = {"jax": ["pass"] * 3, "eager": ["pass", "raise OSError('disk full')", "pass"]}
@@ -585,6 +585,39 @@ def test_job_that_fails_is_told_and_the_other_stack_measured(tmp_path, monkeypat
     }
     assert list(failed) == ["whole jobs, eager"]
     assert failed["whole jobs, eager"].strip().splitlines()[-1] == "OSError: disk full"
+
+
+def test_people_of_the_shared_enhancer_are_jobs_of_their_own(tmp_path):
+    """Where the checkpoint has one; the job that PyTorch does too goes without it."""
+    (tmp_path / "a.png").touch()
+    about = {"photo": str(tmp_path / "a.png"), "checkpoint": str(hub.MINI_FOLDER)}
+    given = tmp_path, about, "cpu", "default", tmp_path / "out", JOBS["tiny"]
+    (_, _, *alone), *_ = jobs.commands("jax", *given)
+    assert reading.parse(TrainConfig, alone).enhancer == "none"
+    found = jobs.quick(tmp_path, about, "cpu")
+    assert [reading.parse(TrainConfig, line[2:]).max_train_steps for line in found.values()] == [
+        0,
+        25,
+    ]
+    assert jobs.quick(tmp_path, about | {"checkpoint": str(tmp_path)}, "cpu") == {}
+
+
+def test_summary_is_five_lines_and_says_what_was_not_measured(tmp_path, capsys):
+    assert summary.main([str(tmp_path)]) == 1
+    assert "holds no report" in capsys.readouterr().err
+    times = {
+        "train step, paper": measured(jax=[0, 50], eager=[0, 60], compiled=[0, 50])["a step"],
+        "drawing 16 at once, 50 steps": measured(jax=[0, 2000], eager=[0, 5000])["a step"],
+    }
+    report.write(tmp_path, "mini-cpu", result_of(times=times))
+    met = {"a person, 25 steps": measured(jax=[9, 4.4])["a step"]}
+    report.write(tmp_path, "mini-cpu-jobs", result_of(jobs=met))
+    assert summary.main([str(tmp_path)]) == 0
+    _, person, pictures, mini, mid = capsys.readouterr().out.splitlines()
+    assert "not measured with 0 steps, 4.4 s with 25 steps" in person
+    assert pictures.endswith("8.0/s") and "first picture not measured" in pictures
+    assert mini.endswith("a step 1.20 x eager, 1.00 x compiled (equal); drawing 2.50 x eager")
+    assert mid.endswith("a step not measured; drawing not measured")
 
 
 def test_stack_that_computes_something_else_is_told(tmp_path):
