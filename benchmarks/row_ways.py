@@ -65,21 +65,13 @@ def a_prompt_a_call(artist: engine.Engine, rows: Sequence[engine.PictureRow]) ->
             prompt, negative = texts.tokens(row)
             (person,) = (texts.people[name] for name in row.cast)
             identity = person.load()
-            named = programs.named_keys_values(
-                model,
-                (person.method,),
-                artist.frozen_alone._replace(shared=artist.shared),
-                (identity.trainable,),
-                (identity.given,),
-                prompt,
-                np.float32(row.strength),
-            )
-            plain = programs.plain_keys_values(model, artist.frozen_alone, negative)
-            pairs.append(jax.device_get((plain, named)))
-        kv = [
-            jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), plain, named)
-            for plain, named in pairs
-        ]
+            weights = artist.frozen_alone._replace(shared=artist.shared)
+            cast = model, (person.method,), weights, (identity.trainable,)
+            strength = np.float32(row.strength)
+            named = programs.named_keys_values(*cast, (identity.given,), prompt, strength)
+            unguided = programs.unguided_keys_values(*cast, negative, strength)
+            pairs.append(jax.device_get((unguided, named)))
+        kv = [jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *pair) for pair in pairs]
         kv = jax.tree.map(lambda *leaves: np.concatenate(leaves), *kv)
         numbers = np.array([(row.seed, row.number) for row in chosen], np.uint32)
         guidance = np.array([row.guidance for row in chosen], np.float32)

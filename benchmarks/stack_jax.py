@@ -279,17 +279,11 @@ class JaxStack:
         """Keys and values of the negative prompt and of the prompt, as sample_jax.py computes
         them: leaves [2, T, inner]."""
         method, trainable, given = self.identity
-        named = programs.named_keys_values(
-            self.model,
-            (method,),
-            frozen,
-            (trainable,),
-            (given,),
-            self.tokens("prompt_ids"),
-            np.float32(1),
-        )
-        plain = programs.plain_keys_values(self.model, frozen, self.tokens("negative_ids"))
-        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), plain, named)
+        people, strength = (self.model, (method,), frozen, (trainable,)), np.float32(1)
+        prompt, negative = self.tokens("prompt_ids"), self.tokens("negative_ids")
+        named = programs.named_keys_values(*people, (given,), prompt, strength)
+        unguided = programs.unguided_keys_values(*people, negative, strength)
+        return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), unguided, named)
 
     def tokens(self, name: str) -> Tokens:
         """A prompt of one chunk whose tokens all weigh 1."""

@@ -98,19 +98,16 @@ class TokenTable(nn.Module):
 
 
 class LowRank(nn.Module):
-    """A frozen projection and its low-rank delta, which acts on the rows from `first` on."""
+    """A frozen projection and its low-rank delta."""
 
     def __init__(self, linear: nn.Linear, down: torch.Tensor, up: torch.Tensor):
         super().__init__()
-        self.linear, self.first = linear, 0
+        self.linear = linear
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plain = self.linear(x)
-        delta = (x[self.first :].float() @ self.down) @ self.up
-        if self.first == 0:
-            return plain + delta.to(plain.dtype)
-        return torch.cat([plain[: self.first], plain[self.first :] + delta.to(plain.dtype)])
+        return plain + ((x.float() @ self.down) @ self.up).to(plain.dtype)
 
 
 class TorchStack:
@@ -421,8 +418,6 @@ class Careful(TorchStack):
         return error + REG_WEIGHT * squared.sqrt().mean()
 
     def step(self, draws: dict) -> torch.Tensor:
-        for delta in self.deltas:
-            delta.first = 0
         torch.compiler.cudagraph_mark_step_begin()
         with self.attention():
             loss = self.loss_function(draws)
@@ -434,8 +429,6 @@ class Careful(TorchStack):
     @torch.no_grad()
     def draw(self, pictures: int, steps: int) -> torch.Tensor:
         """Pictures [N, H, W, 3] of the prompt, by DDIM with guidance in one call per step."""
-        for delta in self.deltas:
-            delta.first = pictures
         prompt = self.condition(self.tensor("prompt_ids").long()[None])
         negative = self.text(self.tensor("negative_ids").long()[None])[0].to(self.dtype)
         text = torch.cat([negative.expand(pictures, -1, -1), prompt.expand(pictures, -1, -1)])
