@@ -17,7 +17,7 @@ BENCH_OUT ?= outputs/benchmarks
 RESULTS_OUT ?= outputs/results
 RESULTS_FILE ?= docs/results.md
 RESULTS_PEOPLE ?= 20
-RESULTS_METHODS ?= paper,paper@steps=0,paper_alone,official,cross_init,textual_inversion
+RESULTS_METHODS ?= paper,paper@steps=0,paper@id_strength=0,paper@steps=0;id_strength=0,paper_alone,paper_alone@id_strength=1.25,paper_alone@id_strength=1.5,official,cross_init,textual_inversion
 
 .PHONY: demo lint test test-long chaos slow results bench clean
 

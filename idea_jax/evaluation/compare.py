@@ -104,6 +104,15 @@ def read_contenders(given: str, checkpoint: str) -> list[Contender]:
     return found
 
 
+def trained_alike(contender: Contender, contenders: Sequence[Contender]) -> str:
+    """The name of the first of the methods that trains as this one does, which may be itself."""
+    return next(
+        other.name
+        for other in contenders
+        if (other.config, other.training) == (contender.config, contender.training)
+    )
+
+
 def train_config(contender: Contender, cfg: EvaluateConfig, out: Path, seed: int) -> TrainConfig:
     """Returns the settings with which a method is trained.
 

@@ -101,6 +101,11 @@ def run(cfg: EvaluateConfig) -> list[Path]:
     # The pictures of each method.
     problems: list[Problem] = []
     for contender in contenders:
+        first = compare.trained_alike(contender, contenders)
+        if first != contender.name:  # they differ in how they are drawn
+            identities[contender.name] = identities[first]
+            problems += [p._replace(method=contender.name) for p in problems if p.method == first]
+            continue
         files, spent, failed = compare.train(
             contender,
             cfg,
