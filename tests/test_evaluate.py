@@ -359,7 +359,8 @@ def test_a_comparison_trains_draws_and_scores(
     prompts.write_text("a photo of {}\n{} and {other}\n")
     small = "steps=1;train_batch_size=1;crop=center"
     first, second = f"textual_inversion@{small}", f"textual_inversion@{small};seed=1"
-    command = ["--compare", f"{first},{second}"]
+    third = f"textual_inversion@{small};num_inference_steps=2"  # of the first one's people
+    command = ["--compare", f"{first},{second},{third}"]
     command += ["--pretrained_model_name_or_path", str(smallest_checkpoint)]
     command += ["--photos", str(photos), "--prompts", str(prompts), "--clip", "none"]
     command += ["--score_model", str(tmp_path / "scoring.onnx"), "--score_crop", "center"]
@@ -368,14 +369,15 @@ def test_a_comparison_trains_draws_and_scores(
     assert evaluate.main(command) == 0, capsys.readouterr().err
     out = tmp_path / "out"
     rows = rows_of(out)
-    assert len(rows) == 2 * 2 * 2 * 2
+    assert len(rows) == 3 * 2 * 2 * 2
     assert {(row["method"], row["person"]) for row in rows} == {
-        (method, person) for method in (first, second) for person in ("anna", "bo")
+        (method, person) for method in (first, second, third) for person in ("anna", "bo")
     }
     assert {row["prompt"] for row in rows} == {"a photo of {}", "{} and {other}"}
     times = json.loads((out / "seconds.json").read_text())
-    assert [own["learned"] for own in times.values()] == [2, 2]
-    assert [own["drawn"] for own in times.values()] == [8, 8]
+    assert [own.get("learned") for own in times.values()] == [2, 2, None]
+    assert [own["drawn"] for own in times.values()] == [8, 8, 8]
+    assert len(list(out.glob("people/*"))) == 2
     assert "seconds to learn a person" in (out / "table.md").read_text()
     # What is missing of the pictures is drawn again, and nothing else.
     pictures = sorted(out.glob("pictures/*/anna/*/00001.png"))
@@ -386,7 +388,7 @@ def test_a_comparison_trains_draws_and_scores(
     assert [(len(cfg.identity), cfg.prompt) for cfg in calls] == [(1, ["a photo of {}"])]
     assert rows_of(out) == rows
     again = json.loads((out / "seconds.json").read_text())
-    assert [own["learned"] for own in again.values()] == [2, 2]
+    assert [own.get("learned") for own in again.values()] == [2, 2, None]
 
 
 def test_pictures_of_an_earlier_identity_are_drawn_again(tmp_path, monkeypatch):
