@@ -97,7 +97,7 @@ def test_rows_become_marked_pictures_and_bad_rows_cost_no_other(run, tmp_path, c
         {"prompt": "{}"},
         {"identity": "anna", "prompt": "{}", "num_inference_steps": "many"},
         {"identity": "anna", "prompt": "{}", "num_inference_steps": 5000},
-        {"identity": "anna", "prompt": "{}", "scheduler": "euler"},
+        {"identity": "anna", "prompt": "{}", "scheduler": "heun"},
         {"identity": "anna", "prompt": "{}", "guidance_scale": -1},
     ]
     jobs = tmp_path / "mixed.jsonl"

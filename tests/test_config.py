@@ -177,7 +177,11 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
     [
         (["--learned_embedding_path", "x"], "exactly one of --identity"),
         (["--prompt_file", "x"], "exactly one of --prompt"),
-        (["--eta", "0.5", "--scheduler", "dpmpp_2m"], "--eta belongs to --scheduler ddim"),
+        (["--guidance_rescale", "2"], "guidance_rescale must lie between 0 and 1"),
+        (
+            ["--guidance_rescale", "0.7", "--guidance_scale", "0"],
+            "no effect with --guidance_scale 0",
+        ),
         (["--eta", "1.5"], "between 0 and 1"),
         (["--guidance_scale", "1", "--negative_prompt", "x"], "--negative_prompt has no effect"),
         (["--negative_prompt", "{} ugly"], "{} can stand in --prompt only"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -115,14 +116,17 @@ def test_picture_is_the_same_in_any_batch(loaded, identity):
     assert np.abs(together[0] - together[1]).mean() > 0.01
 
 
-@pytest.mark.parametrize(("scheduler", "interval"), [("ddim", None), ("dpmpp_2m", (0.3, 0.8))])
+@pytest.mark.parametrize(
+    ("scheduler", "interval"),
+    [("ddim", None), ("dpmpp_2m", (0.3, 0.8)), ("euler_ancestral", None), ("lcm", None)],
+)
 def test_each_step_has_the_row_of_its_own_timestep(loaded, identity, scheduler, interval):
     """Against the same loop with the whole UNet in it, which embeds the timestep it is given."""
     model, frozen, _ = loaded
     kv = keys_values(loaded, identity)
     drawn = draw(loaded, kv, [0, 3], scheduler=scheduler, interval=interval)
     latent_size = [side // model.vae.downscale for side in (32, 32)]
-    x, _ = samplers.initial_noise(7, jnp.asarray([0, 3]), (*latent_size, 4))
+    x, keys = samplers.initial_noise(7, jnp.asarray([0, 3]), (*latent_size, 4))
 
     @jax.jit
     def plain(x, off):
@@ -133,7 +137,8 @@ def test_each_step_has_the_row_of_its_own_timestep(loaded, identity, scheduler, 
         chosen = samplers.guided(predict(0), 5.0)
         if interval is not None:
             chosen = samplers.guided_between(chosen, predict(1), interval, model.schedule)
-        return sd.decode(model, frozen, samplers.SAMPLERS[scheduler](chosen, x, model.schedule, 4))
+        x = samplers.sample(scheduler, chosen, x, model.schedule, 4, keys=keys)
+        return sd.decode(model, frozen, x)
 
     np.testing.assert_allclose(drawn, plain(x, 0), atol=1e-4)
     assert np.abs(drawn - plain(x, 100)).max() > 0.01  # those of another step are seen
@@ -445,3 +450,44 @@ def test_several_people_alone_and_in_one_picture(random_checkpoint, identity, tm
         assert says in capsys.readouterr().err
     assert run(random_checkpoint, files_of["anna"], save_dir, *both[1:], "--prompt", "{}") == 1
     assert "are called anna" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eta", "0.5", "--scheduler", "euler"], "--eta 0.5 has no effect with sampler euler"),
+        (["--karras_sigmas"], "no effect with sampler ddim, which is the checkpoint's own"),
+        (["--timestep_spacing", "trailing", "--scheduler", "lcm"], "with sampler lcm"),
+        (["--scheduler", "lcm", "--num_inference_steps", "51"], "between 1 and 50 sampling steps"),
+    ],
+)
+def test_settings_that_a_sampler_does_not_have_are_refused(
+    random_checkpoint, identity, tmp_path, capsys, flags, message
+):
+    file = tmp_path / "identity.safetensors"
+    write_identity(file, identity)
+    assert run(random_checkpoint, file, tmp_path / "out", "--prompt", "{}", *flags) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_checkpoint_says_how_its_pictures_are_drawn(random_checkpoint, identity, tmp_path):
+    """Sampler, spacing and Karras sigmas of scheduler_config.json, as if flags had said so; a
+    guidance of 0 is one of 1."""
+    file, own = tmp_path / "identity.safetensors", tmp_path / "checkpoint"
+    write_identity(file, identity)
+    shutil.copytree(random_checkpoint, own)
+    path = own / "scheduler" / "scheduler_config.json"
+    said = {"timestep_spacing": "trailing", "use_karras_sigmas": True}
+    said |= {"_class_name": "EulerDiscreteScheduler"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    flags = ["--scheduler", "euler", "--timestep_spacing", "trailing", "--karras_sigmas"]
+    prompt = ["--prompt", "{}", "--guidance_scale"]
+    assert run(own, file, tmp_path / "own", *prompt, "0") == 0
+    assert run(random_checkpoint, file, tmp_path / "said", *prompt, "1", *flags) == 0
+    assert run(random_checkpoint, file, tmp_path / "other", *prompt, "1", *flags[:2]) == 0
+    drawn = [read_folder(next((tmp_path / name).iterdir())) for name in ("own", "said", "other")]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0].astype(int) - drawn[2]).max() > 3
+    about = json.loads(next((tmp_path / "own").glob("*/run.json")).read_text())
+    assert about["scheduler"] == "euler"

@@ -10,17 +10,26 @@ import pytest
 import torch
 from jax.experimental import io_callback
 
+from idea_jax.config.settings import SCHEDULERS
 from idea_jax.diffusion.samplers import (
     SAMPLERS,
-    ddim,
-    dpmpp_2m,
     guided,
     guided_between,
     initial_noise,
+    sample,
+    visited_timesteps,
 )
-from idea_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
+from idea_jax.diffusion.schedule import ScheduleConfig, ScheduleError, alphas_cumprod
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+ZERO_SNR = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+REFERENCES = {
+    "ddim": diffusers.DDIMScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "lcm": diffusers.LCMScheduler,
+}
 SHAPE = (2, 4, 3, 2)
 STEPS = (1, 2, 5, 20, 37, 50)  # 37 does not divide the 1000 timesteps
 # Timestep spacing (None: each scheduler's default) and offset, which only "leading" heeds.
@@ -33,6 +42,9 @@ def _strict_dtypes():
         yield
 
 
+ddim, dpmpp_2m = partial(sample, "ddim"), partial(sample, "dpmpp_2m")
+
+
 def recorded(sampler, predictions, x):
     """Runs `sampler` on a fixed sequence of predictions.
 
@@ -42,7 +54,7 @@ def recorded(sampler, predictions, x):
 
     def reply(x, timestep):
         trajectory.append(np.asarray(x))
-        timesteps.append(int(timestep))
+        timesteps.append(float(timestep))
         return predictions[len(timesteps) - 1]
 
     def predict(x, timestep):
@@ -55,22 +67,24 @@ def recorded(sampler, predictions, x):
 def reference_run(scheduler, predictions, x, steps, **step_arguments):
     """The same from a scheduler of diffusers; `step_arguments` are sequences with one per step."""
     scheduler.set_timesteps(steps)
-    x = torch.tensor(np.asarray(x))
-    trajectory = [x.numpy()]
+    x = torch.tensor(np.asarray(x)) * scheduler.init_noise_sigma
+    trajectory = []
     for i, timestep in enumerate(scheduler.timesteps):
         arguments = {name: values[i] for name, values in step_arguments.items()}
+        # What the network is given has the size of our latents; Euler's own are larger.
+        trajectory.append(scheduler.scale_model_input(x, timestep).numpy())
         x = scheduler.step(torch.tensor(predictions[i]), timestep, x, **arguments).prev_sample
-        trajectory.append(x.numpy())
-    return scheduler.timesteps.tolist(), np.stack(trajectory)
+    return scheduler.timesteps.tolist(), np.stack([*trajectory, x.numpy()])
 
 
-def assert_same_run(got, expected, message=""):
-    """The same timesteps, and every step within 1e-5 of the size of its latents."""
-    assert got[0] == expected[0], message
+def assert_same_run(got, expected, message="", most=1e-5):
+    """The same timesteps, and every step within `most` of the size of its latents."""
+    # diffusers rounds noise levels to float32, which moves Karras timesteps by up to 1.1e-3.
+    np.testing.assert_allclose(got[0], expected[0], atol=2e-3, err_msg=message)
     assert got[1].dtype == np.float32
     for step, (ours, theirs) in enumerate(zip(got[1], expected[1], strict=True)):
         error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-        assert error < 1e-5, f"{message}: step {step}: {error}"
+        assert error < most, f"{message}: step {step}: {error}"
 
 
 def predictions_and_start():
@@ -148,6 +162,104 @@ def test_dpmpp_2m_agrees_with_diffusers(prediction_type, spacing, offset):
         assert_same_run(got, reference_run(reference, predictions, x, steps), f"{steps} steps")
 
 
+@pytest.mark.parametrize(("spacing", "offset"), SPACINGS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("is_karras", [False, True])
+def test_euler_agrees_with_diffusers(is_karras, prediction_type, spacing, offset):
+    settings = {**SD, "prediction_type": prediction_type, "steps_offset": offset}
+    settings |= {"use_karras_sigmas": is_karras}
+    if spacing:
+        settings["timestep_spacing"] = spacing
+    cfg = ScheduleConfig(**settings)
+    reference = diffusers.EulerDiscreteScheduler.from_config(settings)
+    predictions, x = predictions_and_start()
+    # One step of "linspace" is at timestep 0, whose little noise diffusers rounds by 1.3e-5.
+    for steps in STEPS if spacing in ("leading", "trailing") else STEPS[1:]:
+        got = recorded(partial(sample, "euler", cfg=cfg, steps=steps), predictions, x)
+        assert_same_run(got, reference_run(reference, predictions, x, steps), f"{steps} steps")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_dpmpp_2m_with_karras_sigmas_agrees_with_diffusers(prediction_type):
+    settings = {**SD, "prediction_type": prediction_type, "use_karras_sigmas": True}
+    cfg = ScheduleConfig(**settings)
+    reference = diffusers.DPMSolverMultistepScheduler.from_config(settings)
+    predictions, x = predictions_and_start()
+    for steps in STEPS:
+        got = recorded(partial(dpmpp_2m, cfg=cfg, steps=steps), predictions, x)
+        assert_same_run(got, reference_run(reference, predictions, x, steps), f"{steps} steps")
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """Keys of two images, whose noise diffusers adds, too."""
+    keys = jax.random.split(jax.random.key(3), SHAPE[0])
+    fresh = np.array(step_noise(jax.random.clone(keys), max(STEPS)))
+    left = []
+    for name in ("scheduling_euler_ancestral_discrete", "scheduling_lcm"):
+        module = getattr(diffusers.schedulers, name)
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.tensor(left.pop(0)))
+
+    def begin():
+        left[:] = fresh
+        return jax.random.clone(keys)
+
+    return begin
+
+
+@pytest.mark.parametrize(("spacing", "offset"), SPACINGS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_euler_ancestral_agrees_with_diffusers(prediction_type, spacing, offset, keys):
+    settings = {**SD, "prediction_type": prediction_type, "steps_offset": offset}
+    if spacing:
+        settings["timestep_spacing"] = spacing
+    # Karras sigmas are not among its settings.
+    cfg = ScheduleConfig(**settings, use_karras_sigmas=True)
+    reference = diffusers.EulerAncestralDiscreteScheduler.from_config(settings)
+    predictions, x = predictions_and_start()
+    for steps in (2, 20, 37):
+        sampler = partial(sample, "euler_ancestral", cfg=cfg, steps=steps, keys=keys())
+        got = recorded(sampler, predictions, x)
+        assert_same_run(got, reference_run(reference, predictions, x, steps), f"{steps} steps")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("original", "scaling"), [(50, 10.0), (100, 0.001)])
+def test_lcm_agrees_with_diffusers(original, scaling, prediction_type, keys):
+    settings = {**SD, "prediction_type": prediction_type, "timestep_scaling": scaling}
+    settings |= {"original_inference_steps": original, "timestep_spacing": "trailing"}
+    cfg = ScheduleConfig(**settings)
+    reference = diffusers.LCMScheduler.from_config(settings)
+    predictions, x = predictions_and_start()
+    for steps in (1, 2, 4, 7, 50):
+        sampler = partial(sample, "lcm", cfg=cfg, steps=steps, keys=keys())
+        got = recorded(sampler, predictions, x)
+        assert_same_run(got, reference_run(reference, predictions, x, steps), f"{steps} steps")
+
+
+def test_lcm_has_no_more_steps_than_it_was_distilled_for():
+    cfg = ScheduleConfig(**SD, original_inference_steps=8)
+    assert visited_timesteps("lcm", cfg, 8).tolist() == [124 * n + n - 1 for n in range(8, 0, -1)]
+    with pytest.raises(ScheduleError, match="between 1 and 8 sampling steps of LCM.*got 9"):
+        visited_timesteps("lcm", cfg, 9)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_without_signal_at_the_end_samplers_agree_with_diffusers(name, keys):
+    cfg = ScheduleConfig(**ZERO_SNR, timestep_spacing="trailing")
+    settings = {**ZERO_SNR, "timestep_spacing": "trailing", "clip_sample": False}
+    reference = REFERENCES[name].from_config(settings)
+    predictions, x = predictions_and_start()
+    for steps in (1, 2, 5, 20):
+        own = {} if name in ("ddim", "dpmpp_2m", "euler") else {"keys": keys()}
+        got = recorded(partial(sample, name, cfg=cfg, steps=steps, **own), predictions, x)
+        assert got[0][0] == 999.0
+        expected = reference_run(reference, predictions, x, steps)
+        # diffusers' Euler has latents of size 4096 there, which float32 rounds: measured 9.5e-5.
+        most = 2e-4 if name.startswith("euler") else 1e-5
+        assert_same_run(got, expected, f"{steps} steps", most)
+
+
 def signal_table(cfg, dtype):
     """alpha and sigma by timestep, for the closed forms below."""
     signal = alphas_cumprod(cfg)
@@ -161,16 +273,17 @@ def as_prediction(cfg, denoised, x, alpha, sigma):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("sampler", ["ddim", "ddim with eta", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddim with eta", "dpmpp_2m", "euler"])
 def test_constant_denoiser_is_sampled_exactly(sampler, prediction_type):
     cfg = ScheduleConfig(**SD, prediction_type=prediction_type, timestep_spacing="leading")
     alphas, sigmas = signal_table(cfg, jnp.float32)
     x, target = jax.random.normal(jax.random.key(0), (2, *SHAPE))
 
     def predict(x, timestep):
-        return as_prediction(cfg, target, x, alphas[timestep], sigmas[timestep])
+        level = timestep.astype(jnp.int32)  # of leading spacing, whole for every sampler
+        return as_prediction(cfg, target, x, alphas[level], sigmas[level])
 
-    run = SAMPLERS[sampler.split()[0]]
+    run = partial(sample, sampler.split()[0])
     if sampler == "ddim with eta":
         run = partial(run, eta=0.7, keys=jax.random.split(jax.random.key(1), SHAPE[0]))
     for steps in (1, 2, 10):
@@ -234,7 +347,7 @@ def test_vmap_equals_separate_runs(sampler):
 
         if sampler == "ddim with eta":
             return ddim(predict, x, cfg, 7, eta=0.5, keys=keys)
-        return SAMPLERS[sampler](predict, x, cfg, 7)
+        return sample(sampler, predict, x, cfg, 7)
 
     together = jax.jit(jax.vmap(run))(x, weights, jax.random.clone(keys))
     alone = [jax.jit(run)(x[i], weights[i], keys[i]) for i in range(3)]
@@ -259,10 +372,20 @@ def test_guidance_is_one_call_and_extrapolates():
     np.testing.assert_allclose(guided(predict, 0.0)(x, timestep), -x, rtol=1e-6)
     # The scale may also be an array, so that changing it compiles nothing again.
     cfg = ScheduleConfig(**SD)
-    sample = jax.jit(lambda scale: ddim(guided(predict, scale), x, cfg, 3))
-    np.testing.assert_allclose(
-        sample(jnp.float32(4.0)), ddim(guided(predict, 4.0), x, cfg, 3), rtol=1e-5
-    )
+    run = jax.jit(lambda scale: ddim(guided(predict, scale), x, cfg, 3))
+    expected = ddim(guided(predict, 4.0), x, cfg, 3)
+    np.testing.assert_allclose(run(jnp.float32(4.0)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_rescaled_guidance_agrees_with_diffusers(rescale):
+    module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    both = jax.random.normal(jax.random.key(1), (2 * SHAPE[0], *SHAPE[1:]))
+    got = guided(lambda x, timestep: both, 7.5, rescale)(x, jnp.int32(3))
+    off, on = torch.tensor(np.asarray(both)).chunk(2)
+    expected = module.rescale_noise_cfg(off + 7.5 * (on - off), on, guidance_rescale=rescale)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_guidance_between_two_timesteps_includes_its_ends():
@@ -296,12 +419,12 @@ def test_fresh_noise_depends_on_the_image_only():
     cfg = ScheduleConfig(**SD)
 
     @jax.jit
-    def sample(indices):
+    def run(indices):
         x, keys = initial_noise(0, indices, SHAPE[1:])
         return ddim(lambda x, timestep: 0.5 * x, x, cfg, 5, eta=1.0, keys=keys)
 
-    whole = np.asarray(sample(jnp.arange(3)))
-    np.testing.assert_array_equal(sample(jnp.array([2, 0])), whole[[2, 0]])
+    whole = np.asarray(run(jnp.arange(3)))
+    np.testing.assert_array_equal(run(jnp.array([2, 0])), whole[[2, 0]])
     assert not np.allclose(whole[0], whole[1], atol=0.1)
 
 
@@ -310,7 +433,11 @@ def test_the_fresh_noise_is_not_the_initial_noise():
     assert_unrelated(np.concatenate([np.asarray(x)[None], step_noise(keys, 37)]))
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS.values()))
+def test_programs_offer_all_samplers():
+    assert tuple(SAMPLERS) == SCHEDULERS
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_bad_arguments_are_refused(sampler):
     cfg = ScheduleConfig(**SD)
     x = jnp.zeros(SHAPE)
@@ -319,10 +446,10 @@ def test_bad_arguments_are_refused(sampler):
         raise AssertionError("the network ran")
 
     for steps in (0, 1001):
-        with pytest.raises(ValueError, match=f"between 1 and 1000 sampling steps.*{steps}"):
-            sampler(predict, x, cfg, steps)
+        with pytest.raises(ValueError, match=rf"between 1 and \d+ sampling steps.*{steps}"):
+            sample(sampler, predict, x, cfg, steps)
     with pytest.raises(ValueError, match="expected float32 latents.*bfloat16"):
-        sampler(predict, x.astype(jnp.bfloat16), cfg, 5)
+        sample(sampler, predict, x.astype(jnp.bfloat16), cfg, 5)
 
 
 def test_bad_eta_and_keys_are_refused():
@@ -331,7 +458,12 @@ def test_bad_eta_and_keys_are_refused():
     for eta in (-0.1, 1.1):
         with pytest.raises(ValueError, match="eta between 0 and 1"):
             ddim(lambda x, t: x, x, cfg, 5, eta=eta)
+    for name in ("euler", "lcm"):
+        with pytest.raises(ValueError, match=f"'{name}' has no eta"):
+            sample(name, lambda x, t: x, x, cfg, 5, eta=0.5)
     with pytest.raises(ValueError, match="one random key per image.*none"):
         ddim(lambda x, t: x, x, cfg, 5, eta=0.5)
+    with pytest.raises(ValueError, match="one random key per image.*none"):
+        sample("euler_ancestral", lambda x, t: x, x, cfg, 5)
     with pytest.raises(ValueError, match="one random key per image.*shape"):
         ddim(lambda x, t: x, x, cfg, 5, eta=0.5, keys=jax.random.split(jax.random.key(0), 3))

@@ -1,5 +1,6 @@
 """The noise schedule against diffusers, and what it refuses."""
 
+import dataclasses
 import inspect
 import json
 
@@ -50,7 +51,6 @@ SCHEDULERS = {
 REFUSED = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 # What an option of a solver may be set to; the solver is not used here.
 OF_SOLVERS = {
-    "use_karras_sigmas": True,
     "use_exponential_sigmas": True,
     "use_beta_sigmas": True,
     "use_lu_lambdas": True,
@@ -65,8 +65,8 @@ OF_SOLVERS = {
     "algorithm_type": "sde-dpmsolver++",
     "lower_order_final": False,
     "solver_type": "heun",
+    "interpolation_type": "log_linear",
     "eta": 0.3,
-    "timestep_scaling": 4.0,
 }
 
 
@@ -215,7 +215,10 @@ def test_the_file_of_every_scheduler_is_read(name, tmp_path):
     # Whatever the solver is told, the numbers here are the same, and the notice has its name.
     for option in set(OF_SOLVERS) & set(accepts):
         told = {**values, option: OF_SOLVERS[option]}
-        assert ScheduleConfig.from_dict(told, "f") == cfg
+        found = ScheduleConfig.from_dict(told, "f")
+        # DPM-Solvers of another kind are not the sampler of ours.
+        assert dataclasses.replace(found, sampler=cfg.sampler) == cfg
+        assert found.sampler in (cfg.sampler, "ddim")
     loud = {k: True for k in OF_SOLVERS if k in accepts and k.startswith("use_")}
     if loud:
         (notice,) = schedule.notices({**values, **loud})
@@ -253,7 +256,10 @@ def test_unsupported_values_are_refused_all_at_once():
         "prediction_type": "sample",
         "timestep_spacing": "karras",
         "trained_betas": [0.1, 0.2],
-        "rescale_betas_zero_snr": True,
+        "rescale_betas_zero_snr": "yes",
+        "use_karras_sigmas": 1,
+        "original_inference_steps": 0,
+        "timestep_scaling": -1.0,
         "variance_type": "learned_range",
         "timestep_type": "continuous",
         "use_flow_sigmas": True,
@@ -273,6 +279,42 @@ def test_unsupported_values_are_refused_all_at_once():
         if key != "a_new_key":
             assert f"{key} is {value!r}, expected" in message
     assert "skip_prk_steps" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("DDIMScheduler", "ddim"),
+        ("PNDMScheduler", "ddim"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
+        ("LCMScheduler", "lcm"),
+    ],
+)
+def test_the_checkpoint_chooses_the_sampler(name, sampler, tmp_path):
+    """And what is written of it is read as the same, here and by diffusers."""
+    own = {"use_karras_sigmas": True, "timestep_spacing": "trailing"}
+    own |= {"original_inference_steps": 40, "timestep_scaling": 3.0}
+    own = {k: v for k, v in own.items() if k in inspect.signature(SCHEDULERS[name]).parameters}
+    cfg = ScheduleConfig.from_dict({**SD_2_FILE, **own, "_class_name": name}, "f")
+    assert cfg.sampler == sampler
+    assert {key: getattr(cfg, key) for key in own} == own
+    written = cfg.to_dict()
+    assert ScheduleConfig.from_dict(written, "f") == cfg
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
+    theirs = SCHEDULERS[written["_class_name"]].from_pretrained(tmp_path).config
+    assert {key: theirs[key] for key in own} == own
+
+
+def test_without_signal_at_the_end_levels_agree_with_diffusers():
+    said = {**SD, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    signal = alphas_cumprod(ScheduleConfig.from_dict(said, "f"))
+    assert signal[-1] == 0
+    expected = diffusers.DDIMScheduler(**said).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(signal, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ScheduleError, match="'epsilon', expected 'v_prediction'"):
+        ScheduleConfig.from_dict({**said, "prediction_type": "epsilon"}, "f")
 
 
 def test_a_config_made_by_hand_is_checked_too():

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import logging
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from idea_jax.config.settings import (
     ConfigError,
     SampleConfig,
     TrainConfig,
+    is_guided,
     settings_of,
 )
 
@@ -177,7 +179,7 @@ def of_preset(known: dict[str, dataclasses.Field], given: dict, stronger: dict) 
     """
     marks = {name: spec.metadata["fast"] for name, spec in known.items()}
     chosen = {n: v for n, v in marks.items() if v is not None and n not in stronger}
-    if given.get("guidance_scale") == 1:  # then there is no guidance to confine
+    if not is_guided(given.get("guidance_scale", math.inf)):  # then there is no guidance to confine
         chosen.pop("guidance_interval", None)
     for name, spec in known.items():
         factor, value = spec.metadata["fast_times"], given.get(name, spec.default)

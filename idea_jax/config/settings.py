@@ -119,6 +119,19 @@ FACE = {
 }
 
 FACE_PROVIDERS = ("cpu", "cuda")
+
+# Of every program that draws
+SCHEDULERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
+SPACINGS = ("leading", "trailing", "linspace")
+SAMPLER = {
+    "scheduler": "sampler (default: the checkpoint's own if it is one of these, else ddim)",
+    "karras_sigmas": "of euler and dpmpp_2m: noise levels closer together where there is little "
+    "noise (default: as the checkpoint says)",
+    "timestep_spacing": "where the steps of all samplers but lcm lie; trailing for few-step "
+    "checkpoints (default: as the checkpoint says)",
+    "guidance_rescale": "how much guidance keeps the contrast of the prompt alone, 0 to 1: 0.7 for "
+    "checkpoints whose noise leaves no trace of the picture",
+}
 SECRETS = ("hub_token",)  # settings that no file keeps
 
 PRESET = "; as a flag it wins over what --config says"
@@ -711,14 +724,19 @@ class SampleConfig:
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")
     batch_size: int = setting(8, "pictures that are drawn in one call, on each device")
     num_inference_steps: int = setting(50, "sampling steps", fast=20)
-    guidance_scale: float = setting(7.5, "classifier-free guidance; 1 turns it off")
+    guidance_scale: float = setting(
+        7.5, "classifier-free guidance; 1 or less turns it off, and halves the work"
+    )
     guidance_interval: list[float] | None = setting(
         None,
         "guide only between these two parts of the way, 0 (clean) to 1 (noise): steps outside cost "
         "half (default: everywhere)",
         fast=(0.2, 0.9),
     )
-    scheduler: str = setting("ddim", "sampler", choices=("ddim", "dpmpp_2m"), fast="dpmpp_2m")
+    guidance_rescale: float = setting(0.0, SAMPLER["guidance_rescale"])
+    scheduler: str | None = setting(None, SAMPLER["scheduler"], choices=SCHEDULERS, fast="dpmpp_2m")
+    karras_sigmas: bool | None = setting(None, SAMPLER["karras_sigmas"])
+    timestep_spacing: str | None = setting(None, SAMPLER["timestep_spacing"], choices=SPACINGS)
     eta: float = setting(0.0, "share of fresh noise in DDIM, 0 to 1")
     id_strength: float = setting(
         1.0, "scales the ID-Adapter's and the K/V delta's effect; 0 leaves the tokens alone"
@@ -758,20 +776,16 @@ class SampleConfig:
         self.check_face()
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give exactly one of --prompt and --prompt_file")
-        check_interval(self.guidance_interval)
-        if self.guidance_interval is not None and self.guidance_scale == 1:
-            raise ConfigError("--guidance_interval has no effect with --guidance_scale 1")
-        if self.negative_prompt and self.guidance_scale == 1:
-            raise ConfigError("--negative_prompt has no effect with --guidance_scale 1")
+        check_drawing(self)
+        for name in ("guidance_interval", "guidance_rescale", "negative_prompt"):
+            if getattr(self, name) and not is_guided(self.guidance_scale):
+                scale = f"--guidance_scale {self.guidance_scale:g}"
+                raise ConfigError(f"--{name} has no effect with {scale}")
         if "{" in self.negative_prompt or "}" in self.negative_prompt:
             raise ConfigError(
                 "--negative_prompt says what pictures turn away from, and names nobody; {} can "
                 "stand in --prompt only"
             )
-        if self.eta > 1:
-            raise ConfigError(f"eta must lie between 0 and 1, got {self.eta}")
-        if self.eta and self.scheduler != "ddim":
-            raise ConfigError("--eta belongs to --scheduler ddim; dpmpp_2m is deterministic")
 
     def check_face(self) -> None:
         """Raises unless the settings of the face fit --photo, and each other."""
@@ -889,6 +903,19 @@ def not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{name} must not be negative, got {value}")
         if value == math.inf:
             raise ConfigError(f"{name} must be finite, got {value}")
+
+
+def is_guided(guidance_scale: float) -> bool:
+    """Whether there is guidance; otherwise the prompt alone is drawn, as in diffusers."""
+    return guidance_scale > 1
+
+
+def check_drawing(cfg: Any) -> None:
+    """Raises unless the settings of guidance and of eta lie in their ranges."""
+    check_interval(cfg.guidance_interval)
+    for name in ("eta", "guidance_rescale"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(cfg, name)}")
 
 
 def check_interval(interval: Sequence[float] | None) -> None:

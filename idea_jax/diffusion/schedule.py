@@ -15,42 +15,48 @@ from idea_jax.errors import InputError
 
 SPACINGS = ("leading", "trailing", "linspace")
 
+# The schedulers of diffusers whose files are read. First those whose steps a sampler here takes
+# (`samplers.SAMPLERS`), then the others.
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "DDIMParallelScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "LCMScheduler": "lcm",
+}
+_OTHERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        "DDIMInverse",
+        "DDPM",
+        "DDPMParallel",
+        "PNDM",
+        "LMSDiscrete",
+        "HeunDiscrete",
+        "KDPM2Discrete",
+        "KDPM2AncestralDiscrete",
+        "DPMSolverMultistepInverse",
+        "DPMSolverSinglestep",
+        "DPMSolverSDE",
+        "DEISMultistep",
+        "RePaint",
+        "SASolver",
+        "TCD",
+        "UniPCMultistep",
+    )
+)
+_OTHERWISE = "ddim"  # the sampler in their place
+
 # What a scheduler_config.json may say beside the fields of ScheduleConfig, as diffusers' schedulers
 # for Stable Diffusion save it. First the keys that would change the noise levels, the sampling
 # times or the meaning of the prediction, with the values that leave them as they are here.
 _SUPPORTED_VALUES = {
-    "_class_name": tuple(
-        f"{name}Scheduler"
-        for name in (
-            "DDIM",
-            "DDIMInverse",
-            "DDIMParallel",
-            "DDPM",
-            "DDPMParallel",
-            "PNDM",
-            "LCM",
-            "LMSDiscrete",
-            "EulerDiscrete",
-            "EulerAncestralDiscrete",
-            "HeunDiscrete",
-            "KDPM2Discrete",
-            "KDPM2AncestralDiscrete",
-            "DPMSolverMultistep",
-            "DPMSolverMultistepInverse",
-            "DPMSolverSinglestep",
-            "DPMSolverSDE",
-            "DEISMultistep",
-            "RePaint",
-            "SASolver",
-            "TCD",
-            "UniPCMultistep",
-        )
-    ),
+    "_class_name": (*_SAMPLERS, *_OTHERS),
     "beta_schedule": ("scaled_linear", "linear"),
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": (None, *SPACINGS),
     "trained_betas": (None,),
-    "rescale_betas_zero_snr": (None, False),
     # A learned variance is predicted by channels that no network here has.
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "timestep_type": (None, "discrete"),
@@ -63,7 +69,6 @@ _SOLVER_SETTINGS: dict[str, tuple] = {
     # Clipping to [-1, 1] is for pixels; diffusers' Stable Diffusion pipelines turn it off, too.
     "clip_sample": (False,),
     "thresholding": (False,),
-    "use_karras_sigmas": (False,),
     "use_exponential_sigmas": (False,),
     "use_beta_sigmas": (False,),
     "use_lu_lambdas": (False,),
@@ -73,6 +78,14 @@ _SOLVER_SETTINGS: dict[str, tuple] = {
     "sigma_max": (),
     "lambda_min_clipped": (float("-inf"),),
     "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+}
+
+# With what DPMSolverMultistep takes other steps than `dpmpp_2m`, and the values that do not.
+_DPM_SOLVER = {
+    "algorithm_type": (None, "dpmsolver++"),
+    "solver_order": (None, 2),
+    "solver_type": (None, "midpoint"),
 }
 
 # Last what only describes, chooses among solvers or belongs to features that are off.
@@ -87,10 +100,8 @@ _HARMLESS_KEYS = frozenset(
         "eta",
         "euler_at_final",
         "flow_shift",
-        "interpolation_type",
         "lower_order_final",
         "noise_sampler_seed",
-        "original_inference_steps",
         "predict_x0",
         "predictor_order",
         "sample_max_value",
@@ -100,7 +111,6 @@ _HARMLESS_KEYS = frozenset(
         "solver_type",
         "tau_func",
         "time_shift_type",
-        "timestep_scaling",
     }
 )
 
@@ -116,9 +126,18 @@ class ScheduleError(InputError, ValueError):
 class ScheduleConfig:
     """The noise schedule that a checkpoint was trained with; field names as in diffusers.
 
-    `set_alpha_to_one`: whether DDIM's last step goes to alpha 1, or stops at the alpha of timestep
-    0. `steps_offset`: added to the timesteps of "leading" spacing. `timestep_spacing`: None where
-    the checkpoint does not say; each sampler then has the default of diffusers' scheduler.
+    Attributes:
+      set_alpha_to_one: whether DDIM's last step goes to alpha 1, or stops at that of timestep 0.
+      steps_offset: added to the timesteps of "leading" spacing.
+      timestep_spacing: None where the checkpoint does not say; each sampler then has the default
+        of diffusers' scheduler.
+      rescale_betas_zero_snr: whether the last timestep is noise alone, with no trace of a picture.
+      use_karras_sigmas: whether noise levels are spaced as in arXiv 2206.00364, by the samplers
+        that can.
+      sampler: the one of `samplers.SAMPLERS` that takes the steps of the checkpoint's own
+        scheduler, or DDIM if none does.
+      original_inference_steps, timestep_scaling: of a consistency model, for LCM alone: how many
+        timesteps it was distilled for, and how fast its boundary condition fades.
     """
 
     beta_start: float
@@ -129,6 +148,11 @@ class ScheduleConfig:
     set_alpha_to_one: bool = True
     steps_offset: int = 0
     timestep_spacing: str | None = None
+    rescale_betas_zero_snr: bool = False
+    use_karras_sigmas: bool = False
+    sampler: str = _OTHERWISE
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
 
     def __post_init__(self):
         problems = _problems({field.name: getattr(self, field.name) for field in fields(self)})
@@ -143,7 +167,7 @@ class ScheduleConfig:
           ScheduleError: a value that this code does not implement, a key it does not know, or a
             missing key; the message lists all of them.
         """
-        known = {field.name for field in fields(cls)}
+        known = _known()
         accepted = known | set(_SUPPORTED_VALUES) | set(_SOLVER_SETTINGS) | _HARMLESS_KEYS
         problems = [
             f"{field.name} is missing"
@@ -156,8 +180,35 @@ class ScheduleConfig:
         problems += [f"unknown key {key!r} (value {values[key]!r})" for key in unknown]
         if problems:
             raise ScheduleError(f"{where}: unsupported noise schedule: " + "; ".join(problems))
-        own = {key: value for key, value in values.items() if key in known}
-        return cls(**{**own, "steps_offset": _STEPS_OFFSET})
+        own = {key: values[key] for key in known if values.get(key) is not None}
+        return cls(**{**own, "steps_offset": _STEPS_OFFSET, "sampler": _sampler_of(values)})
+
+    def to_dict(self) -> dict:
+        """The contents of a `scheduler_config.json` that diffusers and `from_dict` read."""
+        values = {key: getattr(self, key) for key in sorted(_known())}
+        # An absent timestep_spacing lets each sampler take its own default, and not every scheduler
+        # of diffusers knows what is switched off.
+        for key in ("timestep_spacing", "rescale_betas_zero_snr", "use_karras_sigmas"):
+            if not values[key]:
+                del values[key]
+        if self.sampler != "lcm":
+            del values["original_inference_steps"], values["timestep_scaling"]
+        name = next(name for name, sampler in _SAMPLERS.items() if sampler == self.sampler)
+        return values | {"_class_name": name, "clip_sample": False}
+
+
+def _known() -> set[str]:
+    """The keys of a `scheduler_config.json` that are fields of `ScheduleConfig`."""
+    return {field.name for field in fields(ScheduleConfig)} - {"sampler"}
+
+
+def _sampler_of(values: dict) -> str:
+    """The sampler that takes the steps of the scheduler that a file names, or DDIM."""
+    sampler = _SAMPLERS.get(values.get("_class_name", ""), _OTHERWISE)
+    if sampler == "dpmpp_2m":
+        alike = all(values.get(key) in same for key, same in _DPM_SOLVER.items())
+        return sampler if alike else _OTHERWISE
+    return sampler
 
 
 def notices(values: dict) -> list[str]:
@@ -176,7 +227,7 @@ def notices(values: dict) -> list[str]:
     ]
     if unused:
         found.append(f"settings of a solver that is not used here: {', '.join(unused)}")
-    known = {field.name for field in fields(ScheduleConfig)} | set(_SUPPORTED_VALUES)
+    known = _known() | set(_SUPPORTED_VALUES)
     null = set(values) - known - set(_SOLVER_SETTINGS) - _HARMLESS_KEYS
     found += [f"unknown key {key!r}, which is null, is ignored" for key in sorted(null)]
     return found
@@ -197,12 +248,24 @@ def _problems(values: dict) -> list[str]:
         value = values.get(key, 0.5)
         if not isinstance(value, float) or not 0.0 < value < 1.0:
             problems.append(f"{key} is {value!r}, expected a number between 0 and 1")
-    for key, smallest in (("num_train_timesteps", 1), ("steps_offset", 0)):
+    whole = {"num_train_timesteps": 1, "steps_offset": 0, "original_inference_steps": 1}
+    for key, smallest in whole.items():
         value = values.get(key, smallest)
         if not is_int(value) or value < smallest:
             problems.append(f"{key} is {value!r}, expected an integer of at least {smallest}")
-    if not isinstance(values.get("set_alpha_to_one", True), bool):
-        problems.append(f"set_alpha_to_one is {values['set_alpha_to_one']!r}, expected a boolean")
+    scaling = values.get("timestep_scaling", 1.0)
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not scaling > 0:
+        problems.append(f"timestep_scaling is {scaling!r}, expected a number above 0")
+    for key in ("set_alpha_to_one", "rescale_betas_zero_snr", "use_karras_sigmas"):
+        value = values.get(key, False)
+        if not isinstance(value, bool) and not (value is None and key != "set_alpha_to_one"):
+            problems.append(f"{key} is {value!r}, expected a boolean")
+    if values.get("rescale_betas_zero_snr") and values.get("prediction_type") != "v_prediction":
+        problems.append(
+            "rescale_betas_zero_snr is True, where noise alone says nothing of a picture, and "
+            f"prediction_type is {values.get('prediction_type', 'epsilon')!r}, expected "
+            "'v_prediction'"
+        )
     return problems
 
 
@@ -210,13 +273,19 @@ def alphas_cumprod(cfg: ScheduleConfig) -> np.ndarray:
     """Returns float64[num_train_timesteps], decreasing: the squared signal level per timestep.
 
     diffusers rounds its betas to float32; on Stable Diffusion's schedule its values differ from
-    these by at most 1e-6 relative.
+    these by at most 1e-6 relative. With `rescale_betas_zero_snr` the last value is zero, and the
+    square roots of the others are moved down with it, but for the first (arXiv 2305.08891,
+    algorithm 1).
     """
     if cfg.beta_schedule == "scaled_linear":
         betas = np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.num_train_timesteps) ** 2
     else:
         betas = np.linspace(cfg.beta_start, cfg.beta_end, cfg.num_train_timesteps)
-    return np.cumprod(1.0 - betas)
+    signal = np.cumprod(1.0 - betas)
+    if cfg.rescale_betas_zero_snr:
+        roots = np.sqrt(signal)
+        signal = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+    return signal
 
 
 def add_noise(
@@ -267,7 +336,7 @@ def denoised_and_noise(
 def inference_timesteps(
     cfg: ScheduleConfig, steps: int, spacing: str, *, drop_lowest: bool = False
 ) -> np.ndarray:
-    """Returns the timesteps that a sampler visits: int32[steps], strictly decreasing.
+    """Returns timesteps for a sampler to visit: int32[steps], strictly decreasing.
 
     Args:
       steps: 1 .. num_train_timesteps.

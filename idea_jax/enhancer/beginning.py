@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
 from idea_jax.config.reading import read_yaml
-from idea_jax.config.settings import ConfigError, held_on_resume
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, held_on_resume, reading
 from idea_jax.data import text
 from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import likeness, ridge, samples
 from idea_jax.enhancer.samples import Folder, Plan
-from idea_jax.enhancer.settings import EnhancerTrainConfig
+from idea_jax.enhancer.settings import EnhancerTrainConfig, PrepareConfig
 from idea_jax.enhancer.shards import ShardsError
 from idea_jax.enhancer.step import (
     EnhancerProgram,
@@ -29,7 +29,7 @@ from idea_jax.enhancer.step import (
 from idea_jax.faces import finding
 from idea_jax.formats import enhancer
 from idea_jax.method import anchor, shared
-from idea_jax.models import sd
+from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import json_digest
 from idea_jax.runtime.versions import versions
@@ -63,6 +63,23 @@ class EnhancerWork:
     side: int
     about: dict
     first: bool
+
+
+def open_model(
+    cfg: EnhancerTrainConfig | PrepareConfig,
+) -> tuple[hub.Checkpoint, sd.StableDiffusion, dict[str, Any]]:
+    """The checkpoint that a run names, its networks, and what `sd.load` takes besides its folder.
+
+    Raises:
+      CheckpointNotFound, WeightsError, UnsupportedConfig: it cannot be used, or a LoRA cannot.
+    """
+    loras = lora.named(cfg.lora)  # a file that is not there is said before anything is fetched
+    found = hub.resolve_for(cfg)
+    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
+    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
+    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
+    weights = {"variant": cfg.variant, "compute_dtype": dtype, "loras": loras}
+    return found, model, reading(cfg) | weights
 
 
 def check_batch(cfg: EnhancerTrainConfig, mesh: Mesh) -> None:

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from idea_jax import jobs
 from idea_jax.config.reading import to_yaml
-from idea_jax.config.settings import COMPUTE_DTYPES, reading
 from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, likeness, samples
@@ -31,6 +30,7 @@ from idea_jax.enhancer.beginning import (
     frozen_dtype,
     hold_out,
     open_finder,
+    open_model,
     optimizer_of,
     refuse_another,
     resume,
@@ -48,7 +48,7 @@ from idea_jax.enhancer.step import (
 )
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
-from idea_jax.models import flash, hub, lora, sd
+from idea_jax.models import sd
 from idea_jax.pytrees import count
 from idea_jax.runtime import compile_cache, devices, files
 from idea_jax.runtime.files import atomic_write, check_writable, write_together
@@ -98,11 +98,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     weights = samples.read_weights(cfg.data)
     folders = [samples.open_folder(path) for path, _ in weights]
     check_together(folders)
-    loras = lora.named(cfg.lora)  # a file that is not there is said before anything is fetched
-    found = hub.resolve_for(cfg)
-    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
+    found, model, loading = open_model(cfg)
     check_model(folders, model, found.name)
     sizes = model.text.vocab_size, model.text.max_position_embeddings
     tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding)
@@ -110,9 +106,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else known_names(found.folder)
     finder = open_finder(cfg, found.folder, folders)
     with jax.default_device(devices.host() if cfg.shard_frozen else None):
-        _, frozen = sd.load(
-            found.folder, variant=cfg.variant, compute_dtype=dtype, loras=loras, **reading(cfg)
-        )
+        _, frozen = sd.load(found.folder, **loading)
     digests = weights_digests(frozen)
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)

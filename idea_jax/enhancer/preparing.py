@@ -1,21 +1,18 @@
 """`idea-train-enhancer --prepare`: from settings to a prepared folder."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import jax
-
-from idea_jax.config.settings import COMPUTE_DTYPES, reading
 from idea_jax.data import people, text
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import fit, shards, sources
+from idea_jax.enhancer.beginning import open_model
 from idea_jax.enhancer.prepare import Studio, prepare
 from idea_jax.enhancer.settings import CELEBRITIES, PrepareConfig
 from idea_jax.enhancer.sources import Casting, Source
 from idea_jax.faces import finding, portraits
 from idea_jax.faces import models as face_models
-from idea_jax.models import flash, hub, lora, sd
+from idea_jax.models import sd
 from idea_jax.sampling import programs
 from idea_jax.training.results import Base
 from idea_jax.training.start import known_names
@@ -30,11 +27,7 @@ def run(cfg: PrepareConfig) -> list[Path]:
     people.places(cfg.identities)
     face_models.check_select(cfg.face_select)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
-    loras = lora.named(cfg.lora)  # a file that is not there is said before anything is fetched
-    found = hub.resolve_for(cfg)
-    dtype = COMPUTE_DTYPES[cfg.mixed_precision]
-    attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
+    found, model, loading = open_model(cfg)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     sizes = model.text.vocab_size, model.text.max_position_embeddings
     tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding).with_placeholder(
@@ -51,9 +44,7 @@ def run(cfg: PrepareConfig) -> list[Path]:
         needs_detector=cfg.crop == "face" or cfg.face_select != "largest",
     )
     source = None if cfg.people == CELEBRITIES else read_source(cfg)
-    _, frozen = sd.load(
-        found.folder, variant=cfg.variant, compute_dtype=dtype, loras=loras, **reading(cfg)
-    )
+    _, frozen = sd.load(found.folder, **loading)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     if source is None:
         casting = Casting(

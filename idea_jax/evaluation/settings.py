@@ -10,6 +10,9 @@ from idea_jax.config.settings import (
     ENHANCER,
     FACE,
     FACE_PROVIDERS,
+    SAMPLER,
+    SCHEDULERS,
+    SPACINGS,
     ConfigError,
     check_compile_cache,
     check_finding,
@@ -23,6 +26,7 @@ from idea_jax.evaluation.modes import MODES
 
 # Settings of the drawing that have no effect on pictures that are there already.
 OF_DRAWING = "pictures num_inference_steps guidance_scale negative_prompt".split()
+OF_DRAWING += "guidance_rescale scheduler karras_sigmas timestep_spacing".split()
 OF_DRAWING += "id_strength batch_size variant mixed_precision".split()
 
 
@@ -88,6 +92,10 @@ class EvaluateConfig:
     pictures: int | None = setting(None, "pictures of each prompt (default: the mode's)")
     num_inference_steps: int | None = setting(None, "sampling steps (default: the mode's)")
     guidance_scale: float | None = setting(None, "guidance (default: the mode's)")
+    guidance_rescale: float = setting(0.0, SAMPLER["guidance_rescale"])
+    scheduler: str | None = setting(None, "sampler (default: the mode's, ddim)", choices=SCHEDULERS)
+    karras_sigmas: bool | None = setting(None, SAMPLER["karras_sigmas"])
+    timestep_spacing: str | None = setting(None, SAMPLER["timestep_spacing"], choices=SPACINGS)
     negative_prompt: str | None = setting(None, "what they should not show (default: the mode's)")
     id_strength: float = setting(1.0, "scales the effect of ID-Adapter and K/V delta")
     batch_size: int = setting(8, "pictures that are drawn in one call, on each device")

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -333,9 +333,7 @@ def save(
         config = part.config if part.folder == "text_encoder" else part.config | version
         write_json(folder / part.folder / "config.json", config, sort_keys=True)
 
-    # An absent timestep_spacing lets each sampler take its own default.
-    schedule = {name: value for name, value in asdict(model.schedule).items() if value is not None}
-    schedule |= {"_class_name": "DDIMScheduler", "clip_sample": False, **version}
+    schedule = model.schedule.to_dict() | version
     write_json(folder / "scheduler" / "scheduler_config.json", schedule, sort_keys=True)
     # An image encoder is no part of Stable Diffusion, but may lie beside it (adapters use it).
     has_image_encoder = (folder / "image_encoder" / "config.json").is_file()
@@ -347,7 +345,7 @@ def save(
         "image_encoder": image_encoder if has_image_encoder else [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", schedule["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

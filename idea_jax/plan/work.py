@@ -12,7 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from idea_jax import costs, random_sd
 from idea_jax.config.reading import build
-from idea_jax.config.settings import COMPUTE_DTYPES, SampleConfig, TrainConfig, read_mesh
+from idea_jax.config.settings import (
+    COMPUTE_DTYPES,
+    SampleConfig,
+    TrainConfig,
+    is_guided,
+    read_mesh,
+)
 from idea_jax.enhancer.beginning import optimizer_of as enhancer_optimizer_of
 from idea_jax.enhancer.samples import EnhancerBatch
 from idea_jax.enhancer.settings import EnhancerTrainConfig
@@ -343,9 +349,16 @@ def drawing(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     batch = min(sample.batch_size, math.ceil(cfg.people / devices))
     used = min(devices, math.ceil(cfg.people / batch))
     side = side_of(cfg, model)
-    how = programs.Sampling((side, side), sample.scheduler, sample.num_inference_steps)
+    how = programs.choose_sampling(
+        model,
+        sample,
+        (side, side),
+        scheduler=None,
+        steps=sample.num_inference_steps,
+        guidance=sample.guidance_scale,
+    )
     mesh = AbstractMesh((used,), ("rows",), axis_types=(AxisType.Auto,))
-    kind = engine.Kind(how, 1, sample.guidance_scale != 1)
+    kind = engine.Kind(how, 1, is_guided(sample.guidance_scale))
 
     def trace(attention):
         draw, own = programs.draw_everywhere.__wrapped__, replace(model, attention=attention)

@@ -27,7 +27,7 @@ from idea_jax.runtime import compile_cache, devices, signals
 from idea_jax.runtime.files import check_writable, file_digest, json_digest
 from idea_jax.runtime.versions import versions
 from idea_jax.sampling import engine
-from idea_jax.sampling.plan import open_model
+from idea_jax.sampling.plan import open_model, said_of_levels
 from idea_jax.sampling.rows import Job, Roster, RowsError, make_jobs
 from idea_jax.sampling.settings import BatchConfig
 from idea_jax.sampling.store import INDEX, Held, Store, StoreError, write_index
@@ -148,6 +148,7 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
         **({"lora": lora.about(loading["loras"])} if loading["loras"] else {}),
         "clip_skip": cfg.clip_skip,
         "mixed_precision": cfg.mixed_precision,
+        **said_of_levels(cfg),
     }
     good, bad = make_jobs(cfg, model, (casting, texts), of_model)
     place = place_of(cfg)

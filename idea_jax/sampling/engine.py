@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from idea_jax.config.settings import is_guided
 from idea_jax.data.text import Placeholder
 from idea_jax.data.tokenizer import Tokenizer, Tokens
 from idea_jax.formats.identity import Identity
@@ -43,7 +44,7 @@ class PictureRow:
       sampling: size, sampler and steps.
       negative: what the picture should not show; names nobody.
       seed, number: the picture's number within its seed.
-      guidance: 1 leaves the negative prompt out.
+      guidance: of 1 or less, it leaves the negative prompt out.
       strength: scales the ID-Adapter's and the K/V delta's effect.
     """
 
@@ -211,7 +212,7 @@ class Texts:
         """
         prompt, negative = self.tokens(row)
         chunks = max(len(prompt.ids), len(negative.ids))
-        return Kind(row.sampling, chunks, row.guidance != 1)
+        return Kind(row.sampling, chunks, is_guided(row.guidance))
 
 
 class Engine:

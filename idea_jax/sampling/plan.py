@@ -14,6 +14,7 @@ import numpy as np
 from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, SampleConfig, reading
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import Tokenizer, Tokens
+from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.formats import learned_embeds
 from idea_jax.formats.identity import Identity, read_identity
 from idea_jax.method import condition
@@ -42,9 +43,23 @@ def open_model(cfg: Any) -> tuple[hub.Checkpoint, sd.StableDiffusion, dict[str, 
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
     changes = {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
-    model = replace(sd.read_configs(found.folder, dtype, **changes), attention=attention)
+    model = sd.read_configs(found.folder, dtype, **changes)
+    model = replace(model, attention=attention, schedule=own_schedule(cfg, model.schedule))
     weights = {"variant": cfg.variant, "compute_dtype": dtype, "loras": loras}
     return found, model, changes | weights
+
+
+def own_schedule(cfg: Any, schedule: ScheduleConfig) -> ScheduleConfig:
+    """A checkpoint's schedule with what a run says of its noise levels."""
+    names = {"karras_sigmas": "use_karras_sigmas"}
+    said = {names.get(name, name): value for name, value in said_of_levels(cfg).items()}
+    return replace(schedule, **said)
+
+
+def said_of_levels(cfg: Any) -> dict:
+    """What a run says of noise levels, by the names of its settings; empty if it says nothing."""
+    said = {name: getattr(cfg, name) for name in ("timestep_spacing", "karras_sigmas")}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def read_prompts(cfg: SampleConfig) -> list[str]:

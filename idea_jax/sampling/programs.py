@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from idea_jax.config.settings import ConfigError
+from idea_jax.config.settings import ConfigError, is_guided
 from idea_jax.data import images
 from idea_jax.data.tokenizer import Tokens
 from idea_jax.diffusion import samplers
@@ -129,6 +130,7 @@ class Sampling:
       scheduler: a name in `samplers.SAMPLERS`.
       eta: share of fresh noise in DDIM.
       interval: where there is guidance, see `samplers.guided_between`; None for everywhere.
+      rescale: how much guidance keeps the contrast of the prompt alone, see `samplers.guided`.
     """
 
     size: tuple[int, int]
@@ -136,6 +138,53 @@ class Sampling:
     steps: int
     eta: float = 0.0
     interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+
+
+def choose_sampling(
+    model: sd.StableDiffusion,
+    cfg: Any,
+    size: tuple[int, int],
+    *,
+    scheduler: str | None,
+    steps: int,
+    guidance: float,
+) -> Sampling:
+    """How pictures are drawn.
+
+    Args:
+      cfg: a SampleConfig or BatchConfig, for what pictures have in common.
+      scheduler: None for the checkpoint's own.
+
+    Raises:
+      ConfigError: the sampler has no use for a setting that is given, or no step is guided.
+      ScheduleError: the sampler cannot take so many steps.
+    """
+    name = scheduler or model.schedule.sampler
+    sampler = samplers.SAMPLERS[name]
+    wrong = (
+        ("eta", bool(cfg.eta) and not sampler.takes_eta),
+        ("karras_sigmas", bool(cfg.karras_sigmas) and not sampler.takes_karras),
+        ("timestep_spacing", cfg.timestep_spacing is not None and not sampler.takes_spacing),
+    )
+    for setting, is_unused in wrong:
+        if is_unused:
+            own = "" if scheduler else ", which is the checkpoint's own"
+            raise ConfigError(
+                f"--{setting} {getattr(cfg, setting)} has no effect with sampler {name}{own}; "
+                "leave it out, or choose another --scheduler"
+            )
+    visited, span = samplers.visited_timesteps(name, model.schedule, steps), cfg.guidance_interval
+    if not is_guided(guidance):
+        return Sampling(size, name, steps, cfg.eta)
+    interval = (span[0], span[1]) if span is not None else None
+    if interval and not np.any(samplers.lies_between(visited, interval, model.schedule)):
+        raise ConfigError(
+            f"no step of --num_inference_steps {steps} lies within --guidance_interval {span[0]} "
+            f"{span[1]} (which --preset fast sets, too), so that nothing would be guided: take "
+            "more steps, or --guidance_interval 0 1, which is everywhere"
+        )
+    return Sampling(size, name, steps, cfg.eta, interval, cfg.guidance_rescale)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
@@ -153,7 +202,7 @@ def draw_rows(
       kv: leaves [R, 2, T, inner]: of the negative prompt, and of the prompt.
       numbers: uint32[R, 2], seed and the picture's number; a row depends on nothing else in the
         call.
-      guidance: float32[R]; None for 1 everywhere, which leaves the unguided half of the work out.
+      guidance: float32[R]; None where there is none, which leaves half of the work out.
     """
     latent_size = tuple(side // model.vae.downscale for side in sampling.size)
     shape = (*latent_size, model.unet.in_channels)
@@ -182,14 +231,14 @@ def draw_rows(
     predict = predict_from(1)
     if guidance is not None:
         scale = guidance[:, None, None, None]
-        both, interval = samplers.guided(predict_from(0), scale), sampling.interval
+        both = samplers.guided(predict_from(0), scale, sampling.rescale)
+        interval = sampling.interval
         if interval is None:
             predict = both
         else:
             predict = samplers.guided_between(both, predict, interval, model.schedule)
-    fresh_noise = {"eta": sampling.eta, "keys": keys} if sampling.scheduler == "ddim" else {}
-    sample = samplers.SAMPLERS[sampling.scheduler]
-    x = sample(predict, x, model.schedule, sampling.steps, **fresh_noise)
+    name, steps, eta = sampling.scheduler, sampling.steps, sampling.eta
+    x = samplers.sample(name, predict, x, model.schedule, steps, eta=eta, keys=keys)
     return decode(model, frozen, x)
 
 
@@ -208,7 +257,7 @@ def draw(
     Args:
       kv: leaves [2, T, inner], from `prompt_keys_values`.
       seed: uint32[]; indices: int32[B]; picture i of a seed depends on nothing else in the call.
-      guidance_scale: float32[]; None for 1, which leaves the unguided half of the work out.
+      guidance_scale: float32[]; None where there is none, which leaves half of the work out.
     """
     B = indices.shape[0]
     seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), (B,))
@@ -231,7 +280,7 @@ def decode(model: sd.StableDiffusion, frozen: sd.Frozen, latents: jax.Array) -> 
 
 def scale_of(guidance_scale: float) -> jax.Array | None:
     """A guidance scale as `draw` takes it."""
-    return None if guidance_scale == 1 else jnp.float32(guidance_scale)
+    return jnp.float32(guidance_scale) if is_guided(guidance_scale) else None
 
 
 def draw_prompt(

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from idea_jax.config.settings import ConfigError, SampleConfig, check_seed
+from idea_jax.config.settings import SCHEDULERS, check_seed, is_guided
 from idea_jax.data import text
-from idea_jax.diffusion import samplers
 from idea_jax.errors import InputError
 from idea_jax.formats.identity import IdentityError, check_identity, read_identity
 from idea_jax.models import sd
@@ -256,14 +255,14 @@ def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
     for name in ("height", "width"):
         if found[name] is not None and not 0 < found[name] <= LARGEST_SIDE:
             raise RowsError(f"{name} must lie between 1 and {LARGEST_SIDE}, got {found[name]}")
-    (spec,) = (s for s in SampleConfig.__dataclass_fields__.values() if s.name == "scheduler")
-    if found["scheduler"] not in spec.metadata["choices"]:
-        raise RowsError(f"scheduler must be one of {', '.join(spec.metadata['choices'])}")
+    if found["scheduler"] not in (None, *SCHEDULERS):
+        raise RowsError(f"scheduler must be one of {', '.join(SCHEDULERS)}")
     if "{" in found["negative_prompt"] or "}" in found["negative_prompt"]:
         raise RowsError("negative_prompt says what a picture turns away from: no {}")
-    if found["guidance_scale"] == 1:
+    if not is_guided(found["guidance_scale"]):
         if values.get("negative_prompt"):
-            raise RowsError("negative_prompt has no effect with guidance_scale 1")
+            scale = found["guidance_scale"]
+            raise RowsError(f"negative_prompt has no effect with guidance_scale {scale:g}")
         found["negative_prompt"] = ""
     return found
 
@@ -274,22 +273,17 @@ def sampling_of(
     """How a row is drawn.
 
     Raises:
-      ConfigError: the VAE cannot make such a size, or no step is guided.
-      ScheduleError: the steps are more than the schedule has.
+      ConfigError: the VAE cannot make such a size, or as of `programs.choose_sampling`.
+      ScheduleError: the steps are more than the sampler has.
     """
-    size = programs.picture_size(model, found["height"], found["width"])
-    steps, sampler = found["num_inference_steps"], found["scheduler"]
-    visited = samplers.visited_timesteps(sampler, model.schedule, steps)
-    span = cfg.guidance_interval
-    if span is None or found["guidance_scale"] == 1:
-        return programs.Sampling(size, sampler, steps)
-    interval = (span[0], span[1])
-    if not samplers.lies_between(visited, interval, model.schedule).any():
-        raise ConfigError(
-            f"no step of {steps} lies within --guidance_interval {span[0]} {span[1]}: take more "
-            "steps, or --guidance_interval 0 1"
-        )
-    return programs.Sampling(size, sampler, steps, 0.0, interval)
+    return programs.choose_sampling(
+        model,
+        cfg,
+        programs.picture_size(model, found["height"], found["width"]),
+        scheduler=found["scheduler"],
+        steps=found["num_inference_steps"],
+        guidance=found["guidance_scale"],
+    )
 
 
 def make_job(
@@ -335,6 +329,8 @@ def make_job(
         "height": sampling.size[0],
         "width": sampling.size[1],
         "num_inference_steps": sampling.steps,
+        **({"eta": sampling.eta} if sampling.eta else {}),
+        **({"guidance_rescale": sampling.rescale} if sampling.rescale else {}),
         "scheduler": sampling.scheduler,
         "guidance_scale": row.guidance,
         "guidance_interval": list(sampling.interval) if sampling.interval else None,

@@ -11,11 +11,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from idea_jax.config.settings import ConfigError, SampleConfig
+from idea_jax.config.settings import ConfigError, SampleConfig, is_guided
 from idea_jax.data import images, text
 from idea_jax.data.tokenizer import load_tokenizer
-from idea_jax.diffusion import samplers
-from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.faces import portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.formats.enhancer import introduce, warn_of_weights
@@ -41,24 +39,11 @@ from idea_jax.sampling.plan import (
     plan,
     read_prompts,
     read_sitters,
+    said_of_levels,
 )
 from idea_jax.sampling.programs import picture_size
 
 log = logging.getLogger(__name__)
-
-
-def check_guidance(cfg: SampleConfig, schedule: ScheduleConfig) -> None:
-    """Raises ConfigError if guidance is asked for, in an interval that no step lies in."""
-    if cfg.guidance_interval is None or cfg.guidance_scale == 1:
-        return
-    visited = samplers.visited_timesteps(cfg.scheduler, schedule, cfg.num_inference_steps)
-    low, high = cfg.guidance_interval
-    if not np.any(samplers.lies_between(visited, (low, high), schedule)):
-        raise ConfigError(
-            f"no step of --num_inference_steps {cfg.num_inference_steps} lies within "
-            f"--guidance_interval {low} {high} (which --preset fast sets, too), so that nothing "
-            "would be guided: take more steps, or --guidance_interval 0 1, which is everywhere"
-        )
 
 
 def check_prompts(prompts: list[str], sitters: list[Sitter]) -> None:
@@ -86,23 +71,29 @@ def run(cfg: SampleConfig) -> list[Path]:
     # The model; a person on photos is seen with its shared ID-Enhancer.
     found, model, loading = open_model(cfg)
     size = picture_size(model, cfg.height, cfg.width)
-    check_guidance(cfg, model.schedule)
+    sampling = programs.choose_sampling(
+        model,
+        cfg,
+        size,
+        scheduler=cfg.scheduler,
+        steps=cfg.num_inference_steps,
+        guidance=cfg.guidance_scale,
+    )
     enhancer = open_enhancer(cfg, found.folder, model, sitters)
     if cfg.photo:
         sitters = [see_sitter(cfg, enhancer, model, found)]
     length = model.text.max_position_embeddings
     plain = load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     drawings, negative = plan(cfg, prompts, sitters, plain)
-    span = cfg.guidance_interval
-    interval = (span[0], span[1]) if span else None
-    sampling = programs.Sampling(size, cfg.scheduler, cfg.num_inference_steps, cfg.eta, interval)
     for sitter in sitters:
         check_identity(sitter.identity, model, sitter.source or "--photo")
         warn_of(cfg, sitter.identity, found)
     # The program is compiled while the weights are read.
     count = cfg.num_images_per_prompt * cfg.n_iter
     kinds = [
-        engine.Kind(sampling, max(len(d.tokens.ids), len(negative.ids)), cfg.guidance_scale != 1)
+        engine.Kind(
+            sampling, max(len(d.tokens.ids), len(negative.ids)), is_guided(cfg.guidance_scale)
+        )
         for d in drawings
     ]
     most = count * max(kinds.count(kind) for kind in kinds)
@@ -161,7 +152,7 @@ def draw(
             if len(drawn[which]) == count:
                 drawing, pictures = drawings[which], np.stack(drawn.pop(which))
                 people = [sitters[k] for k in drawing.cast]
-                settings = describe(cfg, found, sampling.size, people)
+                settings = describe(cfg, found, sampling, people)
                 where = Path(cfg.save_dir) / drawing.folder
                 folders[which] = save_pictures(where, drawing.prompt, pictures, settings)
                 log.info("%d pictures in %s", count, folders[which])
@@ -246,18 +237,21 @@ def warn_of(cfg: SampleConfig, identity: Identity, found: hub.Checkpoint) -> Non
 
 
 def describe(
-    cfg: SampleConfig, found: hub.Checkpoint, size: tuple[int, int], cast: list[Sitter]
+    cfg: SampleConfig, found: hub.Checkpoint, sampling: programs.Sampling, cast: list[Sitter]
 ) -> dict:
     """All that the pictures of a run depend on, but for the prompt."""
-    same = "seed scheduler num_inference_steps guidance_scale guidance_interval eta".split()
+    same = "seed num_inference_steps guidance_scale guidance_interval eta".split()
     same += "negative_prompt id_strength mixed_precision clip_skip".split()
     people = [sitter.about() for sitter in cast]
     together = {s.name: about for s, about in zip(cast, people, strict=True)}
     return {
         **{name: getattr(cfg, name) for name in same},
+        "scheduler": sampling.scheduler,
+        **({"guidance_rescale": sampling.rescale} if sampling.rescale else {}),
+        **said_of_levels(cfg),
         "pictures": cfg.num_images_per_prompt * cfg.n_iter,
-        "height": size[0],
-        "width": size[1],
+        "height": sampling.size[0],
+        "width": sampling.size[1],
         "model": found.name,
         "revision": found.revision,
         **({"vae": Path(cfg.vae).name} if cfg.vae else {}),

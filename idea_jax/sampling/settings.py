@@ -7,7 +7,7 @@ from idea_jax.config.settings import (
     ConfigError,
     SampleConfig,
     check_compile_cache,
-    check_interval,
+    check_drawing,
     check_seed,
     not_negative,
     positive,
@@ -86,7 +86,11 @@ class BatchConfig:
     num_inference_steps: int = as_for_one("num_inference_steps")
     guidance_scale: float = as_for_one("guidance_scale")
     guidance_interval: list[float] | None = as_for_one("guidance_interval")
-    scheduler: str = as_for_one("scheduler")
+    guidance_rescale: float = as_for_one("guidance_rescale")
+    scheduler: str | None = as_for_one("scheduler")
+    karras_sigmas: bool | None = as_for_one("karras_sigmas")
+    timestep_spacing: str | None = as_for_one("timestep_spacing")
+    eta: float = as_for_one("eta")
     id_strength: float = as_for_one("id_strength")
     height: int | None = as_for_one("height")
     width: int | None = as_for_one("width")
@@ -111,4 +115,4 @@ class BatchConfig:
             raise ConfigError(f"quality must lie between 1 and 100, got {self.quality}")
         if self.quality != 95 and self.picture == "png":
             raise ConfigError("--quality has no effect on png, which loses nothing")
-        check_interval(self.guidance_interval)
+        check_drawing(self)
