@@ -4,8 +4,9 @@
 # make test-long  the tests that take minutes each: whole trainings and tables of the mini
 # make chaos  trainings of many people are killed, their files damaged, their disk filled
 # make slow   the tests that need about 10 GB of memory
-# make results  the profiles side by side on twenty people of the mini, to docs/results.md; the same
-#             command goes on where it was stopped (RESULTS_OUT, RESULTS_PEOPLE, RESULTS_METHODS)
+# make results  the profiles side by side on twenty people of the mini, and the parts of the method one by
+#             one on ten, to docs/results.md; the same command goes on where it was stopped (RESULTS_OUT,
+#             RESULTS_PEOPLE, RESULTS_METHODS, RESULTS_PARTS, RESULTS_PARTS_PEOPLE)
 # make bench  times this project and PyTorch side by side, 40 minutes on two cores (an estimate),
 #             and ends with the five lines that a user would want to know;
 #             see docs/performance.md for the parts, for other workloads and for BENCH_OUT
@@ -18,6 +19,8 @@ RESULTS_OUT ?= outputs/results
 RESULTS_FILE ?= docs/results.md
 RESULTS_PEOPLE ?= 20
 RESULTS_METHODS ?= paper,paper@steps=0,paper@id_strength=0,paper@steps=0;id_strength=0,paper_alone,paper_alone@id_strength=1.25,paper_alone@id_strength=1.5,official,cross_init,textual_inversion
+RESULTS_PARTS_PEOPLE ?= 10
+RESULTS_PARTS ?= paper@photos=1,paper@photos=1;steps=0,paper@photos=1;steps=10,paper@photos=1;steps=80,paper@photos=1;steps=320,paper@photos=2,paper@photos=4,paper@photos=4;steps=0,paper@photos=1;kv=none,paper@photos=1;kv_rank=16,paper@photos=1;kv=full,paper@photos=1;regulariser=exact,paper@photos=1;regulariser=none,paper@photos=1;id_strength=0,paper@photos=1;id_strength=0.5,paper@photos=1;id_strength=1.5,paper_alone@photos=1;steps=80,paper_alone@photos=1;steps=80;n_pseudo_tokens=1,paper_alone@photos=1;steps=80;n_pseudo_tokens=4
 
 .PHONY: demo lint test test-long chaos slow results bench clean
 
@@ -41,13 +44,19 @@ chaos: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
 
-results: $(VENV)/.installed
-	$(BIN)/python -m idea_jax.mini.album $(RESULTS_OUT)/people --people $(RESULTS_PEOPLE)
-	$(BIN)/python -m idea_jax.evaluate --compare "$(RESULTS_METHODS)" \
+# $(1): name of the evaluation; $(2): its methods; $(3): how many people; $(4): photos of each
+define evaluate
+	$(BIN)/python -m idea_jax.mini.album $(RESULTS_OUT)/people-$(1) --people $(3) --photos $(4)
+	$(BIN)/python -m idea_jax.evaluate --compare "$(2)" \
 	  --pretrained_model_name_or_path mini --prompts mini --score_crop center --guidance_scale 3 --pictures 2 \
-	  --photos $(RESULTS_OUT)/people/photos --held_out $(RESULTS_OUT)/people/held_out \
-	  --output_dir $(RESULTS_OUT)/evaluation
-	cp $(RESULTS_OUT)/evaluation/table.md $(RESULTS_FILE)
+	  --photos $(RESULTS_OUT)/people-$(1)/photos --held_out $(RESULTS_OUT)/people-$(1)/held_out \
+	  --output_dir $(RESULTS_OUT)/$(1)
+endef
+
+results: $(VENV)/.installed
+	$(call evaluate,profiles,$(RESULTS_METHODS),$(RESULTS_PEOPLE),1)
+	$(call evaluate,parts,$(RESULTS_PARTS),$(RESULTS_PARTS_PEOPLE),4)
+	$(BIN)/python -m idea_jax.mini.results $(RESULTS_OUT)/profiles $(RESULTS_OUT)/parts --file $(RESULTS_FILE)
 
 bench: $(VENV)/.installed-test
 	failed=0; for run in "mini" "mini --parts kernels --jobs 5 --name mini-cpu-jobs" "mid"; do \
