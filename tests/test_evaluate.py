@@ -178,6 +178,7 @@ def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tm
         ({"score_model": "nowhere.onnx"}, 1, "nowhere.onnx does not exist"),
         ({"clip": "nowhere"}, 1, "there is no folder nowhere"),
         ({"pictures": 3}, 2, "--pictures has no effect on --images"),
+        ({"vae": "other"}, 2, "--vae has no effect on --images"),
         ({"compare": "paper"}, 2, "exactly one of"),
         ({"images": "nowhere"}, 1, "nowhere is no folder"),
         ({"face_model": FACE / "scoring.onnx"}, 1, "is the recogniser that people are learned"),
@@ -343,6 +344,39 @@ def test_methods_of_a_comparison_are_read():
     ):
         with pytest.raises(compare.ConfigError, match=problem):
             compare.read_contenders(given, "mini")
+
+
+def test_how_a_checkpoint_is_read_holds_for_training_and_drawing(tmp_path):
+    given = {"prediction_type": "v_prediction", "tokenizer_name": "words", "variant": "fp16"}
+    given |= {"original_config": "v2.yaml", "lora": ["style.safetensors:0.5"]}
+    of_drawing = {"vae": "other", "clip_skip": 1}
+    cfg = EvaluateConfig(
+        photos="p",
+        compare="textual_inversion,cross_init@lora=[own];vae=third",
+        pretrained_model_name_or_path="model",
+        **given,
+        **of_drawing,
+    )
+    first, second = compare.read_contenders(cfg.compare, "model")
+    settings = draw.settings_of(cfg, MODES["strict"])
+    trained, drawn = compare.train_config(first, cfg, tmp_path, 0), draw.sample_config(settings)
+    assert {name: getattr(trained, name) for name in given} == given
+    assert {name: getattr(drawn, name) for name in given | of_drawing} == given | of_drawing
+    # One method's own LoRA is in the weights that it is trained with, and drawn with.
+    assert compare.train_config(second, cfg, tmp_path, 0).lora == ["own"]
+    own = draw.sample_config(settings | second.drawing)
+    assert (own.lora, own.vae, own.variant) == (["own"], "third", "fp16")
+
+
+@pytest.mark.parametrize("given", ["lora", "vae", "tokenizer_name"])
+def test_parts_of_a_model_that_are_missing_are_said_first(
+    smallest_checkpoint, world, tmp_path, capsys, given
+):
+    command = ["--photos", str(world / "photos"), "--output_dir", str(tmp_path / "out")]
+    command += ["--pretrained_model_name_or_path", str(smallest_checkpoint)]
+    command += ["--compare", "textual_inversion", f"--{given}", str(tmp_path / "nowhere")]
+    assert evaluate.main(command) == 1
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_comparison_trains_draws_and_scores(

@@ -21,7 +21,7 @@ from idea_jax.config.settings import (
 )
 from idea_jax.evaluation.draw import FILE
 from idea_jax.evaluation.gallery import Problem
-from idea_jax.evaluation.settings import EvaluateConfig
+from idea_jax.evaluation.settings import OF_MACHINE, OF_MODEL, EvaluateConfig
 from idea_jax.models import hub
 from idea_jax.training import run as training
 from idea_jax.training.results import TrainingError
@@ -29,6 +29,8 @@ from idea_jax.training.results import TrainingError
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# How a checkpoint is read: as people are trained, so they are drawn.
+OF_BOTH = {name for name in OF_MODEL if name in TrainConfig.__dataclass_fields__}
 SHORT = {"steps": "max_train_steps", "photos": "pictures_per_person"}
 
 
@@ -66,7 +68,7 @@ def read_contenders(given: str, checkpoint: str) -> list[Contender]:
       ConfigError: there is no such file, or a setting is unknown, or a method is there twice.
     """
     known = {spec.name for spec in settings_of(TrainConfig)}
-    drawn = {spec.name for spec in settings_of(SampleConfig)} - known
+    drawn = {spec.name for spec in settings_of(SampleConfig)} - known | OF_BOTH
     found: list[Contender] = []
     for name in given.split(","):
         base, _, rest = name.strip().partition("@")
@@ -127,11 +129,9 @@ def train_config(contender: Contender, cfg: EvaluateConfig, out: Path, seed: int
         "seed": seed,
         "report_to": "none",
     }
-    for name in ("revision", "variant", "identities_per_step", "compile_cache"):
+    for name in (*sorted(OF_BOTH - {"enhancer"}), *OF_MACHINE, "identities_per_step"):
         if getattr(cfg, name) is not None:
             flags[name] = getattr(cfg, name)
-    for name in ("mixed_precision", "attention"):
-        flags.setdefault(name, getattr(cfg, name))
     if cfg.enhancer != "auto" and "enhancer" not in values:
         flags["enhancer"] = cfg.enhancer
     if contender.uses_face:

@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from idea_jax.config.settings import ConfigError, SampleConfig
 from idea_jax.evaluation.asked import OTHER, Asked
 from idea_jax.evaluation.gallery import OURS, Problem
 from idea_jax.evaluation.modes import Mode
-from idea_jax.evaluation.settings import EvaluateConfig
+from idea_jax.evaluation.settings import OF_MACHINE, OF_MODEL, EvaluateConfig
 from idea_jax.formats.identity import read_identity
 from idea_jax.runtime.files import file_digest, slug
 from idea_jax.sampling import run as sampling
@@ -59,9 +60,6 @@ def settings_of(cfg: EvaluateConfig, mode: Mode) -> dict:
 
     return {
         "pretrained_model_name_or_path": cfg.pretrained_model_name_or_path,
-        "revision": cfg.revision,
-        "variant": cfg.variant,
-        "enhancer": cfg.enhancer,
         "num_images_per_prompt": chosen("pictures", mode.pictures),
         "num_inference_steps": chosen("num_inference_steps", mode.steps),
         "guidance_scale": chosen("guidance_scale", mode.guidance),
@@ -71,12 +69,17 @@ def settings_of(cfg: EvaluateConfig, mode: Mode) -> dict:
         "timestep_spacing": cfg.timestep_spacing,
         "negative_prompt": chosen("negative_prompt", mode.negative_prompt),
         "seed": chosen("seed", mode.seed),
-        "id_strength": cfg.id_strength,
-        "batch_size": cfg.batch_size,
-        "mixed_precision": cfg.mixed_precision,
-        "attention": cfg.attention,
-        "compile_cache": cfg.compile_cache,
+        **{name: getattr(cfg, name) for name in (*OF_MODEL, *OF_MACHINE)},
     }
+
+
+def sample_config(settings: dict, **more: Any) -> SampleConfig:
+    """The settings of a drawing of `settings_of`, by default of nobody and nothing yet.
+
+    Raises:
+      ConfigError: they do not fit together.
+    """
+    return SampleConfig(**{"identity": [FILE], "prompt": ["{}"], **settings, **more})
 
 
 def draw(
@@ -116,8 +119,8 @@ def draw(
     started, drawn = time.perf_counter(), 0
     for people, texts, where in calls:
         identity = [str(files[name]) for name in people]
-        cfg = SampleConfig(identity=identity, prompt=list(texts), save_dir=str(where), **settings)
-        drawn += count * len(sampling.run(cfg))
+        what = {"identity": identity, "prompt": list(texts), "save_dir": str(where)}
+        drawn += count * len(sampling.run(sample_config(settings, **what)))
     return {"drawing": time.perf_counter() - started if calls else 0.0, "drawn": drawn}, problems
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from idea_jax.config.settings import ConfigError
+from idea_jax.config.settings import ConfigError, settings_of
 from idea_jax.errors import InputError
 from idea_jax.evaluation import asked, clip, compare, draw, gallery, looking, metrics, report
 from idea_jax.evaluation.asked import OTHER, Asked
@@ -28,7 +28,7 @@ from idea_jax.formats import enhancer as enhancers
 from idea_jax.models import hub
 from idea_jax.runtime.files import atomic_write, check_writable, file_digest, write_json
 from idea_jax.runtime.versions import versions
-from idea_jax.sampling.plan import safe_name
+from idea_jax.sampling.plan import open_model, safe_name
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,10 @@ def run(cfg: EvaluateConfig) -> list[Path]:
     check_writable(out)
     held = held_settings(cfg, out)
     checkpoint = None
-    if cfg.pretrained_model_name_or_path is not None:
-        name = cfg.pretrained_model_name_or_path
-        checkpoint = hub.resolve(name, cfg.revision, cfg.variant).folder
+    if settings:  # all that is read of a checkpoint is looked for, but for the weights
+        checkpoint = open_model(draw.sample_config(settings))[0].folder
+    elif cfg.pretrained_model_name_or_path is not None:
+        checkpoint = hub.resolve_for(cfg).folder
     identities = draw.find_identities(cfg.identity) if cfg.identity is not None else {}
     score_model = find_score_model(cfg, checkpoint)
     needs_face = any(contender.uses_face for contender in contenders) or bool(identities)
@@ -142,10 +143,12 @@ def held_settings(cfg: EvaluateConfig, out: Path) -> dict:
         before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = held
+    # What an earlier version did not know was as it is by default.
+    before = {spec.name: spec.default for spec in settings_of(EvaluateConfig)} | before
     changed = [
-        f"--{name}: {before.get(name)} -> {value}"
+        f"--{name}: {before[name]} -> {value}"
         for name, value in held.items()
-        if before.get(name) != value
+        if before[name] != value
     ]
     if changed:
         raise EvaluationError(
@@ -383,10 +386,13 @@ def describe(cfg: EvaluateConfig, mode: Mode, eyes: Eyes) -> dict:
         for name, value in asdict(cfg).items()
         if value is not None and name not in paths
     }
-    files = ("score_model", "face_model", "face_model_dir", "pretrained_model_name_or_path")
-    for name in (*files, "prompts", "clip", "enhancer"):
+    files = ["score_model", "face_model", "face_model_dir", "pretrained_model_name_or_path"]
+    files += ["tokenizer_name", "original_config", "vae", "prompts", "clip", "enhancer"]
+    for name in files:
         if name in settings and Path(settings[name]).exists():
             settings[name] = Path(settings[name]).name
+    if cfg.lora is not None:  # FILE:SCALE keeps its end
+        settings["lora"] = [Path(given).name for given in cfg.lora]
     detector = eyes.detector.path.name if eyes.detector else "none: the central square of a picture"
     models = {
         "recogniser": f"{eyes.recogniser.path.name} ({eyes.recogniser.sha256})",

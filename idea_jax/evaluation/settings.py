@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 
 from idea_jax.config.settings import (
-    ATTENTION,
-    ATTENTIONS,
-    COMPILE_CACHE,
-    COMPUTE_DTYPES,
-    ENHANCER,
+    CHECKPOINT,
     FACE,
     FACE_PROVIDERS,
     SAMPLER,
@@ -23,11 +19,16 @@ from idea_jax.config.settings import (
 )
 from idea_jax.evaluation.asked import SETS
 from idea_jax.evaluation.modes import MODES
+from idea_jax.sampling.settings import as_for_one
 
+# Settings of `idea-sample` that say how a checkpoint is read and people are drawn.
+OF_MODEL = "revision variant tokenizer_name prediction_type original_config lora vae".split()
+OF_MODEL += "clip_skip enhancer id_strength batch_size mixed_precision".split()
+OF_MACHINE = ["attention", "compile_cache"]
 # Settings of the drawing that have no effect on pictures that are there already.
 OF_DRAWING = "pictures num_inference_steps guidance_scale negative_prompt".split()
 OF_DRAWING += "guidance_rescale scheduler karras_sigmas timestep_spacing".split()
-OF_DRAWING += "id_strength batch_size variant mixed_precision".split()
+OF_DRAWING += [name for name in OF_MODEL if name not in ("revision", "enhancer")]
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,16 @@ class EvaluateConfig:
         "or the mode's) or none",
     )
     # How people are drawn, where they are
-    pretrained_model_name_or_path: str | None = setting(
-        None, "Stable Diffusion checkpoint in diffusers layout: a folder, a Hub id, or mini"
-    )
-    revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
-    variant: str | None = setting(None, "file variant of the weights, such as fp16")
-    enhancer: str = setting("auto", ENHANCER)
+    pretrained_model_name_or_path: str | None = setting(None, CHECKPOINT)
+    revision: str | None = as_for_one("revision")
+    variant: str | None = as_for_one("variant")
+    tokenizer_name: str | None = as_for_one("tokenizer_name")
+    prediction_type: str | None = as_for_one("prediction_type")
+    original_config: str | None = as_for_one("original_config")
+    lora: list[str] | None = as_for_one("lora")
+    vae: str | None = as_for_one("vae")
+    clip_skip: int = as_for_one("clip_skip")
+    enhancer: str = as_for_one("enhancer")
     pictures: int | None = setting(None, "pictures of each prompt (default: the mode's)")
     num_inference_steps: int | None = setting(None, "sampling steps (default: the mode's)")
     guidance_scale: float | None = setting(None, "guidance (default: the mode's)")
@@ -97,8 +102,8 @@ class EvaluateConfig:
     karras_sigmas: bool | None = setting(None, SAMPLER["karras_sigmas"])
     timestep_spacing: str | None = setting(None, SAMPLER["timestep_spacing"], choices=SPACINGS)
     negative_prompt: str | None = setting(None, "what they should not show (default: the mode's)")
-    id_strength: float = setting(1.0, "scales the effect of ID-Adapter and K/V delta")
-    batch_size: int = setting(8, "pictures that are drawn in one call, on each device")
+    id_strength: float = as_for_one("id_strength")
+    batch_size: int = as_for_one("batch_size")
     # How people are learned, with compare
     face_model_dir: str | None = setting(None, FACE["face_model_dir"])
     face_model: str | None = setting(None, f"of training: {FACE['face_model']}")
@@ -108,18 +113,16 @@ class EvaluateConfig:
     )
     # The machine
     face_provider: str = setting("cpu", "where the face models run", choices=FACE_PROVIDERS)
-    mixed_precision: str = setting(
-        "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
-    )
-    attention: str = setting("auto", ATTENTION, choices=ATTENTIONS)
-    compile_cache: str | None = setting(None, COMPILE_CACHE)
+    mixed_precision: str = as_for_one("mixed_precision")
+    attention: str = as_for_one("attention")
+    compile_cache: str | None = as_for_one("compile_cache")
     seed: int | None = setting(
         None, "of the pictures, of training and of the intervals (default: the mode's)"
     )
 
     def __post_init__(self):
         positive(self, "pictures", "num_inference_steps", "batch_size", "identities_per_step")
-        not_negative(self, "guidance_scale", "id_strength")
+        not_negative(self, "guidance_scale", "id_strength", "clip_skip")
         check_compile_cache(self.compile_cache)
         check_finding(_Finding(self.face_model, self.face_model_dir))
         if self.seed is not None:
