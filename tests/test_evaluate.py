@@ -13,8 +13,7 @@ from PIL import Image
 
 from idea_jax import evaluate, jobs
 from idea_jax.data.text import TextError
-from idea_jax.evaluation import asked, compare, draw, gallery, looking, page, scoring
-from idea_jax.evaluation import run as evaluation
+from idea_jax.evaluation import asked, compare, draw, gallery, looking, output, page, scoring
 from idea_jax.evaluation.modes import MODES, of_person, prompt_value
 from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.faces import random_model
@@ -500,4 +499,4 @@ def test_ticks_are_round_and_around_the_values():
         found = page.ticks(low, high)
         assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 9
     assert page.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert evaluation.cell("=1") == "'=1" and evaluation.cell(-1.5) == -1.5
+    assert output.cell("=1") == "'=1" and output.cell(-1.5) == -1.5

@@ -70,11 +70,17 @@ ROWS = (
         "config costs enhancer errors faces launch method models pytrees random_sd runtime "
         "sampling training",
     ),
+    # all methods on one checkpoint, from photos to what can be passed on
+    (
+        "card",
+        "config costs data enhancer errors evaluation faces formats jobs models plan runtime "
+        "sampling",
+    ),
     # level 6: the command line
     ("cli", "config launch models runtime"),
     ("batch", "cli sampling"),
     ("train_enhancer", "cli enhancer launch"),
-    ("evaluate", "cli evaluation"),
+    ("evaluate", "card cli evaluation"),
     ("findings", "config data errors faces formats launch models runtime training"),
     ("doctor", "config findings launch runtime"),
     ("demo", "cli data faces launch mini models pytrees runtime"),

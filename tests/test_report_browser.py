@@ -61,7 +61,7 @@ def written(tmp_path_factory):
     summary = scoring.summarise(MODES["strict"], rows, {}, people, []) | {"seconds": {}}
     photos = {name: [folder / "a.png"] for name in names}
     about = {"settings": {"prompts": HOSTILE}}
-    page = report.page(rows, [folder / "a.png"] * len(rows), photos, summary, about)
+    page = report.page(rows, ([folder / "a.png"] * len(rows), photos), summary, about)
     (folder / "report.html").write_text(page)
     return folder / "report.html"
 

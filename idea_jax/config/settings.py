@@ -62,6 +62,14 @@ def settings_of(cls: type) -> list[dataclasses.Field]:
     return [spec for spec in dataclasses.fields(cls) if spec.metadata]
 
 
+def same_as(cls: type, name: str) -> Any:
+    """A setting of another dataclass, with the same default and meaning."""
+    (spec,) = (spec for spec in dataclasses.fields(cls) if spec.name == name)
+    if "required" in spec.metadata:
+        return field(metadata=spec.metadata)
+    return field(default=spec.default, metadata=spec.metadata)
+
+
 def held_on_resume(cfg: Any) -> dict[str, Any]:
     """The settings that a resumed run must share with the run that it goes on with."""
     held = (spec.name for spec in settings_of(type(cfg)) if not spec.metadata["free"])

@@ -132,7 +132,8 @@ def train_config(contender: Contender, cfg: EvaluateConfig, out: Path, seed: int
     for name in (*sorted(OF_BOTH - {"enhancer"}), *OF_MACHINE, "identities_per_step"):
         if getattr(cfg, name) is not None:
             flags[name] = getattr(cfg, name)
-    if cfg.enhancer != "auto" and "enhancer" not in values:
+    profile = contender.training.get("profile", values["profile"])
+    if cfg.enhancer != "auto" and "enhancer" not in values and profile == "paper":
         flags["enhancer"] = cfg.enhancer
     if contender.uses_face:
         for name in ("face_model", "face_model_dir", "accept_face_licence"):

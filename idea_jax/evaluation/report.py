@@ -26,27 +26,31 @@ FORMS = {"detected": ".1%"}
 
 def page(
     rows: Sequence[ScoredPicture],
-    paths: Sequence[Path],
-    photos: Mapping[str, Sequence[Path]],
+    shown: tuple[Sequence[Path], Mapping[str, Sequence[Path]]] | None,
     summary: dict,
     about: dict,
 ) -> str:
     """Returns the report as HTML that needs no other file.
 
     Args:
-      paths: of the pictures, in the order of rows.
-      photos: of each person.
+      shown: paths of the pictures, in the order of rows, and the photos of each person; None for a
+        page without any.
       summary: of `scoring.summarise`, with `seconds` by method.
       about: settings and versions, in dictionaries.
     """
     headline = summary["headline"]
+    warning = (
+        "This page holds photos of people and shows pictures that a model made; do not pass it on "
+        "without their consent."
+        if shown
+        else "This page shows nobody: photos and pictures were left out."
+    )
     body = [
         "<h1>Does it keep the face, and does it follow the prompt?</h1>",
         f"<p>Mode <b>{escape(summary['mode'])}</b>; first number: {escape(HEADS[headline])}. "
         "Means over people with 95% bootstrap intervals, but for prompts of the group style, which "
         "stand apart: recognisers are brittle on drawings. Floor: other people's photos. Ceiling: "
-        "pairs of true photos of one person. This page holds photos of people and shows pictures "
-        "that a model made; do not pass it on without their consent.</p>",
+        f"pairs of true photos of one person. {warning}</p>",
         "<h2>Methods</h2>",
         methods(summary),
         "<h2>Identity against prompt</h2>",
@@ -57,8 +61,7 @@ def page(
         groups(summary),
         "<h2>People, the worst first</h2>",
         people(summary),
-        "<h2>Pictures</h2>",
-        grids(rows, paths, photos, summary),
+        "<h2>Pictures</h2>" + grids(rows, *shown, summary) if shown else "",
         "<h2>What could not be scored</h2>",
         unscored(rows, summary),
         "<h2>What ran</h2>",

@@ -1,38 +1,35 @@
 """An evaluation from beginning to end: draw what is not drawn, look, score, write."""
 
-import contextlib
-import csv
-import io
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
 from idea_jax.config.settings import ConfigError, settings_of
 from idea_jax.errors import InputError
-from idea_jax.evaluation import asked, clip, compare, draw, gallery, looking, metrics, report
+from idea_jax.evaluation import asked, clip, compare, draw, gallery, looking, metrics
 from idea_jax.evaluation.asked import OTHER, Asked
 from idea_jax.evaluation.gallery import Problem
 from idea_jax.evaluation.looking import Eyes, Look
 from idea_jax.evaluation.modes import MODES, Mode
+from idea_jax.evaluation.output import Scored, machine, write
 from idea_jax.evaluation.scoring import Known, ScoredPicture, score, summarise
 from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.faces import models as face_models
 from idea_jax.faces import packs, portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.models import hub
-from idea_jax.runtime.files import atomic_write, check_writable, file_digest, write_json
+from idea_jax.runtime.files import check_writable, file_digest, write_json
 from idea_jax.runtime.versions import versions
 from idea_jax.sampling.plan import open_model, safe_name
 
 log = logging.getLogger(__name__)
 
-SETTINGS, TIMES, SUMMARY = "settings.json", "seconds.json", "summary.json"
+SETTINGS, TIMES = "settings.json", "seconds.json"
 # What may differ when a run goes on: it changes no picture and no score.
 FREE = "output_dir batch_size attention compile_cache face_provider images".split()
 FREE += "same_recogniser accept_face_licence".split()
@@ -43,21 +40,26 @@ class EvaluationError(InputError, ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """All that a report is made of.
+class Ready:
+    """An evaluation of which everything was looked at that can be wrong and is cheap to see.
 
     Attributes:
-      people: by name; photos: their files, those that were learned from.
-      paths: of each row's picture, in the order of rows.
-      about: settings, versions and digests, for the report.
+      photos: those that are learned from, and others, by person.
+      contenders: methods that are trained; identities: files by method and person, instead.
+      sources: folders of pictures that are there already, by method.
+      settings: of the drawing, as `draw.settings_of`; empty if nothing is drawn.
+      checkpoint: its folder or file, if one was named.
     """
 
-    rows: list[ScoredPicture]
-    paths: list[Path]
-    people: dict[str, Known]
-    photos: dict[str, list[Path]]
-    summary: dict
-    about: dict
+    mode: Mode
+    prompts: list[Asked]
+    photos: tuple[dict[str, list[Path]], dict[str, list[Path]]]
+    contenders: list[compare.Contender]
+    identities: dict[str, dict[str, Path]]
+    sources: dict[str, Path]
+    settings: dict
+    checkpoint: Path | None
+    eyes: Eyes
 
 
 def run(cfg: EvaluateConfig) -> list[Path]:
@@ -68,7 +70,18 @@ def run(cfg: EvaluateConfig) -> list[Path]:
       UnsupportedConfig, EvaluationError: bad input that concerns everybody; what concerns one
       picture or one person stands in the report instead.
     """
-    # What can be wrong and is cheap to see comes first.
+    return write(evaluate(cfg), Path(cfg.output_dir))
+
+
+def look_ahead(cfg: EvaluateConfig, *, awaits_enhancer: bool = False) -> Ready:
+    """Looks at everything that can be wrong and is cheap to see; writes nothing.
+
+    Args:
+      awaits_enhancer: whether the file of the shared ID-Enhancer is still to be made.
+
+    Raises:
+      as `run`.
+    """
     mode, out = MODES[cfg.mode], Path(cfg.output_dir)
     prompts = asked.read(cfg.prompts or mode.prompts)
     photos = gallery.photos_of(Path(cfg.photos))
@@ -86,7 +99,6 @@ def run(cfg: EvaluateConfig) -> list[Path]:
         where = out / "people" / safe_name(contender.name)
         compare.check(contender, cfg, where, settings["seed"], settings)
     check_writable(out)
-    held = held_settings(cfg, out)
     checkpoint = None
     if settings:  # all that is read of a checkpoint is looked for, but for the weights
         checkpoint = open_model(draw.sample_config(settings))[0].folder
@@ -95,56 +107,73 @@ def run(cfg: EvaluateConfig) -> list[Path]:
     identities = draw.find_identities(cfg.identity) if cfg.identity is not None else {}
     score_model = find_score_model(cfg, checkpoint)
     needs_face = any(contender.uses_face for contender in contenders) or bool(identities)
-    check_recogniser(cfg, score_model, checkpoint, needs_face)
+    enhancer = None
+    if checkpoint is not None and not awaits_enhancer:
+        enhancer = enhancers.find(cfg.enhancer, checkpoint)
+    check_recogniser(cfg, score_model, checkpoint, needs_face, enhancer)
     judge = load_clip(cfg, mode, checkpoint)
     eyes = looking.open_eyes(score_model, judge, crop=cfg.score_crop, provider=cfg.face_provider)
-    write_json(out / SETTINGS, held)
+    both = photos, held_out
+    return Ready(mode, prompts, both, contenders, identities, sources, settings, checkpoint, eyes)
+
+
+def evaluate(cfg: EvaluateConfig) -> Scored:
+    """Learns and draws what is not there yet, looks at all pictures, and scores them.
+
+    Raises:
+      as `run`.
+    """
+    out = Path(cfg.output_dir)
+    ready = look_ahead(cfg)
+    write_json(out / SETTINGS, held_settings(cfg, out / SETTINGS, FREE, ("photos", "held_out")))
+    settings, identities, sources = ready.settings, dict(ready.identities), dict(ready.sources)
+    learned, _ = ready.photos
     # The pictures of each method.
     problems: list[Problem] = []
-    for contender in contenders:
-        first = compare.trained_alike(contender, contenders)
+    for contender in ready.contenders:
+        first = compare.trained_alike(contender, ready.contenders)
         if first != contender.name:  # they differ in how they are drawn
             identities[contender.name] = identities[first]
             problems += [p._replace(method=contender.name) for p in problems if p.method == first]
             continue
-        files, spent, failed = compare.train(
-            contender,
-            cfg,
-            out / "people" / safe_name(contender.name),
-            list(photos),
-            settings["seed"],
-        )
+        where = out / "people" / safe_name(contender.name)
+        files, spent, failed = compare.train(contender, cfg, where, list(learned), settings["seed"])
         note(out, contender.name, spent)
         problems += failed
         identities[contender.name] = files
-    drawing = {contender.name: contender.drawing for contender in contenders}
+    drawing = {contender.name: contender.drawing for contender in ready.contenders}
     for method, files in identities.items():
         sources[method] = out / "pictures" / safe_name(method)
         own = settings | drawing.get(method, {})
-        spent, failed = draw.draw(method, files, prompts, own, sources[method])
+        spent, failed = draw.draw(method, files, ready.prompts, own, sources[method])
         note(out, method, spent)
         problems += failed
     # What is seen on them, and what that is worth.
-    scored = judge_all(cfg, mode, eyes, prompts, (photos, held_out), sources, problems)
-    return write(scored, out)
+    return judge_all(cfg, ready, sources, problems)
 
 
-def held_settings(cfg: EvaluateConfig, out: Path) -> dict:
-    """Returns the settings that a folder is held to, so that pictures of two settings never meet in
-    a report.
+def held_settings(cfg: Any, file: Path, free: Sequence[str], paths: Sequence[str]) -> dict:
+    """Returns the settings that a folder is held to, so that what two settings lead to never meets
+    in a report.
+
+    Args:
+      cfg: a dataclass of settings.
+      file: in which an earlier run has noted its own, if there was one.
+      free: names of those that may differ; paths: of those that are compared as places.
 
     Raises:
-      EvaluationError: the folder holds an evaluation with other settings.
+      EvaluationError: the folder is one of other settings.
     """
-    held = {name: value for name, value in asdict(cfg).items() if name not in FREE}
-    for name in ("photos", "held_out"):
+    held = {name: value for name, value in asdict(cfg).items() if name not in free}
+    for name in paths:
         held[name] = str(Path(held[name]).resolve()) if held[name] else None
     try:
-        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = held
     # What an earlier version did not know was as it is by default.
-    before = {spec.name: spec.default for spec in settings_of(EvaluateConfig)} | before
+    defaults = {spec.name: spec.default for spec in settings_of(type(cfg))}
+    before = defaults | (before if isinstance(before, dict) else held)
     changed = [
         f"--{name}: {before[name]} -> {value}"
         for name, value in held.items()
@@ -152,8 +181,8 @@ def held_settings(cfg: EvaluateConfig, out: Path) -> dict:
     ]
     if changed:
         raise EvaluationError(
-            f"{out} holds an evaluation with other settings ({', '.join(changed)}); choose another "
-            "--output_dir, or delete that folder"
+            f"{file.parent} holds an evaluation with other settings ({', '.join(changed)}); choose "
+            "another folder, or delete that one"
         )
     return held
 
@@ -205,12 +234,17 @@ def find_score_model(cfg: EvaluateConfig, checkpoint: Path | None) -> Path:
 
 
 def check_recogniser(
-    cfg: EvaluateConfig, score_model: Path, checkpoint: Path | None, needs_face: bool
+    cfg: EvaluateConfig,
+    score_model: Path,
+    checkpoint: Path | None,
+    needs_face: bool,
+    enhancer: Path | None,
 ) -> None:
     """Refuses to score with what people were learned with, as far as that can be known.
 
     Args:
       needs_face: whether a recogniser is seen in training that would be the default here.
+      enhancer: file of the shared ID-Enhancer, if there is one.
 
     Raises:
       EvaluationError: it is the same file.
@@ -229,10 +263,8 @@ def check_recogniser(
         except (face_models.FaceError, OSError):
             if cfg.compare is not None or cfg.face_model or cfg.face_model_dir:
                 raise
-    if checkpoint is not None and cfg.enhancer != "none":
-        file = enhancers.find(cfg.enhancer, checkpoint)
-        if file is not None:
-            known[enhancers.read(file).about["face_model"]] = f"the recogniser of {file.name}"
+    if enhancer is not None:
+        known[enhancers.read(enhancer).about["face_model"]] = f"the recogniser of {enhancer.name}"
     own = file_digest(score_model)
     if own in known and not cfg.same_recogniser:
         raise EvaluationError(
@@ -276,22 +308,15 @@ def read_times(out: Path) -> dict:
 
 
 def judge_all(
-    cfg: EvaluateConfig,
-    mode: Mode,
-    eyes: Eyes,
-    prompts: Sequence[Asked],
-    photos: tuple[dict[str, list[Path]], dict[str, list[Path]]],
-    sources: Mapping[str, Path],
-    problems: Sequence[Problem],
+    cfg: EvaluateConfig, ready: Ready, sources: Mapping[str, Path], problems: Sequence[Problem]
 ) -> Scored:
     """Looks at all photos and pictures, and scores them.
 
     Args:
-      photos: those that were learned from, and others, by person.
       sources: the folder of each method.
       problems: found so far.
     """
-    learned, others = photos
+    mode, eyes, prompts, (learned, others) = ready.mode, ready.eyes, ready.prompts, ready.photos
     problems, shown = list(problems), []
     for method, folder in sources.items():
         found, missed = gallery.scan(method, folder, list(learned))
@@ -406,56 +431,3 @@ def describe(cfg: EvaluateConfig, mode: Mode, eyes: Eyes) -> dict:
         "machine": machine(),
         "versions": versions(),
     }
-
-
-def machine() -> dict[str, str]:
-    """The devices, and the most memory that this process has had."""
-    device = jax.devices()[0]
-    found = {"devices": f"{len(jax.devices())} x {device.device_kind}"}
-    with contextlib.suppress(ImportError):  # Windows has no such count
-        import resource
-
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        found["memory of the process, at most"] = f"{peak:.1f} GiB"
-    used = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if used is not None:
-        found["memory of the first device, at most"] = f"{used / 2**30:.1f} GiB"
-    return found
-
-
-def write(scored: Scored, out: Path) -> list[Path]:
-    """Writes rows, summary, table and report; returns the paths of report and summary."""
-    names = [spec.name for spec in fields(ScoredPicture)]
-    with atomic_write(out / "rows.jsonl") as path:
-        lines = [json.dumps(asdict(row)) for row in scored.rows]
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
-    sheet = io.StringIO(newline="")
-    table = csv.writer(sheet)
-    table.writerow(names)
-    table.writerows([cell(getattr(row, name)) for name in names] for row in scored.rows)
-    with atomic_write(out / "rows.csv") as path:
-        path.write_bytes(sheet.getvalue().encode("utf-8", "backslashreplace"))
-    write_json(out / SUMMARY, scored.summary | {"about": scored.about})
-    with atomic_write(out / "table.md") as path:
-        path.write_bytes(
-            report.markdown(scored.summary, scored.about).encode("utf-8", "backslashreplace")
-        )
-    page = report.page(scored.rows, scored.paths, scored.photos, scored.summary, scored.about)
-    with atomic_write(out / "report.html") as path:
-        path.write_bytes(page.encode("utf-8", "backslashreplace"))
-    unscored = sum(row.error is not None for row in scored.rows)
-    if unscored or scored.summary["problems"]:
-        log.warning(
-            "%d pictures and %d other things could not be scored, or not wholly: see the report",
-            unscored,
-            len(scored.summary["problems"]),
-        )
-    return [out / "report.html", out / SUMMARY]
-
-
-def cell(value: object) -> object:
-    """What a table has for a value; text that a spreadsheet would take for a formula is marked."""
-    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return f"'{value}"
-    return "" if value is None else value

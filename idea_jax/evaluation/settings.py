@@ -10,16 +10,17 @@ from idea_jax.config.settings import (
     SCHEDULERS,
     SPACINGS,
     ConfigError,
+    SampleConfig,
     check_compile_cache,
     check_finding,
     check_seed,
     not_negative,
     positive,
+    same_as,
     setting,
 )
 from idea_jax.evaluation.asked import SETS
 from idea_jax.evaluation.modes import MODES
-from idea_jax.sampling.settings import as_for_one
 
 # Settings of `idea-sample` that say how a checkpoint is read and people are drawn.
 OF_MODEL = "revision variant tokenizer_name prediction_type original_config lora vae".split()
@@ -85,15 +86,15 @@ class EvaluateConfig:
     )
     # How people are drawn, where they are
     pretrained_model_name_or_path: str | None = setting(None, CHECKPOINT)
-    revision: str | None = as_for_one("revision")
-    variant: str | None = as_for_one("variant")
-    tokenizer_name: str | None = as_for_one("tokenizer_name")
-    prediction_type: str | None = as_for_one("prediction_type")
-    original_config: str | None = as_for_one("original_config")
-    lora: list[str] | None = as_for_one("lora")
-    vae: str | None = as_for_one("vae")
-    clip_skip: int = as_for_one("clip_skip")
-    enhancer: str = as_for_one("enhancer")
+    revision: str | None = same_as(SampleConfig, "revision")
+    variant: str | None = same_as(SampleConfig, "variant")
+    tokenizer_name: str | None = same_as(SampleConfig, "tokenizer_name")
+    prediction_type: str | None = same_as(SampleConfig, "prediction_type")
+    original_config: str | None = same_as(SampleConfig, "original_config")
+    lora: list[str] | None = same_as(SampleConfig, "lora")
+    vae: str | None = same_as(SampleConfig, "vae")
+    clip_skip: int = same_as(SampleConfig, "clip_skip")
+    enhancer: str = same_as(SampleConfig, "enhancer")
     pictures: int | None = setting(None, "pictures of each prompt (default: the mode's)")
     num_inference_steps: int | None = setting(None, "sampling steps (default: the mode's)")
     guidance_scale: float | None = setting(None, "guidance (default: the mode's)")
@@ -102,8 +103,8 @@ class EvaluateConfig:
     karras_sigmas: bool | None = setting(None, SAMPLER["karras_sigmas"])
     timestep_spacing: str | None = setting(None, SAMPLER["timestep_spacing"], choices=SPACINGS)
     negative_prompt: str | None = setting(None, "what they should not show (default: the mode's)")
-    id_strength: float = as_for_one("id_strength")
-    batch_size: int = as_for_one("batch_size")
+    id_strength: float = same_as(SampleConfig, "id_strength")
+    batch_size: int = same_as(SampleConfig, "batch_size")
     # How people are learned, with compare
     face_model_dir: str | None = setting(None, FACE["face_model_dir"])
     face_model: str | None = setting(None, f"of training: {FACE['face_model']}")
@@ -113,9 +114,9 @@ class EvaluateConfig:
     )
     # The machine
     face_provider: str = setting("cpu", "where the face models run", choices=FACE_PROVIDERS)
-    mixed_precision: str = as_for_one("mixed_precision")
-    attention: str = as_for_one("attention")
-    compile_cache: str | None = as_for_one("compile_cache")
+    mixed_precision: str = same_as(SampleConfig, "mixed_precision")
+    attention: str = same_as(SampleConfig, "attention")
+    compile_cache: str | None = same_as(SampleConfig, "compile_cache")
     seed: int | None = setting(
         None, "of the pictures, of training and of the intervals (default: the mode's)"
     )

@@ -1,5 +1,6 @@
 """What accelerators can do, by their makers' own tables, and how much memory a device has."""
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -77,6 +78,16 @@ CHIPS = {
         _gpu("h200", 989, 67, 141, 4800),
     )
 }
+# What JAX calls these devices: the most particular words come first.
+KINDS = (
+    (r"\bh200\b", "h200"),
+    (r"\bh100\b", "h100"),
+    (r"\ba100\b", "a100"),
+    (r"tpu v6 ?(lite|e)", "v6e"),
+    (r"tpu v5 ?(lite|e)", "v5e"),
+    (r"tpu v5", "v5p"),
+    (r"tpu v4$", "v4"),
+)
 # One host of these has all of them.
 WHOLE_HOSTS = {("v5e", 8), ("v6e", 8)}
 
@@ -101,6 +112,17 @@ def find(name: str) -> tuple[Chip, int]:
     for side in sides:
         count *= int(side)
     return chip, count
+
+
+def of_device(device: jax.Device) -> Chip:
+    """The chip that a device of this process is; one of which nothing but its memory is known, if
+    it is in no table here."""
+    kind = device.device_kind.lower()
+    for words, name in KINDS:
+        if re.search(words, kind):
+            return CHIPS[name]
+    memory = room_of(device, 1) or 0
+    return Chip(device.platform, device.platform, 0, 0, memory, 1, 0, 8, 0, "this machine")
 
 
 def hosts_of(chip: Chip, count: int) -> int:

@@ -1,7 +1,7 @@
 """What a batch of many pictures is; filled as `idea_jax.config.reading` says."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from idea_jax.config.settings import (
     ConfigError,
@@ -11,19 +11,12 @@ from idea_jax.config.settings import (
     check_seed,
     not_negative,
     positive,
+    same_as,
     setting,
 )
 
 FORMATS = ("folder", "tar", "parquet")
 PICTURES = ("png", "webp", "jpeg")
-
-
-def as_for_one(name: str) -> Any:
-    """A setting of `idea-sample`, with the same default and meaning."""
-    (spec,) = (spec for spec in fields(SampleConfig) if spec.name == name)
-    if "required" in spec.metadata:
-        return field(metadata=spec.metadata)
-    return field(default=spec.default, metadata=spec.metadata)
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class BatchConfig:
         "a smaller --batch_size, --mixed_precision bf16, or a smaller --height and --width"
     )
 
-    pretrained_model_name_or_path: str = as_for_one("pretrained_model_name_or_path")
+    pretrained_model_name_or_path: str = same_as(SampleConfig, "pretrained_model_name_or_path")
     out: str = setting(..., "folder that receives the pictures and their index")
     jobs: str | None = setting(
         None, "file of rows, .jsonl or .csv: one picture each (also without the flag's name)"
@@ -67,34 +60,34 @@ class BatchConfig:
         False, "one of several processes, each with a range of the rows: docs/scale.md"
     )
     # The model
-    enhancer: str = as_for_one("enhancer")
-    revision: str | None = as_for_one("revision")
-    variant: str | None = as_for_one("variant")
-    preset: str | None = as_for_one("preset")
-    tokenizer_name: str | None = as_for_one("tokenizer_name")
-    prediction_type: str | None = as_for_one("prediction_type")
-    original_config: str | None = as_for_one("original_config")
-    vae: str | None = as_for_one("vae")
-    lora: list[str] | None = as_for_one("lora")
-    clip_skip: int = as_for_one("clip_skip")
-    mixed_precision: str = as_for_one("mixed_precision")
-    attention: str = as_for_one("attention")
-    compile_cache: str | None = as_for_one("compile_cache")
-    batch_size: int = as_for_one("batch_size")
+    enhancer: str = same_as(SampleConfig, "enhancer")
+    revision: str | None = same_as(SampleConfig, "revision")
+    variant: str | None = same_as(SampleConfig, "variant")
+    preset: str | None = same_as(SampleConfig, "preset")
+    tokenizer_name: str | None = same_as(SampleConfig, "tokenizer_name")
+    prediction_type: str | None = same_as(SampleConfig, "prediction_type")
+    original_config: str | None = same_as(SampleConfig, "original_config")
+    vae: str | None = same_as(SampleConfig, "vae")
+    lora: list[str] | None = same_as(SampleConfig, "lora")
+    clip_skip: int = same_as(SampleConfig, "clip_skip")
+    mixed_precision: str = same_as(SampleConfig, "mixed_precision")
+    attention: str = same_as(SampleConfig, "attention")
+    compile_cache: str | None = same_as(SampleConfig, "compile_cache")
+    batch_size: int = same_as(SampleConfig, "batch_size")
     # What a row may say itself
-    negative_prompt: str = as_for_one("negative_prompt")
-    num_inference_steps: int = as_for_one("num_inference_steps")
-    guidance_scale: float = as_for_one("guidance_scale")
-    guidance_interval: list[float] | None = as_for_one("guidance_interval")
-    guidance_rescale: float = as_for_one("guidance_rescale")
-    scheduler: str | None = as_for_one("scheduler")
-    karras_sigmas: bool | None = as_for_one("karras_sigmas")
-    timestep_spacing: str | None = as_for_one("timestep_spacing")
-    eta: float = as_for_one("eta")
-    id_strength: float = as_for_one("id_strength")
-    height: int | None = as_for_one("height")
-    width: int | None = as_for_one("width")
-    seed: int = as_for_one("seed")
+    negative_prompt: str = same_as(SampleConfig, "negative_prompt")
+    num_inference_steps: int = same_as(SampleConfig, "num_inference_steps")
+    guidance_scale: float = same_as(SampleConfig, "guidance_scale")
+    guidance_interval: list[float] | None = same_as(SampleConfig, "guidance_interval")
+    guidance_rescale: float = same_as(SampleConfig, "guidance_rescale")
+    scheduler: str | None = same_as(SampleConfig, "scheduler")
+    karras_sigmas: bool | None = same_as(SampleConfig, "karras_sigmas")
+    timestep_spacing: str | None = same_as(SampleConfig, "timestep_spacing")
+    eta: float = same_as(SampleConfig, "eta")
+    id_strength: float = same_as(SampleConfig, "id_strength")
+    height: int | None = same_as(SampleConfig, "height")
+    width: int | None = same_as(SampleConfig, "width")
+    seed: int = same_as(SampleConfig, "seed")
 
     def __post_init__(self):
         positive(self, "num_images_per_prompt", "shard_pictures", "threads", "batch_size")
