@@ -1,10 +1,13 @@
-"""Learned people for tests: random ones, all of whose parts are far from their start."""
+"""People for tests: learned ones, all of whose parts are random and far from their start, and
+portraits of the drawn world."""
 
 import jax
 import numpy as np
 
 from idea_jax.formats.identity import Identity
 from idea_jax.method import condition, shared
+from idea_jax.mini import captions, drawings, traits
+from idea_jax.mini import people as drawn_people
 from idea_jax.models import sd
 
 
@@ -48,3 +51,15 @@ def enhanced_person(
     return Identity(
         method, grown(fresh, seed), {}, "<person>", "tiny", None, seed, 0, enhancer=sha256
     )
+
+
+def portraits(count: int) -> tuple[np.ndarray, list[str]]:
+    """Portraits of named people of the drawn world, uint8[count, 64, 64, 3], and a caption each."""
+    numbers = np.arange(count)
+    drawn = drawings.portraits(drawn_people.named(numbers, numbers), 1, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    said = []
+    for i in numbers:
+        words = captions.scene_words(traits.Scene(*(leaf[i] for leaf in drawn.scenes)))
+        said.append(captions.caption(rng, words, drawn_people.full_name(i, i)))
+    return drawn.images, said

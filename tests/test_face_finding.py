@@ -15,6 +15,8 @@ from idea_jax.data import images
 from idea_jax.faces import embedding, finding, packs, random_model
 from idea_jax.faces import models as face_models
 from idea_jax.faces.crops import align, training_square, turned_back
+from idea_jax.mini import strangers
+from idea_jax.models import hub
 
 GROUP = Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"  # six people
 ALIGNED = GROUP.with_name("Tom_Hanks_54745.png")  # an aligned crop of one face
@@ -394,6 +396,20 @@ def test_a_tiny_face_has_a_notice_with_its_size(caplog):
         finder.look_at(Image.new("RGB", (640, 640)), "the picture")
         assert ("is tiny" in caplog.text) == said
         assert ("is 20 pixels wide" in caplog.text) == said
+        caplog.clear()
+        dataclasses.replace(finder, is_quiet=True).look_at(Image.new("RGB", (640, 640)), "it")
+        assert caplog.text == ""
+
+
+def test_ordinary_pictures_of_the_mini_are_not_tiny_for_its_recogniser(caplog):
+    caplog.set_level("INFO")
+    finder = finding.open_finder(hub.MINI_FOLDER / "face" / "recogniser.onnx")
+    ((photo, others, _), *_) = strangers.draw_people("test", [0], 1)
+    for picture in [*photo, *others[:3]]:
+        finder.look_at(Image.fromarray(picture), "a picture")
+    assert "is tiny" not in caplog.text
+    finder.look_at(Image.fromarray(photo[0]).resize((28, 28)), "a smaller one")
+    assert "is tiny" in caplog.text
 
 
 # --- trying harder --------------------------------------------------------------------------------

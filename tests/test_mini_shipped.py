@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import people as drawn_people
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -22,7 +23,7 @@ from idea_jax.data.images import read_png_text, to_uint8
 from idea_jax.diffusion.samplers import initial_noise
 from idea_jax.faces import embedding, finding, portraits
 from idea_jax.faces.crops import align, training_square
-from idea_jax.mini import captions, drawings, measures, people, second_look, traits, trials, world
+from idea_jax.mini import captions, drawings, measures, people, second_look, trials, world
 from idea_jax.mini.pretrain import stages as all_stages
 from idea_jax.mini.pretrain.budget import BUDGETS
 from idea_jax.mini.pretrain.run import RECORD, SUMS
@@ -275,24 +276,14 @@ def test_image_encoder_finds_the_caption_of_a_picture(mini):
     load = {"dtype": torch.float32, "local_files_only": True}
     see = CLIPVisionModelWithProjection.from_pretrained(mini.folder / "image_encoder", **load)
     read = CLIPTextModel.from_pretrained(mini.folder / "text_encoder", **load)
-    people_ = np.arange(32)
-    set_ = drawings.portraits(people.named(people_, people_), 1, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    said = [
-        captions.caption(
-            rng,
-            captions.scene_words(traits.Scene(*(leaf[i] for leaf in set_.scenes))),
-            people.full_name(i, i),
-        )
-        for i in people_
-    ]
-    pixels = np.asarray(drawings.to_float(set_.images)).transpose(0, 3, 1, 2)
+    images, said = drawn_people.portraits(32)
+    pixels = np.asarray(drawings.to_float(images)).transpose(0, 3, 1, 2)
     ids = torch.tensor(mini.tokenizer(said).astype(int))
     with torch.no_grad():
         pictures = see(torch.tensor(pixels)).image_embeds
         texts = read(ids).pooler_output
     cosines = torch.nn.functional.cosine_similarity(pictures[:, None], texts[None], dim=-1)
-    right = np.mean(cosines.argmax(dim=1).numpy() == people_)
+    right = np.mean(cosines.argmax(dim=1).numpy() == np.arange(32))
     assert right > 0.9, right  # 1 here
 
 

@@ -290,7 +290,7 @@ def turned(
     scale = min(1.0, size / max(side, 1.0))
     small = image.resize([max(images.MIN_SIDE, round(n * scale)) for n in image.size])
     try:
-        found = studio.finder.look_at(
+        found = replace(studio.finder, is_quiet=True).look_at(  # small and turned on purpose
             small.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor=(127,) * 3),
             "a small version",
         )

@@ -64,8 +64,11 @@ SAME_APART, SAME_SIZE = 0.3, 1.6
 # split one is turned over so, by mistake.
 ON_ITS_SIDE, SURER = 45.0, 0.03
 
-# The side, in pixels of the picture, of a face's ArcFace crop below which a notice is due.
+# The side, in pixels of the picture, of a face's ArcFace crop below which a notice is due; and of
+# recognisers that were trained on smaller faces, by the SHA-256 of their files: the mini's, whose
+# world has pictures of 64 pixels.
 TINY = 32
+TINY_FOR = {"9054992b5ec17a255dac49210f6dce514b829beaf46869e55f6935a54812400f": 16}
 
 
 class Face(NamedTuple):
@@ -356,12 +359,14 @@ class Finder:
       detector: None to take the central square, or with `pre_aligned` the whole, for the face.
       select: which of several faces is meant.
       pre_aligned: the pictures are aligned crops of 112 x 112 pixels.
+      is_quiet: nothing is said of faces that are turned or tiny.
     """
 
     recogniser: Recogniser | None
     detector: Detector | None
     select: str = "largest"
     pre_aligned: bool = False
+    is_quiet: bool = False
 
     @property
     def about(self) -> face_table.About:
@@ -408,7 +413,8 @@ class Finder:
             box = np.array([left, top, left + side, top + side], np.float32)
             return box, None, 1.0, face_crop(image, pre_aligned=False)
         face = find_face(self.detector, image, self.select, name)
-        say_of(face, name)
+        if not self.is_quiet:
+            say_of(face, name, TINY_FOR.get(getattr(self.recogniser, "sha256", None), TINY))
         return face.box, face.points, face.score, align(image, face.points)
 
 
@@ -420,8 +426,12 @@ def about_of(
     return face_table.About(face_model, detector, select, pre_aligned, 1 if detector is None else 3)
 
 
-def say_of(face: Face, name: Any) -> None:
-    """Says what is to be known of a face that was found: it lies on its side, or it is tiny."""
+def say_of(face: Face, name: Any, least: float) -> None:
+    """Says what is to be known of a face that was found: it lies on its side, or it is tiny.
+
+    Args:
+      least: side that a recogniser needs of what is cut out, in pixels of the picture.
+    """
     turned = roll(face.points)
     if abs(turned) > ON_ITS_SIDE:
         log.info(
@@ -431,7 +441,7 @@ def say_of(face: Face, name: Any) -> None:
             turned,
         )
     _, side = _crop_of(alignment(face.points))
-    if side < TINY:
+    if side < least:
         log.info(
             "%s: the face is tiny: what is recognised of it is %.0f pixels wide, and is scaled up "
             "to %d. The embedding may be that of somebody else; take a photo with a larger face",
