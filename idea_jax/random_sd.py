@@ -2,7 +2,7 @@
 
 It has the layout, the configs and the code path of a real one, and draws nothing but noise.
 
-    python -m idea_jax.random_sd FOLDER [--size tiny|demo|sd15|sd21] [--family sd1|sd2] [--seed N]
+    python -m idea_jax.random_sd FOLDER [--size SIZE] [--family sd1|sd2] [--seed N]
 """
 
 import argparse
@@ -61,7 +61,9 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
     """Writes a complete checkpoint in diffusers layout, with random weights; returns the folder.
 
     Args:
-      size: "tiny" (32x32 pictures, for tests), "demo" (64x64), or a real size: "sd15", "sd21".
+      size: "tiny" (32x32 pictures, for tests), "demo" (64x64), a real size: "sd15", "sd21", or
+        "sd21_text": the text encoder of "sd21" with the other networks of "tiny", to rehearse on a
+        CPU what will run on Stable Diffusion 2.1.
       family: "sd2" (the default) or "sd1", which "sd15" implies. They differ as the real ones do:
         heads per level, projections, activation and padding.
       seed: of the weights.
@@ -79,7 +81,7 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
     if size not in SIZES or family not in ("sd1", "sd2") or (size, family) in _CONTRADICTIONS:
         raise ValueError(
             f"no random checkpoint of size {size!r} and family {family!r}: expected one of "
-            f"{', '.join(SIZES)}, with sd1 or sd2 (sd15 is sd1, sd21 is sd2)"
+            f"{', '.join(SIZES)}, with sd1 or sd2 (sd15 is sd1, sd21 and sd21_text are sd2)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     words = [*PROMPT_WORDS.split(), *TEMPLATES, *shipped_names()]
@@ -100,10 +102,11 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
 SIZES = {
     "tiny": ((32, 2, 4), ((32, 64), 1, 1), ((16, 16, 32), 1), 8, 32),
     "demo": ((128, 4, 8), ((64, 128, 128), 2, 1), ((32, 32, 64, 64), 1), 16, 64),
+    "sd21_text": ((1024, 23, 16), ((32, 64), 1, 1), ((16, 16, 32), 1), 8, 32),
     "sd15": ((768, 12, 12), ((320, 640, 1280, 1280), 3, 2), ((128, 256, 512, 512), 2), 32, 512),
     "sd21": ((1024, 23, 16), ((320, 640, 1280, 1280), 3, 2), ((128, 256, 512, 512), 2), 32, 512),
 }
-_CONTRADICTIONS = {("sd15", "sd2"), ("sd21", "sd1")}
+_CONTRADICTIONS = {("sd15", "sd2"), ("sd21", "sd1"), ("sd21_text", "sd1")}
 
 
 def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":

@@ -1,5 +1,4 @@
-"""People for tests: learned ones, all of whose parts are random and far from their start, and
-portraits of the drawn world."""
+"""People for tests: learned ones, with random parts far from their start, and drawn portraits."""
 
 import jax
 import numpy as np

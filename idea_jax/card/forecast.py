@@ -1,5 +1,6 @@
 """How long a card takes: computed from shapes, at a speed that is known of a device or measured."""
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
@@ -98,6 +99,21 @@ def measured(model: sd.StableDiffusion, size: int) -> float:
     return flops / (time.perf_counter() - began)
 
 
+@functools.lru_cache(maxsize=32)  # methods draw alike, and tracing takes seconds
+def cost(plan: PlanConfig, chip: Chip, count: int, rate: float | None) -> tuple[float, bool | None]:
+    """Seconds of a job, and whether it fits the memory of a device, None if that is not known.
+
+    Args:
+      rate: FLOP/s of a device; None to take the chip's.
+    """
+    job = JOBS[plan.what](plan, chip, count)
+    if rate is None:
+        seconds = 3600 * report.facts(plan, chip, count, job, None)["hours"]
+    else:
+        seconds = job.flops * job.calls / rate
+    return seconds, report.fits(chip, job, None)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What is needed to say how long the parts of a card take.
@@ -122,12 +138,8 @@ class Forecast:
             attention="xla" if self.cfg.attention == "xla" else "auto",
             **given,
         )
-        job = JOBS[what](plan, chip, count)
-        if rate is not None:
-            seconds = job.flops * job.calls / rate
-        else:
-            seconds = 3600 * report.facts(plan, chip, count, job, None)["hours"]
-        return Stage(name, seconds, report.fits(chip, job, None))
+        seconds, fits = cost(plan, chip, count, rate)
+        return Stage(name, seconds, fits)
 
     def encoding(self, name: str, pictures: int) -> Stage:
         """The autoencoder's view of pictures and their mirrors."""

@@ -21,6 +21,7 @@ from idea_jax.faces.crops import align, alignment, face_crop, roll, turned_back
 from idea_jax.faces.embedding import embed_faces
 from idea_jax.faces.models import (
     SIZE,
+    TRAINED_SMALL,
     Detector,
     FaceError,
     Recogniser,
@@ -64,11 +65,8 @@ SAME_APART, SAME_SIZE = 0.3, 1.6
 # split one is turned over so, by mistake.
 ON_ITS_SIDE, SURER = 45.0, 0.03
 
-# The side, in pixels of the picture, of a face's ArcFace crop below which a notice is due; and of
-# recognisers that were trained on smaller faces, by the SHA-256 of their files: the mini's, whose
-# world has pictures of 64 pixels.
+# The side, in pixels of the picture, of a face's ArcFace crop below which a notice is due.
 TINY = 32
-TINY_FOR = {"9054992b5ec17a255dac49210f6dce514b829beaf46869e55f6935a54812400f": 16}
 
 
 class Face(NamedTuple):
@@ -414,7 +412,7 @@ class Finder:
             return box, None, 1.0, face_crop(image, pre_aligned=False)
         face = find_face(self.detector, image, self.select, name)
         if not self.is_quiet:
-            say_of(face, name, TINY_FOR.get(getattr(self.recogniser, "sha256", None), TINY))
+            say_of(face, name, TRAINED_SMALL.get(getattr(self.recogniser, "sha256", None), TINY))
         return face.box, face.points, face.score, align(image, face.points)
 
 
@@ -427,11 +425,7 @@ def about_of(
 
 
 def say_of(face: Face, name: Any, least: float) -> None:
-    """Says what is to be known of a face that was found: it lies on its side, or it is tiny.
-
-    Args:
-      least: side that a recogniser needs of what is cut out, in pixels of the picture.
-    """
+    """Says what is to be known of a face: it lies on its side, or its crop is below `least`."""
     turned = roll(face.points)
     if abs(turned) > ON_ITS_SIDE:
         log.info(

@@ -37,6 +37,10 @@ KNOWN_SHA256 = {
     "w600k_mbf.onnx": "9cc6e4a75f0e2bf0b1aed94578f144d15175f357bdc05e815e5c4a02b319eb4f",
 }
 
+# Recognisers that were trained on faces smaller than ArcFace's, by the SHA-256 of their files, and
+# the least side of a crop that they need, in pixels: the mini's, whose pictures have 64.
+TRAINED_SMALL = {"9054992b5ec17a255dac49210f6dce514b829beaf46869e55f6935a54812400f": 16}
+
 
 class FaceError(InputError, ValueError):
     """A face model, crop or embedding that cannot be used; the message says what was expected."""

@@ -238,7 +238,10 @@ def prepare(
     # The checkpoint, and what it says of the method.
     lora.named(cfg.lora)  # a file that is not there is said before anything is read
     found = hub.resolve_for(cfg)
+    own = enhancers.find(cfg.enhancer, found.folder)
     cfg, enhancer = settle(cfg, found.folder)
+    if enhancer is not None:
+        log.info("%s", enhancers.introduce(own, enhancer))
     method = method_of(cfg, enhancer)
     placeholder = replace(placeholder, n=cfg.n_pseudo_tokens)
     validation = [text.fill(prompt, placeholder) for prompt in validation]

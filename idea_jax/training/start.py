@@ -34,7 +34,6 @@ def settle(
     if path is None:
         return resolve_config(cfg, None), None
     enhancer = enhancers.read(path)
-    log.info("%s", enhancers.introduce(path, enhancer))
     fixed = {"n_pseudo_tokens": enhancer.config.num_tokens, "beta": enhancer.config.beta}
     return resolve_config(cfg, fixed), enhancer
 
