@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idea_jax import evaluate
+from idea_jax import evaluate, random_sd
 from idea_jax.card import forecast, people, run, settings
 from idea_jax.config.settings import ConfigError
 from idea_jax.enhancer import fit
 from idea_jax.evaluation import compare, draw
 from idea_jax.faces import random_model
+from idea_jax.mini import strangers
+from idea_jax.models import hub
 from idea_jax.runtime import chips
 from idea_jax.runtime.signals import Interrupted
 
@@ -75,7 +77,8 @@ def test_a_card_goes_on_where_it_stopped_and_names_nobody(world, tmp_path, monke
     assert (about["people"]["test"], about["people"]["rest_people"]) == (2, 3)
     assert about["enhancer"]["was_trained_here"] and about["enhancer"]["people"] == 3
     assert {*about["seconds"]} >= {"preparing", "training the ID-Enhancer"}
-    assert all(stage["seconds"] > 0 for stage in about["forecast"])
+    assert len(about["forecast"]) == 5 and min(about["forecast"].values()) > 0
+    assert any("ID-Enhancer" in name for name in about["forecast"])  # of the first run
     assert all(len(digest) == 64 for digest in about["checkpoint"]["sha256"].values())
     summary = json.loads((card / "summary.json").read_text())
     assert len(summary["methods"]) == 2 and {*summary["floors"]} == {"person-000", "person-001"}
@@ -180,3 +183,33 @@ def test_devices_are_known_by_what_jax_calls_them():
         assert chips.of_device(Device(kind)).name == name
     unknown = chips.of_device(Device("NVIDIA T4"))
     assert (unknown.name, unknown.bf16, unknown.room()) == ("gpu", 0, 5)
+
+
+@pytest.mark.long
+def test_a_card_is_rehearsed_at_the_width_of_sd21(tmp_path):
+    """All profiles on random weights with SD 2.1's text encoder, with people of the drawn world and
+    the mini's face models: prepared, trained, drawn, scored."""
+    random_sd.write(tmp_path / "model", size="sd21_text")
+    strangers.write(tmp_path / "people", "test", 5, 1, 0)
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "prompts.txt").write_text("a photo of {}\n")
+    shutil.copytree(tmp_path / "people" / "held_out", tmp_path / "people of mine")
+    face = hub.MINI_FOLDER / "face"
+    profiles = ("paper", "paper@enhancer=none", "official", "cross_init", "textual_inversion")
+    methods = [f"{name}{';' if '@' in name else '@'}steps=1" for name in profiles]
+    command = arguments(
+        tmp_path,
+        tmp_path / "out",
+        people=tmp_path / "people of mine",
+        face_model=face / "recogniser.onnx",
+        score_model=face / "scoring.onnx",
+        compare=",".join([*methods, "paper@steps=0"]),
+        num_inference_steps=2,
+        guidance_scale=7.5,
+    )
+    assert evaluate.main(command) == 0
+    about = json.loads((tmp_path / "out" / "card" / "card.json").read_text())
+    assert (about["people"]["test"], about["enhancer"]["people"]) == (2, 3)
+    summary = json.loads((tmp_path / "out" / "card" / "summary.json").read_text())
+    assert {*summary["methods"]} == {*methods, "paper@steps=0"} and summary["problems"] == []
+    assert summary["floor"]["mean"] < summary["ceiling"]["mean"]

@@ -112,6 +112,38 @@ def test_pictures_of_any_program_are_scored(world, tmp_path, monkeypatch, capsys
     assert "mode: strict -> fastcomposer" in capsys.readouterr().err
 
 
+def test_a_run_that_is_killed_while_it_looks_goes_on_there(world, tmp_path, monkeypatch):
+    """What was looked at before is neither looked at again nor lost."""
+    monkeypatch.setattr(looking, "CHUNK", 4)
+    names, see = [], looking.Eyes.faces_on
+
+    def until_the_tenth(eyes, image, name):
+        names.append(name)
+        if len(names) == 10:
+            raise MemoryError("killed")
+        return see(eyes, image, name)
+
+    monkeypatch.setattr(looking.Eyes, "faces_on", until_the_tenth)
+    command = arguments(world, tmp_path, "true", clip="none")
+    with pytest.raises(MemoryError):
+        evaluate.main(command)
+    assert len(list((tmp_path / "seen").rglob("*.safetensors"))) == 2
+    assert evaluate.main(command) == 0
+    found = [*world.glob("photos/*/*"), *world.glob("held_out/*/*"), *world.glob("true/*/*/*")]
+    pictures = {path.read_bytes() for path in found}
+    assert len(names) == 10 + len(pictures) - 8
+    assert len(rows_of(tmp_path)) == 9 and {row["error"] for row in rows_of(tmp_path)} == {None}
+
+
+def test_a_folder_without_a_picture_is_said_so(world, tmp_path, caplog):
+    (tmp_path / "empty").mkdir()
+    command = arguments(world, tmp_path / "out", clip="none")
+    assert evaluate.main([*command, str(tmp_path / "empty")]) == 0
+    assert "there is no picture to score" in caplog.text
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "the folder holds no picture" in {problem["why"] for problem in summary["problems"]}
+
+
 def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tmp_path, caplog):
     """No face, no picture at all, a damaged one, no photo, nobody's folder, and names that are
     meant to do harm."""
@@ -458,13 +490,14 @@ def test_pictures_of_an_earlier_identity_are_drawn_again(tmp_path, monkeypatch):
 def test_who_cannot_be_learned_is_reported_and_the_others_go_on(tmp_path, monkeypatch):
     (contender,) = compare.read_contenders("textual_inversion", "mini")
     cfg = EvaluateConfig(
-        photos="p", compare="textual_inversion", pretrained_model_name_or_path="mini"
+        photos="home/p", compare="textual_inversion", pretrained_model_name_or_path="mini"
     )
 
     def run(_):
         (tmp_path / "anna").mkdir()
         (tmp_path / "anna" / draw.FILE).touch()
-        records = [jobs.Record("anna", "done"), jobs.Record("bo", "failed", "no face")]
+        why = "home/p/bo/1.jpg: no face"
+        records = [jobs.Record("anna", "done"), jobs.Record("bo", "failed", why)]
         lines = "".join(f"{jobs.to_line(record)}\n" for record in records)
         (tmp_path / jobs.MANIFEST).write_text(lines)
         raise compare.TrainingError("1 of 2 failed")
@@ -472,7 +505,9 @@ def test_who_cannot_be_learned_is_reported_and_the_others_go_on(tmp_path, monkey
     monkeypatch.setattr(compare.training, "run", run)
     files, spent, problems = compare.train(contender, cfg, tmp_path, ["anna", "bo"], 0)
     assert list(files) == ["anna"] and spent["learned"] == 1
-    assert problems == [gallery.Problem("textual_inversion", "bo", "training", "no face")]
+    assert problems == [
+        gallery.Problem("textual_inversion", "bo", "training", "p/bo/1.jpg: no face")
+    ]
     monkeypatch.undo()
 
     def nobody(_):

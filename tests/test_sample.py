@@ -372,6 +372,9 @@ def test_a_folder_stands_for_the_identity_in_it(identity, tmp_path):
     ):
         (sitter,) = read_sitters(config_of(identity=[str(given)]))
         assert (sitter.name, sitter.source) == (name, file)
+    write_identity(tmp_path / "bo" / "identity.safetensors", identity)
+    with pytest.raises(ConfigError, match="2 people.*: anna, bo; name those to draw"):
+        read_sitters(config_of(identity=[str(tmp_path)]))
 
 
 def test_comments_and_blank_lines_of_a_prompt_file_are_no_prompts(tmp_path):

@@ -30,6 +30,7 @@ from idea_jax.sampling import engine, programs
 log = logging.getLogger(__name__)
 
 WIDTHS = {768: "sd15", 1024: "sd21"}  # of the text encoders of what was published
+UTILISATION = PlanConfig.utilisation  # its default
 STEPS = 2  # of the drawing that is timed
 
 
@@ -63,7 +64,7 @@ class Speed:
     def words(self) -> str:
         """How the seconds of a forecast came about."""
         if self.rate is None:
-            return f"{self.count} x {self.chip.name}, at 0.4 of the peak, which is an assumption"
+            return f"{self.count} x {self.chip.name}, at {UTILISATION:g} of the peak, an assumption"
         return f"{self.count} x {self.chip.name}, by a drawing of {STEPS} steps that was timed"
 
 
@@ -151,7 +152,7 @@ class Forecast:
             image,
         )
         chip, rate = self.speed.chip, self.speed.rate
-        rate = rate or 0.4 * chip.peak(COMPUTE_DTYPES[self.cfg.mixed_precision])
+        rate = rate or UTILISATION * chip.peak(COMPUTE_DTYPES[self.cfg.mixed_precision])
         return Stage(name, 2 * pictures * flops / (rate * self.speed.count))
 
 
@@ -188,7 +189,7 @@ def of_comparison(
     for contender in ready.contenders:
         train = compare.train_config(contender, cfg, Path("."), settings["seed"])
         steps = steps_of(train, has_enhancer)
-        if steps:
+        if steps and compare.trained_alike(contender, ready.contenders) == contender.name:
             given: dict[str, Any] = {
                 "people": people,
                 "steps": steps,

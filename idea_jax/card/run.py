@@ -1,11 +1,12 @@
 """`idea-evaluate --card`: from a checkpoint and people to a folder that can be passed on."""
 
+import json
 import logging
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from idea_jax.evaluation import run as evaluation
 from idea_jax.evaluation.run import held_settings
 from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.faces import portraits
+from idea_jax.faces.models import FaceError
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.models import hub, sd
 from idea_jax.models.tensor_files import find_weights
@@ -32,13 +34,14 @@ from idea_jax.runtime.versions import versions
 
 log = logging.getLogger(__name__)
 
-SETTINGS, RESULT, ABOUT = "settings.json", "card", "card.json"
+SETTINGS, FORECAST, RESULT, ABOUT = "settings.json", "forecast.json", "card", "card.json"
 # What may differ when a card goes on: it changes no number.
 FREE = "card batch_size attention compile_cache face_provider identities_per_step".split()
 FREE += "same_recogniser accept_face_licence with_pictures dry_run".split()
-# Those that name places on this machine.
-PATHS = "card people dataset_dir enhancer enhancer_config face_model face_model_dir".split()
-PATHS += "score_model prompts clip tokenizer_name original_config compile_cache".split()
+# Those that say nothing to others, and those of which the last part of a path does.
+OURS = "card people dataset_dir compile_cache".split()
+PATHS = "enhancer enhancer_config face_model face_model_dir".split()
+PATHS += "score_model prompts clip tokenizer_name original_config".split()
 PATHS += ["pretrained_model_name_or_path"]
 OF_MODEL = "revision variant tokenizer_name prediction_type original_config".split()
 OF_MODEL += "mixed_precision attention compile_cache".split()
@@ -98,20 +101,20 @@ def run(cfg: CardConfig) -> list[Path]:
     check_writable(out)
     with jobs.only_run(out, 0, "--card"):
         held = held_settings(cfg, out / SETTINGS, FREE, ("people", "dataset_dir"))
-        plan, stages = begin(cfg, out)
+        plan = begin(cfg, out)
         write_json(out / SETTINGS, held)
         enhance(plan, out)
         with timed(out, "learning, drawing and scoring"):
             scored = evaluation.evaluate(plan.comparison)
             output.write(scored, Path(plan.comparison.output_dir))
-        return write(cfg, plan, scored, stages)
+        return write(cfg, plan, scored)
 
 
-def begin(cfg: CardConfig, out: Path) -> tuple[CardPlan, list[forecast.Stage]]:
+def begin(cfg: CardConfig, out: Path) -> CardPlan:
     """Settles what will be done, finds what is wrong with it, and says how long it will take.
 
     Args:
-      out: folder that receives the people.
+      out: folder that receives the people and the forecast.
 
     Raises:
       as `run`.
@@ -125,9 +128,8 @@ def begin(cfg: CardConfig, out: Path) -> tuple[CardPlan, list[forecast.Stage]]:
     plan = settle(cfg, out, found, model, invited)
     awaits = plan.trains and not Path(plan.comparison.enhancer).is_file()
     ready = evaluation.look_ahead(plan.comparison, awaits_enhancer=awaits)
-    portraits.find_face_model(
-        cfg.face_model, found.folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
-    )
+    if awaits:
+        find_face_model(cfg, found.folder)
     seer = forecast.forecast_of(cfg, ready, model)
     stages = []
     if awaits:
@@ -136,7 +138,18 @@ def begin(cfg: CardConfig, out: Path) -> tuple[CardPlan, list[forecast.Stage]]:
     stages += forecast.of_comparison(seer, plan.comparison, ready, has_enhancer)
     for line in forecast.tell(stages, seer.speed):
         log.info("%s", line)
-    return plan, stages
+    # What was done earlier was forecast then.
+    said = read_forecast(out) | {stage.name: stage.seconds for stage in stages}
+    write_json(out / FORECAST, said)
+    return plan
+
+
+def read_forecast(out: Path) -> dict[str, float]:
+    """Seconds of the parts, as this and earlier runs have forecast them."""
+    try:
+        return json.loads((out / FORECAST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def settle(
@@ -248,14 +261,12 @@ def timed(out: Path, name: str) -> Iterator[None]:
         log.info("%s: %s", name, forecast.duration(seconds))
 
 
-def write(
-    cfg: CardConfig, plan: CardPlan, scored: output.Scored, stages: Sequence[forecast.Stage]
-) -> list[Path]:
+def write(cfg: CardConfig, plan: CardPlan, scored: output.Scored) -> list[Path]:
     """Writes `card/`, which can be passed on; returns the paths of its report and `card.json`."""
     out = Path(cfg.card)
     target = out / RESULT
     report, _ = output.write(scored, target, with_pictures=cfg.with_pictures)
-    write_json(target / ABOUT, about(cfg, plan, scored, stages))
+    write_json(target / ABOUT, about(cfg, plan, scored))
     said = README.format(
         checkpoint=plan.found.name,
         people=plan.invited.test,
@@ -267,18 +278,30 @@ def write(
     return [report, target / ABOUT]
 
 
-def about(
-    cfg: CardConfig, plan: CardPlan, scored: output.Scored, stages: Sequence[forecast.Stage]
-) -> dict:
+def find_face_model(cfg: CardConfig, folder: Path) -> Path:
+    """The recogniser of training.
+
+    Raises:
+      FaceError: there is none.
+    """
+    return portraits.find_face_model(
+        cfg.face_model, folder, cfg.face_model_dir, accept_licence=cfg.accept_face_licence
+    )
+
+
+def about(cfg: CardConfig, plan: CardPlan, scored: output.Scored) -> dict:
     """What `card.json` says: all that the numbers depend on, and what they took. No path."""
     out, found = Path(cfg.card), plan.found
-    face_model = portraits.find_face_model(cfg.face_model, found.folder, cfg.face_model_dir)
+    models = {f"{name} of scoring": value for name, value in scored.about["models"].items()}
+    with suppress(FaceError):  # some methods need none
+        face_model = find_face_model(cfg, found.folder)
+        models["recogniser of training"] = f"{face_model.name} ({file_digest(face_model)})"
     file = enhancers.find(plan.comparison.enhancer, found.folder)
     enhancer = None
     if file is not None:
         own = enhancers.read(file)
         enhancer = {"sha256": own.sha256, "was_trained_here": plan.trains, **own.about}
-    settings = {name: value for name, value in asdict(cfg).items() if value is not None}
+    settings = {n: v for n, v in asdict(cfg).items() if v is not None and n not in OURS}
     for name in PATHS:
         if name in settings:
             settings[name] = Path(settings[name]).name
@@ -289,14 +312,11 @@ def about(
             "sha256": weights_of(found.folder, cfg.variant),
         },
         "enhancer": enhancer,
-        "models": {
-            "recogniser of training": f"{face_model.name} ({file_digest(face_model)})",
-            **{f"{name} of scoring": value for name, value in scored.about["models"].items()},
-        },
+        "models": models,
         "people": asdict(plan.invited),
         "settings": settings | {"compare": plan.comparison.compare},
         "environment": {"platform": platform.platform(), **output.machine(), **versions()},
-        "forecast": [stage._asdict() for stage in stages],
+        "forecast": read_forecast(out),
         "seconds": {**evaluation.read_times(out), **scored.summary["seconds"]},
     }
 

@@ -185,7 +185,12 @@ def train(
     try:
         training.run(train_config(contender, cfg, out, seed))
     except TrainingError:
-        why = {record.person: record.why for record in jobs.read(out)}
+        # Reports are passed on, and where the photos lie is nobody's business.
+        photos = Path(cfg.photos)
+        why = {
+            record.person: (record.why or "").replace(str(photos), photos.name)
+            for record in jobs.read(out)
+        }
         problems = [
             Problem(contender.name, name, "training", why.get(name) or "it was not finished")
             for name in names

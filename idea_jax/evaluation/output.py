@@ -79,6 +79,8 @@ def write(scored: Scored, out: Path, *, with_pictures: bool = True) -> list[Path
     page = report.page(scored.rows, shown, scored.summary, scored.about)
     with atomic_write(out / "report.html") as path:
         path.write_bytes(page.encode("utf-8", "backslashreplace"))
+    if not scored.rows:
+        log.warning("there is no picture to score: the report says where they were looked for")
     unscored = sum(row.error is not None for row in scored.rows)
     if unscored or scored.summary["problems"]:
         log.warning(

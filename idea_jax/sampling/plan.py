@@ -100,7 +100,7 @@ def read_sitters(cfg: SampleConfig) -> list[Sitter]:
     """The people that a run draws, in order.
 
     Raises:
-      ConfigError: two have the same name.
+      ConfigError: two have the same name, or a folder is one of many people.
       IdentityError, EmbedsError, FileNotFoundError: a file cannot be used.
     """
     if cfg.identity is None:
@@ -113,6 +113,7 @@ def read_sitters(cfg: SampleConfig) -> list[Sitter]:
             path = Path(named[2])
         is_named = named and path == Path(named[2])
         if path.is_dir():
+            check_single(path)
             path = path / "identity.safetensors"
         # Training calls all of them identity.safetensors, in a folder with the person's name.
         own = path.resolve().parent.name if path.stem == "identity" else path.stem
@@ -125,6 +126,19 @@ def read_sitters(cfg: SampleConfig) -> list[Sitter]:
             f"several of --identity are called {', '.join(twice)}; tell them apart with NAME=FILE"
         )
     return sitters
+
+
+def check_single(folder: Path) -> None:
+    """Raises ConfigError if a folder is one of many people, whom it names."""
+    if (folder / "identity.safetensors").is_file():
+        return
+    people = sorted(file.parent.name for file in folder.glob("*/identity.safetensors"))
+    if people:
+        shown = ", ".join(people[:8]) + (f" and {len(people) - 8} more" if people[8:] else "")
+        raise ConfigError(
+            f"--identity {folder} holds {len(people)} people, each in a folder of their own: "
+            f"{shown}; name those to draw, such as --identity {folder / people[0]}"
+        )
 
 
 def read_tokens(cfg: SampleConfig) -> tuple[Identity, Path]:
