@@ -112,7 +112,7 @@ def test_pictures_of_any_program_are_scored(world, tmp_path, monkeypatch, capsys
     assert "mode: strict -> fastcomposer" in capsys.readouterr().err
 
 
-def test_a_run_that_is_killed_while_it_looks_goes_on_there(world, tmp_path, monkeypatch):
+def test_a_run_that_ends_while_it_looks_goes_on_there(world, tmp_path, monkeypatch):
     """What was looked at before is neither looked at again nor lost."""
     monkeypatch.setattr(looking, "CHUNK", 4)
     names, see = [], looking.Eyes.faces_on
@@ -120,13 +120,12 @@ def test_a_run_that_is_killed_while_it_looks_goes_on_there(world, tmp_path, monk
     def until_the_tenth(eyes, image, name):
         names.append(name)
         if len(names) == 10:
-            raise MemoryError("killed")
+            raise MemoryError
         return see(eyes, image, name)
 
     monkeypatch.setattr(looking.Eyes, "faces_on", until_the_tenth)
     command = arguments(world, tmp_path, "true", clip="none")
-    with pytest.raises(MemoryError):
-        evaluate.main(command)
+    assert evaluate.main(command) == 1
     assert len(list((tmp_path / "seen").rglob("*.safetensors"))) == 2
     assert evaluate.main(command) == 0
     found = [*world.glob("photos/*/*"), *world.glob("held_out/*/*"), *world.glob("true/*/*/*")]
