@@ -44,18 +44,19 @@ chaos: $(VENV)/.installed-test
 slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow -n 0
 
-# $(1): name of the evaluation; $(2): its methods; $(3): how many people; $(4): photos of each
+# $(1): name of the evaluation; $(2): its methods; $(3): how many people; $(4): photos of each;
+# $(5): drawings of a prompt
 define evaluate
 	$(BIN)/python -m idea_jax.mini.album $(RESULTS_OUT)/people-$(1) --people $(3) --photos $(4)
 	$(BIN)/python -m idea_jax.evaluate --compare "$(2)" \
-	  --pretrained_model_name_or_path mini --prompts mini --score_crop center --guidance_scale 3 --pictures 2 \
+	  --pretrained_model_name_or_path mini --prompts mini --score_crop center --guidance_scale 3 --pictures $(5) \
 	  --photos $(RESULTS_OUT)/people-$(1)/photos --held_out $(RESULTS_OUT)/people-$(1)/held_out \
 	  --output_dir $(RESULTS_OUT)/$(1)
 endef
 
 results: $(VENV)/.installed
-	$(call evaluate,profiles,$(RESULTS_METHODS),$(RESULTS_PEOPLE),1)
-	$(call evaluate,parts,$(RESULTS_PARTS),$(RESULTS_PARTS_PEOPLE),4)
+	$(call evaluate,profiles,$(RESULTS_METHODS),$(RESULTS_PEOPLE),1,2)
+	$(call evaluate,parts,$(RESULTS_PARTS),$(RESULTS_PARTS_PEOPLE),4,1)
 	$(BIN)/python -m idea_jax.mini.results $(RESULTS_OUT)/profiles $(RESULTS_OUT)/parts --file $(RESULTS_FILE)
 
 bench: $(VENV)/.installed-test

@@ -534,3 +534,14 @@ def test_ticks_are_round_and_around_the_values():
         assert found[0] <= low and found[-1] >= high and 2 <= len(found) <= 9
     assert page.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert output.cell("=1") == "'=1" and output.cell(-1.5) == -1.5
+
+
+def test_of_many_methods_the_table_has_the_differences_to_the_first(world, tmp_path):
+    """The page has all of them."""
+    names = [f"m{number}" for number in range(7)]
+    flags = arguments(world, tmp_path / "out", clip="none")
+    assert evaluate.main([*flags, *(f"{name}={world / 'true'}" for name in names)]) == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    pairs = [line.split("|")[1].strip() for line in lines if line.startswith("| m")]
+    assert [pair for pair in pairs if " - " in pair] == [f"m0 - {name}" for name in names[1:]]
+    assert "m1 - m2" in (tmp_path / "out" / "report.html").read_text()

@@ -11,6 +11,7 @@ from idea_jax.evaluation.scoring import ALL, SCORES, ScoredPicture, is_judged
 
 SIDE = 112  # of a picture in the page, in pixels
 PEOPLE, PROMPTS, LISTED = 24, 16, 200  # shown at most; a page of thousands opens nowhere
+MANY = 6  # methods: of more, the table has the differences to the first alone
 HEADS = {
     "identity": "identity, faces found",
     "identity_zero": "identity, misses as 0",
@@ -300,7 +301,11 @@ def markdown(summary: dict, about: dict) -> str:
         lines += ["", "## Differences on the same people", ""]
         lines.append(f"| | {' | '.join(HEADS[s] for s in scores)} |")
         lines.append(f"|---|{'---|' * len(scores)}")
+        # Of many methods, those to the first: the page has all of them.
+        first = next(iter(summary["methods"])) if len(summary["methods"]) > MANY else None
         for found in summary["differences"]:
+            if first not in (None, *found["methods"]):
+                continue
             cells = [said(found[s], f"+{FORMS.get(s, '.3f')}") for s in scores]
             lines.append(f"| {plain(' - '.join(found['methods']))} | {' | '.join(cells)} |")
     lines += ["", "## What ran", ""]
