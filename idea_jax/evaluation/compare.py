@@ -29,6 +29,8 @@ from idea_jax.training.results import TrainingError
 log = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# How a checkpoint is read: a setting of the training and of the drawing.
+OF_CHECKPOINT = {"vae", "clip_skip", "lora", "prediction_type", "original_config", "tokenizer_name"}
 SHORT = {"steps": "max_train_steps", "photos": "pictures_per_person"}
 
 
@@ -66,7 +68,9 @@ def read_contenders(given: str, checkpoint: str) -> list[Contender]:
       ConfigError: there is no such file, or a setting is unknown, or a method is there twice.
     """
     known = {spec.name for spec in settings_of(TrainConfig)}
-    drawn = {spec.name for spec in settings_of(SampleConfig)} - known
+    # A checkpoint is drawn with as it was trained with.
+    drawn = {spec.name for spec in settings_of(SampleConfig)}
+    drawn = (drawn - known) | (drawn & OF_CHECKPOINT)
     found: list[Contender] = []
     for name in given.split(","):
         base, _, rest = name.strip().partition("@")
@@ -127,7 +131,7 @@ def train_config(contender: Contender, cfg: EvaluateConfig, out: Path, seed: int
         "seed": seed,
         "report_to": "none",
     }
-    for name in ("revision", "variant", "identities_per_step", "compile_cache"):
+    for name in ("revision", "variant", "identities_per_step", "compile_cache", "vae", "clip_skip"):
         if getattr(cfg, name) is not None:
             flags[name] = getattr(cfg, name)
     for name in ("mixed_precision", "attention"):

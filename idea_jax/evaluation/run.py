@@ -142,10 +142,12 @@ def held_settings(cfg: EvaluateConfig, out: Path) -> dict:
         before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         before = held
+    # What an earlier version did not know was as it is by default.
+    before = {spec.name: spec.default for spec in fields(cfg)} | before
     changed = [
-        f"--{name}: {before.get(name)} -> {value}"
+        f"--{name}: {before[name]} -> {value}"
         for name, value in held.items()
-        if before.get(name) != value
+        if before[name] != value
     ]
     if changed:
         raise EvaluationError(

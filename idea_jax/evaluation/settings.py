@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from idea_jax.config.settings import (
     ATTENTION,
     ATTENTIONS,
+    CLIP_SKIP,
     COMPILE_CACHE,
     COMPUTE_DTYPES,
     ENHANCER,
@@ -13,6 +14,7 @@ from idea_jax.config.settings import (
     SAMPLER,
     SCHEDULERS,
     SPACINGS,
+    VAE,
     ConfigError,
     check_compile_cache,
     check_finding,
@@ -26,7 +28,7 @@ from idea_jax.evaluation.modes import MODES
 
 # Settings of the drawing that have no effect on pictures that are there already.
 OF_DRAWING = "pictures num_inference_steps guidance_scale negative_prompt".split()
-OF_DRAWING += "guidance_rescale scheduler karras_sigmas timestep_spacing".split()
+OF_DRAWING += "vae clip_skip guidance_rescale scheduler karras_sigmas timestep_spacing".split()
 OF_DRAWING += "id_strength batch_size variant mixed_precision".split()
 
 
@@ -88,6 +90,8 @@ class EvaluateConfig:
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hub checkpoint")
     variant: str | None = setting(None, "file variant of the weights, such as fp16")
+    vae: str | None = setting(None, VAE)
+    clip_skip: int = setting(0, CLIP_SKIP)
     enhancer: str = setting("auto", ENHANCER)
     pictures: int | None = setting(None, "pictures of each prompt (default: the mode's)")
     num_inference_steps: int | None = setting(None, "sampling steps (default: the mode's)")
@@ -119,7 +123,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         positive(self, "pictures", "num_inference_steps", "batch_size", "identities_per_step")
-        not_negative(self, "guidance_scale", "id_strength")
+        not_negative(self, "guidance_scale", "id_strength", "clip_skip")
         check_compile_cache(self.compile_cache)
         check_finding(_Finding(self.face_model, self.face_model_dir))
         if self.seed is not None:
