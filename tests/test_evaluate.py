@@ -331,6 +331,8 @@ def test_methods_of_a_comparison_are_read():
     assert found[1].config.name == "mini_cross_init.yaml"
     assert found[1].training == {"max_train_steps": 4} and found[1].drawing == {"id_strength": 0.5}
     assert found[0].uses_face and not found[1].uses_face
+    (read,) = compare.read_contenders("paper@clip_skip=1", "mini")  # trained and drawn with it
+    assert read.training == read.drawing == {"clip_skip": 1}
     assert compare.read_contenders("paper", "some/model")[0].config.name == "paper.yaml"
     for given, problem in (
         ("paper,paper", "twice"),
@@ -343,6 +345,18 @@ def test_methods_of_a_comparison_are_read():
     ):
         with pytest.raises(compare.ConfigError, match=problem):
             compare.read_contenders(given, "mini")
+
+
+def test_an_evaluation_of_an_earlier_version_goes_on_where_nothing_new_is_asked_for(tmp_path):
+    given = {"photos": "p", "images": ["d"], "prompts": "mini"}
+    held = evaluation.held_settings(EvaluateConfig(**given), tmp_path)
+    for name in ("vae", "clip_skip", "guidance_rescale", "scheduler"):
+        del held[name]
+    (tmp_path / evaluation.SETTINGS).write_text(json.dumps(held))
+    assert evaluation.held_settings(EvaluateConfig(**given), tmp_path)["clip_skip"] == 0
+    given = {"photos": "p", "identity": ["d"], "pretrained_model_name_or_path": "mini"}
+    with pytest.raises(evaluation.EvaluationError, match="--clip_skip: 0 -> 1"):
+        evaluation.held_settings(EvaluateConfig(**given, clip_skip=1), tmp_path)
 
 
 def test_a_comparison_trains_draws_and_scores(
