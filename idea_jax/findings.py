@@ -12,7 +12,6 @@ import jax
 
 from idea_jax.config import reading
 from idea_jax.config.settings import COMPUTE_DTYPES, TrainConfig
-from idea_jax.config.settings import reading as reading_of
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.errors import InputError
 from idea_jax.faces import packs
@@ -24,7 +23,7 @@ from idea_jax.models.tensor_files import TensorFiles, find_weights
 from idea_jax.runtime import compile_cache, devices
 from idea_jax.runtime.files import WriteError, check_writable
 from idea_jax.training import program as programs
-from idea_jax.training.start import method_of, optimizer_of, settle
+from idea_jax.training.start import how_read, method_of, optimizer_of, settle
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 FAMILIES = {768: "1.x", 1024: "2.x"}  # of Stable Diffusion, by the text encoder's width
@@ -159,7 +158,7 @@ def checkpoint(cfg: TrainConfig) -> Iterator[Finding]:
     """Whether a checkpoint can be read, and what it is; its weights are opened and not loaded."""
     try:
         found = hub.resolve_for(cfg)
-        model = sd.read_configs(found.folder, **reading_of(cfg))
+        model = sd.read_configs(found.folder, **how_read(cfg))
         for part, stem in hub.WEIGHTS if found.folder.is_dir() else ():  # one file is open already
             TensorFiles(find_weights(found.folder / part, stem, cfg.variant))
         length = model.text.max_position_embeddings
@@ -234,7 +233,7 @@ def step_bytes(cfg: TrainConfig, folder: Path, count: int) -> int:
     cfg = replace(cfg, max_train_steps=max(cfg.max_train_steps, 1))
     method, dtype = method_of(cfg, enhancer), COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(folder, dtype, **reading_of(cfg)), attention=attention)
+    model = replace(sd.read_configs(folder, dtype, **how_read(cfg)), attention=attention)
     mesh = devices.layout({"identity": 1, "data": 1}, count, count, cfg.train_batch_size).mesh
     program = programs.Program(
         model,

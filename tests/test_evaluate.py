@@ -362,6 +362,8 @@ def test_methods_of_a_comparison_are_read():
     assert found[1].config.name == "mini_cross_init.yaml"
     assert found[1].training == {"max_train_steps": 4} and found[1].drawing == {"id_strength": 0.5}
     assert found[0].uses_face and not found[1].uses_face
+    (read,) = compare.read_contenders("paper@clip_skip=1", "mini")  # trained and drawn with it
+    assert read.training == read.drawing == {"clip_skip": 1}
     assert compare.read_contenders("paper", "some/model")[0].config.name == "paper.yaml"
     for given, problem in (
         ("paper,paper", "twice"),
@@ -407,6 +409,21 @@ def test_parts_of_a_model_that_are_missing_are_said_first(
     command += ["--compare", "textual_inversion", f"--{given}", str(tmp_path / "nowhere")]
     assert evaluate.main(command) == 1
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_an_earlier_version_goes_on_where_nothing_new_is_asked_for(
+    world, tmp_path, capsys
+):
+    command = arguments(world, tmp_path, "true", clip="none")
+    assert evaluate.main(command) == 0
+    held = json.loads((tmp_path / "settings.json").read_text())
+    for name in ("vae", "clip_skip", "guidance_rescale", "scheduler"):
+        del held[name]
+    (tmp_path / "settings.json").write_text(json.dumps(held))
+    assert evaluate.main(command) == 0
+    capsys.readouterr()
+    assert evaluate.main([*command, "--mode", "celeb_basis"]) == 1
+    assert "--mode: strict -> celeb_basis" in capsys.readouterr().err
 
 
 def test_a_comparison_trains_draws_and_scores(

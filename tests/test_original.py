@@ -19,6 +19,7 @@ import sample_jax
 import train_jax
 from idea_jax import random_sd
 from idea_jax.data.tokenizer import load_tokenizer
+from idea_jax.diffusion.schedule import ScheduleError
 from idea_jax.formats import learned_embeds
 from idea_jax.models import hub, sd, weights
 from idea_jax.models import original as ours
@@ -255,7 +256,6 @@ BAD = {
         "v_proj.bias",
     ),
     "another schedule": (changed(alphas_cumprod=torch.zeros(1000)), "another noise schedule"),
-    "no signal at the end": (changed(ztsnr=torch.zeros(0)), "marked ztsnr"),
     "a LoRA": (
         lambda tensors: {"lora_unet_mid_block.lora_down.weight": torch.ones(2, 2)},
         "a LoRA: give it with --lora",
@@ -264,6 +264,17 @@ BAD = {
     "pseudo tokens": (lambda tensors: {"emb_params": torch.ones(2, 8)}, "pseudo tokens"),
     "nothing": (lambda tensors: {"x": torch.ones(2)}, "has no unet"),
 }
+
+
+def test_a_mark_says_that_no_signal_is_left_at_the_end(sd2, tmp_path):
+    file, _ = sd2
+    path, marks = tmp_path / "marked.safetensors", {"ztsnr": torch.zeros(0)}
+    save_file(load_file(file) | marks | {"v_pred": torch.zeros(0)}, path)
+    found = sd.read_configs(path).schedule
+    assert found.rescale_betas_zero_snr
+    assert (found.prediction_type, found.timestep_spacing) == ("v_prediction", "trailing")
+    with pytest.raises(ScheduleError, match="'epsilon', expected 'v_prediction'"):
+        sd.read_configs(path, prediction_type="epsilon")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ import sample_jax
 from idea_jax.config import reading
 from idea_jax.config.settings import ConfigError, SampleConfig
 from idea_jax.data import images, text
-from idea_jax.data.tokenizer import load_tokenizer
+from idea_jax.data.tokenizer import Tokens, load_tokenizer
 from idea_jax.diffusion import samplers
 from idea_jax.formats import learned_embeds
 from idea_jax.formats.identity import Identity, write_identity
@@ -494,3 +495,52 @@ def test_the_checkpoint_says_how_its_pictures_are_drawn(random_checkpoint, ident
     assert np.abs(drawn[0].astype(int) - drawn[2]).max() > 3
     about = json.loads(next((tmp_path / "own").glob("*/run.json")).read_text())
     assert about["scheduler"] == "euler"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+        ("EulerDiscreteScheduler", {}),
+    ],
+)
+def test_pictures_by_v_with_another_vae_and_clip_skip_equal_those_of_diffusers(
+    random_checkpoint, loaded, tmp_path, scheduler, said
+):
+    own, vae = tmp_path / "checkpoint", tmp_path / "vae"
+    shutil.copytree(random_checkpoint, own)
+    path = own / "scheduler" / "scheduler_config.json"
+    said = {**said, "_class_name": scheduler, "prediction_type": "v_prediction"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(random_checkpoint)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_in.weight *= -1.5
+    pipeline.vae.save_pretrained(vae)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(own / "scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    texts, tokenizer = ("blurry", "a photo of a dog"), loaded[2]
+    model, frozen = sd.load(own, vae=vae, clip_skip=1)
+    halves = [
+        programs.plain_keys_values(model, frozen, Tokens(ids[None], np.ones((1, len(ids)))))
+        for ids in tokenizer(texts)
+    ]
+    kv = programs.stacked(*([half] * 2 for half in halves))
+    sampling = programs.Sampling((32, 32), model.schedule.sampler, 4, rescale=0.7)
+    # Against diffusers' own: test_clip_skip_gives_the_hidden_state_that_diffusers_takes.
+    off, on = (np.asarray(sd.encode_text(model, frozen, ids[None])) for ids in tokenizer(texts))
+    embeds = {"negative_prompt_embeds": np.repeat(off, 2, 0), "prompt_embeds": np.repeat(on, 2, 0)}
+    numbers = np.array([(7, 0), (7, 1)], np.uint32)
+    drawn = programs.draw_rows(model, frozen, kv, numbers, np.float32([5, 5]), sampling)
+    latent_side = 32 // model.vae.downscale
+    noise, _ = samplers.initial_noise(7, np.arange(2), (latent_side, latent_side, 4))
+    theirs = pipeline(
+        **{name: torch.tensor(values) for name, values in embeds.items()},
+        latents=torch.tensor(np.asarray(noise).transpose(0, 3, 1, 2).copy()),
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        guidance_rescale=0.7,
+        output_type="np",
+    ).images
+    ours = images.to_uint8(np.asarray(drawn)) / 255
+    assert ours.std() > 0.04  # not a flat picture
+    assert np.abs(ours - theirs).max() <= 2 / 255

@@ -20,12 +20,16 @@ from safetensors.numpy import load_file, save_file
 
 import sample_jax
 import train_jax
+from idea_jax.config import reading
+from idea_jax.config.settings import TrainConfig
 from idea_jax.data import images
 from idea_jax.diffusion.samplers import initial_noise
 from idea_jax.faces import models as face_models
 from idea_jax.formats.identity import read_identity
+from idea_jax.models import sd
 from idea_jax.training import tensorboard
 from idea_jax.training.results import Results
+from idea_jax.training.start import how_read
 
 
 def train(checkpoint_folder, photos, out, *flags):
@@ -357,3 +361,24 @@ def test_early_stopping_lets_somebody_go_on_who_gains(random_checkpoint, photo_f
     flags += "--learning_rate 0.05 --profile textual_inversion --max_train_steps 8".split()
     assert train(random_checkpoint, photo_folder, tmp_path, *flags) == 0
     assert read_identity(tmp_path / "identity.safetensors").steps > 4
+
+
+def test_the_checkpoint_is_read_as_a_training_says(
+    random_checkpoint, photo_folder, tmp_path, capsys
+):
+    """With another autoencoder, and without the last layers of the text encoder."""
+    given = {"pretrained_model_name_or_path": str(random_checkpoint), "train_data_dir": "."}
+    own = json.loads((random_checkpoint / "vae" / "config.json").read_text())
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(own | {"scaling_factor": 0.5}))
+    cfg = reading.build(TrainConfig, {}, given | {"vae": str(tmp_path / "vae"), "clip_skip": 1})
+    plain = sd.read_configs(random_checkpoint)
+    read = sd.read_configs(random_checkpoint, **how_read(cfg))
+    assert read.vae.scaling_factor == 0.5 != plain.vae.scaling_factor
+    assert read.text.num_hidden_layers == plain.text.num_hidden_layers - 1
+    for flags, message in (
+        (["--vae", photo_folder], "is no autoencoder"),
+        (["--clip_skip", 9], "--clip_skip 9 leaves nothing"),
+    ):
+        assert train(random_checkpoint, photo_folder, tmp_path / "out", *flags) == 1
+        assert message in capsys.readouterr().err

@@ -110,6 +110,11 @@ READING = {
     "say)",
 }
 
+VAE = "another autoencoder than the checkpoint's: a folder, or a Hub id"
+CLIP_SKIP = (
+    "layers left out at the end of the text encoder, as in diffusers (A1111's number less 1)"
+)
+
 LORA = "LoRA files, as FILE or FILE:SCALE, merged into the weights (may be repeated)"
 
 FACE = {
@@ -269,6 +274,8 @@ class TrainConfig:
     )
     original_config: str | None = setting(None, READING["original_config"], free=True)
     lora: list[str] | None = setting(None, LORA, free=True)
+    vae: str | None = setting(None, VAE)
+    clip_skip: int = setting(0, CLIP_SKIP)
     # The person
     placeholder_token: str = setting("<person>", "the word that stands for the person")
     n_pseudo_tokens: int = setting(
@@ -521,7 +528,7 @@ class TrainConfig:
         not_negative(self, "save_steps", "checkpointing_steps", "reg_weight", "adam_weight_decay")
         not_negative(self, "learning_rate", "adapter_learning_rate", "enhancer_learning_rate")
         not_negative(self, "kv_learning_rate", "beta", "early_stopping", "enhanced_learning_rate")
-        not_negative(self, "max_train_steps", "lr_warmup_steps")
+        not_negative(self, "max_train_steps", "lr_warmup_steps", "clip_skip")
         check_seed(self.seed)
         check_compile_cache(self.compile_cache)
         for name in ("adam_beta1", "adam_beta2"):
@@ -721,12 +728,8 @@ class SampleConfig:
     preset: str | None = setting(
         None, f"a better sampler with fewer steps, some unguided{PRESET}", choices=("fast",)
     )
-    vae: str | None = setting(
-        None, "another autoencoder than the checkpoint's: a folder, or a Hub id"
-    )
-    clip_skip: int = setting(
-        0, "layers left out at the end of the text encoder, as in diffusers (A1111's number less 1)"
-    )
+    vae: str | None = setting(None, VAE)
+    clip_skip: int = setting(0, CLIP_SKIP)
     negative_prompt: str = setting("", "what the pictures should not show")
     num_images_per_prompt: int = setting(4, "pictures per prompt and iteration")
     n_iter: int = setting(1, "iterations; picture numbers go on from one to the next")

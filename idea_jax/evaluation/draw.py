@@ -64,6 +64,8 @@ def settings_of(cfg: EvaluateConfig, mode: Mode) -> dict:
         "num_inference_steps": chosen("num_inference_steps", mode.steps),
         "guidance_scale": chosen("guidance_scale", mode.guidance),
         "guidance_rescale": cfg.guidance_rescale,
+        "vae": cfg.vae,
+        "clip_skip": cfg.clip_skip,
         "scheduler": chosen("scheduler", "ddim"),
         "karras_sigmas": cfg.karras_sigmas,
         "timestep_spacing": cfg.timestep_spacing,

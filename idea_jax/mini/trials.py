@@ -161,12 +161,14 @@ class Lab:
         count: int,
         strength: float = 1.0,
         seed: int = 0,
+        sampling: programs.Sampling | None = None,
     ) -> np.ndarray:
         """Draws prompts with `{}` for the person, all of them in one call: uint8[prompts, count,
         64, 64, 3].
 
         Args:
           strength: of adapter and K/V delta; 0 draws with the tokens alone, as other programs do.
+          sampling: as of `draw_together`.
         """
         mini, tokenizer = self.mini, self.base.tokenizer
         filled = [text.fill(prompt, tokenizer.placeholder) for prompt in prompts]
@@ -181,7 +183,7 @@ class Lab:
             jnp.asarray(empty),
             jnp.float32(strength),
         )
-        drawn = draw_together(mini.model, mini.frozen, kv, jnp.uint32(seed), count)
+        drawn = draw_together(mini.model, mini.frozen, kv, jnp.uint32(seed), count, sampling)
         return to_uint8(np.asarray(drawn))
 
 
@@ -192,16 +194,23 @@ _keys_values = jax.jit(
 )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def draw_together(
-    model: sd.StableDiffusion, frozen: sd.Frozen, kv: dict, seed: jax.Array, count: int
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    kv: dict,
+    seed: jax.Array,
+    count: int,
+    sampling: programs.Sampling | None = None,
 ) -> jax.Array:
     """Pictures of several prompts, float32[prompts, count, 64, 64, 3]; together the rows cost a CPU
     a third of one by one.
 
     Args:
       kv: leaves [prompts, 2, T, inner]; row 0 is unguided.
+      sampling: how; None for DDIM and `measures.STEPS` steps.
     """
+    how = sampling or programs.Sampling((drawings.SIZE,) * 2, "ddim", measures.STEPS)
 
     def one(kv):
         return programs.draw(
@@ -211,7 +220,7 @@ def draw_together(
             seed,
             jnp.arange(count, dtype=jnp.int32),
             jnp.float32(measures.GUIDANCE),
-            programs.Sampling((drawings.SIZE,) * 2, "ddim", measures.STEPS),
+            how,
         )
 
     return jax.vmap(one)(kv)

@@ -64,7 +64,11 @@ def read_configs(
     )
     unet = _unet_config(original, said, size)
     _check_said(original, config, said, unet)
+    # Marked by an empty tensor; its steps must begin where there is noise alone.
+    no_signal = "ztsnr" in original.shapes
     plan = ScheduleConfig(
+        rescale_betas_zero_snr=no_signal,
+        timestep_spacing="trailing" if no_signal else None,
         beta_start=said.get("linear_start", 0.00085),
         beta_end=said.get("linear_end", 0.012),
         beta_schedule="scaled_linear",
@@ -73,7 +77,8 @@ def read_configs(
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    _check_schedule(original, plan)
+    if not no_signal:
+        _check_schedule(original, plan)
     if own_vae and not original.has_vae:
         raise WeightsError(
             f"{original.path} has no autoencoder; give one with --vae, or take a file that has one"
@@ -211,11 +216,6 @@ def _predicts(original: Original) -> str:
 
 def _check_schedule(original: Original, plan: ScheduleConfig) -> None:
     """Raises UnsupportedConfig if the file holds another noise schedule."""
-    if "ztsnr" in original.shapes:
-        raise UnsupportedConfig(
-            f"{original.path} was trained down to no signal at all (it is marked ztsnr), which is "
-            "not supported"
-        )
     shape, dtype = original.tensors.headers.get("alphas_cumprod", ((), ""))
     if shape == (plan.num_train_timesteps,) and dtype in ("F32", "F64", "F16"):
         own = original.tensors["alphas_cumprod"].astype(np.float64)
@@ -223,8 +223,8 @@ def _check_schedule(original: Original, plan: ScheduleConfig) -> None:
         if not apart < 2e-3:  # float16 rounds by 5e-4
             raise UnsupportedConfig(
                 f"{original.path} was trained with another noise schedule (alphas_cumprod is off "
-                f"by {apart:.2g}); schedules that end without signal, or with other betas than an "
-                "--original_config says, are not supported"
+                f"by {apart:.2g}); schedules that end without signal and are not marked ztsnr, or "
+                "with other betas than an --original_config says, are not supported"
             )
     elif len(shape) == 1 and shape != (plan.num_train_timesteps,):
         raise UnsupportedConfig(

@@ -25,6 +25,8 @@ SINCE = {
     "lr_num_cycles": 1,
     "gradient_accumulation_steps": 1,
     "prediction_type": None,
+    "vae": None,
+    "clip_skip": 0,
 }
 
 LATER = (*SINCE, "regulariser", "enhancer_sha256", "original_config", "lora")

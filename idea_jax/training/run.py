@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from idea_jax import jobs, publish
-from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, TrainConfig, reading
+from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, TrainConfig
 from idea_jax.data import people, text
 from idea_jax.data.tokenizer import (
     Tokenizer,
@@ -50,6 +50,7 @@ from idea_jax.training.results import (
 )
 from idea_jax.training.resume import refuse_checkpoints
 from idea_jax.training.start import (
+    how_read,
     known_names,
     method_of,
     optimizer_of,
@@ -160,7 +161,7 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     local, processes = jax.local_devices(), jax.process_count()
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     kernel = flash.resolve(cfg.attention, local[0], dtype)
-    model = sd.read_configs(found.folder, dtype, **reading(cfg))
+    model = sd.read_configs(found.folder, dtype, **how_read(cfg))
     model = replace(model, attention=sizing.traced(kernel))
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     method = method_of(settled, enhancer)
@@ -247,7 +248,7 @@ def prepare(
     validation = [text.fill(prompt, placeholder) for prompt in validation]
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
-    model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
+    model = replace(sd.read_configs(found.folder, dtype, **how_read(cfg)), attention=attention)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer, is_word = read_tokenizer(cfg, found, model, placeholder)
     if enhancer is None:
@@ -365,7 +366,7 @@ def load_frozen(
             variant=cfg.variant,
             compute_dtype=COMPUTE_DTYPES[cfg.mixed_precision],
             loras=lora.named(cfg.lora),
-            **reading(cfg),
+            **how_read(cfg),
         )
     if enhancer is not None:
         frozen = frozen._replace(shared=shared.frozen_part(enhancer.shared))

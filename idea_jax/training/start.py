@@ -2,22 +2,33 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from idea_jax.config.reading import resolve as resolve_config
-from idea_jax.config.settings import TrainConfig
+from idea_jax.config.settings import TrainConfig, reading
 from idea_jax.data import text
 from idea_jax.data.tokenizer import Tokenizer, name_token_ids, word_token_ids
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import anchor, condition, shared
-from idea_jax.models import sd
+from idea_jax.models import hub, sd
 from idea_jax.training.results import Base, check_finite
 from idea_jax.training.step import make_optimizer, rate_over_steps
 
 log = logging.getLogger(__name__)
+
+
+def how_read(cfg: TrainConfig) -> dict[str, Any]:
+    """What a run says of how its checkpoint is read, as `sd.read_configs` and `sd.load` take it.
+
+    Raises:
+      CheckpointNotFound: the autoencoder that it names is not there.
+    """
+    vae = hub.resolve_vae(cfg.vae) if cfg.vae else None
+    return {"vae": vae, "clip_skip": cfg.clip_skip, **reading(cfg)}
 
 
 def settle(
