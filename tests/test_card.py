@@ -127,8 +127,11 @@ def test_the_recogniser_of_training_is_refused_and_a_dry_run_writes_nothing(
     world, tmp_path, monkeypatch, capsys
 ):
     own = world / "model" / "face" / "arcface.onnx"
-    assert evaluate.main(arguments(world, tmp_path / "out", score_model=own)) == 1
-    assert "--same_recogniser" in capsys.readouterr().err
+    for count in (3, 2):  # the people of a refused command are not the next one's
+        command = arguments(world, tmp_path / "out", score_model=own, test_people=count)
+        assert evaluate.main(command) == 1
+        assert "--same_recogniser" in capsys.readouterr().err
+        assert len(list((tmp_path / "out" / "people" / "photos").iterdir())) == count
     out = tmp_path / "dry"
     assert evaluate.main([*arguments(world, out), "--dry_run"]) == 0 and not out.exists()
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,13 +95,16 @@ def readable(pictures: list, most: int) -> list:
 
 
 def write(out: Path, invited: Invited, chosen: list[list], learned: int) -> None:
-    """Writes `photos/person-000/00.jpg` and so on, and `held_out/` beside it.
+    """Writes `photos/person-000/00.jpg` and so on, and `held_out/` beside it, instead of earlier
+    ones.
 
     Files of the user are linked to, not copied, where the system can do that.
 
     Args:
       learned: photos of each person that are learned from.
     """
+    for kind in (PHOTOS, OTHERS):
+        shutil.rmtree(out / kind, ignore_errors=True)
     for number, pictures in enumerate(chosen):
         for place, picture in enumerate(pictures):
             kind = PHOTOS if place < learned else OTHERS

@@ -121,7 +121,8 @@ def begin(cfg: CardConfig, out: Path) -> CardPlan:
     """
     found = hub.resolve_for(cfg)  # what is wrong with it is said before photos are looked at
     model = sd.read_configs(found.folder, COMPUTE_DTYPES[cfg.mixed_precision], **reading(cfg))
-    invited = people.read(out / "people")
+    # Those of a command that was refused may be others than this one asks for.
+    invited = people.read(out / "people") if (out / SETTINGS).is_file() else None
     if invited is None:
         invited, chosen = people.choose(cfg)
         people.write(out / "people", invited, chosen, cfg.photos_per_person)
