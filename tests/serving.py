@@ -32,6 +32,8 @@ SMALL = {
     "guidance_scale": 3.0,
     "scheduler": "ddim",
     "batch_size": 2,
+    "height": 32,
+    "width": 32,
     "learn_steps": 2,
     "compile_cache": "off",
     "warm_up": "none",

@@ -4,9 +4,12 @@ import base64
 import io
 import json
 import logging
+import tempfile
 import threading
 import time
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import numpy as np
@@ -19,8 +22,13 @@ import train_jax
 from idea_jax.data import images
 from idea_jax.formats.identity import read_identity
 from idea_jax.pytrees import flatten
+from idea_jax.sampling import engine
 from idea_jax.sampling.engine import PictureRow
 from idea_jax.sampling.programs import Sampling
+from idea_jax.serve.line import Line, Ticket
+from idea_jax.serve.painter import Enrolled, Painter
+from idea_jax.serve.tasks import Task
+from idea_jax.training.program import Shape
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,15 @@ def pixels_of(picture):
         return np.asarray(image.convert("RGB"))
 
 
+def covered(client, name):
+    """Somebody, once their cover is drawn: nothing else happens by itself."""
+    until = time.monotonic() + serving.PATIENCE
+    while (one := client.get(f"/v1/identities/{name}").json())["cover"] is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return one
+
+
 def draw(client, *rows, **asked):
     return client.post("/v1/images", json={"rows": list(rows), **asked})
 
@@ -70,7 +87,6 @@ def test_somebody_is_learned_as_the_command_learns_them(client, server, model, t
         "seed": 3,
         "crop": "face",
         "report_to": "none",
-        "compile_cache": "off",
         "mesh": "identity=1,data=1",
     }
     assert train_jax.main([f"--{name}={value}" for name, value in flags.items()]) == 0
@@ -91,7 +107,9 @@ def test_a_picture_is_that_of_the_engine_with_its_settings_and_marks(client, ser
     answer = draw(client, wanted, row("anna")).json()
     picture, other = answer["pictures"]
     artist = server.service.painter.artist
-    asked = PictureRow(("anna",), "a sketch of {}", Sampling((8, 8), "ddim", 2), "", 5, 2, 2.0, 0.5)
+    asked = PictureRow(
+        ("anna",), "a sketch of {}", Sampling((32, 32), "ddim", 2), "", 5, 2, 2.0, 0.5
+    )
     errand = server.service.painter.errand(lambda: dict(artist.draw([asked]))[0])
     np.testing.assert_array_equal(pixels_of(picture), images.to_uint8(errand.result()))
     assert picture["data"] != other["data"] and picture["id"] is None
@@ -125,10 +143,7 @@ def test_faces_are_found_and_one_of_them_is_chosen(client, server):
 def test_a_cover_is_drawn_and_likeness_is_told_of_those_whose_face_is_kept(client):
     ended(client, learn(client, "anna", keep_face="true", keep_photos="true"))
     ended(client, learn(client, "bert"))
-    until = time.monotonic() + serving.PATIENCE
-    while (one := client.get("/v1/identities/anna").json())["cover"] is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    one = covered(client, "anna")
     assert client.get(one["cover"]).headers["content-type"] == "image/png"
     assert -1 <= one["cover_likeness"] <= 1 and one["keeps_face"]
     rows = [row("anna"), row("bert"), row("anna,bert", "{anna} beside {bert}")]
@@ -140,9 +155,10 @@ def test_a_cover_is_drawn_and_likeness_is_told_of_those_whose_face_is_kept(clien
     kept = client.get("/v1/identities/anna/photos/0")
     assert kept.headers["content-type"] == "image/jpeg" and b"Exif" not in kept.content[:200]
     assert client.get("/v1/identities/bert/photos/0").status_code == 404
-    data = {"name": "anna", "consent": "true", "replace": "true", "steps": "2", "preview": "true"}
-    job = ended(client, client.post("/v1/identities", data=data, files=[]))
-    assert job["state"] == "failed" or job["state"] == "done", job
+    fields = {"name": "anna", "consent": "true", "replace": "true", "steps": "2"}
+    form = {name: (None, value) for name, value in fields.items()}
+    job = ended(client, client.post("/v1/identities", files=form))
+    assert job["state"] == "done", job["problem"]
     assert client.get("/v1/identities/anna").json()["steps"] == 2
     assert [one["step"] for one in job["previews"]] == [1]
     shown = client.get(job["previews"][0]["url"])
@@ -276,6 +292,7 @@ def test_an_exported_person_is_one_zip_file(client):
 def test_a_full_line_says_when_to_come_back_and_who_waits_too_long_is_told(client, server):
     """While the thread is busy: two requests have room, a third has not; then they wait in vain."""
     ended(client, learn(client, "anna"))
+    covered(client, "anna")
     service, free = server.service, threading.Event()
     service.painter.errand(free.wait)
     before = service.line.most, service.line.deadline
@@ -310,6 +327,7 @@ def test_a_full_line_says_when_to_come_back_and_who_waits_too_long_is_told(clien
 
 def test_rows_of_a_client_that_has_gone_are_not_drawn(client, server):
     ended(client, learn(client, "anna"))
+    covered(client, "anna")
     service, free = server.service, threading.Event()
     for stream in (False, True):
         free.clear()
@@ -341,21 +359,61 @@ def test_a_job_can_be_cancelled_and_leaves_nothing(client, server):
     assert list(service.shelf.folder.iterdir()) == []
 
 
-def test_drawing_goes_on_while_somebody_is_learned(client, server):
-    """Neither waits for the end of the other."""
-    ended(client, learn(client, "bert"))
-    draw(client, row("bert"))
-    answer = learn(client, "anna", steps=40)
+def test_drawing_and_learning_share_the_thread():
+    """Calls and steps take turns, and somebody who needs no step is not kept waiting by many."""
+    happened, line = [], Line(100, 60.0)
+
+    class Artist:
+        sizes = (1,)
+
+        def launch(self, rows, size):
+            time.sleep(0.01)
+            happened.append("call")
+            return engine.Call(np.zeros((1, 8, 8, 3), np.float32), 1)
+
+    class Course:
+        steps = 0
+
+        def course(self, steps, photos):
+            return SimpleNamespace(work=SimpleNamespace(shape=Shape(1, 1, 8)))
+
+        def begin(self, pupil, seen, folder):
+            def steps():
+                for _ in range(pupil.steps):
+                    time.sleep(0.01)
+                    happened.append("step")
+                    yield
+
+            return SimpleNamespace(
+                steps=steps, taken=0, loss=0.0, is_shown=lambda _: False, close=lambda: None
+            )
+
+    school = Course()
+    school.ready = {(30, 1)}
+    delivered = []
+    deliver = lambda row, picture: delivered.append(row)  # noqa: E731
+    painter = Painter(Artist(), line, school, deliver, None, 1, lambda *_: None)
+    painter.compiled.add("program")
+    rows = [(SimpleNamespace(row=SimpleNamespace(cast=())), "program")] * 30
+    line.put(Ticket(rows, lambda event: None, None))
+    seen = SimpleNamespace(pictures=[0])
+    finish = lambda pupil, *_: happened.append(pupil.name) or pupil.name  # noqa: E731
+    tasks = []
+    for name, steps in (("long", 30), ("quick", 0)):
+        tasks.append(Task("learn", steps, name))
+        pupil = SimpleNamespace(name=name, steps=steps)
+        make = lambda: Path(tempfile.mkdtemp())  # noqa: E731
+        painter.enroll(Enrolled(tasks[-1], pupil, seen, None, make, finish))
+    painter.start()
     until = time.monotonic() + serving.PATIENCE
-    drawn = 0
-    while (job := client.get(answer.headers["location"]).json())["state"] in ("queued", "running"):
+    while not all(task.has_ended for task in tasks) or len(delivered) < 30:
         assert time.monotonic() < until
-        assert draw(client, row("bert", seed=drawn)).status_code == 200
-        drawn += job["stage"] == "learning"
-        # Somebody who needs no step comes between, too.
-        if drawn == 1:
-            assert ended(client, learn(client, "carl", replace="true"))["state"] == "done"
-    assert job["state"] == "done" and drawn > 2
+        time.sleep(0.01)
+    painter.stop()
+    assert [task.values["state"] for task in tasks] == ["done", "done"]
+    assert happened.index("quick") < happened.index("long")
+    half = happened[: len(happened) // 2]
+    assert half.count("call") > 5 and half.count("step") > 5
 
 
 def test_the_log_has_no_prompts_unless_they_are_asked_for(client, server, caplog):

@@ -83,6 +83,7 @@ def open_service(cfg: ServeConfig, devices: Sequence[jax.Device] | None = None) 
         enhancers.warn_of_weights(enhancer, frozen, found.name)
     artist = engine.Engine(model, frozen, texts, each=each, shared=ours, devices=local)
     school.frozen = artist.frozen._replace(shared=ours) if ours else artist.frozen
+    school.devices = artist.devices
     for resident in shelf.all():
         artist.add(resident.name, resident.known)
     meters, line = Meters(), Line(cfg.max_queue, cfg.deadline)

@@ -89,7 +89,7 @@ class School:
     """Learns people with the frozen model that draws them; for the thread that owns JAX.
 
     Args:
-      found, model, frozen: the checkpoint, as it draws.
+      found, model: the checkpoint, as it draws.
       plain: its tokenizer, without a person.
       enhancer: the shared one, if there is one.
     """
@@ -105,7 +105,9 @@ class School:
     ):
         self.cfg, self.found, self.model, self.plain = cfg, found, model, plain
         self.enhancer, self.sights = enhancer, sights
+        # As the engine has them, once it is there: the weights, and the devices.
         self.frozen: sd.Frozen | None = None
+        self.devices: list[jax.Device] = []
         self.placed: sd.Frozen | None = None
         self.courses: OrderedDict[tuple[int, int], Course] = OrderedDict()
         self.ready: set[tuple[int, int]] = set()
@@ -184,7 +186,7 @@ class School:
     def _course(self, steps: int, slots: int) -> Course:
         cfg = self.settings(steps, 0, "nobody")
         method = method_of(cfg, self.enhancer)
-        layout = devices.layout(cfg.mesh_shape(), None, 1, cfg.train_batch_size)
+        layout = devices.layout(cfg.mesh_shape(), None, 1, cfg.train_batch_size, self.devices)
         side, _ = programs.picture_size(
             self.model, cfg.resolution, cfg.resolution, ("resolution",) * 2
         )
