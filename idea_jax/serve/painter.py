@@ -8,6 +8,7 @@ yet are compiled beside it, so that only those wait who need them.
 import dataclasses
 import logging
 import queue
+import re
 import shutil
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idea_jax.errors import InputError
+from idea_jax.faces import models as face_models
 from idea_jax.runtime import devices
 from idea_jax.sampling import engine
 from idea_jax.serve.line import Line, QueuedRow
@@ -337,15 +339,27 @@ class Painter(threading.Thread):
 
 
 def as_problem(error: BaseException) -> HttpProblem:
-    """What a client is told of an error; of one that is no mistake of theirs, the log has where it
-    was raised, and not its words, which may be somebody's."""
+    """What a client is told of an error.
+
+    Of a mistake of theirs, what it is, without the server's folders. Of others the log has what was
+    raised and where, and not its words: they may be somebody's.
+    """
     if isinstance(error, HttpProblem):
         return error
-    if isinstance(error, InputError):
-        code = "no-face" if type(error).__name__ == "FaceError" else "invalid"
-        return HttpProblem(code, str(error))
+    if isinstance(error, face_models.FaceError):
+        return HttpProblem("no-face", without_folders(str(error)))
+    if isinstance(error, InputError) and not isinstance(error, OSError):
+        return HttpProblem("invalid", without_folders(str(error)))
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s at\n%s", type(error).__name__, where)
-    if isinstance(error, Exception) and devices.is_out_of_memory(error):
+    if isinstance(error, OSError):
+        reason = getattr(error.__cause__ or error, "strerror", None) or type(error).__name__
+        return HttpProblem("internal", f"the server cannot use its disk: {reason}")
+    if devices.is_out_of_memory(error):
         return HttpProblem("internal", devices.describe_memory(error, None))
     return HttpProblem("internal", "the server has made a mistake, which its log tells")
+
+
+def without_folders(text: str) -> str:
+    """A message with the names of files, and not where they are."""
+    return re.sub(r"(?:/[^\s/:;,()']+)+/(?=[^\s/])", "", text)

@@ -56,7 +56,8 @@ class Upload:
 
     def kept(self) -> bytes:
         """The picture as it is kept: a JPEG of its pixels, without anything that came with them."""
-        image = self.read()
+        # A new picture: the one that was read has comments and more, which would be written, too.
+        image = Image.fromarray(np.asarray(self.read()))
         image.thumbnail((KEPT_SIDE, KEPT_SIDE))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=KEPT_QUALITY, subsampling=0)
