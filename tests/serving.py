@@ -76,6 +76,7 @@ class Running:
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))
 
     def __enter__(self):
+        self.before = set(threading.enumerate()) | {self.thread}
         self.thread.start()
         until = time.monotonic() + PATIENCE
         while not self.server.started:
@@ -90,6 +91,12 @@ class Running:
         self.server.should_exit = True
         self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
+        left = set(threading.enumerate()) - self.before
+        until = time.monotonic() + 10
+        while left and time.monotonic() < until:
+            time.sleep(0.05)
+            left = {thread for thread in left if thread.is_alive()}
+        assert left == set()
 
     def client(self, **given):
         """A client of it."""
