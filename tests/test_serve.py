@@ -364,7 +364,7 @@ def test_drawing_and_learning_share_the_thread():
     happened, line = [], Line(100, 60.0)
 
     class Artist:
-        sizes = (1,)
+        sizes, texts = (1,), SimpleNamespace(people={})
 
         def launch(self, rows, size):
             time.sleep(0.01)
@@ -393,8 +393,9 @@ def test_drawing_and_learning_share_the_thread():
     delivered = []
     deliver = lambda row, picture: delivered.append(row)  # noqa: E731
     painter = Painter(Artist(), line, school, deliver, None, 1, lambda *_: None)
-    painter.compiled.add("program")
-    rows = [(SimpleNamespace(row=SimpleNamespace(cast=())), "program")] * 30
+    painter.compiled.add("kind")
+    job = SimpleNamespace(row=SimpleNamespace(cast=()), about={"identities": []})
+    rows = [(job, "kind")] * 30
     line.put(Ticket(rows, lambda event: None, None))
     seen = SimpleNamespace(pictures=[0])
     finish = lambda pupil, *_: happened.append(pupil.name) or pupil.name  # noqa: E731

@@ -302,14 +302,14 @@ def test_calls_have_rows_of_one_program_and_requests_take_turns():
     taken = []
     while line.waiting():
         found, size = line.take(lambda count: min(2, count), lambda row: True)
-        assert len({row.program for row in found}) == 1 and len(found) == size
+        assert len({row.kind for row in found}) == 1 and len(found) == size
         taken.append([row.ticket for row in found])
     assert taken[0] == [large, small] and taken[1] == [other]
     assert taken[2:] == [[large, large], [large, large]]
     # What is not compiled yet lets others go first.
     line.put(ticket([], "slow"))
     line.put(small := ticket([], "a"))
-    found, _ = line.take(lambda count: 2, lambda row: row.program != "slow")
+    found, _ = line.take(lambda count: 2, lambda row: row.kind != "slow")
     assert [row.ticket for row in found] == [small] and line.waiting() == 1
 
 

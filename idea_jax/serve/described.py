@@ -4,6 +4,7 @@ import html
 from typing import Any
 
 import idea_jax
+from idea_jax.config.settings import SCHEDULERS
 from idea_jax.mini import captions
 from idea_jax.models import hub
 from idea_jax.runtime.versions import versions
@@ -55,7 +56,8 @@ def info(service: Service) -> dict[str, Any]:
             "num_inference_steps": cfg.num_inference_steps,
             "guidance_scale": cfg.guidance_scale,
             "guidance_interval": cfg.guidance_interval,
-            "scheduler": cfg.scheduler,
+            "guidance_rescale": cfg.guidance_rescale,
+            "scheduler": cfg.scheduler or model.schedule.sampler,
             "id_strength": cfg.id_strength,
             "negative_prompt": cfg.negative_prompt,
             "seed": cfg.seed,
@@ -76,7 +78,7 @@ def info(service: Service) -> dict[str, Any]:
             "people": cfg.max_people,
             "kept_pictures": cfg.max_pictures,
         },
-        "schedulers": ["ddim", "dpmpp_2m"],
+        "schedulers": list(SCHEDULERS),
         "size_multiple": model.vae.downscale,
         "has_enhancer": service.enhancer is not None,
         "has_faces": True,

@@ -4,9 +4,10 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from idea_jax.sampling.engine import Kind
 from idea_jax.sampling.rows import Job
 from idea_jax.serve.problems import HttpProblem, busy, stopping
 
@@ -14,19 +15,19 @@ PACE = 0.3  # how much of the speed is that of the newest call
 
 
 class QueuedRow(NamedTuple):
-    """A row of a request: its place in it, what is drawn, and the program that draws it."""
+    """A row of a request: its place in it, what is drawn, and the kind of rows that it is of."""
 
     ticket: "Ticket"
     place: int
     job: Job
-    program: Hashable
+    kind: Kind
 
 
 class Ticket:
     """A request for pictures.
 
     Args:
-      jobs: its rows, with the program of each.
+      jobs: its rows, with the kind of each.
       tell: called with ("begun",), ("picture", place, what is told of it) and ("problem", it), from
         any thread; after a problem, or the last picture, no more.
       wants: what is to be done with each picture, for whoever encodes it.
@@ -35,7 +36,7 @@ class Ticket:
 
     def __init__(
         self,
-        jobs: list[tuple[Job, Hashable]],
+        jobs: list[tuple[Job, Kind]],
         tell: Callable[[tuple], None],
         wants: Any,
         *,
@@ -43,7 +44,7 @@ class Ticket:
     ):
         self.tell, self.wants, self.is_own = tell, wants, is_own
         self.rows = deque(
-            QueuedRow(self, place, job, program) for place, (job, program) in enumerate(jobs)
+            QueuedRow(self, place, job, kind) for place, (job, kind) in enumerate(jobs)
         )
         self.people = {name for job, _ in jobs for name in job.row.cast}
         self.left = len(self.rows)
@@ -125,10 +126,10 @@ class Line:
     def take(
         self, size_for: Callable[[int], int], is_ready: Callable[[QueuedRow], bool]
     ) -> tuple[list[QueuedRow], int]:
-        """The rows of the next call, all of one program, and its size; ([], 0) if there are none.
+        """The rows of the next call, all of one kind, and its size; ([], 0) if there are none.
 
-        The first request that has a row which is ready decides the program, and those whose rows
-        share it fill the call in turns. Whoever got one goes to the end.
+        The first request that has a row which is ready decides the kind, and those that have rows
+        of it fill the call in turns. Whoever got one goes to the end.
 
         Args:
           size_for: how large the call for so many rows is.
@@ -141,14 +142,12 @@ class Line:
             )
             if first is None:
                 return [], 0
-            alike = sum(
-                row.program == first.program for ticket in self.tickets for row in ticket.rows
-            )
+            alike = sum(row.kind == first.kind for ticket in self.tickets for row in ticket.rows)
             size = size_for(alike)
             taken: list[QueuedRow] = []
             while len(taken) < min(size, alike):
                 for ticket in list(self.tickets):
-                    row = next((r for r in ticket.rows if r.program == first.program), None)
+                    row = next((r for r in ticket.rows if r.kind == first.kind), None)
                     if row is None:
                         continue
                     ticket.rows.remove(row)

@@ -4,12 +4,14 @@ import functools
 import io
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
+from idea_jax.config.settings import is_guided
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.faces.models import SIZE, WIDTH
 from idea_jax.faces.portraits import Portraits
@@ -24,7 +26,7 @@ from idea_jax.sampling import engine
 from idea_jax.sampling.batch import about_model
 from idea_jax.sampling.engine import PictureRow
 from idea_jax.sampling.plan import NOBODY, open_model
-from idea_jax.sampling.programs import Sampling, picture_size
+from idea_jax.sampling.programs import choose_sampling, picture_size
 from idea_jax.serve.album import Album
 from idea_jax.serve.line import Line
 from idea_jax.serve.metrics import Meters
@@ -53,7 +55,7 @@ def open_service(cfg: ServeConfig, devices: Sequence[jax.Device] | None = None) 
     """
     check_writable(cfg.data)
     found, model, loading = open_model(cfg)
-    picture_size(model, cfg.height, cfg.width)
+    row = portrait_row(cfg, model)
     path, enhancer = enhancers.find(cfg.enhancer, found.folder), None
     if path is not None:
         enhancer = enhancers.read(path)
@@ -70,10 +72,9 @@ def open_service(cfg: ServeConfig, devices: Sequence[jax.Device] | None = None) 
     reception = Reception(cfg, model, plain, shelf, about_model(cfg, found, model, loading))
     local = list(devices or jax.local_devices())
     each = cfg.batch_size or (ON_CPU if local[0].platform == "cpu" else ELSEWHERE)
-    row = portrait_row(cfg, model)
     texts = engine.Texts(plain)
     sd.shapes(model)  # once, before two threads ask for them
-    kind = engine.Kind(row.sampling, 1, row.guidance != 1)
+    kind = engine.Kind(row.sampling, 1, is_guided(row.guidance))
     size = engine.sizes_on(local, each)[0]
     lower = functools.partial(engine.lower_call, model, kind, size, local, each)
     with compile_cache.ahead(lower):
@@ -117,10 +118,14 @@ def open_service(cfg: ServeConfig, devices: Sequence[jax.Device] | None = None) 
 
 def portrait_row(cfg: ServeConfig, model: sd.StableDiffusion) -> PictureRow:
     """A row of nobody in particular, as the settings have it."""
-    size = picture_size(model, cfg.height, cfg.width)
-    span = cfg.guidance_interval if cfg.guidance_scale != 1 else None
-    interval = (span[0], span[1]) if span else None
-    sampling = Sampling(size, cfg.scheduler, cfg.num_inference_steps, 0.0, interval)
+    sampling = choose_sampling(
+        model,
+        cfg,
+        picture_size(model, cfg.height, cfg.width),
+        scheduler=cfg.scheduler,
+        steps=cfg.num_inference_steps,
+        guidance=cfg.guidance_scale,
+    )
     return PictureRow(
         (WARM,),
         PORTRAIT,
@@ -135,13 +140,13 @@ def start(service: Service) -> None:
     """Starts the thread, which compiles what is asked for most before it takes anything else."""
     service.painter.start()
 
-    def ready(future) -> None:
+    def ready(future: Future) -> None:
         error = future.exception()
         if error is None:
             service.painter.is_ready.set()
             log.info("ready")
-        else:
-            log.error("the warm-up failed: %s", error)
+        elif not service.is_stopping.is_set():
+            service.fail(error)
 
     service.painter.errand(lambda: warm_up(service)).add_done_callback(ready)
 
@@ -176,9 +181,9 @@ def warm_up(service: Service) -> None:
         )
         artist.add(WARM, engine.person_of(who, WARM))
         artist.warm_up([row])
-        program = artist.texts.kind(row), (lesson.work.method,)
-        service.reception.programs.add(program)
-        service.painter.compiled.add(program)
+        kind = artist.texts.kind(row)
+        service.reception.programs.add((kind, (lesson.work.method,)))
+        service.painter.compiled.add(kind)
         artist.remove(WARM)
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from idea_jax.faces import models as face_models
 from idea_jax.runtime import devices
 from idea_jax.sampling import engine
 from idea_jax.serve.line import Line, QueuedRow
-from idea_jax.serve.problems import HttpProblem
+from idea_jax.serve.problems import HttpProblem, stopping
 from idea_jax.serve.school import Lesson, Pupil, School
 from idea_jax.serve.tasks import Task
 
@@ -95,21 +95,26 @@ class Painter(threading.Thread):
         self.writers = ThreadPoolExecutor(1, "writer")
         self.compilers = ThreadPoolExecutor(1, "compiler")
         self.room = threading.BoundedSemaphore(BACKLOG * threads)
-        self.compiled: set[Hashable] = set()
-        self.compiling: dict[Hashable, Future] = {}
+        self.compiled: set[engine.Kind] = set()
+        self.compiling: dict[engine.Kind, Future] = {}
         self.quick: deque[Enrolled] = deque()
         self.pupils: deque[Enrolled] = deque()
         self.lessons: deque[tuple[Enrolled, Generator[bool, None, None]]] = deque()
         self.shown_row: engine.PictureRow | None = None  # of pictures on the way
         self.call_seconds, self.fetched, self.was_taught = 0.0, 0.0, False
         self.is_ready, self.is_over = threading.Event(), threading.Event()
+        self.ending, self.has_ended = threading.Lock(), False
 
     # What other threads call.
 
     def errand(self, work: Callable[[], Any]) -> Future:
         """Has something done between two calls, by the thread that owns JAX."""
         future: Future = Future()
-        self.errands.put((work, future))
+        with self.ending:
+            if self.has_ended:
+                future.set_exception(stopping())
+            else:
+                self.errands.put((work, future))
         self._wake()
         return future
 
@@ -145,11 +150,15 @@ class Painter(threading.Thread):
     def run(self) -> None:
         under_way: DrawnCall | None = None
         while not self.is_over.is_set():
-            self._run_errands()
-            under_way = self._draw(under_way)
-            self.was_taught = self._teach()
-            if under_way is None and not self.was_taught:
-                self._rest()
+            try:
+                self._run_errands()
+                under_way = self._draw(under_way)
+                self.was_taught = self._teach()
+                if under_way is None and not self.was_taught:
+                    self._rest()
+            except Exception as error:  # a mistake of this file; those who wait should not pay
+                as_problem(error)
+                time.sleep(REST)
         if under_way is not None:
             self._fetch(under_way)
         for one, lesson in self.lessons:
@@ -157,6 +166,8 @@ class Painter(threading.Thread):
             lesson.close()
         for one in (*self.quick, *self.pupils):
             one.task.cancel()
+        with self.ending:
+            self.has_ended = True
         self._run_errands()
 
     def _rest(self) -> None:
@@ -182,7 +193,7 @@ class Painter(threading.Thread):
         rows, size = self.line.take(
             lambda count: engine.size_for(count, self.artist.sizes), self._is_ready
         )
-        newest = None
+        newest, rows = None, self._still_here(rows)
         if rows:
             try:
                 began = time.monotonic()
@@ -193,6 +204,18 @@ class Painter(threading.Thread):
         if under_way is not None:
             self._fetch(under_way)
         return newest
+
+    def _still_here(self, rows: list[QueuedRow]) -> list[QueuedRow]:
+        """Those rows whose people are as they were when they were asked for; ends the others."""
+        people, here = self.artist.texts.people, []
+        for row in rows:
+            known = [people[name].digest for name in row.job.row.cast if name in people]
+            if known == row.job.about["identities"]:
+                here.append(row)
+            else:
+                problem = "somebody on a picture was deleted or learned anew meanwhile"
+                self.line.cancel(row.ticket, HttpProblem("conflict", problem))
+        return here
 
     def _fetch(self, drawn: DrawnCall) -> None:
         """Waits for a call, and has its pictures encoded."""
@@ -229,20 +252,19 @@ class Painter(threading.Thread):
 
     def _is_ready(self, row: QueuedRow) -> bool:
         """Whether the program of a row is compiled; otherwise it will be, beside this thread."""
-        if row.program in self.compiled:
+        if row.kind in self.compiled:
             return True
-        future = self.compiling.get(row.program)
+        future = self.compiling.get(row.kind)
         if future is None:
-            future = self.compilers.submit(self._compile, row)
-            self.compiling[row.program] = future
+            future = self.compilers.submit(self._compile, row.kind)
+            self.compiling[row.kind] = future
         if future.done():
             # What was wrong with it will be wrong with the call, which says so.
-            self.compiled.add(row.program)
-            del self.compiling[row.program]
-        return row.program in self.compiled
+            self.compiled.add(row.kind)
+            del self.compiling[row.kind]
+        return row.kind in self.compiled
 
-    def _compile(self, row: QueuedRow) -> None:
-        kind = row.program[0]  # type: ignore[index]
+    def _compile(self, kind: engine.Kind) -> None:
         artist = self.artist
         for size in artist.sizes:
             lowered = engine.lower_call(artist.model, kind, size, artist.devices, artist.each)

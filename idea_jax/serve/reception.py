@@ -8,7 +8,7 @@ from idea_jax.data.tokenizer import Tokenizer
 from idea_jax.errors import InputError
 from idea_jax.models import sd
 from idea_jax.sampling import rows as job_files
-from idea_jax.sampling.engine import KnownPerson, PictureRow, Texts
+from idea_jax.sampling.engine import Kind, KnownPerson, PictureRow, Texts
 from idea_jax.sampling.rows import Job, Roster, RowsError
 from idea_jax.serve.problems import HttpProblem
 from idea_jax.serve.settings import ServeConfig
@@ -60,8 +60,8 @@ class Reception:
         self.programs: set[Hashable] = set()
         self.lock = threading.Lock()
 
-    def jobs(self, asked: Sequence[Mapping[str, Any]]) -> list[tuple[Job, Hashable]]:
-        """The rows of a request, each with the program that draws it.
+    def jobs(self, asked: Sequence[Mapping[str, Any]]) -> list[tuple[Job, Kind]]:
+        """The rows of a request, each with its kind.
 
         Raises:
           HttpProblem: some of them cannot be drawn; it says which, and why.
@@ -70,18 +70,20 @@ class Reception:
             raise HttpProblem(
                 "invalid", f"expected 1 to {self.cfg.max_rows} rows, got {len(asked)}"
             )
-        found, errors = [], []
+        found, errors, programs = [], [], set()
         with self.lock:
             for number, values in enumerate(asked):
                 try:
-                    found.append(self._job(number, values))
+                    job = self._job(number, values)
+                    found.append((job, self.texts.kind(job.row)))
+                    programs.add(self.program(job.row))
                 except (InputError, ValueError) as error:
                     errors.append({"where": f"rows[{number}]", "detail": str(error)})
             if errors:
                 raise HttpProblem(
                     "invalid", f"{len(errors)} of {len(asked)} rows cannot be drawn", errors
                 )
-            fresh = {program for _, program in found} - self.programs
+            fresh = programs - self.programs
             if len(self.programs) + len(fresh) > self.cfg.max_programs:
                 raise HttpProblem(
                     "invalid",
@@ -91,7 +93,7 @@ class Reception:
             self.programs |= fresh
         return found
 
-    def _job(self, number: int, values: Mapping[str, Any]) -> tuple[Job, Hashable]:
+    def _job(self, number: int, values: Mapping[str, Any]) -> Job:
         cfg = self.cfg
         found = job_files.checked(values, cfg)
         for name in ("prompt", "negative_prompt"):
@@ -109,11 +111,11 @@ class Reception:
         if found["identity"].count(",") >= cfg.max_people_per_row:
             raise RowsError(f"identity names more than {cfg.max_people_per_row} people")
         sampling = job_files.sampling_of(found, cfg, self.model)
-        job = job_files.make_job(number, found, sampling, (self.people, self.texts), self.of_model)
-        return job, self.program(job.row)
+        people = self.people, self.texts
+        return job_files.make_job(number, found, sampling, people, self.of_model)
 
     def program(self, row: PictureRow) -> Hashable:
-        """What is compiled for a row: rows of one program share calls."""
+        """All that programs are compiled for, for a row: its kind, and what its people are."""
         methods = tuple(self.texts.people[name].method for name in row.cast)
         return self.texts.kind(row), methods
 

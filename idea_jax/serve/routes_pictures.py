@@ -36,7 +36,7 @@ def _add_drawing(router: APIRouter, service: Service) -> None:
     async def draw(asked: models.ImagesAsked, request: Request) -> Response:
         """Draws pictures, a row each. If the client goes, what is not drawn is cancelled."""
         rows = [row.model_dump(exclude_none=True) for row in asked.rows]
-        jobs = await service.aside(service.small, service.reception.jobs, rows)
+        jobs = await service.aside(service.desk, service.reception.jobs, rows)
         inbox, total = streams.Inbox(), len(jobs)
         wants = Wants(asked.picture, asked.likeness, asked.keep, None)
         task, ticket = service.draw(jobs, wants, inbox.put)

@@ -58,6 +58,8 @@ def run(cfg: ServeConfig) -> list[Path]:
         say(f"http://{name}:{port}")
         server = server_of(uvicorn, config, service)
         server.run([listener])
+    if service.broken is not None:
+        raise service.broken
     raise Interrupted(server.signum, "stopped")
 
 
@@ -100,4 +102,10 @@ def server_of(uvicorn: Any, config: Any, service: Any) -> Any:
             await super().shutdown(sockets)
             await finishing
 
-    return Serving(config)
+    server = Serving(config)
+
+    def end() -> None:
+        server.should_exit = True
+
+    service.at_failure = end
+    return server

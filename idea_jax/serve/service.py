@@ -10,7 +10,7 @@ import threading
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from idea_jax.data import images
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.models import hub, sd
 from idea_jax.sampling.batch import encoded
+from idea_jax.sampling.engine import Kind
 from idea_jax.sampling.rows import Job
 from idea_jax.serve import metrics
 from idea_jax.serve.album import MEDIA, Album
@@ -60,7 +61,9 @@ class Service:
     """What the routes work with.
 
     Attributes:
-      looks: the thread that looks at photos; small: the one that looks at rows and files.
+      looks: the thread that looks at photos; desk: the one that looks at rows; small: those for
+        files.
+      broken: why the server cannot go on; at_failure is called then.
     """
 
     cfg: ServeConfig
@@ -78,7 +81,10 @@ class Service:
     tasks: Tasks = field(default_factory=Tasks)
     is_stopping: threading.Event = field(default_factory=threading.Event)
     looks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "eyes"))
-    small: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "desk"))
+    desk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "desk"))
+    small: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "small"))
+    broken: BaseException | None = None
+    at_failure: Callable[[], None] = lambda: None
     looking: set[str] = field(default_factory=set)
     finishing: threading.Lock = field(default_factory=threading.Lock)
     has_finished: bool = False
@@ -96,7 +102,7 @@ class Service:
 
     def draw(
         self,
-        jobs: Sequence[tuple[Job, Hashable]],
+        jobs: Sequence[tuple[Job, Kind]],
         wants: Wants,
         tell: Callable[[tuple], None],
     ) -> tuple[Task, Ticket]:
@@ -119,8 +125,10 @@ class Service:
         self.tasks.add(task)
         try:
             self.line.put(ticket)
+            for name in ticket.people:  # whoever is deleted from here on finds the request
+                self.shelf.get(name)
         except HttpProblem as problem:
-            task.fail(problem)
+            task.cancel(problem)
             raise
         if self.cfg.log_prompts:
             for job, _ in jobs:
@@ -341,6 +349,11 @@ class Service:
 
     # The end.
 
+    def fail(self, error: BaseException) -> None:
+        """Notes why the server cannot go on, and has it end."""
+        self.broken = error
+        self.at_failure()
+
     def refuse(self) -> None:
         """Takes nothing new, and ends what has not begun."""
         self.is_stopping.set()
@@ -364,6 +377,7 @@ class Service:
                     task.cancel(stopping())
             self.looks.shutdown(cancel_futures=True)
             self.painter.stop()
+            self.desk.shutdown(cancel_futures=True)
             self.small.shutdown(cancel_futures=True)
             self.meters.close()
 

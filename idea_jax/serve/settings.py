@@ -8,13 +8,16 @@ from typing import ClassVar
 
 from idea_jax.config.settings import (
     ConfigError,
+    SampleConfig,
     check_compile_cache,
-    check_interval,
+    check_drawing,
+    check_seed,
+    is_guided,
     not_negative,
     positive,
+    same_as,
     setting,
 )
-from idea_jax.sampling.settings import as_for_one
 
 TOKEN = "IDEA_SERVE_TOKEN"  # the variable of the environment that may hold the token
 LEAST_TOKEN = 16  # letters
@@ -33,7 +36,7 @@ class ServeConfig:
         "a smaller --batch_size, --mixed_precision bf16, or a smaller --height and --width"
     )
 
-    pretrained_model_name_or_path: str = as_for_one("pretrained_model_name_or_path")
+    pretrained_model_name_or_path: str = same_as(SampleConfig, "pretrained_model_name_or_path")
     data: str = setting("served", "folder that keeps people, and pictures that are to be kept")
     # Who may use it
     host: str = setting("127.0.0.1", "address to listen at; another than loopback needs a token")
@@ -86,34 +89,38 @@ class ServeConfig:
         "recogniser, ONNX, that says how alike pictures are (default: face/scoring.onnx of the "
         "checkpoint, else the one that people are learned with)",
     )
-    face_model_dir: str | None = as_for_one("face_model_dir")
-    face_model: str | None = as_for_one("face_model")
-    accept_face_licence: bool = as_for_one("accept_face_licence")
-    face_provider: str = as_for_one("face_provider")
+    face_model_dir: str | None = same_as(SampleConfig, "face_model_dir")
+    face_model: str | None = same_as(SampleConfig, "face_model")
+    accept_face_licence: bool = same_as(SampleConfig, "accept_face_licence")
+    face_provider: str = same_as(SampleConfig, "face_provider")
     # The model
-    enhancer: str = as_for_one("enhancer")
-    revision: str | None = as_for_one("revision")
-    variant: str | None = as_for_one("variant")
-    preset: str | None = as_for_one("preset")
-    tokenizer_name: str | None = as_for_one("tokenizer_name")
-    prediction_type: str | None = as_for_one("prediction_type")
-    original_config: str | None = as_for_one("original_config")
-    vae: str | None = as_for_one("vae")
-    lora: list[str] | None = as_for_one("lora")
-    clip_skip: int = as_for_one("clip_skip")
-    mixed_precision: str = as_for_one("mixed_precision")
-    attention: str = as_for_one("attention")
-    compile_cache: str | None = as_for_one("compile_cache")
+    enhancer: str = same_as(SampleConfig, "enhancer")
+    revision: str | None = same_as(SampleConfig, "revision")
+    variant: str | None = same_as(SampleConfig, "variant")
+    preset: str | None = same_as(SampleConfig, "preset")
+    tokenizer_name: str | None = same_as(SampleConfig, "tokenizer_name")
+    prediction_type: str | None = same_as(SampleConfig, "prediction_type")
+    original_config: str | None = same_as(SampleConfig, "original_config")
+    vae: str | None = same_as(SampleConfig, "vae")
+    lora: list[str] | None = same_as(SampleConfig, "lora")
+    clip_skip: int = same_as(SampleConfig, "clip_skip")
+    mixed_precision: str = same_as(SampleConfig, "mixed_precision")
+    attention: str = same_as(SampleConfig, "attention")
+    compile_cache: str | None = same_as(SampleConfig, "compile_cache")
     # What a row may say itself
-    negative_prompt: str = as_for_one("negative_prompt")
-    num_inference_steps: int = as_for_one("num_inference_steps")
-    guidance_scale: float = as_for_one("guidance_scale")
-    guidance_interval: list[float] | None = as_for_one("guidance_interval")
-    scheduler: str = as_for_one("scheduler")
-    id_strength: float = as_for_one("id_strength")
-    height: int | None = as_for_one("height")
-    width: int | None = as_for_one("width")
-    seed: int = as_for_one("seed")
+    negative_prompt: str = same_as(SampleConfig, "negative_prompt")
+    num_inference_steps: int = same_as(SampleConfig, "num_inference_steps")
+    guidance_scale: float = same_as(SampleConfig, "guidance_scale")
+    guidance_interval: list[float] | None = same_as(SampleConfig, "guidance_interval")
+    guidance_rescale: float = same_as(SampleConfig, "guidance_rescale")
+    scheduler: str | None = same_as(SampleConfig, "scheduler")
+    karras_sigmas: bool | None = same_as(SampleConfig, "karras_sigmas")
+    timestep_spacing: str | None = same_as(SampleConfig, "timestep_spacing")
+    eta: float = same_as(SampleConfig, "eta")
+    id_strength: float = same_as(SampleConfig, "id_strength")
+    height: int | None = same_as(SampleConfig, "height")
+    width: int | None = same_as(SampleConfig, "width")
+    seed: int = same_as(SampleConfig, "seed")
 
     def __post_init__(self):
         positive(self, "max_photos", "max_photo_megabytes", "max_photo_megapixels")
@@ -123,7 +130,8 @@ class ServeConfig:
         positive(self, "threads", "batch_size", "num_inference_steps", "height", "width")
         not_negative(self, "guidance_scale", "id_strength", "clip_skip", "grace", "learn_steps")
         not_negative(self, "max_learn_steps")
-        check_interval(self.guidance_interval)
+        check_drawing(self)
+        check_seed(self.seed)
         check_compile_cache(self.compile_cache)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port must lie between 0 and {2**16 - 1}, got {self.port}")
@@ -142,8 +150,9 @@ class ServeConfig:
                 f"--learn_steps {self.learn_steps} is beyond --max_learn_steps "
                 f"{self.max_learn_steps}"
             )
-        if self.negative_prompt and self.guidance_scale == 1:
-            raise ConfigError("--negative_prompt has no effect with --guidance_scale 1")
+        if self.negative_prompt and not is_guided(self.guidance_scale):
+            scale = f"--guidance_scale {self.guidance_scale:g}"
+            raise ConfigError(f"--negative_prompt has no effect with {scale}")
         if self.face_model is not None and self.face_model_dir is not None:
             raise ConfigError("give either --face_model or --face_model_dir, not both")
 
