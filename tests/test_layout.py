@@ -87,6 +87,11 @@ ROWS = (
     ("exporting", "data formats method models publish runtime"),
     ("export", "exporting launch runtime"),
     ("diffusers", "errors formats method models runtime"),
+    (
+        "serve",
+        "cli config data errors evaluation export exporting faces formats jobs method mini models "
+        "runtime sampling training",
+    ),
 )
 
 FLAX = {

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import (
@@ -153,48 +153,65 @@ def read_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_formats_of(path)) as image:
-                _check_size(path, *image.size)
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image), path)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"{path} is too large to be decoded safely ({error}); scale it down"
-        ) from error
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"{path} is not a JPEG, PNG, WebP, AVIF or HEIC picture: {_sniff(path)}; convert or "
-            "remove it"
-        ) from None
-    except ImageError:
-        raise
+        with open(path, "rb") as file:
+            return decode_image(file, path)
     except FileNotFoundError:
         raise ImageError(f"the picture {path} does not exist") from None
     except PermissionError:
         raise ImageError(f"no permission to read the picture {path}") from None
+    except OSError as error:
+        raise ImageError(f"the picture {path} cannot be read: {error.strerror}") from error
+
+
+def decode_image(file: BinaryIO, name: Any, most_pixels: int | None = None) -> Image.Image:
+    """`read_image` of an open file, or of bytes as a file.
+
+    Args:
+      name: of the picture, for messages.
+      most_pixels: that it may have; default: `MAX_PIXELS`.
+
+    Raises:
+      ImageError: as `read_image`.
+    """
+    head = file.read(512)
+    file.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=_formats_of(head, name)) as image:
+                _check_size(name, image.size, most_pixels or MAX_PIXELS)
+                image.load()
+                return to_rgb(ImageOps.exif_transpose(image), name)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"{name} is too large to be decoded safely ({error}); scale it down"
+        ) from error
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name} is not a JPEG, PNG, WebP, AVIF or HEIC picture: {_sniff(head)}; convert or "
+            "remove it"
+        ) from None
+    except (ImageError, PermissionError):
+        raise
     except Exception as error:
         # On damaged files Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error,
         # zlib.error and more, without a common base; nothing but Pillow runs in the block above.
         raise ImageError(
-            f"{path} is cut off or damaged ({error}); export or download it again"
+            f"{name} is cut off or damaged ({error}); export or download it again"
         ) from error
 
 
-def _formats_of(path: Path) -> tuple[str, ...]:
-    """The formats that a file may have, by Pillow's names; told by its content, not by its suffix.
+def _formats_of(head: bytes, name: Any) -> tuple[str, ...]:
+    """The formats that a file may have, by Pillow's names; told by its beginning.
 
     Raises:
       ImageError: what decodes it is not installed.
     """
-    with open(path, "rb") as file:
-        head = file.read(64)
     if head[4:8] != b"ftyp":
         return FORMATS
-    if b"avif" in head:
+    if b"avif" in head[:64]:
         if not features.check("avif"):
-            raise ImageError(f"{path} is an AVIF, which this build of Pillow cannot read")
+            raise ImageError(f"{name} is an AVIF, which this build of Pillow cannot read")
         return FORMATS
     if head[8:12] not in _HEIC_BRANDS:
         return FORMATS
@@ -202,22 +219,23 @@ def _formats_of(path: Path) -> tuple[str, ...]:
         import pillow_heif
     except ImportError as error:
         raise ImageError(
-            f"{path} is a HEIC picture, which needs the package pillow-heif: pip install "
+            f"{name} is a HEIC picture, which needs the package pillow-heif: pip install "
             "pillow-heif, or convert it to JPEG"
         ) from error
     pillow_heif.register_heif_opener()
     return (*FORMATS, "HEIF")
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _check_size(name: Any, size: tuple[int, int], most_pixels: int) -> None:
+    width, height = size
+    if width * height > most_pixels:
         raise ImageError(
-            f"{path} has {width} x {height} pixels, more than the limit of "
-            f"{MAX_PIXELS // 1_000_000} megapixels; scale it down"
+            f"{name} has {width} x {height} pixels, more than the limit of "
+            f"{most_pixels // 1_000_000} megapixels; scale it down"
         )
     if min(width, height) < MIN_SIDE:
         raise ImageError(
-            f"{path} has {width} x {height} pixels; expected at least {MIN_SIDE} on each side"
+            f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} on each side"
         )
 
 
@@ -286,10 +304,8 @@ def _say_once(notice: str) -> None:
     log.warning("%s", notice)
 
 
-def _sniff(path: Path) -> str:
+def _sniff(head: bytes) -> str:
     """Says in words what a file that Pillow did not recognise seems to be."""
-    with open(path, "rb") as file:
-        head = file.read(512)
     if not head:
         return "it is empty"
     if head[4:8] == b"ftyp":

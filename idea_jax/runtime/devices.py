@@ -444,7 +444,11 @@ class Layout:
 
 
 def layout(
-    asked: dict[str, int] | None, identities_per_step: int | None, people: int, batch: int
+    asked: dict[str, int] | None,
+    identities_per_step: int | None,
+    people: int,
+    batch: int,
+    local: Sequence[jax.Device] | None = None,
 ) -> Layout:
     """Spreads the devices of this process over people and over the samples of a person.
 
@@ -458,11 +462,12 @@ def layout(
       identities_per_step: people in one step, over all processes; None: as many as `identity`.
       people: of this process.
       batch: samples of a person's step.
+      local: devices of this process that may be used; default: all.
 
     Raises:
       DevicesError: the sizes do not fit the devices, the processes or the batch.
     """
-    processes, local = jax.process_count(), jax.local_devices()
+    processes, local = jax.process_count(), list(local or jax.local_devices())
     if asked is None and people > 1:
         # No more devices than people, and as many as divide those of a step.
         each = (identities_per_step or 0) // processes  # 0 is a multiple of all

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -139,17 +140,7 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
     plain = load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     texts = engine.Texts(plain)
     casting = Roster(model, cfg.identities, enhancer.sha256 if enhancer else None)
-    of_model = {
-        "model": found.name,
-        "revision": found.revision,
-        "weights": digest_of_weights(found.folder, loading["vae"], cfg.variant),
-        "configs": digest_of_configs(found, loading["vae"], cfg.original_config),
-        "prediction_type": model.schedule.prediction_type,
-        **({"lora": lora.about(loading["loras"])} if loading["loras"] else {}),
-        "clip_skip": cfg.clip_skip,
-        "mixed_precision": cfg.mixed_precision,
-        **said_of_levels(cfg),
-    }
+    of_model = about_model(cfg, found, model, loading)
     good, bad = make_jobs(cfg, model, (casting, texts), of_model)
     place = place_of(cfg)
     for line, why in list(bad.items())[:SAID]:
@@ -171,6 +162,27 @@ def plan_batch(cfg: BatchConfig) -> BatchPlan:
         ),
     )
     return BatchPlan(cfg, found, model, loading, enhancer, texts, order, lines, bad)
+
+
+def about_model(
+    cfg: Any, found: hub.Checkpoint, model: sd.StableDiffusion, loading: dict
+) -> dict[str, Any]:
+    """What of the model decides a picture, as it is written down with each.
+
+    Args:
+      cfg: settings that name a checkpoint, as `open_model` takes them; loading: what that returns.
+    """
+    return {
+        "model": found.name,
+        "revision": found.revision,
+        "weights": digest_of_weights(found.folder, loading["vae"], cfg.variant),
+        "configs": digest_of_configs(found, loading["vae"], cfg.original_config),
+        "prediction_type": model.schedule.prediction_type,
+        **({"lora": lora.about(loading["loras"])} if loading["loras"] else {}),
+        "clip_skip": cfg.clip_skip,
+        "mixed_precision": cfg.mixed_precision,
+        **said_of_levels(cfg),
+    }
 
 
 def digest_of_weights(folder: Path, vae: Path | None, variant: str | None) -> str:
@@ -246,16 +258,18 @@ def open_engine(batch: BatchPlan, rows: Sequence[engine.PictureRow]) -> engine.E
     return engine.Engine(model, frozen, batch.texts, each=each, shared=ours, devices=local)
 
 
-def encoded(batch: BatchPlan, job: Job, picture: np.ndarray) -> bytes:
+def encoded(job: Job, picture: np.ndarray, kind: str, quality: int = 95) -> bytes:
     """A picture as a file, with its row and the mark of generated pictures.
+
+    Args:
+      kind: "png", "webp" or "jpeg"; quality: of the last two.
 
     Raises:
       ImageError: it is not finite.
     """
     about = {"hash": job.digest, **job.about, "versions": versions()}
     note = {"parameters": json.dumps(about)}
-    pixels = images.to_uint8(picture)
-    return images.encode_picture(pixels, batch.cfg.picture, note, batch.cfg.quality)
+    return images.encode_picture(images.to_uint8(picture), kind, note, quality)
 
 
 class Desk:
@@ -283,7 +297,8 @@ class Desk:
         """Has a picture written; waits while too many are under way."""
 
         def write():
-            return self.store.put(job.digest, encoded(self.batch, job, picture))
+            cfg = self.batch.cfg
+            return self.store.put(job.digest, encoded(job, picture, cfg.picture, cfg.quality))
 
         self.waiting.append((job, self.pool.submit(write)))
         while len(self.waiting) > BACKLOG * self.batch.cfg.threads:
@@ -398,7 +413,9 @@ def foretell(batch: BatchPlan) -> list[str]:
     started = time.monotonic()
     drawn = engine.fetch(range(size), artist.launch(rows, size))
     seconds = time.monotonic() - started
-    each = sum(len(encoded(batch, chosen[place], picture)) for place, picture in drawn) / len(rows)
+    form = batch.cfg.picture, batch.cfg.quality
+    sizes = [len(encoded(chosen[place], picture, *form)) for place, picture in drawn]
+    each = sum(sizes) / len(rows)
     whole, space = 0.0, 0.0
     for kind in dict.fromkeys(kinds):
         count = kinds.count(kind)

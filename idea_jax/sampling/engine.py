@@ -202,6 +202,11 @@ class Texts:
         prompt = self.kept.get((row.cast, row.prompt, row.negative), of_prompt)
         return prompt, self.kept.get(("plain", row.negative), of_negative)
 
+    def remove(self, name: str) -> int:
+        """Forgets somebody, if they are known; returns how many texts that show them went."""
+        self.people.pop(name, None)
+        return self.kept.remove(lambda key: key[0] != "plain" and name in key[0])
+
     def kind(self, row: PictureRow) -> Kind:
         """The kind of a row.
 
@@ -261,10 +266,10 @@ class Engine:
         The entries stay where somebody of another name has the same digest.
         """
         people = self.texts.people
-        person = people.pop(name, None)
+        person = people.get(name)
         if person is None:
             return 0
-        gone = self.texts.kept.remove(lambda key: key[0] != "plain" and name in key[0])
+        gone = self.texts.remove(name)
         if all(other.digest != person.digest for other in people.values()):
             gone += self.near.remove(lambda digest: digest == person.digest)
             gone += self.known.remove(lambda key: key[0] != "plain" and person.digest in key[0])

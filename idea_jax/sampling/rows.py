@@ -229,8 +229,11 @@ class Roster:
         return KnownPerson(identity.method, placeholder_of(identity), file_digest(path), load)
 
 
-def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
+def checked(values: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
     """The values of a row with those of the settings that it leaves out.
+
+    Args:
+      cfg: a BatchConfig, or other settings that have the names in `COLUMNS`.
 
     Raises:
       RowsError: a value is missing, of the wrong type or out of its range.
@@ -267,10 +270,11 @@ def checked(values: Mapping[str, Any], cfg: BatchConfig) -> dict[str, Any]:
     return found
 
 
-def sampling_of(
-    found: Mapping[str, Any], cfg: BatchConfig, model: sd.StableDiffusion
-) -> programs.Sampling:
+def sampling_of(found: Mapping[str, Any], cfg: Any, model: sd.StableDiffusion) -> programs.Sampling:
     """How a row is drawn.
+
+    Args:
+      cfg: as of `checked`; it also has `guidance_interval`.
 
     Raises:
       ConfigError: the VAE cannot make such a size, or as of `programs.choose_sampling`.

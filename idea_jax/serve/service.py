@@ -1,0 +1,386 @@
+"""Everything behind the routes: one engine, one thread that owns it, the shelf and the album."""
+
+import asyncio
+import base64
+import functools
+import hashlib
+import io
+import logging
+import threading
+import time
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from idea_jax import exporting
+from idea_jax.data import images
+from idea_jax.formats import enhancer as enhancers
+from idea_jax.models import hub, sd
+from idea_jax.sampling.batch import encoded
+from idea_jax.sampling.engine import Kind
+from idea_jax.sampling.rows import Job
+from idea_jax.serve import metrics
+from idea_jax.serve.album import MEDIA, Album
+from idea_jax.serve.line import Line, QueuedRow, Ticket
+from idea_jax.serve.painter import Enrolled, Painter, as_problem
+from idea_jax.serve.photos import Sights
+from idea_jax.serve.problems import HttpProblem, busy, stopping
+from idea_jax.serve.reception import Reception
+from idea_jax.serve.school import Lesson, Pupil, School
+from idea_jax.serve.settings import ServeConfig
+from idea_jax.serve.shelf import Resident, Shelf, files_of, moment
+from idea_jax.serve.tasks import Task, Tasks
+
+log = logging.getLogger(__name__)
+
+PORTRAIT = "a photo of {}"  # of covers, and of pictures on the way
+
+
+class Wants(NamedTuple):
+    """What is to be done with the pictures of a request.
+
+    picture: "png", "webp" or "jpeg"; task: that they are of; cover: of whom they are the cover.
+    """
+
+    picture: str
+    has_likeness: bool
+    is_kept: bool
+    task: Task | None
+    cover: str | None = None
+
+
+@dataclass
+class Service:
+    """What the routes work with.
+
+    Attributes:
+      looks: the thread that looks at photos; desk: the one that looks at rows; small: those for
+        files.
+      broken: why the server cannot go on; at_failure is called then.
+    """
+
+    cfg: ServeConfig
+    found: hub.Checkpoint
+    model: sd.StableDiffusion
+    enhancer: enhancers.Enhancer | None
+    sights: Sights
+    shelf: Shelf
+    album: Album
+    reception: Reception
+    school: School
+    line: Line
+    painter: Painter
+    meters: metrics.Meters
+    tasks: Tasks = field(default_factory=Tasks)
+    is_stopping: threading.Event = field(default_factory=threading.Event)
+    looks: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "eyes"))
+    desk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "desk"))
+    small: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "small"))
+    broken: BaseException | None = None
+    at_failure: Callable[[], None] = lambda: None
+    looking: set[str] = field(default_factory=set)
+    finishing: threading.Lock = field(default_factory=threading.Lock)
+    has_finished: bool = False
+
+    async def aside(
+        self, pool: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """Has something done in a thread, while the event loop goes on."""
+        if self.has_finished:
+            raise stopping()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(pool, functools.partial(work, *arguments))
+
+    # Drawing.
+
+    def draw(
+        self,
+        jobs: Sequence[tuple[Job, Kind]],
+        wants: Wants,
+        tell: Callable[[tuple], None],
+    ) -> tuple[Task, Ticket]:
+        """Lets rows wait to be drawn; `tell` as of `Ticket`.
+
+        Raises:
+          HttpProblem: the line is full, or the server stops.
+        """
+        task = Task("draw", len(jobs))
+        wants = wants._replace(task=task)
+
+        def told(event: tuple) -> None:
+            self._note(task, ticket, event)
+            tell(event)
+
+        ticket = Ticket(list(jobs), told, wants)
+        task.people |= ticket.people
+        task.stop = lambda problem: self.line.cancel(ticket, problem)
+        task.position = lambda: self.line.ahead_of(ticket)
+        self.tasks.add(task)
+        try:
+            self.line.put(ticket)
+            for name in ticket.people:  # whoever is deleted from here on finds the request
+                self.shelf.get(name)
+        except HttpProblem as problem:
+            task.cancel(problem)
+            raise
+        if self.cfg.log_prompts:
+            for job, _ in jobs:
+                log.info("job %s: %r", task.id, job.row.prompt)
+        return task, ticket
+
+    def _note(self, task: Task, ticket: Ticket, event: tuple) -> None:
+        """Keeps the job of a request up to date."""
+        if event[0] == "begun":
+            self.meters.waited(time.monotonic() - ticket.came)
+            task.change(state="running", stage="drawing")
+        elif event[0] == "problem":
+            task.fail(event[1])
+        else:
+            done = task.values["done"] + 1
+            task.change(done=done)
+            if done == task.values["total"]:
+                task.change(state="done")
+
+    def deliver(self, row: QueuedRow, picture: np.ndarray) -> None:
+        """Encodes a picture, and hands it to whoever waits for it; in a thread of its own."""
+        wants: Wants = row.ticket.wants
+        if row.ticket.is_closed:
+            return
+        try:
+            data = encoded(row.job, picture, wants.picture)
+        except images.ImageError as error:
+            raise HttpProblem("internal", f"the model gave no picture: {error}") from error
+        likeness = self._likeness(row.job, picture) if wants.has_likeness else None
+        told = {
+            "row": row.place,
+            "id": None,
+            "url": None,
+            "data": None,
+            "type": MEDIA[wants.picture],
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "likeness": likeness,
+            "created": moment(),
+            "about": {"hash": row.job.digest, **row.job.about},
+        }
+
+        def make() -> dict[str, Any]:
+            if wants.is_kept:
+                return self.album.keep(data, told) | {"row": row.place}
+            return told | {"data": base64.b64encode(data).decode()}
+
+        if wants.cover is not None:
+            own = likeness.get(wants.cover) if likeness else None
+            self._set_cover(row, data, own)
+        row.ticket.deliver(row.place, make)
+
+    def _likeness(self, job: Job, picture: np.ndarray) -> dict[str, float]:
+        faces = {}
+        for name in job.row.cast:
+            try:
+                face = self.shelf.get(name).face
+            except HttpProblem:  # deleted meanwhile
+                continue
+            if face is not None:
+                faces[name] = face
+        return self.sights.likeness(images.to_uint8(picture), faces)
+
+    # Learning.
+
+    def learn(self, pupil: Pupil) -> Task:
+        """Lets somebody wait to be learned; their photos are looked at first.
+
+        Raises:
+          HttpProblem: too many wait, the name is taken, or the steps cannot be taken.
+        """
+        if self.is_stopping.is_set():
+            raise stopping()
+        self.school.check(pupil.steps)
+        is_here = pupil.name in self.shelf.residents
+        if is_here and not pupil.replaces:
+            raise HttpProblem(
+                "conflict", "somebody of this name is here: take another name, or replace=true"
+            )
+        if not is_here and len(self.shelf.residents) >= self.cfg.max_people:
+            raise HttpProblem(
+                "conflict", f"{self.cfg.max_people} people are here already: delete somebody first"
+            )
+        waiting = self.learning()
+        if waiting >= self.cfg.max_jobs:
+            raise busy(f"{waiting} people wait to be learned", 5.0 * waiting)
+        task = self.tasks.add(Task("learn", pupil.steps, pupil.name))
+        task.position = lambda: self.painter.ahead_of(task)
+        task.at_end = self.meters.ended
+        self.looking.add(task.id)
+        self.looks.submit(self._look, task, pupil)
+        return task
+
+    def learning(self) -> int:
+        """People who are learned, or wait for it."""
+        return self.painter.learning() + len(self.looking)
+
+    def _look(self, task: Task, pupil: Pupil) -> None:
+        try:
+            if task.has_ended:
+                return
+            task.change(stage="looking")
+            seen, face = self.school.look(pupil)
+            task.change(stage="waiting")
+            make = self.shelf.new_folder
+            self.painter.enroll(Enrolled(task, pupil, seen, face, make, self._take_in))
+        except Exception as error:
+            task.fail(as_problem(error))
+        finally:
+            self.looking.discard(task.id)
+
+    def _take_in(self, pupil: Pupil, lesson: Lesson, face: np.ndarray | None) -> str:
+        """Writes what was learned, and lets it be drawn; returns where it is. Not for the thread
+        that owns JAX, which goes on meanwhile.
+
+        Raises:
+          HttpProblem: the name was taken meanwhile; WriteError: the disk is full.
+        """
+        lesson.write(face, self.sights.judge.recogniser.sha256)
+        if pupil.replaces and pupil.name in self.shelf.residents:
+            self._leave(pupil.name, "was learned anew")
+        resident = self.shelf.put(pupil.name, lesson.folder, pupil.replaces)
+        self.painter.errand(lambda: self.painter.artist.add(resident.name, resident.known))
+        self._draw_cover(resident)
+        return f"/v1/identities/{resident.name}"
+
+    def _draw_cover(self, resident: Resident) -> None:
+        """Has a picture of somebody drawn that stands for them."""
+        try:
+            jobs = self.reception.jobs([{"identity": resident.name, "prompt": PORTRAIT}])
+        except HttpProblem as problem:
+            log.warning("no cover is drawn: %s", problem)
+            return
+        wants = Wants("png", True, False, None, resident.name)
+        try:
+            self.line.put(Ticket(jobs, lambda event: None, wants, is_own=True))
+        except HttpProblem:  # the server stops
+            return
+
+    def _set_cover(self, row: QueuedRow, png: bytes, likeness: float | None) -> None:
+        resident = self.shelf.residents.get(row.ticket.wants.cover)
+        if resident is not None and resident.known.digest in row.job.about["identities"]:
+            mark = hashlib.sha256(png).hexdigest()[:8]
+            self.shelf.set_cover(resident, png, mark, likeness)
+
+    def show(self, one: Enrolled, step: int, picture: np.ndarray) -> None:
+        """Shows somebody as they are after a step of learning."""
+        pixels = images.to_uint8(picture)
+        faces = {} if one.face is None else {one.pupil.name: one.face}
+        likeness = self.sights.likeness(pixels, faces).get(one.pupil.name)
+        about = {"parameters": f"{PORTRAIT}, step {step}"}
+        one.task.add_preview(step, images.encode_png(pixels, about), likeness)
+
+    # People.
+
+    def _leave(self, name: str, why: str) -> tuple[list[str], int]:
+        """Ends all that is under way with somebody, and forgets what is kept in memory of them.
+
+        Returns:
+          Ids of the jobs that were ended, and how many entries of caches went.
+        """
+        with self.line.changed:
+            tickets = [ticket for ticket in self.line.tickets if name in ticket.people]
+        for ticket in tickets:
+            self.line.cancel(ticket, HttpProblem("conflict", f"somebody on a picture {why}"))
+        ids = self.tasks.forget(name) if why == "was deleted" else []
+        entries = self.painter.errand(lambda: self.painter.artist.remove(name)).result()
+        return ids, entries + self.reception.forget(name)
+
+    def delete(self, name: str) -> dict[str, Any]:
+        """Deletes all that there is of somebody; returns what there was.
+
+        Raises:
+          HttpProblem: there is nobody of this name.
+        """
+        files = self.shelf.remove(name)
+        ids, entries = self._leave(name, "was deleted")
+        pictures = self.album.remove_of(name)
+        return {
+            "name": name,
+            "files": files + pictures,
+            "pictures": len(pictures) // 2,
+            "cache_entries": entries,
+            "jobs": ids,
+        }
+
+    def export(self, name: str, programs: Sequence[str]) -> bytes:
+        """A zip file of somebody for other programs.
+
+        Raises:
+          HttpProblem: there is nobody of this name.
+        """
+        resident = self.shelf.get(name)
+        with TemporaryDirectory(prefix="idea-export-") as temporary:
+            out = Path(temporary) / name
+            path = enhancers.find(self.cfg.enhancer, self.found.folder)
+            exporting.export(
+                Namespace(
+                    identity=str(resident.folder),
+                    out=str(out),
+                    to=tuple(dict.fromkeys(programs)),
+                    overwrite=False,
+                    pretrained_model_name_or_path=None,
+                    enhancer=str(path) if path and self.needs_enhancer(resident) else None,
+                    push_to_hub=None,
+                )
+            )
+            buffer = io.BytesIO()
+            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+                for entry in files_of(out):
+                    file.write(entry, entry.relative_to(temporary))
+        return buffer.getvalue()
+
+    def needs_enhancer(self, resident: Resident) -> bool:
+        """Whether a part that draws somebody is a shared ID-Enhancer's."""
+        method = resident.known.method
+        return method.shared_adapter or method.shared_kv
+
+    # The end.
+
+    def fail(self, error: BaseException) -> None:
+        """Notes why the server cannot go on, and has it end."""
+        self.broken = error
+        self.at_failure()
+
+    def refuse(self) -> None:
+        """Takes nothing new, and ends what has not begun."""
+        self.is_stopping.set()
+        self.line.stop()
+        for task in self.tasks.listed():
+            if task.kind == "learn" and task.values["state"] == "queued":
+                task.cancel(stopping())
+
+    def finish(self, seconds: float) -> None:
+        """Waits until what is under way is done, so many seconds at most; stops then. The second
+        time it waits for the first."""
+        with self.finishing:
+            if self.has_finished:
+                return
+            until = time.monotonic() + seconds
+            while time.monotonic() < until and (self.is_drawing() or self.learning()):
+                time.sleep(0.05)
+            self.has_finished = True
+            for task in self.tasks.listed():
+                if not task.has_ended:
+                    task.cancel(stopping())
+            self.looks.shutdown(cancel_futures=True)
+            self.painter.stop()
+            self.desk.shutdown(cancel_futures=True)
+            self.small.shutdown(cancel_futures=True)
+            self.meters.close()
+
+    def is_drawing(self) -> bool:
+        """Whether some request is not answered yet."""
+        return any(task.kind == "draw" and not task.has_ended for task in self.tasks.listed())

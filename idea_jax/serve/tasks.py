@@ -1,0 +1,150 @@
+"""What clients are told of their jobs while the server works on them."""
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from idea_jax.serve.problems import HttpProblem
+from idea_jax.serve.shelf import moment
+
+LISTED = 200  # jobs that have ended and are still told of
+FINAL = ("done", "failed", "cancelled")
+
+
+class Task:
+    """A job: pictures that are drawn, or somebody who is learned.
+
+    Args:
+      kind: "draw" or "learn"; total: of its pictures or steps; name: of whom is learned.
+
+    Attributes:
+      stop: ends the work; at_end: is told the last state; position: how many are ahead of it.
+      is_unwanted: whether the work is to end.
+    """
+
+    def __init__(self, kind: str, total: int, name: str | None = None):
+        self.id, self.kind = secrets.token_hex(16), kind
+        self.lock = threading.Lock()
+        self.values: dict[str, Any] = {
+            "state": "queued",
+            "created": moment(),
+            "started": None,
+            "ended": None,
+            "stage": "waiting",
+            "done": 0,
+            "total": total,
+            "unit": "pictures" if kind == "draw" else "steps",
+            "name": name,
+            "loss": None,
+            "problem": None,
+            "identity": None,
+        }
+        self.previews: dict[int, tuple[bytes, float | None]] = {}
+        self.listeners: set[Callable[[], None]] = set()
+        self.people: set[str] = {name} if name else set()
+        self.stop: Callable[[HttpProblem], Any] = lambda problem: None
+        self.at_end: Callable[[str], Any] = lambda state: None
+        self.position: Callable[[], int | None] = lambda: None
+        self.is_unwanted = False
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more happens."""
+        return self.values["state"] in FINAL
+
+    def change(self, **values: Any) -> None:
+        """Notes what has changed, unless it has ended, and wakes those who look."""
+        with self.lock:
+            if self.has_ended:
+                return
+            state = values.get("state")
+            if state == "running" and self.values["started"] is None:
+                values["started"] = moment()
+            if state in FINAL:
+                values |= {"ended": moment(), "stage": ""}
+            self.values |= values
+            listeners = list(self.listeners)
+        if state in FINAL:
+            self.at_end(state)
+        for wake in listeners:
+            wake()
+
+    def fail(self, problem: HttpProblem) -> None:
+        """Ends it with what was wrong."""
+        self.change(state="failed", problem=problem.as_dict())
+
+    def cancel(self, problem: HttpProblem | None = None) -> None:
+        """Ends it because nobody wants it any more; the problem is what those are told who wait."""
+        problem = problem or HttpProblem("conflict", "the job was cancelled")
+        self.is_unwanted = True
+        self.change(state="cancelled", problem=problem.as_dict())
+        self.stop(problem)
+
+    def add_preview(self, step: int, png: bytes, likeness: float | None) -> None:
+        """Shows a picture of somebody as they are after a step of learning."""
+        with self.lock:
+            self.previews[step] = png, likeness
+        self.change()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What clients are told."""
+        with self.lock:
+            previews = [
+                {"step": step, "url": f"/v1/jobs/{self.id}/previews/{step}", "likeness": likeness}
+                for step, (_, likeness) in sorted(self.previews.items())
+            ]
+            values = dict(self.values)
+        position = self.position() if values["state"] == "queued" else None
+        return {
+            "id": self.id,
+            "kind": self.kind,
+            **values,
+            "position": position,
+            "previews": previews,
+        }
+
+
+class Tasks:
+    """The jobs of a process, those that have ended up to a number; for any thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.all: OrderedDict[str, Task] = OrderedDict()
+
+    def add(self, task: Task) -> Task:
+        """Lists a job; the oldest of those that have ended go beyond `LISTED`."""
+        with self.lock:
+            self.all[task.id] = task
+            ended = [key for key, one in self.all.items() if one.has_ended]
+            for key in ended[: max(0, len(ended) - LISTED)]:
+                del self.all[key]
+        return task
+
+    def get(self, key: str) -> Task:
+        """A job.
+
+        Raises:
+          HttpProblem: there is none; it may have been one of an earlier start of the server.
+        """
+        with self.lock:
+            task = self.all.get(key)
+        if task is None:
+            raise HttpProblem("not-found", "there is no such job, or none any more")
+        return task
+
+    def listed(self) -> list[Task]:
+        """All of them, the newest first."""
+        with self.lock:
+            return list(self.all.values())[::-1]
+
+    def forget(self, name: str) -> list[str]:
+        """Ends the jobs that somebody has a part in, and lists them no more; returns their ids."""
+        with self.lock:
+            gone = [task for task in self.all.values() if name in task.people]
+            for task in gone:
+                del self.all[task.id]
+        for task in gone:
+            task.cancel()
+        return [task.id for task in gone]

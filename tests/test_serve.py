@@ -1,0 +1,457 @@
+"""`idea-serve`: people are learned, drawn and deleted over HTTP, as the commands do it."""
+
+import base64
+import io
+import json
+import logging
+import tempfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+import serving
+from PIL import Image
+from serving import ended, events, learn, photo, row
+
+import train_jax
+from idea_jax.data import images
+from idea_jax.formats.identity import read_identity
+from idea_jax.pytrees import flatten
+from idea_jax.sampling import engine
+from idea_jax.sampling.engine import PictureRow
+from idea_jax.sampling.programs import Sampling
+from idea_jax.serve.line import Line, Ticket
+from idea_jax.serve.painter import Enrolled, Painter
+from idea_jax.serve.tasks import Task
+from idea_jax.training.program import Shape
+
+
+@pytest.fixture(scope="module")
+def model(smallest_checkpoint, tmp_path_factory):
+    return serving.checkpoint(smallest_checkpoint, tmp_path_factory.mktemp("model") / "smallest")
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    with serving.Running(model, tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as client:
+        yield client
+        for one in client.get("/v1/identities").json()["identities"]:
+            client.delete(f"/v1/identities/{one['name']}")
+
+
+def pixels_of(picture):
+    """uint8[H, W, 3] of an answer's picture."""
+    with Image.open(io.BytesIO(base64.b64decode(picture["data"]))) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def covered(client, name):
+    """Somebody, once their cover is drawn: nothing else happens by itself."""
+    until = time.monotonic() + serving.PATIENCE
+    while (one := client.get(f"/v1/identities/{name}").json())["cover"] is None:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return one
+
+
+def draw(client, *rows, **asked):
+    return client.post("/v1/images", json={"rows": list(rows), **asked})
+
+
+def test_somebody_is_learned_as_the_command_learns_them(client, server, model, tmp_path):
+    """The same file, but for what says when and where; and they are listed with what was asked."""
+    job = ended(client, learn(client, "anna", [photo(1), photo(2)], steps=2, seed=3))
+    assert job["state"] == "done", job["problem"]
+    assert (job["done"], job["total"], job["identity"]) == (2, 2, "/v1/identities/anna")
+    assert isinstance(job["loss"], float)
+    for number in (1, 2):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{number}.png").write_bytes(photo(number))
+    flags = {
+        "pretrained_model_name_or_path": model,
+        "train_data_dir": tmp_path / "photos",
+        "output_dir": tmp_path / "out",
+        "placeholder_token": "<anna>",
+        "max_train_steps": 2,
+        "seed": 3,
+        "crop": "face",
+        "report_to": "none",
+        "mesh": "identity=1,data=1",
+    }
+    assert train_jax.main([f"--{name}={value}" for name, value in flags.items()]) == 0
+    ours = read_identity(server.service.shelf.get("anna").folder / "identity.safetensors")
+    theirs = read_identity(tmp_path / "out" / "identity.safetensors")
+    assert (ours.placeholder, ours.method, ours.steps) == ("<anna>", theirs.method, 2)
+    for name, value in flatten(theirs.trainable).items():
+        np.testing.assert_allclose(flatten(ours.trainable)[name], value, rtol=1e-5, atol=1e-6)
+    (one,) = client.get("/v1/identities").json()["identities"]
+    assert one == client.get("/v1/identities/anna").json()
+    told = {name: one[name] for name in ("name", "steps", "photos", "kept_photos", "keeps_face")}
+    assert told == dict(name="anna", steps=2, photos=2, kept_photos=0, keeps_face=False)
+
+
+def test_a_picture_is_that_of_the_engine_with_its_settings_and_marks(client, server):
+    ended(client, learn(client, "anna"))
+    wanted = row("anna", "a sketch of {}", seed=5, number=2, guidance_scale=2.0, id_strength=0.5)
+    answer = draw(client, wanted, row("anna")).json()
+    picture, other = answer["pictures"]
+    artist = server.service.painter.artist
+    asked = PictureRow(
+        ("anna",), "a sketch of {}", Sampling((32, 32), "ddim", 2), "", 5, 2, 2.0, 0.5
+    )
+    errand = server.service.painter.errand(lambda: dict(artist.draw([asked]))[0])
+    np.testing.assert_array_equal(pixels_of(picture), images.to_uint8(errand.result()))
+    assert picture["data"] != other["data"] and picture["id"] is None
+    about = picture["about"]
+    assert about["prompt"] == "a sketch of {}" and (about["seed"], about["number"]) == (5, 2)
+    assert about["identities"] == [client.get("/v1/identities/anna").json()["sha256"]]
+    text = images.read_text(base64.b64decode(picture["data"]))
+    assert text["AIGenerated"] == "true" and images.DIGITAL_SOURCE_TYPE in str(text)
+    assert json.loads(text["parameters"])["hash"] == about["hash"]
+
+
+def test_faces_are_found_and_one_of_them_is_chosen(client, server):
+    """The larger one is taken if nothing is said; another choice is another person."""
+    files = [("photos", ("a.png", photo(1, 640))), ("photos", ("b.png", b"no picture"))]
+    good, bad = client.post("/v1/faces", files=files).json()["photos"]
+    assert (good["width"], good["height"], good["chosen"], good["problem"]) == (640, 640, 0, None)
+    assert [face["number"] for face in good["faces"]] == [0, 1]
+    left, _, right, _ = good["faces"][0]["box"]
+    assert abs((left + right) / 2 - 200) < 8
+    assert bad["faces"] == [] and "photo 2 is not a JPEG" in bad["problem"]
+    learned = []
+    for name, faces in (("left", "[0]"), ("right", "[1]"), ("none", "")):
+        job = ended(client, learn(client, name, [photo(1, 640)], faces=faces))
+        assert job["state"] == "done", job
+        tokens = read_identity(server.service.shelf.get(name).folder / "identity.safetensors")
+        learned.append(tokens.trainable["pseudo_tokens"])
+    assert (learned[0] == learned[2]).all() and (learned[0] != learned[1]).any()
+    assert ended(client, learn(client, "third", faces="[7]"))["problem"]["status"] == 422
+
+
+def test_a_cover_is_drawn_and_likeness_is_told_of_those_whose_face_is_kept(client):
+    ended(client, learn(client, "anna", keep_face="true", keep_photos="true"))
+    ended(client, learn(client, "bert"))
+    one = covered(client, "anna")
+    assert client.get(one["cover"]).headers["content-type"] == "image/png"
+    assert -1 <= one["cover_likeness"] <= 1 and one["keeps_face"]
+    rows = [row("anna"), row("bert"), row("anna,bert", "{anna} beside {bert}")]
+    alone, without, both = draw(client, *rows, likeness=True).json()["pictures"]
+    assert list(alone["likeness"]) == ["anna"] == list(both["likeness"])
+    assert without["likeness"] == {}
+    assert draw(client, rows[0]).json()["pictures"][0]["likeness"] is None
+    # The photo is kept as pixels alone, and somebody can be learned from it again.
+    kept = client.get("/v1/identities/anna/photos/0")
+    assert kept.headers["content-type"] == "image/jpeg" and b"Exif" not in kept.content[:200]
+    assert client.get("/v1/identities/bert/photos/0").status_code == 404
+    fields = {"name": "anna", "consent": "true", "replace": "true", "steps": "2"}
+    form = {name: (None, value) for name, value in fields.items()}
+    job = ended(client, client.post("/v1/identities", files=form))
+    assert job["state"] == "done", job["problem"]
+    assert client.get("/v1/identities/anna").json()["steps"] == 2
+    assert [one["step"] for one in job["previews"]] == [1]
+    shown = client.get(job["previews"][0]["url"])
+    assert images.read_text(shown.content)["AIGenerated"] == "true"
+
+
+def test_events_tell_of_each_picture_and_of_a_job(client):
+    answer = learn(client, "anna", steps=2)
+    with client.stream("GET", f"{answer.headers['location']}/events") as stream:
+        told = list(events(stream.iter_lines()))
+    assert [name for name, _ in told[-2:]] == ["job", "end"]
+    assert told[-2][1]["state"] == "done" and told[-2][1]["done"] == 2
+    asked = {"rows": [row("anna", number=n) for n in range(3)], "stream": True, "keep": True}
+    with client.stream("POST", "/v1/images", json=asked) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        told = list(events(stream.iter_lines()))
+    names = [name for name, _ in told]
+    assert names[0] == "accepted" and names[-1] == "done" and names.count("picture") == 3
+    pictures = [value for name, value in told if name == "picture"]
+    assert sorted(one["row"] for one in pictures) == [0, 1, 2]
+    listed = client.get("/v1/pictures?identity=anna&limit=2").json()
+    newest = sorted((one["id"] for one in pictures), reverse=True)
+    assert [one["id"] for one in listed["pictures"]] == newest[:2] and listed["next"] == newest[1]
+    rest = client.get(f"/v1/pictures?before={listed['next']}").json()
+    assert [one["id"] for one in rest["pictures"]] == newest[2:] and rest["next"] is None
+    assert images.read_text(client.get(pictures[0]["url"]).content)["AIGenerated"] == "true"
+    assert client.delete(pictures[0]["url"]).status_code == 204
+    assert client.get(pictures[0]["url"]).status_code == 404
+
+
+def test_nothing_is_left_of_somebody_who_is_deleted(client, server):
+    """No file, no entry of the engine's caches, no text, no job, and no picture that shows them."""
+    for name in ("anna", "bert"):
+        ended(client, learn(client, name, keep_face="true", keep_photos="true"))
+    both = row("anna,bert", "{anna} beside {bert}")
+    draw(client, row("anna"), row("bert"), both, keep=True)
+    service = server.service
+    folder = service.shelf.folder.parent
+    there = {path for path in folder.rglob("*") if path.is_file()}
+    digest = service.shelf.get("anna").known.digest
+    told = client.delete("/v1/identities/anna").json()
+    gone = {path for path in there if not path.exists()}
+    assert {folder / name for name in told["files"]} == gone
+    assert told["pictures"] == 2 and told["cache_entries"] > 0 and told["jobs"]
+    names = {path.name for path in gone}
+    assert {"identity.safetensors", "face.safetensors", "0.jpg", "person.json"} <= names
+    artist = service.painter.artist
+    for kept in (artist.near, artist.known, artist.texts.kept, service.reception.texts.kept):
+        assert "anna" not in str(kept.entries.keys()) and digest not in str(kept.entries.keys())
+    assert not any(digest in path.read_text("latin-1") for path in folder.rglob("*.json"))
+    assert client.get("/v1/identities/anna").status_code == 404
+    assert client.delete("/v1/identities/anna").status_code == 404
+    assert all(client.get(f"/v1/jobs/{key}").status_code == 404 for key in told["jobs"])
+    refused = draw(client, row("anna")).json()
+    assert refused["status"] == 422 and "nobody called anna" in refused["errors"][0]["detail"]
+    (left,) = client.get("/v1/pictures").json()["pictures"]
+    assert left["about"]["people"] == ["bert"]
+    assert draw(client, row("bert")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "words"),
+    [
+        ({"name": "Anna"}, "name", "small letters"),
+        ({"name": "../x"}, "name", "small letters"),
+        ({"consent": "false"}, "consent", "agreed"),
+        ({"steps": "321"}, "steps", "from 0 to 320"),
+        ({"steps": "-1"}, "steps", "from 0 to 320"),
+        ({"faces": "[0, 1]"}, "faces", "1 numbers"),
+        ({"keep_photos": "maybe"}, "keep_photos", "true or false"),
+        ({"colour": "red"}, "colour", "expected some of"),
+    ],
+)
+def test_what_is_wrong_with_a_form_is_told_with_its_field(client, changes, where, words):
+    answer = learn(client, **{"name": "anna", **changes})
+    told = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (answer.status_code, told["status"]) == (422, 422)
+    assert [one["where"] for one in told["errors"]] == [where] and words in told["detail"]
+    assert client.get("/v1/identities").json()["identities"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "a photo"}, "{}"),
+        ({"prompt": "x" * 3000 + "{}"}, "3002 letters"),
+        ({"identity": "../anna"}, "no name of a person"),
+        ({"identity": "anna,anna,anna,anna,anna"}, "more than 4 people"),
+        ({"height": 9}, "multiple of"),
+        ({"width": 1032}, "at most 1024"),
+        ({"num_inference_steps": 101}, "at most 100"),
+        ({"scheduler": "euler"}, "one of"),
+        ({"seed": -1}, "greater than or equal to 0"),
+        ({"colour": "red"}, "xtra"),
+        ({"prompt": "\ud800 {}"}, ""),
+    ],
+)
+def test_what_is_wrong_with_rows_is_told_before_anything_is_drawn(client, server, changes, words):
+    ended(client, learn(client, "anna"))
+    body = json.dumps({"rows": [row("anna"), {**row("anna"), **changes}]})
+    answer = client.post("/v1/images", content=body, headers={"Content-Type": "application/json"})
+    told = answer.json()
+    assert answer.status_code == 422 and told["errors"][0]["where"].startswith("rows[1]")
+    assert words in told["errors"][0]["detail"]
+
+
+def test_a_taken_name_and_an_unusable_photo_cost_nobody_anything(client):
+    ended(client, learn(client, "anna"))
+    before = client.get("/v1/identities/anna").json()["sha256"]
+    assert learn(client, "anna").status_code == 409
+    cut = photo(3, kind="JPEG")[:400]
+    job = ended(client, learn(client, "anna", [cut], replace="true"))
+    assert job["state"] == "failed" and "photo 1 is cut off" in job["problem"]["detail"]
+    assert client.get("/v1/identities/anna").json()["sha256"] == before
+    replaced = ended(client, learn(client, "anna", [photo(9)], replace="true", seed=1))
+    assert replaced["state"] == "done"
+    assert client.get("/v1/identities/anna").json()["sha256"] != before
+
+
+def test_an_exported_person_is_one_zip_file(client):
+    ended(client, learn(client, "anna"))
+    answer = client.get("/v1/identities/anna/export?to=diffusers&to=a1111")
+    assert answer.headers["content-type"] == "application/zip"
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as file:
+        names = file.namelist()
+    assert "anna/identity.json" in names and "anna/README.md" in names
+    assert client.get("/v1/identities/anna/export?to=word").status_code == 422
+
+
+def test_a_full_line_says_when_to_come_back_and_who_waits_too_long_is_told(client, server):
+    """While the thread is busy: two requests have room, a third has not; then they wait in vain."""
+    ended(client, learn(client, "anna"))
+    covered(client, "anna")
+    service, free = server.service, threading.Event()
+    service.painter.errand(free.wait)
+    before = service.line.most, service.line.deadline
+    answers = []
+    try:
+        service.line.most = 4
+        asked = {"rows": [row("anna", number=n) for n in range(2)]}
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(server.client().post("/v1/images", json=asked))
+            )
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + serving.PATIENCE
+        while service.line.waiting() < 4:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        refused = client.post("/v1/images", json=asked)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        service.line.deadline = 0.0
+    finally:
+        free.set()
+        for thread in threads:
+            thread.join()
+        service.line.most, service.line.deadline = before
+    assert [answer.status_code for answer in answers] == [429, 429]
+    assert all("retry-after" in answer.headers for answer in answers)
+    assert client.post("/v1/images", json=asked).status_code == 200
+
+
+def test_rows_of_a_client_that_has_gone_are_not_drawn(client, server):
+    ended(client, learn(client, "anna"))
+    covered(client, "anna")
+    service, free = server.service, threading.Event()
+    for stream in (False, True):
+        free.clear()
+        service.painter.errand(free.wait)
+        asked = {"rows": [row("anna", number=n) for n in range(8)], "stream": stream}
+        before = service.meters.rows
+        with pytest.raises(httpx.TimeoutException):
+            client.post("/v1/images", json=asked, timeout=0.5)
+        until = time.monotonic() + serving.PATIENCE
+        while service.line.waiting():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        free.set()
+        service.painter.errand(lambda: None).result()
+        assert service.meters.rows == before
+        assert client.get("/v1/jobs").json()["jobs"][0]["state"] == "cancelled"
+
+
+def test_a_job_can_be_cancelled_and_leaves_nothing(client, server):
+    service, free = server.service, threading.Event()
+    service.painter.errand(free.wait)
+    answer = learn(client, "anna", steps=2)
+    job = client.delete(answer.headers["location"]).json()
+    assert job["state"] == "cancelled"
+    free.set()
+    service.painter.errand(lambda: None).result()
+    assert ended(client, answer)["state"] == "cancelled"
+    assert client.get("/v1/identities").json()["identities"] == []
+    assert list(service.shelf.folder.iterdir()) == []
+
+
+def test_drawing_and_learning_share_the_thread():
+    """Calls and steps take turns, and somebody who needs no step is not kept waiting by many."""
+    happened, line = [], Line(100, 60.0)
+
+    class Artist:
+        sizes, texts = (1,), SimpleNamespace(people={})
+
+        def launch(self, rows, size):
+            time.sleep(0.01)
+            happened.append("call")
+            return engine.Call(np.zeros((1, 8, 8, 3), np.float32), 1)
+
+    class Course:
+        steps = 0
+
+        def course(self, steps, photos):
+            return SimpleNamespace(work=SimpleNamespace(shape=Shape(1, 1, 8)))
+
+        def begin(self, pupil, seen, folder):
+            def steps():
+                for _ in range(pupil.steps):
+                    time.sleep(0.01)
+                    happened.append("step")
+                    yield
+
+            return SimpleNamespace(
+                steps=steps, taken=0, loss=0.0, is_shown=lambda _: False, close=lambda: None
+            )
+
+    school = Course()
+    school.ready = {(30, 1)}
+    delivered = []
+    deliver = lambda row, picture: delivered.append(row)  # noqa: E731
+    painter = Painter(Artist(), line, school, deliver, None, 1, lambda *_: None)
+    painter.compiled.add("kind")
+    job = SimpleNamespace(row=SimpleNamespace(cast=()), about={"identities": []})
+    rows = [(job, "kind")] * 30
+    line.put(Ticket(rows, lambda event: None, None))
+    seen = SimpleNamespace(pictures=[0])
+    finish = lambda pupil, *_: happened.append(pupil.name) or pupil.name  # noqa: E731
+    tasks = []
+    for name, steps in (("long", 30), ("quick", 0)):
+        tasks.append(Task("learn", steps, name))
+        pupil = SimpleNamespace(name=name, steps=steps)
+        make = lambda: Path(tempfile.mkdtemp())  # noqa: E731
+        painter.enroll(Enrolled(tasks[-1], pupil, seen, None, make, finish))
+    painter.start()
+    until = time.monotonic() + serving.PATIENCE
+    while not all(task.has_ended for task in tasks) or len(delivered) < 30:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    painter.stop()
+    assert [task.values["state"] for task in tasks] == ["done", "done"]
+    assert happened.index("quick") < happened.index("long")
+    half = happened[: len(happened) // 2]
+    assert half.count("call") > 5 and half.count("step") > 5
+
+
+def test_the_log_has_no_prompts_unless_they_are_asked_for(client, server, caplog):
+    ended(client, learn(client, "anna"))
+    caplog.set_level(logging.DEBUG)
+    for is_asked in (False, True):
+        caplog.clear()
+        object.__setattr__(server.service.cfg, "log_prompts", is_asked)
+        prompt = "xylophone {} " + "violet " * 100
+        assert draw(client, row("anna", prompt)).status_code == 200
+        draw(client, row("anna", "xylophone, but nobody"))
+        written = caplog.text
+        assert "POST /v1/images 200" in written
+        assert ("xylophone" in written) is is_asked
+        assert "anna" not in written.replace(prompt, "")
+
+
+def test_what_prometheus_reads_says_what_has_happened(client, server):
+    ended(client, learn(client, "anna"))
+    draw(client, row("anna"), row("anna", number=1))
+    text = client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["idea_rows_total"]) == server.service.meters.rows > 0
+    assert float(values["idea_people"]) == 1 and float(values["idea_queue_rows"]) == 0
+    assert float(values["idea_compiles_total"]) > 0 and float(values["idea_memory_bytes"]) > 1e6
+    drawn = 'method="POST",route="/v1/images"'
+    assert float(values[f'idea_requests_total{{{drawn},status="200"}}']) >= 1
+    assert values[f"idea_request_seconds_count{{{drawn}}}"] >= "1"
+    kinds = {line.split()[2]: line.split()[3] for line in text.splitlines() if "# TYPE" in line}
+    assert kinds["idea_call_seconds"] == "histogram" and kinds["idea_people"] == "gauge"
+
+
+def test_the_page_of_routes_needs_nothing_from_elsewhere(client):
+    page = client.get("/docs").text
+    assert "/v1/images" in page and "src=" not in page and "http" not in page
+    described = client.get("/openapi.json").json()
+    assert {"/v1/identities", "/v1/images", "/v1/jobs/{key}"} <= set(described["paths"])
+    assert client.get("/studio/../settings.py").status_code == 404
+    info = client.get("/v1/info").json()
+    assert info["has_enhancer"] and info["defaults"]["num_inference_steps"] == 2
