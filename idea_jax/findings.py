@@ -20,7 +20,7 @@ from idea_jax.formats import enhancer as enhancers
 from idea_jax.launch import describe
 from idea_jax.models import flash, hub, sd
 from idea_jax.models.tensor_files import TensorFiles, find_weights
-from idea_jax.runtime import compile_cache, devices
+from idea_jax.runtime import compile_cache, devices, memory
 from idea_jax.runtime.files import WriteError, check_writable
 from idea_jax.training import program as programs
 from idea_jax.training.start import how_read, method_of, optimizer_of, settle
@@ -68,8 +68,8 @@ def machine() -> Iterator[Finding]:
         yield Finding("devices", WRONG, str(error))
         return
     found = jax.local_devices()
-    memory = memory_limit()
-    each = devices.gigabytes(memory) if memory else "an unknown size"
+    limit = memory_limit()
+    each = memory.gigabytes(limit) if limit else "an unknown size"
     shared = "shared by all" if found[0].platform == "cpu" else "each"
     text = f"{len(found)} x {found[0].device_kind} ({found[0].platform}), {each} {shared}"
     yield Finding("devices", OK, text)
@@ -151,7 +151,7 @@ def size_of(folder: Path) -> str:
                 total += 0 if path.is_symlink() else path.stat().st_size
             except OSError:  # just deleted, or not ours
                 continue
-    return devices.gigabytes(total)
+    return memory.gigabytes(total)
 
 
 def checkpoint(cfg: TrainConfig) -> Iterator[Finding]:
@@ -197,16 +197,16 @@ def people_in_a_step(cfg: TrainConfig) -> Iterator[Finding]:
         yield Finding(name, WRONG, describe(error))
         return
     except Exception as error:
-        if not devices.is_out_of_memory(error):
+        if not memory.is_out_of_memory(error):
             raise
-        yield Finding(name, WRONG, f"not even two: {devices.describe_memory(error, None)}")
+        yield Finding(name, WRONG, f"not even two: {memory.describe_memory(error, None)}")
         return
     limit = memory_limit()
     if limit is None:
         yield Finding(name, NOTE, "the memory of this machine is not known")
         return
     fit = people_that_fit(alone, both, limit)
-    one, more, there = map(devices.gigabytes, (alone, both - alone, limit))
+    one, more, there = map(memory.gigabytes, (alone, both - alone, limit))
     text = (
         f"{fit} on a device of {there}: one takes {one}, each further one {more} (profile "
         f"{cfg.profile}, batch {cfg.train_batch_size}, --mixed_precision {cfg.mixed_precision})"
@@ -217,7 +217,7 @@ def people_in_a_step(cfg: TrainConfig) -> Iterator[Finding]:
 def memory_limit() -> int | None:
     """Bytes that programs on one device of this process may use; None if not known."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] if "bytes_limit" in stats else devices.host_memory()
+    return stats["bytes_limit"] if "bytes_limit" in stats else memory.host_memory()
 
 
 def people_that_fit(one: int, two: int, limit: int) -> int:

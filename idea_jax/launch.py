@@ -111,9 +111,9 @@ def about_memory(error: Exception) -> str | None:
     """What was too large for the memory, and how much there is; None if that is not the error."""
     if "jax" not in sys.modules:
         return None
-    from idea_jax.runtime import compile_cache, devices
+    from idea_jax.runtime import compile_cache, memory
 
-    if not devices.is_out_of_memory(error):
+    if not memory.is_out_of_memory(error):
         return None
     needed = compile_cache.needs[-1] if compile_cache.needs else None
-    return devices.describe_memory(error, needed)
+    return memory.describe_memory(error, needed)

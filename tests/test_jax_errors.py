@@ -15,7 +15,7 @@ from idea_jax.config.settings import SampleConfig, TrainConfig
 from idea_jax.formats.identity import read_identity
 from idea_jax.mini import lab, looks, quality, sheet
 from idea_jax.mini.pretrain import __main__ as pretrain
-from idea_jax.runtime import compile_cache, devices
+from idea_jax.runtime import compile_cache, memory
 from idea_jax.training import group, many
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -103,15 +103,15 @@ NEEDED = "the program needs 3.0 GiB on each device, weights included"
 )
 def test_numbers_of_every_kind_of_device_are_understood(kind, text, says, monkeypatch, tmp_path):
     error = kind(text)
-    assert devices.is_out_of_memory(error)
-    monkeypatch.setattr(devices, "CONTAINER", tmp_path / "memory.max")
+    assert memory.is_out_of_memory(error)
+    monkeypatch.setattr(memory, "CONTAINER", tmp_path / "memory.max")
     for limit, there in (("max", None), (str(2**28), "this machine has 256.0 MiB")):
-        devices.CONTAINER.write_text(f"{limit}\n")
-        first, *parts, last = devices.describe_memory(error, 3 * 2**30).split("; ")
+        memory.CONTAINER.write_text(f"{limit}\n")
+        first, *parts, last = memory.describe_memory(error, 3 * 2**30).split("; ")
         assert first == "the memory is too small"
         assert [part[: len(say)] for part, say in zip(parts, says, strict=True)] == says
         assert last == there or (there is None and last.startswith("this machine has "))
-    assert not devices.is_out_of_memory(ValueError("a prompt about RESOURCE_EXHAUSTED"))
+    assert not memory.is_out_of_memory(ValueError("a prompt about RESOURCE_EXHAUSTED"))
 
 
 def test_an_error_that_is_none_of_memory_is_not_called_one():
@@ -154,7 +154,7 @@ def test_a_group_that_is_too_large_is_halved_before_anybody_is_given_up(
     (told,) = [r.getMessage() for r in caplog.records if "people in a step:" in r.getMessage()]
     for phrase in (
         "4 people in a step: the memory is too small; 0.0 MiB were asked for at once",
-        f"the program needs {devices.gigabytes(needs[0])} on each device",
+        f"the program needs {memory.gigabytes(needs[0])} on each device",
         "half of them are tried",
     ):
         assert phrase in told
@@ -290,5 +290,5 @@ def test_a_setting_of_jax_that_is_none_is_one_message_of_every_program(tmp_path)
 
 
 def test_gigabytes_are_readable():
-    assert devices.gigabytes(16384 * 10**9) == "15,258.8 GiB"
-    assert devices.gigabytes(5 * 2**20) == "5.0 MiB"
+    assert memory.gigabytes(16384 * 10**9) == "15,258.8 GiB"
+    assert memory.gigabytes(5 * 2**20) == "5.0 MiB"

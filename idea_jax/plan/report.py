@@ -7,7 +7,7 @@ from idea_jax.plan.compiled import Compiled
 from idea_jax.plan.settings import PlanConfig
 from idea_jax.plan.work import Planned, kernel_of
 from idea_jax.runtime.chips import CHIPS, Chip, hosts_of
-from idea_jax.runtime.devices import gigabytes
+from idea_jax.runtime.memory import gigabytes
 
 UNITS = {"train": "people", "enhancer": "samples", "sample": "pictures"}
 

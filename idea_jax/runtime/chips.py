@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 
 from idea_jax.errors import InputError
-from idea_jax.runtime.devices import host_memory
+from idea_jax.runtime.memory import host_memory
 
 # Products of bfloat16 that a TPU takes for one product in float32.
 PASSES = 6

@@ -24,7 +24,7 @@ from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import shared
 from idea_jax.models import hub, lora, sd
-from idea_jax.runtime import compile_cache, devices, signals
+from idea_jax.runtime import compile_cache, devices, memory, signals
 from idea_jax.runtime.files import check_writable, file_digest, json_digest
 from idea_jax.runtime.versions import versions
 from idea_jax.sampling import engine
@@ -433,8 +433,8 @@ def foretell(batch: BatchPlan) -> list[str]:
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     return [
         *lines,
-        f"about {devices.gigabytes(space)} on the disk ({each / 1024:.0f} KiB a picture), of "
-        f"which {devices.gigabytes(free)} are free",
+        f"about {memory.gigabytes(space)} on the disk ({each / 1024:.0f} KiB a picture), of "
+        f"which {memory.gigabytes(free)} are free",
         f"about {jobs.duration(whole)}, and the time to start ({len(left) / whole:.2f} "
         f"pictures/s: {seconds:.2f} s for a call of {size})",
     ]

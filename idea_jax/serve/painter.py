@@ -24,7 +24,7 @@ import numpy as np
 
 from idea_jax.errors import InputError
 from idea_jax.faces import models as face_models
-from idea_jax.runtime import devices
+from idea_jax.runtime import memory
 from idea_jax.sampling import engine
 from idea_jax.serve.line import Line, QueuedRow
 from idea_jax.serve.problems import HttpProblem, stopping
@@ -377,8 +377,8 @@ def as_problem(error: BaseException) -> HttpProblem:
     if isinstance(error, OSError):
         reason = getattr(error.__cause__ or error, "strerror", None) or type(error).__name__
         return HttpProblem("internal", f"the server cannot use its disk: {reason}")
-    if devices.is_out_of_memory(error):
-        return HttpProblem("internal", devices.describe_memory(error, None))
+    if memory.is_out_of_memory(error):
+        return HttpProblem("internal", memory.describe_memory(error, None))
     return HttpProblem("internal", "the server has made a mistake, which its log tells")
 
 

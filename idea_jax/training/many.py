@@ -16,7 +16,7 @@ from tqdm import tqdm
 from idea_jax import jobs
 from idea_jax.data import images, people
 from idea_jax.faces import models as face_models
-from idea_jax.runtime import compile_cache, devices
+from idea_jax.runtime import compile_cache, devices, memory
 from idea_jax.runtime.files import WriteError
 from idea_jax.runtime.signals import Interrupted
 from idea_jax.runtime.versions import difference, marks_of
@@ -273,10 +273,10 @@ class Turn:
         """Lets those who are not done wait for another turn, before all others, if half of them may
         fit; otherwise raises the error."""
         layout = self.work.layout
-        if not devices.is_out_of_memory(error) or layout.halved() is None:
+        if not memory.is_out_of_memory(error) or layout.halved() is None:
             raise error
         needed = compile_cache.needs[-1] if compile_cache.needs else None
-        about = devices.describe_memory(error, needed)
+        about = memory.describe_memory(error, needed)
         log.warning("%d people in a step: %s; half of them are tried", layout.places, about)
         names = [name for name in self.before if self.board.records[name].status == "running"]
         self.board.note(names, status="waiting")

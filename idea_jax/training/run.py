@@ -26,7 +26,7 @@ from idea_jax.faces.portraits import Portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import flash, hub, lora, sd
-from idea_jax.runtime import chips, compile_cache, devices
+from idea_jax.runtime import chips, compile_cache, devices, memory
 from idea_jax.runtime.files import check_writable
 from idea_jax.runtime.signals import Interrupted
 from idea_jax.sampling import programs
@@ -192,13 +192,13 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
         alone = sizes.need(sizing.Arrangement(1, 1, 1, False)).total()
         raise devices.DevicesError(
             f"--mesh auto finds no way: a step of one person on one device needs about "
-            f"{devices.gigabytes(alone)} of {devices.gigabytes(room or 0)}, and more devices on "
+            f"{memory.gigabytes(alone)} of {memory.gigabytes(room or 0)}, and more devices on "
             "data help no further; take --mixed_precision bf16, a smaller --resolution or "
             "--train_batch_size, or another --identities_per_step (idea-plan says what each needs)"
         )
     mesh = f"identity={how.identity * processes},data={how.data}"
     places = how.places() * processes
-    about = devices.gigabytes(sizes.need(how).total())
+    about = memory.gigabytes(sizes.need(how).total())
     split = " --shard_frozen" if how.shard_frozen else ""
     log.info(
         "--mesh auto: --mesh %s --identities_per_step %d%s; about %s on a device",
