@@ -72,4 +72,15 @@ def test_prompts_of_others_are_refused(tmp_path, capsys):
     row = {"method": "paper", "person": "anna", "prompt": "{} in Rome", "picture": "0.png"}
     (tmp_path / results.ROWS).write_text(json.dumps(row))
     assert results.main([str(tmp_path)]) == 1
-    assert "none of the mini's" in capsys.readouterr().err
+    assert "does not know" in capsys.readouterr().err
+
+
+def test_prompts_are_read_as_the_lab_means_them():
+    for prompt in captions.PROMPTS:
+        assert captions.asked_for(prompt.text) == prompt.asks, prompt.text
+    assert captions.asked_for("a painting of {} in a purple shirt") == {
+        "style": "painting",
+        "shirt": "purple",
+    }
+    assert captions.asked_for("a photo of {}") == {}
+    assert captions.asked_for("{} on Mars") is None

@@ -1,5 +1,6 @@
 """What is said about a picture of the drawn world, and the prompts by which models are judged."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -85,6 +86,31 @@ PROMPTS = (
         },
     ),
 )
+
+
+def asked_for(text: str) -> dict[str, str] | None:
+    """What a prompt in the words of the captions asks for, as `Prompt.asks`; None if it has others.
+
+    A photo is what people are drawn on anyway, and nothing that is asked for.
+    """
+    said = re.findall("[a-z]+", text.lower())
+    if not set(said) <= set(re.findall("[a-z]+", " ".join(words()))):
+        return None
+    found = {}
+    for place, word in enumerate(said):
+        before = said[place - 1] if place else ""
+        field = {"wall": "background"}.get(word, word)
+        if field in ("background", "shirt") and before in KINDS[field]:
+            found[field] = before
+        elif word in KINDS["hat"] and word != "none":
+            found |= {"hat": word} | (
+                {"hat_colour": before} if before in KINDS["hat_colour"] else {}
+            )
+        elif word in KINDS["expression"]:
+            found["expression"] = word
+        elif word in KINDS["style"] and word != "photo":
+            found["style"] = word
+    return found
 
 
 def scene_words(scene: Scene) -> dict[str, str]:

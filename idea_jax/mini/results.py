@@ -82,11 +82,11 @@ def shares(folder: Path) -> dict[str, dict[str, float]]:
         raise AlbumError(
             f"{folder} holds no readable {ROWS}: expected the --output_dir of idea-evaluate"
         ) from error
-    asks = {prompt.text: prompt.asks for prompt in captions.PROMPTS}
-    if other := sorted({row["prompt"] for row in rows} - asks.keys()):
+    asks = {row["prompt"]: captions.asked_for(row["prompt"]) for row in rows}
+    if other := sorted(prompt for prompt, wanted in asks.items() if wanted is None):
         raise AlbumError(
-            f"{folder} has the prompt {other[0]!r}, which is none of the mini's: evaluate with "
-            "--prompts mini"
+            f"{folder} has the prompt {other[0]!r}, whose words the mini does not know: evaluate "
+            "with --prompts mini"
         )
     pictures = np.stack([np.asarray(read_image(place)) for place in places])
     seen = measures.read_scenes(MINI_FOLDER, pictures)
