@@ -159,14 +159,15 @@ def checkpoint(cfg: TrainConfig) -> Iterator[Finding]:
     try:
         found = hub.resolve_for(cfg)
         model = sd.read_configs(found.folder, **how_read(cfg))
-        for part, stem in hub.WEIGHTS if found.folder.is_dir() else ():  # one file is open already
+        # One file is open already.
+        for part, stem in hub.weights_of(found.folder) if found.folder.is_dir() else ():
             TensorFiles(find_weights(found.folder / part, stem, cfg.variant))
         length = model.text.max_position_embeddings
         load_tokenizer(found.tokenizer, model.text.vocab_size, length, found.padding)
     except (InputError, OSError) as error:
         yield Finding("checkpoint", WRONG, describe(error))
         return
-    family = FAMILIES.get(model.text.hidden_size)
+    family = "XL" if model.text_2 is not None else FAMILIES.get(model.text.hidden_size)
     kind = f"Stable Diffusion {family}" if family else "of a size of its own"
     side = model.unet.sample_size * model.vae.downscale
     text = f"{found.name}, {kind}, predicts {model.schedule.prediction_type}, {side} pixels"

@@ -12,6 +12,7 @@ PATTERNS = (
     "README.md",
     "identity.safetensors",
     "learned_embeds.safetensors",
+    "learned_embeds_2.safetensors",
     "webui/*.safetensors",
 )
 CARD = "README.md"

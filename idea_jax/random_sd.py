@@ -2,7 +2,7 @@
 
 It has the layout, the configs and the code path of a real one, and draws nothing but noise.
 
-    python -m idea_jax.random_sd FOLDER [--size SIZE] [--family sd1|sd2] [--seed N]
+    python -m idea_jax.random_sd FOLDER [--size SIZE] [--family sd1|sd2|sdxl] [--seed N]
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from idea_jax import launch
 from idea_jax.data.text import TEMPLATES, shipped_names
@@ -61,11 +61,11 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
     """Writes a complete checkpoint in diffusers layout, with random weights; returns the folder.
 
     Args:
-      size: "tiny" (32x32 pictures, for tests), "demo" (64x64), a real size: "sd15", "sd21", or
-        "sd21_text": the text encoder of "sd21" with the other networks of "tiny", to rehearse on a
-        CPU what will run on Stable Diffusion 2.1.
-      family: "sd2" (the default) or "sd1", which "sd15" implies. They differ as the real ones do:
-        heads per level, projections, activation and padding.
+      size: "tiny" (32x32 pictures, for tests), "demo" (64x64), a real size: "sd15", "sd21", "sdxl",
+        or "sd21_text": the text encoder of "sd21" with the other networks of "tiny", to rehearse on
+        a CPU what will run on Stable Diffusion 2.1.
+      family: "sd2" (the default), "sd1", which "sd15" implies, or "sdxl". They differ as the real
+        ones do: text encoders, heads per level, projections, activation and padding.
       seed: of the weights.
 
     Raises: FileExistsError if the folder is not empty; ValueError for an unknown size or family.
@@ -77,25 +77,29 @@ def write(folder: str | Path, size: str = "tiny", family: str | None = None, see
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; name another one")
-    family = family or ("sd1" if size == "sd15" else "sd2")
-    if size not in SIZES or family not in ("sd1", "sd2") or (size, family) in _CONTRADICTIONS:
+    own = OWN_FAMILY.get(size)
+    family = family or own or "sd2"
+    if size not in SIZES or family not in FAMILIES or own not in (None, family):
         raise ValueError(
             f"no random checkpoint of size {size!r} and family {family!r}: expected one of "
-            f"{', '.join(SIZES)}, with sd1 or sd2 (sd15 is sd1, sd21 and sd21_text are sd2)"
+            f"{', '.join(SIZES)}, with {', '.join(FAMILIES)} (sd15 is sd1, sd21 and sd21_text are "
+            "sd2)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     words = [*PROMPT_WORDS.split(), *TEMPLATES, *shipped_names()]
-    vocab_size = write_tokenizer(
-        folder / "tokenizer",
-        words,
-        pad="!" if family == "sd2" else EOS,
-        vocab_size=CLIP_VOCAB_SIZE if size in ("sd15", "sd21") else None,
-    )
+    whole = CLIP_VOCAB_SIZE if size in ("sd15", "sd21", "sdxl") else None
+    pad = "!" if family == "sd2" else EOS
+    vocab_size = write_tokenizer(folder / "tokenizer", words, pad=pad, vocab_size=whole)
+    if family == "sdxl":
+        write_tokenizer(folder / "tokenizer_2", words, pad="!", vocab_size=whole)
     model = config(size, family, vocab_size)
     sd.save(folder, model, sd.init(model, jax.random.key(seed)))
     (folder / "README.md").write_text(_README.format(size=size, family=family, seed=seed))
     return folder
 
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+OWN_FAMILY = {"sd15": "sd1", "sd21": "sd2", "sd21_text": "sd2", "sdxl": "sdxl"}
 
 # size: text width, layers and heads; UNet channels, levels with attention, layers a block; VAE
 # channels and layers a block; groups of the norms; side of the pictures.
@@ -105,16 +109,24 @@ SIZES = {
     "sd21_text": ((1024, 23, 16), ((32, 64), 1, 1), ((16, 16, 32), 1), 8, 32),
     "sd15": ((768, 12, 12), ((320, 640, 1280, 1280), 3, 2), ((128, 256, 512, 512), 2), 32, 512),
     "sd21": ((1024, 23, 16), ((320, 640, 1280, 1280), 3, 2), ((128, 256, 512, 512), 2), 32, 512),
+    "sdxl": ((768, 12, 12), ((320, 640, 1280), 2, 2), ((128, 256, 512, 512), 2), 32, 1024),
 }
-_CONTRADICTIONS = {("sd15", "sd2"), ("sd21", "sd1"), ("sd21_text", "sd1")}
+# What SDXL has besides: of its second text encoder width, layers, heads and the width of the pooled
+# output; the width of each of the sizes that are added; transformer layers of each level.
+SECOND = {
+    "tiny": ((48, 2, 4, 40), 8, (1, 2)),
+    "demo": ((160, 4, 8, 160), 32, (1, 1, 2)),
+    "sdxl": ((1280, 32, 20, 1280), 256, (1, 2, 10)),
+}
 
 
 def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
-    """Returns the model of that size; "sd15" and "sd21" are SD 1.5 and SD 2.1-base exactly."""
+    """Returns the model of that size; "sd15", "sd21" and "sdxl" are SD 1.5, SD 2.1-base and SDXL
+    1.0-base exactly."""
     from idea_jax.diffusion.schedule import ScheduleConfig
     from idea_jax.models import sd
     from idea_jax.models.clip_text import CLIPTextConfig
-    from idea_jax.models.unet import UNetConfig
+    from idea_jax.models.unet import SIZE_IDS, UNetConfig
     from idea_jax.models.vae import VAEConfig
 
     (
@@ -133,6 +145,25 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
         num_attention_heads=heads,
         hidden_act="gelu" if family == "sd2" else "quick_gelu",
     )
+    text_2: CLIPTextConfig | None = None
+    own: dict[str, Any] = {}
+    if family == "sdxl":
+        (width_2, layers_2, heads_2, pooled), of_size, depths = SECOND[size]
+        text_2 = CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=width_2,
+            intermediate_size=4 * width_2,
+            num_hidden_layers=layers_2,
+            num_attention_heads=heads_2,
+            hidden_act="gelu",
+            projection_dim=pooled,
+        )
+        own = {
+            "transformer_layers": depths,
+            "cross_attention_dim": width + width_2,
+            "addition_time_embed_dim": of_size,
+            "addition_embed_dim": pooled + SIZE_IDS * of_size,
+        }
     vae = VAEConfig(
         in_channels=3,
         out_channels=3,
@@ -141,9 +172,12 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
         latent_channels=4,
         norm_num_groups=groups,
         sample_size=side,
+        scaling_factor=0.13025 if text_2 else 0.18215,
     )
+    # SDXL's level without attention is the first one, that of the others the last one.
     crosses = ["CrossAttn" if level < crossed else "" for level in range(levels)]
-    # SD 1.x has 8 heads at every level, SD 2.x heads of 64 channels; smaller ones here if need be.
+    crosses = crosses[::-1] if text_2 else crosses
+    # SD 1.x has 8 heads at every level, others heads of 64 channels; smaller ones here if need be.
     head_width = min(64, channels[0] // 2)
     unet = UNetConfig(
         sample_size=side // vae.downscale,
@@ -153,11 +187,10 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
         up_block_types=tuple(f"{cross}UpBlock2D" for cross in crosses[::-1]),
         block_out_channels=channels,
         layers_per_block=unet_layers,
-        transformer_layers=(1,) * levels,
-        num_attention_heads=tuple(c // head_width if family == "sd2" else 8 for c in channels),
-        cross_attention_dim=width,
-        use_linear_projection=family == "sd2",
+        num_attention_heads=tuple(8 if family == "sd1" else c // head_width for c in channels),
+        use_linear_projection=family != "sd1",
         norm_num_groups=groups,
+        **{"transformer_layers": (1,) * levels, "cross_attention_dim": width, **own},
     )
     schedule = ScheduleConfig(
         beta_start=0.00085,
@@ -165,8 +198,11 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
         beta_schedule="scaled_linear",
         set_alpha_to_one=False,
         steps_offset=1,
+        sampler="euler" if text_2 else "ddim",
+        timestep_spacing="leading" if text_2 else None,
     )
-    return sd.StableDiffusion(text, unet, vae, schedule)
+    is_xl = text_2 is not None
+    return sd.StableDiffusion(text, unet, vae, schedule, text_2=text_2, zero_negative=is_xl)
 
 
 def write_tokenizer(
@@ -269,9 +305,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="where to; must be empty or not exist")
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument(
-        "--family", choices=("sd1", "sd2"), help="default: as the size implies, sd2"
-    )
+    parser.add_argument("--family", choices=FAMILIES, help="default: as the size implies, sd2")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 

@@ -80,11 +80,18 @@ def smallest_checkpoint(tmp_path_factory):
 
 
 def write_smallest(folder, family):
-    """Writes `smallest_checkpoint`, as one of SD 1.x ("sd1") or 2.x ("sd2"); returns its folder."""
+    """Writes `smallest_checkpoint`, as one of SD 1.x ("sd1"), 2.x ("sd2") or XL ("sdxl"); returns
+    its folder."""
     tiny = random_sd.config("tiny", family, vocab_size=2)
     words = [*random_sd.PROMPT_WORDS.split(), *text.TEMPLATES, *text.shipped_names()]
     pad = "!" if family == "sd2" else random_sd.EOS
     vocab_size = random_sd.write_tokenizer(folder / "tokenizer", words, pad=pad)
+    second, width = {}, 8
+    if family == "sdxl":  # whose encoders are read before their last layer
+        random_sd.write_tokenizer(folder / "tokenizer_2", words, pad="!")
+        sizes = {"vocab_size": vocab_size, "hidden_size": 16, "intermediate_size": 8}
+        second = {"text_2": dataclasses.replace(tiny.text_2, **sizes)}
+        width += 16
     model = dataclasses.replace(
         tiny,
         text=dataclasses.replace(
@@ -92,9 +99,10 @@ def write_smallest(folder, family):
             vocab_size=vocab_size,
             hidden_size=8,
             intermediate_size=8,
-            num_hidden_layers=1,
+            num_hidden_layers=1 + len(second),
             num_attention_heads=1,
         ),
+        **second,
         unet=dataclasses.replace(
             tiny.unet,
             sample_size=4,
@@ -103,7 +111,7 @@ def write_smallest(folder, family):
             block_out_channels=(8,),
             transformer_layers=(1,),
             num_attention_heads=(1,),
-            cross_attention_dim=8,
+            cross_attention_dim=width,
         ),
         vae=dataclasses.replace(tiny.vae, block_out_channels=(8, 8), sample_size=8),
     )

@@ -97,6 +97,8 @@ def unet_tensors(state, unet):
     levels, layers = len(unet["block_out_channels"]), unet["layers_per_block"]
     out = moved(state, "time_embedding.linear_1", "time_embed.0")
     out |= moved(state, "time_embedding.linear_2", "time_embed.2")
+    out |= moved(state, "add_embedding.linear_1", "label_emb.0.0")
+    out |= moved(state, "add_embedding.linear_2", "label_emb.0.2")
     out |= moved(state, "conv_in", "input_blocks.0.0")
     out |= moved(state, "conv_norm_out", "out.0") | moved(state, "conv_out", "out.2")
     at = 1
@@ -156,7 +158,8 @@ def vae_tensors(state, vae):
 
 
 def text_tensors(state, kind):
-    """The text encoder's: transformers' CLIP in SD 1.x, OpenCLIP with one more layer in SD 2.x."""
+    """The text encoder's: transformers' CLIP in SD 1.x, OpenCLIP with one more layer in SD 2.x; of
+    kind "sdxl" those of its second one."""
     state = {key.removeprefix("text_model."): value for key, value in state.items()}
     if kind == "sd1":
         prefix = "cond_stage_model.transformer.text_model."
@@ -168,6 +171,7 @@ def text_tensors(state, kind):
     out["token_embedding.weight"] = state["embeddings.token_embedding.weight"]
     out["positional_embedding"] = state["embeddings.position_embedding.weight"]
     layers = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.layers."))
+    last = f"transformer.resblocks.{layers}"
     for i in range(layers + 1):
         source = f"encoder.layers.{min(i, layers - 1)}"
         target = f"transformer.resblocks.{i}"
@@ -181,6 +185,10 @@ def text_tensors(state, kind):
             out[f"{target}.attn.in_proj_{name}"] = torch.cat(own)
     out["text_projection"] = torch.full((width, width), 7.0)
     out["logit_scale"] = torch.tensor(4.6)
+    if kind == "sdxl":  # which uses all layers, and the projection
+        out = {k: v for k, v in out.items() if not k.startswith(f"{last}.")}
+        out["text_projection"] = state["text_projection.weight"].T
+        return {f"conditioner.embedders.1.model.{key}": value for key, value in out.items()}
     return {f"cond_stage_model.model.{key}": value for key, value in out.items()}
 
 

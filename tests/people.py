@@ -27,7 +27,9 @@ def person(
     """Somebody who was learned without a shared ID-Enhancer."""
     method = condition.make_method(profile, kv=kv if profile == "paper" else "none")
     rng, key = np.random.default_rng(seed), jax.random.key(seed)
-    start = rng.normal(size=(2, model.text.hidden_size)).astype(np.float32)
+    start = sd.each_encoder(
+        model, lambda config: rng.normal(size=(2, config.hidden_size)).astype(np.float32)
+    )
     trainable = grown(condition.init_trainable(model, method, key, start), seed, scale)
     face = rng.normal(size=512)
     given = condition.init_given(model, method, key, start, face / np.linalg.norm(face))

@@ -148,6 +148,74 @@ SD21_TEXT = {
     "torch_dtype": "float16",
     "transformers_version": "4.26.0.dev0",
 }
+SDXL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.19.0.dev0",
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_dim": 2048,
+    "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "sample_size": 128,
+    "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+SDXL_VAE = {
+    **SD15_VAE,
+    "_diffusers_version": "0.20.0.dev0",
+    "_name_or_path": "../sdxl-vae/",
+    "force_upcast": True,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+SDXL_TEXT = {**SD15_TEXT, "torch_dtype": "float16", "transformers_version": "4.32.0.dev0"}
+SDXL_TEXT_2 = {
+    **SDXL_TEXT,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_act": "gelu",
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_attention_heads": 20,
+    "num_hidden_layers": 32,
+    "projection_dim": 1280,
+}
 SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "_diffusers_version": "0.10.0.dev0",
@@ -161,6 +229,16 @@ SCHEDULER = {
     "skip_prk_steps": True,
     "steps_offset": 1,
     "trained_betas": None,
+}
+
+SDXL_SCHEDULER = {
+    **SCHEDULER,
+    "_class_name": "EulerDiscreteScheduler",
+    "_diffusers_version": "0.19.0.dev0",
+    "interpolation_type": "linear",
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
 }
 
 # Small models of the two families: (UNet, VAE, text).
@@ -235,9 +313,10 @@ def unet_from(config: dict) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(config)
 
 
-def text_from(config: dict) -> transformers.CLIPTextModel:
+def text_from(config: dict) -> transformers.CLIPPreTrainedModel:
     ids = {"bos_token_id": 0, "eos_token_id": 2}
-    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**config, **ids}))
+    kind = getattr(transformers, config.get("architectures", ["CLIPTextModel"])[0])
+    return kind(transformers.CLIPTextConfig(**{**config, **ids}))
 
 
 # Layers whose outputs enter a residual stream, hence norms.
@@ -287,6 +366,18 @@ def write_checkpoint(
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return built
+
+
+def published_xl() -> sd.StableDiffusion:
+    """The model that the published config files of SDXL 1.0-base describe."""
+    return sd.StableDiffusion(
+        CLIPTextConfig.from_dict(SDXL_TEXT, "text"),
+        UNetConfig.from_dict(SDXL_UNET, "unet"),
+        VAEConfig.from_dict(SDXL_VAE, "vae"),
+        ScheduleConfig.from_dict(SDXL_SCHEDULER, "scheduler"),
+        text_2=CLIPTextConfig.from_dict(SDXL_TEXT_2, "text_2"),
+        zero_negative=True,
+    )
 
 
 def published(unet: dict, vae: dict, text: dict) -> sd.StableDiffusion:

@@ -555,9 +555,14 @@ def test_unusable_content_is_named(tmp_path):
         learned_embeds.read(tmp_path / "a.bin")
     with pytest.raises(learned_embeds.EmbedsError, match=r"absent\.bin cannot be read"):
         learned_embeds.read(tmp_path / "absent.bin")
-    save_file({"clip_l": VECTORS, "clip_g": VECTORS}, tmp_path / "xl.safetensors")
-    with pytest.raises(learned_embeds.EmbedsError, match="SDXL"):
-        learned_embeds.read(tmp_path / "xl.safetensors")
+    save_file({"clip_g": VECTORS}, tmp_path / "half.safetensors")
+    with pytest.raises(
+        learned_embeds.EmbedsError, match="SDXL.* clip_l and clip_g, found 'clip_g'"
+    ):
+        learned_embeds.read(tmp_path / "half.safetensors")
+    save_file({"clip_l": VECTORS, "clip_g": VECTORS[:1]}, tmp_path / "odd.safetensors")
+    with pytest.raises(learned_embeds.EmbedsError, match="expected as many"):
+        learned_embeds.read(tmp_path / "odd.safetensors")
     save_file({"x": np.zeros((2, 4), np.int64)}, tmp_path / "int.safetensors")
     with pytest.raises(learned_embeds.EmbedsError, match="floating-point"):
         learned_embeds.read(tmp_path / "int.safetensors")

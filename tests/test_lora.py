@@ -209,7 +209,13 @@ BAD = {
     ),
     "half a layer": ({f"{ONE}.lora_down.weight": torch.ones(2, 128)}, "has no up"),
     "a stray key": ({**GOOD, "stray": torch.ones(2)}, "keys of no LoRA: stray"),
-    "SDXL": ({"lora_te2_text_projection.lora_down.weight": torch.ones(2, 8)}, "is for SDXL"),
+    "SDXL's second text encoder": (
+        {
+            "lora_te2_text_projection.lora_down.weight": torch.ones(2, 8),
+            "lora_te2_text_projection.lora_up.weight": torch.ones(8, 2),
+        },
+        "is for another kind of model",
+    ),
     "DoRA": ({**GOOD, f"{ONE}.dora_scale": torch.ones(128)}, "holds DoRA"),
     "LoHa": ({f"{ONE}.hada_w1_a": torch.ones(2, 2)}, "holds LoHa"),
     "three factors": ({**GOOD, f"{ONE}.lora_mid.weight": torch.ones(2, 2)}, "of three factors"),

@@ -301,9 +301,9 @@ def test_demo_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch, caps
     trained_on, training_pixels = [], learners.training_pixels
 
     def recorded(*args):
-        for name, pixels in training_pixels(*args):
+        for name, pixels, sizes in training_pixels(*args):
             trained_on.append(to_uint8(pixels))
-            yield name, pixels
+            yield name, pixels, sizes
 
     monkeypatch.setattr(learners, "training_pixels", recorded)
     assert demo.main([str(tmp_path / "demo")]) == 0

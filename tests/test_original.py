@@ -221,7 +221,7 @@ def changed(**changes):
 
 UNET = "model.diffusion_model."
 BAD = {
-    "SDXL": (changed(**{"conditioner.embedders.0.x": torch.ones(2)}), "an SDXL checkpoint"),
+    "refiner": (changed(**{"conditioner.embedders.0.model.x": torch.ones(2)}), "SDXL's refiner"),
     "inpainting": (
         changed(**{f"{UNET}input_blocks.0.0.weight": torch.ones(64, 9, 3, 3)}),
         "an inpainting model: its UNet takes 9 channels",

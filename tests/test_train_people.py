@@ -119,7 +119,8 @@ def test_a_face_that_is_too_small_to_train_on_is_reported(tmp_path, caplog):
     widths = [training_square(five, (640, 320))[1] for five in points]
     list(training_pixels(cfg, portraits, 2 * widths[0]))
     assert caplog.text == ""
-    ((name, pixels), _) = training_pixels(cfg, portraits, 2 * widths[0] + 1)
+    ((name, pixels, sizes), _) = training_pixels(cfg, portraits, 2 * widths[0] + 1)
+    assert sizes == (widths[0], widths[0], 0, 0, 2 * widths[0] + 1, 2 * widths[0] + 1)
     assert name == "0.png" and pixels.shape == (2 * widths[0] + 1,) * 2 + (3,)
     assert "on 1 of 2 photos the square around the face is smaller than half" in caplog.text
     assert f"0.png ({widths[0]} pixels)" in caplog.text and "1.png" not in caplog.text

@@ -241,9 +241,7 @@ def load_tokenizer(
 
     folder = Path(folder)
     config = _tokenizer_config(folder)
-    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
-    made_of = [tokenizers.__version__, *((path.name, file_digest(path)) for path in files)]
-    about = traces.remembered("tokenizer", made_of, lambda: _read_by_transformers(folder))
+    about = _about(folder)
     tokenizer = tokenizers.Tokenizer.from_str(about["tokenizer"])
     ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
     if ids != list(range(vocab_size)):
@@ -254,6 +252,8 @@ def load_tokenizer(
     bos, eos, pad = about["bos"], about["eos"], about["pad"]
     if padding is not None:
         pad = tokenizer.token_to_id(padding)
+    if (folder.parent / "text_encoder_2").is_dir() and folder.name == "tokenizer":
+        _check_second(folder.parent / "tokenizer_2", tokenizer, pad == eos)
     if bos is None or eos is None or pad is None or bos == eos:
         raise TextError(
             f"the tokenizer in {folder} needs a begin, an end and a padding token, the first two "
@@ -268,6 +268,24 @@ def load_tokenizer(
             f"encoder reads {length} positions: these two parts do not belong together"
         )
     return Tokenizer(length, bos, eos, pad, vocab_size, (), tokenizer)
+
+
+def _check_second(folder: Path, first: Any, pads_with_end: bool) -> None:
+    """Raises TextError unless SDXL's second tokenizer is its first one but for the padding: the
+    second text encoder is given the same ids, with "!" after the end (`models.sd.encode_text`)."""
+    _tokenizer_config(folder)
+    about = _about(folder)
+    if json.loads(about["tokenizer"])["model"] != json.loads(first.to_str())["model"]:
+        raise TextError(
+            f"the tokenizers tokenizer/ and tokenizer_2/ in {folder.parent} have different words; "
+            "those of SDXL differ in their padding alone"
+        )
+    if about["pad"] != 0 or not pads_with_end:
+        raise TextError(
+            f"in {folder.parent} tokenizer/ must fill prompts up with the end token and "
+            "tokenizer_2/ with the token of id 0 (!), as SDXL's do; are the two swapped? Download "
+            "them again"
+        )
 
 
 def _tokenizer_config(folder: Path) -> dict:
@@ -295,6 +313,15 @@ def _tokenizer_config(folder: Path) -> dict:
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise TextError(f"{path} is for a {kind}; only CLIPTokenizer is supported")
     return config
+
+
+def _about(folder: Path) -> dict:
+    """`_read_by_transformers`, kept from run to run."""
+    import tokenizers
+
+    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
+    made_of = [tokenizers.__version__, *((path.name, file_digest(path)) for path in files)]
+    return traces.remembered("tokenizer", made_of, lambda: _read_by_transformers(folder))
 
 
 def _read_by_transformers(folder: Path) -> dict:

@@ -253,6 +253,7 @@ def check(
       EnhancerError: with all that differs.
     """
     config, problems = enhancer.config, []
+    refuse_sdxl(model, f"the ID-Enhancer {where} does not fit")
     if config.dim != model.text.hidden_size:
         problems.append(
             f"its text width is {config.dim}, this checkpoint's is {model.text.hidden_size}"
@@ -285,6 +286,16 @@ def check(
         raise EnhancerError(
             f"the ID-Enhancer {where} (for {enhancer.about['base_model']}) does not fit: "
             f"{listed(problems)}; take one that was trained for this checkpoint, or --enhancer none"
+        )
+
+
+def refuse_sdxl(model: sd.StableDiffusion, what: str) -> None:
+    """Raises EnhancerError for a checkpoint of SDXL: shared ID-Enhancers know one text encoder."""
+    if model.text_2 is not None:
+        raise EnhancerError(
+            f"{what}: this checkpoint is SDXL, and a shared ID-Enhancer is for Stable Diffusion "
+            "1.x and 2.x, which have one text encoder; with SDXL each person is trained "
+            "(--enhancer none)"
         )
 
 

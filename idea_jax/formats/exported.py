@@ -141,6 +141,12 @@ def person_of(identity: Identity, shared: Mapping | None, where: Any) -> Portabl
     Raises:
       IdentityError: a part is missing, or of another shape.
     """
+    if identity.is_of_sdxl:
+        raise ExportError(
+            f"{where} was learned on SDXL, and only its pseudo tokens can be taken to other "
+            "programs so far: training writes them for AUTOMATIC1111 and ComfyUI (webui/) and for "
+            "diffusers (learned_embeds.safetensors, learned_embeds_2.safetensors)"
+        )
     try:
         person = portable(identity.method, identity.trainable, identity.given, shared)
         check(person, where)

@@ -19,8 +19,9 @@ from idea_jax.runtime.versions import other_versions, versions
 
 FORMAT = "idea_jax.identity"
 
-# 1: everything that draws a person is theirs. 2: they began with a shared ID-Enhancer.
-FORMAT_VERSIONS = (1, 2)
+# 1: everything that draws a person is theirs. 2: they began with a shared ID-Enhancer. 3: as 1, on
+# SDXL: what belongs to a text encoder is there twice.
+FORMAT_VERSIONS = (1, 2, 3)
 
 # Constants that belong in the file: sampling depends on them. The regulariser's metric does not;
 # it follows from the anchor.
@@ -60,6 +61,16 @@ class Identity:
         """Whether a part that draws the person is a shared ID-Enhancer's."""
         return self.method.shared_adapter or self.method.shared_kv
 
+    @property
+    def is_of_sdxl(self) -> bool:
+        """Whether it was learned with two text encoders."""
+        return isinstance(self.trainable["pseudo_tokens"], dict)
+
+
+def tokens_of_each(tokens: Any) -> list:
+    """Pseudo tokens as a list: of the only text encoder, or of each of two in their order."""
+    return [tokens[name] for name in sd.ENCODERS] if isinstance(tokens, dict) else [tokens]
+
 
 def write_identity(path: Path, identity: Identity) -> None:
     """Writes an identity file (safetensors); an earlier file stays whole if anything fails.
@@ -86,7 +97,7 @@ def write_identity(path: Path, identity: Identity) -> None:
     if not is_enhanced:
         method = {name: value for name, value in method.items() if name not in SINCE_2}
     about = {
-        "format_version": 2 if is_enhanced else 1,
+        "format_version": 2 if is_enhanced else 3 if identity.is_of_sdxl else 1,
         "method": method,
         "placeholder": identity.placeholder,
         "base_model": identity.base_model,
@@ -135,7 +146,7 @@ def read_identity(path: Path) -> Identity:
         identity = Identity(
             method=condition.Method(**about["method"]),
             trainable=trees["trainable"],
-            given=trees["given"] if version == 1 else {},
+            given=trees["given"] if version != 2 else {},
             enhancer=about["enhancer"] if version == 2 else None,
             **{k: about[k] for k in ("placeholder", "base_model", "revision", "seed", "steps")},
         )
@@ -152,14 +163,23 @@ def read_identity(path: Path) -> Identity:
     problems += [f"{k} is not finite" for k, v in tensors.items() if not np.isfinite(v).all()]
     if problems:
         raise IdentityError(f"{path} is damaged: {'; '.join(problems[:20])}; train again")
-    tokens = identity.trainable.get("pseudo_tokens")
-    if getattr(tokens, "ndim", None) != 2 or len(tokens) != identity.method.num_tokens:
-        found = "none" if tokens is None else getattr(tokens, "shape", "a folder")
-        raise IdentityError(
-            f"{path} is damaged: expected pseudo tokens [{identity.method.num_tokens}, width], "
-            f"found {found}; train again"
-        )
+    check_tokens(identity.trainable.get("pseudo_tokens"), identity.method.num_tokens, version, path)
     return identity
+
+
+def check_tokens(tokens: Any, count: int, version: int, where: Any) -> None:
+    """Raises IdentityError unless tokens are [count, width], of version 3 for each encoder."""
+    each, is_two = [tokens], isinstance(tokens, dict) and set(tokens) == set(sd.ENCODERS)
+    if version == 3:
+        each = tokens_of_each(tokens) if is_two else [None]
+    for own in each:
+        if getattr(own, "ndim", None) != 2 or len(own) != count:
+            found = "none" if own is None else getattr(own, "shape", "a folder")
+            of_each = f" of {' and '.join(sd.ENCODERS)}" if version == 3 else ""
+            raise IdentityError(
+                f"{where} is damaged: expected pseudo tokens [{count}, width]{of_each}, found "
+                f"{found}; train again"
+            )
 
 
 def wrong_types(instance: Any) -> list[str]:
@@ -179,16 +199,18 @@ def check_identity(identity: Identity, model: sd.StableDiffusion, where) -> None
     Every array is compared with what a new identity of the same method would have on this model.
     """
     tokens = identity.trainable["pseudo_tokens"]
-    width = tokens.shape[-1]
-    if width != model.text.hidden_size:
+    widths = [own.shape[-1] for own in tokens_of_each(tokens)]
+    wanted = [config.hidden_size for config in model.encoders]
+    if widths != wanted:
+        theirs, ours = (" and ".join(map(str, some)) for some in (widths, wanted))
         raise IdentityError(
-            f"{where} was learned for a text width of {width}, this checkpoint has "
-            f"{model.text.hidden_size}: it belongs to another model family (base model "
+            f"{where} was learned for a text width of {theirs}, this checkpoint has "
+            f"{ours}: it belongs to another model family (base model "
             f"{identity.base_model}); sample with that one, or train again on this one"
         )
 
     def fresh(key):
-        start = np.zeros(tokens.shape, np.float32)
+        start = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tokens)
         return condition.init_trainable(model, identity.method, key, start)
 
     expected = {"trainable": jax.eval_shape(fresh, jax.random.key(0))}

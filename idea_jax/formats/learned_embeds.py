@@ -1,5 +1,8 @@
 """Files of pseudo tokens: `learned_embeds.safetensors` written, it and its older relatives read.
 
+Tokens are float32[N, D]; those of SDXL, which has two text encoders, are a dict of two such arrays,
+by the names that files in use give them: `clip_l` and `clip_g`.
+
 Pickles are never given to Python's `pickle`. A small interpreter knows the instructions that
 `torch.save` writes for a dictionary of tensors, and can do nothing else.
 """
@@ -34,6 +37,7 @@ class EmbedsError(PickleError):
 
 # The key that AUTOMATIC1111's web UI and ComfyUI write; both name the token after the file.
 _WEBUI_KEY = "emb_params"
+_OF_SDXL = ("clip_l", "clip_g")  # the keys of both, and of diffusers' community
 
 
 def locate(path: str | Path) -> tuple[Path, str | None]:
@@ -59,8 +63,18 @@ def locate(path: str | Path) -> tuple[Path, str | None]:
     raise EmbedsError(f"the file of pseudo tokens {path} does not exist")
 
 
-def write(path: str | Path, token: str, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
+def second_of(path: str | Path) -> Path:
+    """The file beside `learned_embeds...` for the tokens of SDXL's second text encoder."""
+    path = Path(path)
+    stem = Path(FILE_NAME).stem
+    return path.with_name(path.name.replace(stem, f"{stem}_2", 1))
+
+
+def write(path: str | Path, token: str, vectors: Any, metadata: Mapping[str, str]) -> None:
     """Writes float32[N, D] under the one key `token`: diffusers' `load_textual_inversion` reads it.
+
+    Of SDXL the tokens of the second text encoder are in `second_of` this file, under the same key,
+    as diffusers' own training writes them.
 
     diffusers names the vectors `token`, `token_1`, ...; a prompt needs `token` only. An earlier
     file at `path` is replaced only once the new one is complete.
@@ -74,20 +88,26 @@ def write(path: str | Path, token: str, vectors: np.ndarray, metadata: Mapping[s
     """
     if not token or token != token.lower() or any(c.isspace() for c in token):
         raise EmbedsError(f"expected a token in lower case without spaces, got {token!r}")
-    _write(path, token, vectors, metadata)
+    if isinstance(vectors, Mapping):
+        _write(second_of(path), {token: vectors[_OF_SDXL[1]]}, metadata)
+        vectors = vectors[_OF_SDXL[0]]
+    _write(path, {token: vectors}, metadata)
 
 
-def write_webui(path: str | Path, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
-    """Writes float32[N, D] for AUTOMATIC1111's web UI and ComfyUI; the file's name is the token."""
-    _write(path, _WEBUI_KEY, vectors, metadata)
+def write_webui(path: str | Path, vectors: Any, metadata: Mapping[str, str]) -> None:
+    """Writes tokens for AUTOMATIC1111's web UI and ComfyUI, in one file whose name is the token."""
+    tensors = vectors if isinstance(vectors, Mapping) else {_WEBUI_KEY: vectors}
+    _write(path, tensors, metadata)
 
 
-def _write(path: str | Path, key: str, vectors: np.ndarray, metadata: Mapping[str, str]) -> None:
-    vectors = np.ascontiguousarray(vectors, np.float32)
-    if vectors.ndim != 2:
-        raise EmbedsError(f"expected vectors [N, D] to write to {path}, got {list(vectors.shape)}")
-    _check(vectors, f"the vectors to write to {path}")
-    write_tensors(path, {key: vectors}, {**metadata, "format": "pt"})
+def _write(path: str | Path, tensors: Mapping, metadata: Mapping[str, str]) -> None:
+    found = {key: np.ascontiguousarray(value, np.float32) for key, value in tensors.items()}
+    for vectors in found.values():
+        if vectors.ndim != 2:
+            shape = list(vectors.shape)
+            raise EmbedsError(f"expected vectors [N, D] to write to {path}, got {shape}")
+        _check(vectors, f"the vectors to write to {path}")
+    write_tensors(path, found, {**metadata, "format": "pt"})
 
 
 def trigger_of(token: str, is_word: Callable[[str], bool]) -> str:
@@ -107,7 +127,7 @@ def trigger_of(token: str, is_word: Callable[[str], bool]) -> str:
     return f"idea-{name}" if is_word(name) else name
 
 
-def read(path: str | Path) -> dict[str, np.ndarray]:
+def read(path: str | Path) -> dict[str, Any]:
     """Returns `{token: float32[N, D]}` from any of the forms in use, told apart by content.
 
     Safetensors or `torch.save` files (both its formats) holding one of
@@ -116,7 +136,9 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
       a token are kept, or missing, as they are in the file),
     - `{"emb_params": [N, D]}`, `{"clip_l": [N, D]}` or `{"string_to_param": {"*": [N, D]}}` (web
       UI, ComfyUI, and the first textual inversion, which kept a torch module there); without a
-      name inside, the file's name is the token.
+      name inside, the file's name is the token;
+    - `{"clip_l": [N, D], "clip_g": [N, E]}` (SDXL, of all programs), whose token is the file's name
+      and has a dict of both.
 
     Raises:
       EmbedsError: the file is missing, too large, damaged, of another kind, or asks for anything
@@ -186,7 +208,7 @@ def check_shape(shape: tuple[int, ...] | list[int], name: str) -> None:
 LIMITS = Limits(MAX_BYTES, MAX_KEYS, MAX_INSTRUCTIONS, check_shape)
 
 
-def _tokens(tree: Any, path: Path) -> dict[str, np.ndarray]:
+def _tokens(tree: Any, path: Path) -> dict[str, Any]:
     """Sorts out which of the known forms `tree` has."""
     if isinstance(tree, np.ndarray):
         tree = {path.stem: tree}
@@ -198,7 +220,7 @@ def _tokens(tree: Any, path: Path) -> dict[str, np.ndarray]:
             raise EmbedsError("expected one tensor under string_to_param")
         tree = {name if isinstance(name, str) and name else path.stem: next(iter(params.values()))}
     elif "clip_g" in tree:
-        raise EmbedsError("made for SDXL (two text encoders); SD 1.x and 2.x have one")
+        return {path.stem: _of_two(tree)}
     elif len(tree) == 1 and next(iter(tree)) in (_WEBUI_KEY, "clip_l"):
         tree = {path.stem: next(iter(tree.values()))}
     if len(tree) > MAX_KEYS or max(map(len, tree)) > MAX_NAME:
@@ -210,6 +232,22 @@ def _tokens(tree: Any, path: Path) -> dict[str, np.ndarray]:
             raise EmbedsError(f"expected a tensor under {key!r}, got {type(value).__name__}")
         _check(value, repr(key))
     return _join_vectors({key: np.atleast_2d(value) for key, value in tree.items()})
+
+
+def _of_two(tree: dict) -> dict[str, np.ndarray]:
+    """The tokens of SDXL's two text encoders."""
+    if set(tree) != set(_OF_SDXL) or not all(isinstance(x, np.ndarray) for x in tree.values()):
+        raise EmbedsError(
+            f"made for SDXL, which has two text encoders: expected the tensors "
+            f"{' and '.join(_OF_SDXL)}, found {', '.join(map(repr, tree)):.200}"
+        )
+    both = {name: np.atleast_2d(tree[name]) for name in _OF_SDXL}
+    for name, vectors in both.items():
+        _check(vectors, repr(name))
+    first, second = (len(vectors) for vectors in both.values())
+    if first != second:
+        raise EmbedsError(f"{first} tokens of clip_l and {second} of clip_g: expected as many")
+    return both
 
 
 def _join_vectors(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,14 +1,17 @@
 """What is learned for one person, and how it enters Stable Diffusion.
 
 Training and sampling both go through `context` and `keys_values`, so that what is trained is what
-draws. Three trees are kept apart: `Frozen` (one for everybody), the trainables (one per person; the
-only tree that is differentiated) and what is given (one per person, not trained).
+draws. With two text encoders (SDXL) each has tokens, anchor, ID-Enhancer and ID-Adapter of its own,
+as a dict (`sd.each_encoder`). Three trees are kept apart: `Frozen` (one for everybody), the
+trainables (one per person; the only tree that is differentiated) and what is given (one per person,
+not trained).
 """
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ from idea_jax.method import loss
 from idea_jax.method.modules import FACE_WIDTH, IDAdapter, IDEnhancer
 from idea_jax.models import sd
 from idea_jax.models.precision import exact
-from idea_jax.models.unet import cross_kv_shapes, project_kv
+from idea_jax.models.unet import cross_kv_shapes
 from idea_jax.pytrees import stream
 
 # One person's trainables: a dict with "pseudo_tokens" float32[N, D] and, where the method has them,
@@ -145,17 +148,26 @@ def init_trainable(
 
     Args:
       key: the person's key.
-      start: float32[N, D], the pseudo tokens' first value.
+      start: float32[N, D], the pseudo tokens' first value; of two encoders a dict.
     """
     # Copies: a step that donates its state must not own two names for one buffer.
-    trainable: Trainable = {"pseudo_tokens": jnp.array(start, jnp.float32)}
-    D, parts = model.text.hidden_size, method.parts()
-    if "enhanced" in parts:
-        trainable["enhanced"] = jnp.zeros((method.num_tokens, 2 * D))
-    if "adapter" in parts:
+    start = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), start)
+    trainable: Trainable = {"pseudo_tokens": start}
+    parts = method.parts()
+
+    def init_adapter(config, key):
+        D = config.hidden_size
         context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((method.num_tokens, 2 * D))
-        adapter = IDAdapter(D, method.beta)
-        trainable["adapter"] = adapter.init(stream(key, "adapter"), context, enhanced)["params"]
+        return IDAdapter(D, method.beta).init(key, context, enhanced)["params"]
+
+    def zeros(config):
+        return jnp.zeros((method.num_tokens, 2 * config.hidden_size))
+
+    if "enhanced" in parts:
+        trainable["enhanced"] = sd.each_encoder(model, zeros)
+    if "adapter" in parts:
+        keys = each_stream(model, key, "adapter")
+        trainable["adapter"] = sd.each_encoder(model, init_adapter, keys)
     if "enhancer" in parts:
         trainable["enhancer"] = init_enhancer(model, method, key)
     if "kv" in parts:
@@ -166,9 +178,21 @@ def init_trainable(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def init_enhancer(model: sd.StableDiffusion, method: Method, key: jax.Array) -> dict:
     """Random ID-Enhancer parameters of the person with this key."""
-    anchor = jnp.zeros((method.num_tokens, model.text.hidden_size))
-    enhancer = IDEnhancer(model.text.hidden_size)
-    return enhancer.init(stream(key, "enhancer"), jnp.zeros(FACE_WIDTH), anchor)["params"]
+
+    def init(config, key):
+        anchor = jnp.zeros((method.num_tokens, config.hidden_size))
+        enhancer = IDEnhancer(config.hidden_size)
+        return enhancer.init(key, jnp.zeros(FACE_WIDTH), anchor)["params"]
+
+    return sd.each_encoder(model, init, each_stream(model, key, "enhancer"))
+
+
+def each_stream(model: sd.StableDiffusion, key: jax.Array, name: str) -> Any:
+    """The stream of a part; of two encoders one for each."""
+    own = stream(key, name)
+    if len(model.encoders) == 1:
+        return own
+    return {encoder: stream(own, encoder) for encoder in sd.ENCODERS}
 
 
 def init_kv(model: sd.StableDiffusion, method: Method, key: jax.Array) -> dict:
@@ -200,14 +224,18 @@ def init_given(
     """Returns one person's constants.
 
     Args:
-      anchor: float32[N, D], the textual ID anchor.
+      anchor: float32[N, D], the textual ID anchor; of two encoders a dict.
       id_embed: float32[512] of unit norm; None for methods that keep none.
     """
-    given: Given = {"anchor": jnp.array(anchor, jnp.float32)}
+    given: Given = {"anchor": jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), anchor)}
     if method.regulariser in ("mahalanobis", "mahalanobis_truncated"):
         truncated = method.regulariser == "mahalanobis_truncated"
-        metric = loss.anchor_metric(np.asarray(anchor), truncated=truncated)
-        given["metric"] = {k: jnp.asarray(v) for k, v in metric._asdict().items()}
+
+        def metric_of(_, anchor):
+            metric = loss.anchor_metric(np.asarray(anchor), truncated=truncated)
+            return {k: jnp.asarray(v) for k, v in metric._asdict().items()}
+
+        given["metric"] = sd.each_encoder(model, metric_of, anchor)
     if method.keeps_face:
         given["id_embed"] = jnp.array(id_embed, jnp.float32)
         if not method.train_enhancer:
@@ -224,8 +252,8 @@ def context(
     token_ids: jax.Array,
     *,
     strength: float | jax.Array = 1.0,
-) -> jax.Array:
-    """The text condition of prompts that name the person, float32[B, T, D].
+) -> Any:
+    """The text condition of prompts that name the person, as `sd.encode_text` returns it.
 
     Args:
       token_ids: int32[B, T]; ids from the vocabulary's size on are the pseudo tokens.
@@ -234,9 +262,15 @@ def context(
     encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
     if not method.adapter:
         return encoded
-    return encoded + adapter_contribution(
-        model, method, frozen, trainable, given, encoded, strength
-    )
+    added = adapter_contribution(model, method, frozen, trainable, given, encoded, strength)
+    return with_contribution(model, encoded, added)
+
+
+def with_contribution(model: sd.StableDiffusion, encoded: Any, added: Any) -> Any:
+    """A text condition with what is added to what each encoder says; a pooled output stays."""
+    if len(model.encoders) == 1:
+        return encoded + added
+    return encoded | {name: encoded[name] + added[name] for name in sd.ENCODERS}
 
 
 def adapter_contribution(
@@ -245,22 +279,31 @@ def adapter_contribution(
     frozen: sd.Frozen,
     trainable: Trainable,
     given: Given,
-    encoded: jax.Array,
+    encoded: Any,
     strength: float | jax.Array,
-) -> jax.Array:
-    """What a person's ID-Adapter adds to a text condition, float32[B, T, D]."""
-    D = model.text.hidden_size
+) -> Any:
+    """What a person's ID-Adapter adds to a text condition, float32[B, T, D]; of two encoders a dict
+    of what the adapter of each adds."""
+
+    def enhance(config, enhancer, anchor):
+        network = IDEnhancer(config.hidden_size)
+        with exact(jnp.float32):
+            return network.apply({"params": enhancer}, given["id_embed"], anchor)
+
+    def adapt(config, adapter, encoded, enhanced):
+        network = IDAdapter(config.hidden_size, method.beta)
+        with exact(jnp.float32):
+            return network.apply(
+                {"params": adapter}, encoded, enhanced, strength, method=IDAdapter.contribution
+            )
+
     if method.enhanced:
         enhanced = trainable["enhanced"]
     else:
         enhancer = trainable["enhancer"] if method.train_enhancer else given["enhancer"]
-        with exact(jnp.float32):
-            enhanced = IDEnhancer(D).apply({"params": enhancer}, given["id_embed"], given["anchor"])
+        enhanced = sd.each_encoder(model, enhance, enhancer, given["anchor"])
     adapter = frozen.shared["adapter"] if method.shared_adapter else trainable["adapter"]
-    with exact(jnp.float32):
-        return IDAdapter(D, method.beta).apply(
-            {"params": adapter}, encoded, enhanced, strength, method=IDAdapter.contribution
-        )
+    return sd.each_encoder(model, adapt, adapter, encoded, enhanced)
 
 
 def keys_values(
@@ -268,7 +311,7 @@ def keys_values(
     method: Method,
     frozen: sd.Frozen,
     trainable: Trainable,
-    context: jax.Array,
+    context: Any,
     *,
     strength: float | jax.Array = 1.0,
 ) -> dict:
@@ -277,10 +320,24 @@ def keys_values(
     The delta is applied to the context and added, never to the kernel: a low-rank delta then costs
     two thin products, and the frozen kernel stays one array for all people under `jax.vmap`.
     """
-    kv = project_kv(frozen.cross_kv, context, model.dtype)
-    for deltas in kv_contributions(model, method, frozen, trainable, context, strength):
-        kv = jax.tree.map(lambda plain, delta: plain + delta.astype(plain.dtype), kv, deltas)
+    kv = sd.text_keys_values(model, frozen, context)
+    joined = sd.context_of(model, context)
+    for deltas in kv_contributions(model, method, frozen, trainable, joined, strength):
+        kv = with_deltas(kv, deltas)
     return kv
+
+
+def with_deltas(kv: dict, deltas: dict, share: jax.Array | None = None) -> dict:
+    """Keys and values with deltas in the structure of `cross_kv`; what else is in `kv` stays.
+
+    Args:
+      share: of each position, float32[B, T, 1]; None for all of it.
+    """
+
+    def add(plain, delta):
+        return plain + (delta if share is None else share * delta).astype(plain.dtype)
+
+    return kv | jax.tree.map(add, {block: kv[block] for block in deltas}, deltas)
 
 
 def kv_contributions(
@@ -335,7 +392,7 @@ def drawing_keys_values(
     """
     if not method.acts_at_sampling:
         encoded = sd.encode_text(model, frozen, token_ids, trainable["pseudo_tokens"])
-        return project_kv(frozen.cross_kv, encoded, model.dtype)
+        return sd.text_keys_values(model, frozen, encoded)
     condition = context(model, method, frozen, trainable, given, token_ids, strength=strength)
     return keys_values(model, method, frozen, trainable, condition, strength=strength)
 
@@ -349,6 +406,7 @@ def keys_values_together(
     token_ids: jax.Array,
     *,
     strength: float | jax.Array = 1.0,
+    encode: Callable = sd.encode_text,
 ) -> dict:
     """Keys and values with which a prompt that names several people is drawn.
 
@@ -361,27 +419,27 @@ def keys_values_together(
     Args:
       token_ids: int32[B, T]; the first person's tokens have the ids from the vocabulary's size on,
         the second person's the next ones, and so on.
+      encode: `sd.encode_text`, or what is to make the text condition instead.
     """
-    tokens = jnp.concatenate([trainable["pseudo_tokens"] for trainable in trainables])
+    everybody = [trainable["pseudo_tokens"] for trainable in trainables]
+    tokens = jax.tree.map(lambda *own: jnp.concatenate(own), *everybody)
     people = list(zip(methods, trainables, givens, strict=True))
-    counts = [len(trainable["pseudo_tokens"]) for trainable in trainables]
+    counts = [len(jax.tree.leaves(own)[0]) for own in everybody]
     shares = position_shares(counts, model.text.vocab_size, token_ids)[..., None]
-    encoded = sd.encode_text(model, frozen, token_ids, tokens)
+    encoded = encode(model, frozen, token_ids, tokens)
     context = encoded
     for share, (method, trainable, given) in zip(shares, people, strict=True):
         if method.acts_at_sampling and method.adapter:
             added = adapter_contribution(model, method, frozen, trainable, given, encoded, strength)
-            context = context + share * added
-    kv = project_kv(frozen.cross_kv, context, model.dtype)
+            own = jax.tree.map(lambda leaf, share=share: share * leaf, added)
+            context = with_contribution(model, context, own)
+    kv = sd.text_keys_values(model, frozen, context)
+    joined = sd.context_of(model, context)
     for share, (method, trainable, _) in zip(shares, people, strict=True):
         if not method.acts_at_sampling:
             continue
-        for deltas in kv_contributions(model, method, frozen, trainable, context, strength):
-            kv = jax.tree.map(
-                lambda plain, delta, share=share: plain + (share * delta).astype(plain.dtype),
-                kv,
-                deltas,
-            )
+        for deltas in kv_contributions(model, method, frozen, trainable, joined, strength):
+            kv = with_deltas(kv, deltas, share)
     return kv
 
 
@@ -402,7 +460,14 @@ def unguided_keys_values(
     plain = [replace(method, adapter=False) for method in methods]
     nothing: list[Given] = [{} for _ in plain]
     return keys_values_together(
-        model, plain, frozen, trainables, nothing, token_ids, strength=strength
+        model,
+        plain,
+        frozen,
+        trainables,
+        nothing,
+        token_ids,
+        strength=strength,
+        encode=sd.encode_negative,
     )
 
 
@@ -422,11 +487,14 @@ def position_shares(counts: Sequence[int], vocab_size: int, token_ids: jax.Array
 
 
 def regulariser(method: Method, trainable: Trainable, given: Given) -> jax.Array:
-    """Mean distance of the pseudo tokens from the anchor, unweighted; zero without regulariser."""
+    """Mean distance of the pseudo tokens from the anchor, unweighted; zero without regulariser, of
+    two encoders the mean over both."""
     if method.regulariser is None:
         return jnp.zeros(())
-    delta = trainable["pseudo_tokens"] - given["anchor"]
-    if method.regulariser == "euclidean":
-        return jnp.mean(loss.euclidean(delta))
-    with exact(jnp.float32):
-        return jnp.mean(loss.mahalanobis(delta, loss.AnchorMetric(**given["metric"])))
+    tokens, anchor, metric = trainable["pseudo_tokens"], given["anchor"], given.get("metric")
+    if not isinstance(tokens, dict):
+        return loss.distance(tokens, anchor, metric)
+    each = [
+        loss.distance(tokens[name], anchor[name], metric and metric[name]) for name in sd.ENCODERS
+    ]
+    return jnp.mean(jnp.stack(each))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from idea_jax.models.precision import exact
+
 ZETA = 2e-5  # ridge on the anchor's covariance, `Whslee/ID-EA` train.py
 FLOOR = 1e-8  # of the squared distance, before its root; same source
 
@@ -68,6 +70,19 @@ def mahalanobis(delta: jax.Array, metric: AnchorMetric) -> jax.Array:
     outside = delta - between @ metric.directions
     squared = (between**2) @ metric.precisions + metric.ridge * jnp.sum(outside**2, axis=-1)
     return jnp.sqrt(jnp.maximum(squared, FLOOR))
+
+
+def distance(tokens: jax.Array, anchor: jax.Array, metric: dict | None) -> jax.Array:
+    """Mean distance float32[] of tokens from an anchor, float32[N, d] both.
+
+    Args:
+      metric: the fields of an `AnchorMetric`; None for Euclidean distances.
+    """
+    delta = tokens - anchor
+    if metric is None:
+        return jnp.mean(euclidean(delta))
+    with exact(jnp.float32):
+        return jnp.mean(mahalanobis(delta, AnchorMetric(**metric)))
 
 
 def euclidean(delta: jax.Array) -> jax.Array:

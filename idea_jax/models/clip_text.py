@@ -1,4 +1,4 @@
-"""The CLIP text encoder of Stable Diffusion 1.x (CLIP-L) and 2.x (CLIP-H)."""
+"""The CLIP text encoders of Stable Diffusion: 1.x (CLIP-L), 2.x (CLIP-H), XL (CLIP-L and -bigG)."""
 
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ def exact_gelu(x: jax.Array) -> jax.Array:
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
 
+POOLED = "CLIPTextModelWithProjection"  # transformers' name of an encoder with a pooled output
+
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
@@ -35,14 +37,27 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    projection_dim: int = 0  # of the pooled output; 0 for an encoder without a projection
+
+    @property
+    def end(self) -> int:
+        """The id of `<|endoftext|>`, the last one of CLIP's vocabulary.
+
+        SD's files say `eos_token_id: 2`, for which transformers pools at the largest id of a text:
+        the same position, unless a pseudo token, whose id is larger, is in it.
+        """
+        return self.vocab_size - 1
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "CLIPTextConfig":
         """Reads transformers' `text_encoder/config.json`.
 
+        The width of a projection counts where the architecture has one (SDXL's second encoder).
+
         Raises: UnsupportedConfig, naming every key with an unsupported value and every unknown key.
         """
         read = ConfigReader(values, where)
+        pools = values.get("architectures") == [POOLED]
         # Defaults are those of transformers' CLIPTextConfig: its files may leave them out.
         config = cls(
             vocab_size=read.take("vocab_size", int, 49408),
@@ -53,13 +68,14 @@ class CLIPTextConfig:
             max_position_embeddings=read.take("max_position_embeddings", int, 77),
             hidden_act=read.take("hidden_act", str, "quick_gelu"),
             layer_norm_eps=read.take("layer_norm_eps", float, 1e-5),
+            projection_dim=read.take("projection_dim", int, 512) if pools else 0,
         )
         read.expect("model_type", "clip_text_model")
-        read.expect("architectures", ["CLIPTextModel"], None)
+        read.expect("architectures", [POOLED] if pools else ["CLIPTextModel"], None)
         read.expect("attention_dropout", 0.0)
         read.expect("dropout", 0.0)
-        # Origin, initialisation, ids that only the pooled output needs, and the width of a
-        # projection that Stable Diffusion does not use.
+        # Origin, initialisation, ids that only the pooled output needs (see `end`), and the width
+        # of a projection that is not there.
         read.ignore(
             "_name_or_path",
             "_commit_hash",
@@ -91,7 +107,7 @@ class CLIPTextConfig:
     def to_dict(self) -> dict:
         """The inverse of `from_dict`: the content of a `text_encoder/config.json`."""
         return {
-            "architectures": ["CLIPTextModel"],
+            "architectures": [POOLED if self.projection_dim else "CLIPTextModel"],
             "model_type": "clip_text_model",
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -101,7 +117,7 @@ class CLIPTextConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "hidden_act": self.hidden_act,
             "layer_norm_eps": self.layer_norm_eps,
-            "projection_dim": self.hidden_size,
+            "projection_dim": self.projection_dim or self.hidden_size,
             # The last two ids of CLIP's vocabulary; transformers refuses ids outside of it.
             "bos_token_id": self.vocab_size - 2,
             "eos_token_id": self.vocab_size - 1,
@@ -179,9 +195,17 @@ class CLIPEncoder(nn.Module):
         ]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        for layer in self.layers:
+        return self.layers[-1](self.penultimate(x))
+
+    def penultimate(self, x: jax.Array) -> jax.Array:
+        """What the last layer is given."""
+        for layer in self.layers[:-1]:
             x = layer(x)
         return x
+
+    def last(self, x: jax.Array) -> jax.Array:
+        """The last layer alone, of what `penultimate` returns."""
+        return self.layers[-1](x)
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -204,7 +228,10 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Returns the last hidden state after the final LayerNorm: the text condition, float32."""
+    """Returns the last hidden state after the final LayerNorm, float32.
+
+    It is the text condition of SD 1.x and 2.x; that of SDXL is `penultimate`.
+    """
 
     cfg: CLIPTextConfig
     dtype: jnp.dtype = jnp.float32
@@ -213,6 +240,10 @@ class CLIPTextModel(nn.Module):
         self.embeddings = CLIPTextEmbeddings(self.cfg)
         self.encoder = CLIPEncoder(self.cfg, self.dtype)
         self.final_layer_norm = layer_norm(self.cfg.layer_norm_eps, jnp.float32)
+        if self.cfg.projection_dim:
+            self.text_projection = nn.Dense(
+                self.cfg.projection_dim, use_bias=False, dtype=self.dtype
+            )
 
     def __call__(self, token_ids: jax.Array, pseudo_tokens: jax.Array | None = None) -> jax.Array:
         """Encodes int32[B, T] to float32[B, T, D].
@@ -221,14 +252,34 @@ class CLIPTextModel(nn.Module):
         float32[N, D]: the table itself is neither copied nor changed. T is at most
         `max_position_embeddings`.
         """
+        return self.encode_embeds(self.embed_with(token_ids, pseudo_tokens))
+
+    def penultimate(
+        self, token_ids: jax.Array, pseudo_tokens: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What SDXL takes of a text: float32[B, T, D] before the last layer, without the final
+        LayerNorm, and the pooled output float32[B, projection_dim], None without a projection.
+
+        The output after the last layer and the LayerNorm is pooled at the first `end` of each text.
+        """
+        x = self.encoder.penultimate(self.placed(self.embed_with(token_ids, pseudo_tokens)))
+        if not self.cfg.projection_dim:
+            return x, None
+        ends = jnp.argmax(token_ids == self.cfg.end, axis=1)
+        # The last layer mixes positions, so all of them go through it, and one through the norm.
+        last = jnp.take_along_axis(self.encoder.last(x), ends[:, None, None], axis=1)[:, 0]
+        return x, self.text_projection(self.final_layer_norm(last)).astype(jnp.float32)
+
+    def embed_with(self, token_ids: jax.Array, pseudo_tokens: jax.Array | None) -> jax.Array:
+        """Input embeddings float32[B, T, D], those of pseudo tokens included; see `__call__`."""
         if pseudo_tokens is None:
-            return self.encode_embeds(self.embed(token_ids))
+            return self.embed(token_ids)
         first = self.cfg.vocab_size
         is_pseudo = token_ids >= first
         table = self.embed(jnp.minimum(token_ids, first - 1))
         row = jnp.where(is_pseudo, token_ids - first, 0)
         pseudo = jnp.take(pseudo_tokens.astype(jnp.float32), row, axis=0, mode="fill")
-        return self.encode_embeds(jnp.where(is_pseudo[..., None], pseudo, table))
+        return jnp.where(is_pseudo[..., None], pseudo, table)
 
     def embed(self, token_ids: jax.Array) -> jax.Array:
         """Input embeddings float32[..., D] of ids below `vocab_size`, without positions."""
@@ -236,11 +287,14 @@ class CLIPTextModel(nn.Module):
 
     def encode_embeds(self, token_embeds: jax.Array) -> jax.Array:
         """Encodes input embeddings [B, T, D] (without positions) to float32[B, T, D]."""
+        return self.final_layer_norm(self.encoder(self.placed(token_embeds)))
+
+    def placed(self, token_embeds: jax.Array) -> jax.Array:
+        """Input embeddings [B, T, D] with those of their positions, float32."""
         length, limit = token_embeds.shape[1], self.cfg.max_position_embeddings
         if length > limit:
             raise ValueError(f"expected at most {limit} tokens, got {length}; shorten the prompt")
-        x = token_embeds.astype(jnp.float32) + self.embeddings.positions(length)[None]
-        return self.final_layer_norm(self.encoder(x))
+        return token_embeds.astype(jnp.float32) + self.embeddings.positions(length)[None]
 
 
 class CLIPTextModelWithProjection(nn.Module):

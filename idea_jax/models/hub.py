@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +47,8 @@ CONFIGS = (
     "unet/config.json",
     "vae/config.json",
 )
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+OF_SDXL = "text_encoder_2/config.json"  # what else SDXL has, and what tells it
 WEIGHTS = (
     ("text_encoder", "model"),
     ("unet", "diffusion_pytorch_model"),
@@ -58,7 +60,7 @@ CLIP_FILES = (
 CLIP_FILES += "vocab.json merges.txt tokenizer.json tokenizer_config.json".split()
 ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most repositories have none
 
-BESIDE_WEIGHTS = ("model_index.json", "tokenizer/*", *CONFIGS, ENHANCER)
+BESIDE_WEIGHTS = ("model_index.json", "tokenizer/*", "tokenizer_2/*", *CONFIGS, OF_SDXL, ENHANCER)
 
 SINGLE_FILE = ".safetensors"  # of a whole checkpoint
 
@@ -297,13 +299,33 @@ def has_home() -> bool:
 
 
 def _missing_configs(folder: Path) -> list[str]:
-    missing = [name for name in CONFIGS if not (folder / name).is_file()]
-    return missing if (folder / "tokenizer").is_dir() else [*missing, "tokenizer/"]
+    present = [name for name in (*CONFIGS, OF_SDXL) if (folder / name).is_file()]
+    present += [f"{path.name}/" for path in folder.glob("tokenizer*") if path.is_dir()]
+    return _lacking(present, (folder / "text_encoder_2").is_dir())
+
+
+def _lacking(present: Collection[str], is_sdxl: bool) -> list[str]:
+    """Which of the files and folders beside the weights are not there."""
+    needed = [*CONFIGS, "tokenizer/", *((OF_SDXL, "tokenizer_2/") if is_sdxl else ())]
+    missing = [name for name in needed if name not in present]
+    if is_sdxl and missing == [CONFIGS[1], "tokenizer/"]:
+        missing[1] += f" (it is SDXL's refiner, which draws nobody by itself: give {SDXL_BASE})"
+    return missing
+
+
+def weights_of(folder: Path) -> tuple[tuple[str, str], ...]:
+    """The parts of the checkpoint in a folder, and what their weights are called."""
+    return _weights_of((folder / OF_SDXL).is_file())
+
+
+def _weights_of(is_sdxl: bool) -> tuple[tuple[str, str], ...]:
+    """The parts of a checkpoint and what their weights are called."""
+    return (*WEIGHTS, ("text_encoder_2", "model")) if is_sdxl else WEIGHTS
 
 
 def _is_complete(folder: Path, variant: str | None, exact: bool) -> bool:
     try:
-        for part, stem in WEIGHTS:
+        for part, stem in weights_of(folder):
             find_weights(folder / part, stem, variant, exact=exact)
     except WeightsError:
         return False
@@ -417,10 +439,9 @@ def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]
     Raises:
       CheckpointNotFound: it lacks something that is read of a checkpoint.
     """
-    missing = [name for name in CONFIGS if name not in files]
-    if not any(name.startswith("tokenizer/") for name in files):
-        missing.append("tokenizer/")
-    if missing:
+    is_sdxl = any(name.startswith("text_encoder_2/") for name in files)
+    folders = {f"{name.partition('/')[0]}/" for name in files if "/" in name}
+    if missing := _lacking({*files, *folders}, is_sdxl):
         hint = ""
         alone = [name for name in files if "/" not in name and name.endswith(SINGLE_FILE)]
         if alone:
@@ -433,7 +454,7 @@ def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]
             f"layout: it lacks {', '.join(missing)}{hint}"
         )
     patterns, problems = list(BESIDE_WEIGHTS), []
-    for part, stem in WEIGHTS:
+    for part, stem in _weights_of(is_sdxl):
         present = sorted(f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/"))
         ways = file_names(stem, variant)
         only = only_variant(stem, present)

@@ -318,13 +318,14 @@ class Transformer2DModel(nn.Module):
     num_groups: int
     dtype: jnp.dtype
     attention: str = "xla"
+    remat: bool = False  # of each block the backward pass keeps what enters it alone
 
     def setup(self):
+        block = nn.remat(BasicTransformerBlock) if self.remat else BasicTransformerBlock
         self.norm = GroupNorm(self.num_groups, self.width, TRANSFORMER_NORM_EPS, self.dtype)
         self.proj_in = dense(self.width, self.dtype)
         self.transformer_blocks = [
-            BasicTransformerBlock(self.width, self.num_heads, self.dtype, self.attention)
-            for _ in range(self.depth)
+            block(self.width, self.num_heads, self.dtype, self.attention) for _ in range(self.depth)
         ]
         self.proj_out = dense(self.width, self.dtype)
 

@@ -22,16 +22,18 @@ from idea_jax.runtime.files import file_digest
 
 log = logging.getLogger(__name__)
 
-PARTS = ("unet", "text_encoder")
+PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 # The beginning of a key, and the part of a checkpoint that it means.
 PREFIXES = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
     "unet.": "unet",
     "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
 }
-OF_SDXL = ("lora_te1_", "lora_te2_", "text_encoder_2.")
 OF_TEXT = ("text_model.", "encoder.layers.")  # without a prefix, what is no UNet's
 
 # The end of a key, and which factor it is. In peft's own files the adapter has a name.
@@ -110,7 +112,7 @@ def about(loras: Sequence[Lora]) -> list[dict]:
 class LoraFile:
     """An open LoRA file: `modules` is {(part, name with `_` for every `.`): keys}.
 
-    Raises: LoraError if it is no LoRA of two factors a layer for Stable Diffusion 1.x or 2.x.
+    Raises: LoraError if it is no LoRA of two factors a layer for Stable Diffusion.
     """
 
     def __init__(self, lora: Lora):
@@ -145,8 +147,6 @@ class LoraFile:
         factors: dict[tuple[str, str], dict[str, str]] = {}
         tokens, unknown = [], []
         for key in self.tensors:
-            if key.startswith(OF_SDXL):
-                raise LoraError(f"{self.path} is for SDXL, which has two text encoders ({key})")
             for pattern, kind in OTHER_METHODS:
                 if re.search(rf"\.({pattern})(\.\w+)*$", key):
                     raise LoraError(
@@ -308,7 +308,7 @@ class Merging:
                 raise LoraError(
                     f"{file.path} is a LoRA for a model of another width: {len(wrong)} of its "
                     f"layers do not fit the {part}:{listed}\nTake a LoRA that was trained on the "
-                    "family of this checkpoint (SD 1.x, or SD 2.x)"
+                    "family of this checkpoint (SD 1.x, SD 2.x or SDXL)"
                 )
         return Merged(tensors, changes)
 

@@ -19,13 +19,20 @@ from idea_jax.models.tensor_files import TensorFiles, Tensors, WeightsError
 log = logging.getLogger(__name__)
 
 # Where each part stands in the file, by the folder that diffusers keeps it in. The text encoder of
-# SD 1.x is CLIP as transformers names it, that of SD 2.x is CLIP as OpenCLIP does.
+# SD 1.x is CLIP as transformers names it, that of SD 2.x is CLIP as OpenCLIP does; SDXL has both.
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-PREFIXES = {"unet": (UNET,), "vae": (VAE,), "text_encoder": (CLIP, OPEN_CLIP)}
+CLIP_L, CLIP_G = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+PREFIXES = {
+    "unet": (UNET,),
+    "vae": (VAE,),
+    "text_encoder": (CLIP, OPEN_CLIP, CLIP_L),
+    "text_encoder_2": (CLIP_G,),
+}
 
-# What fills prompts up: the end token with CLIP, id 0 with OpenCLIP.
-PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}
+# What fills prompts up: the end token with CLIP, id 0 with OpenCLIP. (SDXL's second encoder has its
+# own: `bundle.PADDING_2`.)
+PADDING = {"sd1": "<|endoftext|>", "sd2": "!", "sdxl": "<|endoftext|>"}
 
 VISION_LAYERS = 24  # of the text encoder of OpenCLIP's ViT-H
 
@@ -42,11 +49,18 @@ IGNORED = (
         r"attn_mask|visual\..+)",
         "what ties texts to pictures",
     ),
+    (
+        r"conditioner\.embedders\.(0\.transformer|1\.model)\.(logit_scale|attn_mask|visual\..+)",
+        "what ties texts to pictures",
+    ),
 )
 
 # How other kinds of file are known, and what to do with them.
 OTHERS = (
-    (r"conditioner\..*|.*\.label_emb\..*", "an SDXL checkpoint"),
+    (
+        r"conditioner\.embedders\.0\.model\..*",
+        "SDXL's refiner, which draws nobody by itself: give the base",
+    ),
     (r"(.*\.)?(double_blocks|joint_blocks|single_blocks)\..*", "a checkpoint of a transformer"),
     (r"control_model\..*", "a ControlNet"),
     (r"(lora_(unet|te).*|.*\.lora_(A|B|down|up)\..*)", "a LoRA: give it with --lora"),
@@ -58,28 +72,35 @@ OTHERS = (
 )
 
 
-class Renamed(Tensors):
-    """Tensors of a file under other names, some of them a slice of a tensor there."""
+TURNED = "T"  # of a tensor that is read with its axes the other way round
+Part = slice | str | None  # rows of a tensor, `TURNED`, or all as it is
 
-    def __init__(self, tensors: Tensors, names: dict[str, tuple[str, slice | None]]):
+
+class Renamed(Tensors):
+    """Tensors of a file under other names, some of them a part of a tensor there."""
+
+    def __init__(self, tensors: Tensors, names: dict[str, tuple[str, Part]]):
         self._tensors, self._names = tensors, names
         self.headers = {}
         for name, (key, part) in names.items():
             shape, dtype = tensors.headers[key]
-            rows = shape if part is None else (len(range(shape[0])[part]), *shape[1:])
-            self.headers[name] = (rows, dtype)
+            if isinstance(part, slice):
+                shape = (len(range(shape[0])[part]), *shape[1:])
+            self.headers[name] = (shape[::-1] if part == TURNED else shape, dtype)
 
     def __getitem__(self, name: str) -> np.ndarray:
         key, part = self._names[name]
         tensor = self._tensors[key]
-        return tensor if part is None else tensor[part]
+        if part == TURNED:
+            return tensor.T
+        return tensor[part] if isinstance(part, slice) else tensor
 
 
 class Original:
     """An open checkpoint in one file.
 
     Raises: WeightsError if it is no safetensors file; UnsupportedConfig if it is not that of a
-        Stable Diffusion 1.x or 2.x.
+        Stable Diffusion 1.x, 2.x or XL.
     """
 
     def __init__(self, path: Path):
@@ -99,11 +120,12 @@ class Original:
             found = [key for key in self.shapes if re.fullmatch(pattern, key)]
             if found:
                 raise UnsupportedConfig(
-                    f"{self.path} is {kind} (it holds {found[0]}); expected a Stable Diffusion 1.x "
-                    "or 2.x in the original layout"
+                    f"{self.path} is {kind} (it holds {found[0]}); expected a Stable Diffusion "
+                    "1.x, 2.x or XL in the original layout"
                 )
+        optional = ("vae",) if self.family == "sdxl" else ("vae", "text_encoder_2")
         for name, prefixes in PREFIXES.items():
-            if name != "vae" and not any(key.startswith(prefixes) for key in self.shapes):
+            if name not in optional and not any(key.startswith(prefixes) for key in self.shapes):
                 held = ", ".join(sorted({key.split(".")[0] for key in self.shapes})[:5])
                 raise UnsupportedConfig(
                     f"{self.path} has no {name}: expected keys {' or '.join(prefixes)}..., as in "
@@ -119,7 +141,9 @@ class Original:
 
     @property
     def family(self) -> str:
-        """ "sd1" or "sd2", by the names of the text encoder."""
+        """ "sd1", "sd2" or "sdxl", by the names of the text encoders."""
+        if any(key.startswith("conditioner.") for key in self.shapes):
+            return "sdxl"
         return "sd2" if any(key.startswith(OPEN_CLIP) for key in self.shapes) else "sd1"
 
     @property
@@ -144,18 +168,20 @@ class Original:
         return next(n for n in range(len(found) + 1) if n not in found)
 
     def part(self, name: str) -> Renamed:
-        """The tensors of "unet", "vae" or "text_encoder" under diffusers' names.
+        """The tensors of a part, one of `PREFIXES`, under diffusers' names.
 
         Keys without such a name keep theirs, so that what reads them says that it knows none.
         """
-        rename: Callable[[str], Iterator[tuple[str, slice | None]]]
+        rename: Callable[[str], Iterator[tuple[str, Part]]]
         if name == "unet":
             rename = self._unet_names()
         elif name == "vae":
             rename = self._vae_names()
+        elif name == "text_encoder_2" or self.family == "sd2":
+            rename = self._open_clip_names(CLIP_G if name == "text_encoder_2" else OPEN_CLIP)
         else:
-            rename = self._open_clip_names() if self.family == "sd2" else _clip_names
-        names: dict[str, tuple[str, slice | None]] = {}
+            rename = _clip_names
+        names: dict[str, tuple[str, Part]] = {}
         for prefix in PREFIXES[name]:
             for key in self.shapes:
                 if key.startswith(prefix) and not _ignored(key) and not self._beyond(key):
@@ -206,8 +232,9 @@ class Original:
     @property
     def text_layers(self) -> int:
         """The layers of the text encoder that are used."""
-        if self.family == "sd1":
-            return self.count(re.escape(CLIP) + r"(?:text_model\.)?encoder\.layers\.(\d+)\.")
+        if self.family != "sd2":
+            prefix = re.escape(CLIP if self.family == "sd1" else CLIP_L)
+            return self.count(prefix + r"(?:text_model\.)?encoder\.layers\.(\d+)\.")
         count = self.count(re.escape(OPEN_CLIP) + r"transformer\.resblocks\.(\d+)\.")
         # Conversions from diffusers layout leave the last of ViT-H out.
         return count if count == VISION_LAYERS - 1 else count - 1
@@ -223,7 +250,7 @@ class Original:
     def _unet_names(self) -> Callable:
         layers = self.unet_layers
 
-        def rename(key: str) -> Iterator[tuple[str, slice | None]]:
+        def rename(key: str) -> Iterator[tuple[str, Part]]:
             if found := re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", key):
                 side, number, child, rest = found[1], int(found[2]), int(found[3]), found[4]
                 if side == "input" and number == 0:
@@ -249,7 +276,7 @@ class Original:
     def _vae_names(self) -> Callable:
         levels = self.count(re.escape(VAE) + r"decoder\.up\.(\d+)\.")
 
-        def rename(key: str) -> Iterator[tuple[str, slice | None]]:
+        def rename(key: str) -> Iterator[tuple[str, Part]]:
             found = re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", key)
             if found:  # counted from the full resolution
                 key = f"decoder.up_blocks.{levels - 1 - int(found[1])}.{found[2]}"
@@ -257,10 +284,13 @@ class Original:
 
         return rename
 
-    def _open_clip_names(self) -> Callable:
-        width = self.shape(f"{OPEN_CLIP}token_embedding.weight")[1]
+    def _open_clip_names(self, prefix: str) -> Callable:
+        width = self.shape(f"{prefix}token_embedding.weight")[1]
 
-        def rename(key: str) -> Iterator[tuple[str, slice | None]]:
+        def rename(key: str) -> Iterator[tuple[str, Part]]:
+            if key == "text_projection":  # multiplied from the other side there
+                yield "text_projection.weight", TURNED
+                return
             name = _replaced(key, OPEN_CLIP_NAMES)
             if found := re.fullmatch(r"(.+\.)in_proj_(weight|bias)", name):
                 for i, layer in enumerate(("q_proj", "k_proj", "v_proj")):
@@ -274,7 +304,7 @@ class Original:
         return rename
 
 
-def _clip_names(key: str) -> Iterator[tuple[str, slice | None]]:
+def _clip_names(key: str) -> Iterator[tuple[str, Part]]:
     yield key, None
 
 
@@ -282,6 +312,8 @@ def _clip_names(key: str) -> Iterator[tuple[str, slice | None]]:
 UNET_ENDS = (
     (r"^time_embed\.0\.", "time_embedding.linear_1."),
     (r"^time_embed\.2\.", "time_embedding.linear_2."),
+    (r"^label_emb\.0\.0\.", "add_embedding.linear_1."),
+    (r"^label_emb\.0\.2\.", "add_embedding.linear_2."),
     (r"^out\.0\.", "conv_norm_out."),
     (r"^out\.2\.", "conv_out."),
 )

@@ -15,15 +15,16 @@ import yaml
 
 from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.models.clip_text import CLIPTextConfig
+from idea_jax.models.clip_text import POOLED, CLIPTextConfig
 from idea_jax.models.config_reader import UnsupportedConfig
-from idea_jax.models.original import CLIP, OPEN_CLIP, UNET, VAE, Original
+from idea_jax.models.original import CLIP, CLIP_G, CLIP_L, OPEN_CLIP, UNET, VAE, Original
 from idea_jax.models.tensor_files import WeightsError
-from idea_jax.models.unet import UNetConfig
+from idea_jax.models.unet import SIZE_IDS, UNetConfig
 from idea_jax.models.vae import VAEConfig
 
 HEAD_WIDTH = 64  # of CLIP's text encoders, and of the UNet of SD 2.x
 UNET_HEADS = 8  # of the UNet of SD 1.x
+SCALES = {"sdxl": 0.13025}  # of latents; 0.18215 in other families
 MAX_CONFIG_BYTES = 1_000_000
 
 # Step counter in the file of SD 2-base, the only one of 2.x that tells what it predicts.
@@ -37,6 +38,7 @@ class Configs(NamedTuple):
     unet: UNetConfig
     vae: VAEConfig | None
     schedule: ScheduleConfig
+    text_2: CLIPTextConfig | None = None
 
 
 def read_configs(
@@ -56,19 +58,26 @@ def read_configs(
     Raises: WeightsError if tensors are missing that every Stable Diffusion has; UnsupportedConfig
         if the shapes are of another network, contradict the config, or do not say what is needed.
     """
+    is_xl = original.family == "sdxl"
+    if is_xl and config:
+        raise UnsupportedConfig(
+            f"--original_config is for Stable Diffusion 1.x and 2.x; {original.path} is SDXL, and "
+            "its config follows from its shapes: leave it out"
+        )
     said = read_original_config(config) if config else {}
     predicts = prediction_type or said.get("prediction_type") or _predicts(original)
     # SD 2.x for v-prediction is the one for 768 pixels.
     size = said.get("image_size") or (
-        96 if original.family == "sd2" and predicts == "v_prediction" else 64
+        128 if is_xl else 96 if original.family == "sd2" and predicts == "v_prediction" else 64
     )
-    unet = _unet_config(original, said, size)
+    text_2 = _clip_config(original, CLIP_G, is_open=True) if is_xl else None
+    unet = _unet_config(original, said, size, text_2)
     _check_said(original, config, said, unet)
     # Marked by an empty tensor; its steps must begin where there is noise alone.
     no_signal = "ztsnr" in original.shapes
     plan = ScheduleConfig(
         rescale_betas_zero_snr=no_signal,
-        timestep_spacing="trailing" if no_signal else None,
+        timestep_spacing="trailing" if no_signal else "leading" if is_xl else None,
         beta_start=said.get("linear_start", 0.00085),
         beta_end=said.get("linear_end", 0.012),
         beta_schedule="scaled_linear",
@@ -76,6 +85,7 @@ def read_configs(
         prediction_type=predicts,
         set_alpha_to_one=False,
         steps_offset=1,
+        sampler="euler" if is_xl else "ddim",
     )
     if not no_signal:
         _check_schedule(original, plan)
@@ -84,36 +94,51 @@ def read_configs(
             f"{original.path} has no autoencoder; give one with --vae, or take a file that has one"
         )
     vae = _vae_config(original, said, size) if own_vae else None
-    return Configs(_text_config(original), unet, vae, plan)
+    return Configs(_text_config(original), unet, vae, plan, text_2)
 
 
 def _text_config(original: Original) -> CLIPTextConfig:
     if original.family == "sd2":
+        return _clip_config(original, OPEN_CLIP, is_open=True)
+    prefix = CLIP if original.family == "sd1" else CLIP_L
+    if any(key.startswith(f"{prefix}text_model.") for key in original.shapes):
+        prefix = f"{prefix}text_model."
+    return _clip_config(original, prefix, is_open=False)
+
+
+def _clip_config(original: Original, prefix: str, *, is_open: bool) -> CLIPTextConfig:
+    """The config of a text encoder whose names are those of OpenCLIP or of transformers."""
+    layers, own = original.text_layers, {}
+    if is_open:
         tokens, positions = "token_embedding.weight", "positional_embedding"
-        wide, prefix = "transformer.resblocks.0.mlp.c_fc.weight", OPEN_CLIP
+        wide = "transformer.resblocks.0.mlp.c_fc.weight"
     else:
-        prefix = CLIP
-        if any(key.startswith(f"{CLIP}text_model.") for key in original.shapes):
-            prefix = f"{CLIP}text_model."
         tokens = "embeddings.token_embedding.weight"
         positions = "embeddings.position_embedding.weight"
         wide = "encoder.layers.0.mlp.fc1.weight"
     size, width = original.shape(prefix + tokens)
+    if prefix == CLIP_G:
+        layers = original.count(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
+        pooled = original.shape(f"{prefix}text_projection")[1]
+        own = {"architectures": [POOLED], "projection_dim": pooled}
     return CLIPTextConfig.from_dict(
         {
             "vocab_size": size,
             "hidden_size": width,
             "intermediate_size": original.shape(prefix + wide)[0],
-            "num_hidden_layers": original.text_layers,
+            **own,
+            "num_hidden_layers": layers,
             "num_attention_heads": max(1, width // HEAD_WIDTH),
             "max_position_embeddings": original.shape(prefix + positions)[0],
-            "hidden_act": "gelu" if original.family == "sd2" else "quick_gelu",
+            "hidden_act": "gelu" if is_open else "quick_gelu",
         },
-        f"{original.path} (text encoder)",
+        f"{original.path} (text encoder{' 2' if own else ''})",
     )
 
 
-def _unet_config(original: Original, said: dict, size: int) -> UNetConfig:
+def _unet_config(
+    original: Original, said: dict, size: int, text_2: CLIPTextConfig | None
+) -> UNetConfig:
     def first(block: int) -> str:
         return f"{UNET}input_blocks.{block}."
 
@@ -148,8 +173,17 @@ def _unet_config(original: Original, said: dict, size: int) -> UNetConfig:
                 f"{per_head}; give the --original_config that says how many heads there are"
             )
         heads = [width // per_head for width in widths]
+    added = {}
+    if text_2 is not None:
+        total = original.shape(f"{UNET}label_emb.0.0.weight")[1]
+        added = {
+            "addition_embed_type": "text_time",
+            "projection_class_embeddings_input_dim": total,
+            "addition_time_embed_dim": (total - text_2.projection_dim) // SIZE_IDS,
+        }
     return UNetConfig.from_dict(
         {
+            **added,
             "sample_size": size,
             "in_channels": original.shape(f"{first(0)}0.weight")[1],
             "out_channels": original.shape(f"{UNET}out.2.weight")[0],
@@ -185,7 +219,7 @@ def _vae_config(original: Original, said: dict, size: int) -> VAEConfig:
                 re.escape(VAE) + r"encoder\.down\.0\.block\.(\d+)\."
             ),
             "latent_channels": original.shape(f"{VAE}post_quant_conv.weight")[0],
-            "scaling_factor": said.get("scale_factor", 0.18215),
+            "scaling_factor": said.get("scale_factor", SCALES.get(original.family, 0.18215)),
             "sample_size": size * 2 ** (levels - 1),
         },
         f"{original.path} (autoencoder)",
@@ -202,7 +236,7 @@ def _predicts(original: Original) -> str:
     stated = original.tensors.metadata.get("modelspec.prediction_type", "").lower()
     if stated in ("epsilon", "v", "v_prediction"):
         return "epsilon" if stated == "epsilon" else "v_prediction"
-    if original.family == "sd1":
+    if original.family != "sd2":
         return "epsilon"
     steps = original.tensors["global_step"] if original.shapes.get("global_step") == () else 0
     if int(steps) == STEPS_OF_2_BASE:

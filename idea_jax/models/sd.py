@@ -5,10 +5,8 @@ Latents are scaled (multiplied by the VAE's scaling factor) everywhere outside `
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,86 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from idea_jax.diffusion import schedule
-from idea_jax.diffusion.schedule import ScheduleConfig
-from idea_jax.models import original_config as original_configs
 from idea_jax.models import weights
-from idea_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from idea_jax.models.config_reader import UnsupportedConfig, say_once
+from idea_jax.models.bundle import ENCODERS, PADDING_2, Frozen, StableDiffusion, each_encoder
+from idea_jax.models.clip_text import CLIPTextModel
+from idea_jax.models.configs import read_configs
 from idea_jax.models.lora import Lora, Merging
 from idea_jax.models.original import Original
 from idea_jax.models.precision import exact
 from idea_jax.models.tensor_files import TensorFiles, Tensors, WeightsError, find_weights
-from idea_jax.models.unet import UNet2DConditionModel, UNetConfig, cross_kv_shapes
+from idea_jax.models.unet import (
+    SIZE_IDS,
+    UNet2DConditionModel,
+    cross_kv_shapes,
+    project_kv,
+)
 from idea_jax.models.vae import AutoencoderKL, VAEConfig
 from idea_jax.pytrees import flatten, unflatten
 from idea_jax.runtime import traces
 from idea_jax.runtime.files import atomic_write, write_json
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
 DIFFUSERS_VERSION = "0.42.1"  # whose layout `save` writes
-
-
-class Frozen(NamedTuple):
-    """The weights that personalising never changes: nested dicts of arrays.
-
-    `shared` is what an ID-Enhancer that was trained over many people adds for all of them
-    (`method.shared.frozen_part`); empty without one, and no part of a checkpoint.
-    """
-
-    text: dict
-    unet: dict
-    cross_kv: dict
-    vae: dict
-    shared: dict = {}
-
-
-@dataclass(frozen=True)
-class StableDiffusion:
-    """What the networks look like. Hashable, so it can be a static argument of `jax.jit`."""
-
-    text: CLIPTextConfig
-    unet: UNetConfig
-    vae: VAEConfig
-    schedule: ScheduleConfig
-    compute_dtype: str = "float32"
-    attention: str = "xla"  # kernel of the UNet's long self-attentions, see `flash`
-
-    def __post_init__(self):
-        text, unet, vae = self.text, self.unet, self.vae
-        latents, rgb = ("VAE's latent_channels", vae.latent_channels), ("RGB's", 3)
-        width = ("text encoder's hidden_size", text.hidden_size)
-        pairs = (
-            (("UNet's cross_attention_dim", unet.cross_attention_dim), width),
-            (("UNet's in_channels", unet.in_channels), latents),
-            (("UNet's out_channels", unet.out_channels), latents),
-            (("VAE's in_channels", vae.in_channels), rgb),
-            (("VAE's out_channels", vae.out_channels), rgb),
-        )
-        problems = [f"{a} is {x}, but the {b} is {y}" for (a, x), (b, y) in pairs if x != y]
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            options = " or ".join(COMPUTE_DTYPES)
-            problems.append(f"compute dtype is {self.compute_dtype!r}, expected {options}")
-        if problems:
-            raise UnsupportedConfig(
-                "not a text-to-image Stable Diffusion 1.x or 2.x: " + "; ".join(problems)
-            )
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.compute_dtype)
-
-    @property
-    def text_model(self) -> CLIPTextModel:
-        return CLIPTextModel(self.text, self.dtype)
-
-    @property
-    def unet_model(self) -> UNet2DConditionModel:
-        return UNet2DConditionModel(self.unet, self.dtype, self.attention)
-
-    @property
-    def vae_model(self) -> AutoencoderKL:
-        return AutoencoderKL(self.vae, self.dtype)
 
 
 def _exactly(function: Callable) -> Callable:
@@ -123,85 +61,11 @@ def _parts(model: StableDiffusion) -> Iterator[_Part]:
     stem = "diffusion_pytorch_model"
     unet_table = weights.unet_table(model.unet.use_linear_projection)
     yield _Part("text_encoder", "model", weights.text_table(), ("text",), model.text.to_dict())
+    if model.text_2 is not None:
+        table, config = weights.text_table("text_2"), model.text_2.to_dict()
+        yield _Part("text_encoder_2", "model", table, ("text_2",), config)
     yield _Part("unet", stem, unet_table, ("unet", "cross_kv"), model.unet.to_dict())
     yield _Part("vae", stem, weights.vae_table(), ("vae",), model.vae.to_dict())
-
-
-def read_configs(
-    folder: Path,
-    compute_dtype: str = "float32",
-    *,
-    vae: Path | None = None,
-    clip_skip: int = 0,
-    prediction_type: str | None = None,
-    original_config: str | None = None,
-) -> StableDiffusion:
-    """Reads the four config files of a checkpoint in diffusers layout, or the shapes of one file.
-
-    Args:
-      folder: the folder, or the file of a checkpoint in the original layout.
-      vae: folder of another autoencoder, instead of the checkpoint's own.
-      clip_skip: layers that are left out at the end of the text encoder.
-      prediction_type: what the UNet predicts, "epsilon" or "v_prediction", whatever the checkpoint
-        says of it.
-      original_config: path of the original config of a checkpoint in one file.
-
-    Raises: WeightsError if one is absent or no JSON; UnsupportedConfig or ValueError naming every
-    key and value that is not supported.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        found = original_configs.read_configs(
-            Original(folder),
-            Path(original_config) if original_config else None,
-            prediction_type,
-            own_vae=vae is None,
-        )
-    elif original_config:
-        raise UnsupportedConfig(
-            f"--original_config is for a checkpoint in one file; {folder} is a folder with configs "
-            "of its own"
-        )
-    else:
-        found = original_configs.Configs(
-            _read_config(CLIPTextConfig, folder, "text_encoder/config.json"),
-            _read_config(UNetConfig, folder, "unet/config.json"),
-            _read_config(VAEConfig, folder, "vae/config.json") if vae is None else None,
-            _read_config(ScheduleConfig, folder, "scheduler/scheduler_config.json"),
-        )
-    text, noise = found.text, found.schedule
-    if clip_skip >= text.num_hidden_layers:
-        raise UnsupportedConfig(
-            f"--clip_skip {clip_skip} leaves nothing of the {text.num_hidden_layers} layers of the "
-            f"text encoder in {folder}"
-        )
-    return StableDiffusion(
-        text=replace(text, num_hidden_layers=text.num_hidden_layers - clip_skip),
-        unet=found.unet,
-        vae=found.vae or _read_config(VAEConfig, vae, "config.json"),
-        schedule=replace(noise, prediction_type=prediction_type or noise.prediction_type),
-        compute_dtype=compute_dtype,
-    )
-
-
-def _read_config(kind: Any, folder: Path, name: str) -> Any:
-    file = folder / name
-    if not file.is_file():
-        present = sorted(x.name for x in folder.glob("*"))
-        raise WeightsError(
-            f"no {name} in {folder}, which holds {', '.join(present) or 'nothing'}; "
-            "expected a Stable Diffusion checkpoint in diffusers layout"
-        )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{file} holds no JSON object")
-    config = kind.from_dict(values, str(file))
-    for notice in schedule.notices(values) if kind is ScheduleConfig else ():
-        say_once(f"{file}: {notice}")
-    return config
 
 
 def shapes(model: StableDiffusion) -> Frozen:
@@ -209,7 +73,8 @@ def shapes(model: StableDiffusion) -> Frozen:
 
     Every caller gets the same trees, which are not to be changed.
     """
-    return _shapes(StableDiffusion(model.text, model.unet, model.vae, model.schedule))
+    own = StableDiffusion(model.text, model.unet, model.vae, model.schedule, text_2=model.text_2)
+    return _shapes(own)
 
 
 @functools.lru_cache(maxsize=4)
@@ -228,8 +93,9 @@ def _traced_shapes(model: StableDiffusion) -> Frozen:
     cfg = model.unet
     cross_kv = cross_kv_shapes(cfg)
 
-    def parameters(network, *inputs):
-        return jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+    def parameters(network, *inputs, **named):
+        traced = functools.partial(network.init, **named)
+        return jax.eval_shape(traced, jax.random.key(0), *inputs)["params"]
 
     def zeros(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -237,10 +103,16 @@ def _traced_shapes(model: StableDiffusion) -> Frozen:
     size = 2 ** (len(cfg.block_out_channels) - 1)
     kv = jax.tree.map(lambda kernel: zeros(1, 1, kernel.shape[1]), cross_kv)
     latents, times = zeros(1, size, size, cfg.in_channels), zeros(1, dtype=jnp.int32)
+    text_2, size_ids, ids = {}, None, zeros(1, 1, dtype=jnp.int32)
+    if model.text_2 is not None:
+        kv["pooled"], size_ids = zeros(1, cfg.pooled_dim), zeros(1, SIZE_IDS, dtype=jnp.int32)
+        second = CLIPTextModel(model.text_2, model.dtype)
+        text_2 = parameters(second, ids, method=CLIPTextModel.penultimate)
     images = zeros(1, model.vae.downscale, model.vae.downscale, model.vae.in_channels)
     return Frozen(
-        text=parameters(model.text_model, zeros(1, 1, dtype=jnp.int32)),
-        unet=parameters(model.unet_model, latents, times, kv),
+        text=parameters(model.text_model, ids),
+        text_2=text_2,
+        unet=parameters(model.unet_model, latents, times, kv, size_ids),
         cross_kv=cross_kv,
         vae=parameters(model.vae_model, images),
     )
@@ -312,7 +184,7 @@ def save(
     *,
     variant: str | None = None,
     dtype: str = "float32",
-    parts: Collection[str] = ("text_encoder", "unet", "vae"),
+    parts: Collection[str] = ("text_encoder", "text_encoder_2", "unet", "vae"),
 ) -> None:
     """Writes a checkpoint that `load` and torch's diffusers read; the tokenizer is not part of it.
 
@@ -330,7 +202,7 @@ def save(
         infix = f".{variant}" if variant else ""
         with atomic_write(folder / part.folder / f"{part.stem}{infix}.safetensors") as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        config = part.config if part.folder == "text_encoder" else part.config | version
+        config = part.config if part.folder.startswith("text") else part.config | version
         write_json(folder / part.folder / "config.json", config, sort_keys=True)
 
     schedule = model.schedule.to_dict() | version
@@ -351,6 +223,15 @@ def save(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if model.text_2 is not None:
+        for name in ("requires_safety_checker", "safety_checker"):
+            del index[name]
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": model.zero_negative,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
     write_json(folder / "model_index.json", index, sort_keys=True)
 
 
@@ -382,30 +263,86 @@ def init(model: StableDiffusion, key: jax.Array) -> Frozen:
         return Frozen(**unflatten(dict(zip(flat, leaves, strict=True))))
 
 
+def encoder_params(model: StableDiffusion, frozen: Frozen) -> dict:
+    """The weights of the text encoders, for `each_encoder`."""
+    if model.text_2 is None:
+        return frozen.text
+    return dict(zip(ENCODERS, (frozen.text, frozen.text_2), strict=True))
+
+
 @_exactly
 def encode_text(
-    model: StableDiffusion,
-    frozen: Frozen,
-    token_ids: jax.Array,
-    pseudo_tokens: jax.Array | None = None,
-) -> jax.Array:
-    """The text condition float32[B, T, D] of int32[B, T]; see `CLIPTextModel.__call__`."""
-    return model.text_model.apply({"params": frozen.text}, token_ids, pseudo_tokens)
+    model: StableDiffusion, frozen: Frozen, token_ids: jax.Array, pseudo_tokens: Any = None
+) -> Any:
+    """The text condition of int32[B, T]; see `CLIPTextModel.__call__` for ids of pseudo tokens.
+
+    Returns: float32[B, T, D]; of SDXL a dict of what each encoder says, by the names of `ENCODERS`,
+      and "pooled" float32[B, pooled_dim].
+
+    Args:
+      pseudo_tokens: float32[N, D]; of SDXL a dict of those of each encoder.
+    """
+    if model.text_2 is None:
+        return model.text_model.apply({"params": frozen.text}, token_ids, pseudo_tokens)
+    # Both have one vocabulary; only what comes after the end differs.
+    is_over = jnp.cumsum(token_ids == model.text.end, axis=1) - (token_ids == model.text.end) > 0
+    ids = {"clip_l": token_ids, "clip_g": jnp.where(is_over, PADDING_2, token_ids)}
+
+    def encode(config, params, ids, own):
+        network = CLIPTextModel(config, model.dtype)
+        return network.apply({"params": params}, ids, own, method=CLIPTextModel.penultimate)
+
+    pseudo = dict.fromkeys(ENCODERS) if pseudo_tokens is None else pseudo_tokens
+    found = each_encoder(model, encode, encoder_params(model, frozen), ids, pseudo)
+    states = {name: state for name, (state, _) in found.items()}
+    return states | {"pooled": found["clip_g"][1]}
+
+
+def encode_negative(
+    model: StableDiffusion, frozen: Frozen, token_ids: jax.Array, pseudo_tokens: Any = None
+) -> Any:
+    """`encode_text` of a negative prompt; of SDXL zeros, where all chunks int32[B, T] are empty."""
+    text = encode_text(model, frozen, token_ids, pseudo_tokens)
+    if not model.zero_negative:
+        return text
+    says_something = (token_ids[:, 1] != model.text.end).any()
+    return jax.tree.map(lambda leaf: jnp.where(says_something, leaf, 0), text)
+
+
+def context_of(model: StableDiffusion, text: Any) -> jax.Array:
+    """What keys and values are made of, float32[B, T, context_dim], of what `encode_text` gives."""
+    if model.text_2 is None:
+        return text
+    return jnp.concatenate([text[name] for name in ENCODERS], axis=-1)
+
+
+def text_keys_values(model: StableDiffusion, frozen: Frozen, text: Any) -> dict:
+    """How a text condition enters the UNet: `project_kv`, and in SDXL the pooled output beside."""
+    kv = project_kv(frozen.cross_kv, context_of(model, text), model.dtype)
+    return kv if model.text_2 is None else kv | {"pooled": text["pooled"]}
 
 
 @_exactly
-def encode_token_embeds(
-    model: StableDiffusion, frozen: Frozen, token_embeds: jax.Array
-) -> jax.Array:
-    """The text condition float32[B, T, D] of input embeddings [B, T, D] without positions."""
-    return model.text_model.apply(
-        {"params": frozen.text}, token_embeds, method=CLIPTextModel.encode_embeds
-    )
+def encode_token_embeds(model: StableDiffusion, frozen: Frozen, token_embeds: Any) -> Any:
+    """The last hidden state float32[B, T, D], after the final LayerNorm, of input embeddings
+    [B, T, D] without positions; of SDXL each a dict of those of each encoder."""
+
+    def encode(config, params, embeds):
+        network = CLIPTextModel(config, model.dtype)
+        return network.apply({"params": params}, embeds, method=CLIPTextModel.encode_embeds)
+
+    return each_encoder(model, encode, encoder_params(model, frozen), token_embeds)
 
 
-def embed_tokens(model: StableDiffusion, frozen: Frozen, token_ids: jax.Array) -> jax.Array:
-    """Input embeddings float32[..., D] of int32[...] token ids."""
-    return model.text_model.apply({"params": frozen.text}, token_ids, method=CLIPTextModel.embed)
+def embed_tokens(model: StableDiffusion, frozen: Frozen, token_ids: jax.Array) -> Any:
+    """Input embeddings float32[..., D] of int32[...] token ids; of SDXL a dict of those of each
+    encoder."""
+
+    def embed(config, params):
+        network = CLIPTextModel(config, model.dtype)
+        return network.apply({"params": params}, token_ids, method=CLIPTextModel.embed)
+
+    return each_encoder(model, embed, encoder_params(model, frozen))
 
 
 @_exactly
@@ -420,22 +357,41 @@ def encode_image(
         {"params": frozen.vae}, images, method=AutoencoderKL.encode
     )
     scale = model.vae.scaling_factor
-    return mean * scale, logvar + 2 * np.log(scale)
+    if model.vae.latents_std is None:
+        return mean * scale, logvar + 2 * np.log(scale)
+    middle, std = _moments(model.vae)
+    return (mean - middle) * (scale / std), logvar + 2 * np.log(scale / std)
 
 
 @_exactly
 def predict(
-    model: StableDiffusion, frozen: Frozen, latents: jax.Array, timesteps: jax.Array, kv: dict
+    model: StableDiffusion,
+    frozen: Frozen,
+    latents: jax.Array,
+    timesteps: jax.Array,
+    kv: dict,
+    size_ids: jax.Array | None = None,
 ) -> jax.Array:
     """The UNet's prediction float32[B, h, w, C]; see `UNet2DConditionModel.__call__`."""
-    return model.unet_model.apply({"params": frozen.unet}, latents, timesteps, kv)
+    return model.unet_model.apply({"params": frozen.unet}, latents, timesteps, kv, size_ids)
 
 
 @_exactly
-def embed_times(model: StableDiffusion, frozen: Frozen, timesteps: jax.Array) -> dict:
-    """What the UNet adds at timesteps [N], each leaf [N, width]: for `denoise`, row by row."""
+def embed_times(
+    model: StableDiffusion,
+    frozen: Frozen,
+    timesteps: jax.Array,
+    pooled: jax.Array | None = None,
+    size_ids: jax.Array | None = None,
+) -> dict:
+    """What the UNet adds at timesteps [N], each leaf [N, width]: for `denoise`, row by row; see
+    `UNet2DConditionModel.embed_times`."""
     return model.unet_model.apply(
-        {"params": frozen.unet}, timesteps, method=UNet2DConditionModel.embed_times
+        {"params": frozen.unet},
+        timesteps,
+        pooled,
+        size_ids,
+        method=UNet2DConditionModel.embed_times,
     )
 
 
@@ -449,8 +405,18 @@ def denoise(
     )
 
 
+def _moments(vae: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each latent channel, float32[1, 1, 1, C]."""
+    return tuple(
+        np.float32(values)[None, None, None] for values in (vae.latents_mean, vae.latents_std)
+    )
+
+
 @_exactly
 def decode(model: StableDiffusion, frozen: Frozen, latents: jax.Array) -> jax.Array:
     """Images float32[B, H, W, 3], about [-1, 1], of scaled latents [B, h, w, C]."""
     latents = latents / model.vae.scaling_factor
+    if model.vae.latents_std is not None:
+        middle, std = _moments(model.vae)
+        latents = latents * std + middle
     return model.vae_model.apply({"params": frozen.vae}, latents, method=AutoencoderKL.decode)

@@ -1,10 +1,12 @@
-"""The denoising UNet of Stable Diffusion 1.x and 2.x.
+"""The denoising UNet of Stable Diffusion 1.x, 2.x and XL.
 
 The text enters as keys and values: `project_kv` computes them from a context with the kernels of
 `cross_kv`, a tree of its own beside the UNet's parameters, and the network is called with the
 result. Both trees, and the keys and values, have the structure
 `[block]["attentions_j"]["transformer_blocks_k"]["to_k" | "to_v"]`, where block is
-`down_blocks_i`, `mid_block` or `up_blocks_i`.
+`down_blocks_i`, `mid_block` or `up_blocks_i`. In SDXL a text enters in a second way, too: its
+pooled output and six numbers, the sizes of the picture, are added to the timestep's embedding. Keys
+and values then have the pooled output beside them, as `kv["pooled"]`.
 """
 
 import dataclasses
@@ -35,6 +37,8 @@ OLD_SAMPLE_SIZE = 64
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # has cross-attention
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
+SIZE_IDS = 6  # original height and width, top and left of the crop, target height and width
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -55,6 +59,13 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
+    addition_time_embed_dim: int = 0  # of each of the six sizes; 0 where none is read (not SDXL)
+    addition_embed_dim: int = 0  # of the pooled output and all sizes together
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled output that is added to the timestep's embedding; 0 for none."""
+        return self.addition_embed_dim - SIZE_IDS * self.addition_time_embed_dim
 
     @classmethod
     def from_dict(cls, values: dict, where: str) -> "UNetConfig":
@@ -70,6 +81,7 @@ class UNetConfig:
         written_by = read.take("_diffusers_version", str, "")
         channels = read.take_list("block_out_channels", int) or ()
         levels = len(channels)
+        added = values.get("addition_embed_type") is not None
         config = cls(
             sample_size=read.take("sample_size", int, 64),
             in_channels=read.take("in_channels", int, 4),
@@ -86,6 +98,10 @@ class UNetConfig:
             norm_eps=read.take("norm_eps", float, 1e-5),
             flip_sin_to_cos=read.take("flip_sin_to_cos", bool, True),
             freq_shift=read.take("freq_shift", float, 0),
+            addition_time_embed_dim=read.take("addition_time_embed_dim", int) if added else 0,
+            addition_embed_dim=(
+                read.take("projection_class_embeddings_input_dim", int) if added else 0
+            ),
         )
         if not read.problems and is_old(written_by) and config.sample_size < OLD_SAMPLE_SIZE:
             read.notices.append(
@@ -94,6 +110,10 @@ class UNetConfig:
                 "--height and --width, ask for other sizes"
             )
             config = dataclasses.replace(config, sample_size=OLD_SAMPLE_SIZE)
+        read.expect("addition_embed_type", None, "text_time")
+        if not added:
+            read.expect("addition_time_embed_dim", None)
+            read.expect("projection_class_embeddings_input_dim", None)
         read.expect("act_fn", "silu", "swish")
         read.expect("only_cross_attention", False, [False] * levels)
         read.expect("mid_block_only_cross_attention", None, False)
@@ -125,10 +145,21 @@ class UNetConfig:
                 f"{channels} channels do not divide into norm_num_groups = {self.norm_num_groups}",
             )
         read.refuse(self.block_out_channels[0] % 2 > 0, "block_out_channels[0] is odd")
+        read.refuse(
+            self.addition_embed_dim > 0 and self.pooled_dim <= 0,
+            f"projection_class_embeddings_input_dim = {self.addition_embed_dim}: expected more "
+            f"than {SIZE_IDS} times addition_time_embed_dim = {self.addition_time_embed_dim}",
+        )
 
     def to_dict(self) -> dict:
         """The inverse of `from_dict`: the content of a diffusers `unet/config.json`."""
+        added = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": self.addition_time_embed_dim,
+            "projection_class_embeddings_input_dim": self.addition_embed_dim,
+        }
         return {
+            **(added if self.addition_embed_dim else {}),
             "_class_name": "UNet2DConditionModel",
             "sample_size": self.sample_size,
             "in_channels": self.in_channels,
@@ -151,8 +182,6 @@ class UNetConfig:
 
 # Keys of diffusers whose default alone is supported.
 _ONLY_DEFAULT = {
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -169,7 +198,6 @@ _ONLY_DEFAULT = {
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "num_attention_heads": None,
     "num_class_embeds": None,
-    "projection_class_embeddings_input_dim": None,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
     "resnet_time_scale_shift": "default",
@@ -238,6 +266,7 @@ class UNetBlock(nn.Module):
       cross: whether attentions follow the ResNet blocks (in the middle: stand between them).
       resample: whether the block ends by changing the resolution.
       attention: kernel of long self-attentions, see `flash`.
+      remat: the backward pass computes the inside of ResNet and transformer blocks again.
     """
 
     cfg: UNetConfig
@@ -248,12 +277,14 @@ class UNetBlock(nn.Module):
     cross: bool
     resample: bool
     attention: str
+    remat: bool
 
     def setup(self):
         cfg, dtype = self.cfg, self.dtype
+        resnet = nn.remat(ResnetBlock2D) if self.remat else ResnetBlock2D
         width = cfg.block_out_channels[self.level]
         self.resnets = [
-            ResnetBlock2D(i, o, cfg.norm_num_groups, cfg.norm_eps, dtype, time=True)
+            resnet(i, o, cfg.norm_num_groups, cfg.norm_eps, dtype, time=True)
             for i, o in self.resnet_channels
         ]
         if self.cross:
@@ -265,6 +296,7 @@ class UNetBlock(nn.Module):
                     cfg.norm_num_groups,
                     dtype,
                     self.attention,
+                    self.remat,
                 )
                 for _ in range(len(self.resnet_channels) - (self.role == "mid"))
             ]
@@ -304,7 +336,7 @@ class UNetBlock(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """The two-layer network on the timestep sinusoid; returns its output after one more SiLU."""
+    """The two-layer network on the sinusoid of a timestep, or of all that is added to it."""
 
     width: int
     dtype: jnp.dtype
@@ -314,29 +346,32 @@ class TimestepEmbedding(nn.Module):
         self.linear_2 = dense(self.width, self.dtype)
 
     def __call__(self, sinusoid: jax.Array) -> jax.Array:
-        # Every ResNet block applies this SiLU to its input; it is the same for all of them.
-        return nn.silu(self.linear_2(nn.silu(self.linear_1(sinusoid))))
+        return self.linear_2(nn.silu(self.linear_1(sinusoid)))
 
 
 class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or v) in latents, given the timestep and the text's keys and values.
 
-    `attention` is the kernel of long self-attentions, see `flash`.
+    `attention` is the kernel of long self-attentions, see `flash`; `remat` as of `UNetBlock`.
     """
 
     cfg: UNetConfig
     dtype: jnp.dtype = jnp.float32
     attention: str = "xla"
+    remat: bool = False
 
     def setup(self):
         cfg, dtype = self.cfg, self.dtype
 
         def block(role, level, sizes, cross, resample):
-            return UNetBlock(cfg, dtype, role, level, sizes, cross, resample, self.attention)
+            how = self.attention, self.remat
+            return UNetBlock(cfg, dtype, role, level, sizes, cross, resample, *how)
 
         channels, layers = cfg.block_out_channels, cfg.layers_per_block
         last = len(channels) - 1
         self.time_embedding = TimestepEmbedding(4 * channels[0], dtype)
+        if cfg.addition_embed_dim:
+            self.add_embedding = TimestepEmbedding(4 * channels[0], dtype)
         self.conv_in = conv3x3(channels[0], dtype)
 
         down = []
@@ -364,22 +399,49 @@ class UNet2DConditionModel(nn.Module):
         self.conv_norm_out = GroupNorm(cfg.norm_num_groups, channels[0], cfg.norm_eps, dtype)
         self.conv_out = conv3x3(cfg.out_channels, dtype)
 
-    def __call__(self, sample: jax.Array, timesteps: jax.Array, kv: dict) -> jax.Array:
+    def __call__(
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        kv: dict,
+        size_ids: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns float32[B, h, w, out_channels].
 
         Arguments: sample float[B, h, w, in_channels], any h and w; timesteps int32 or float32[B],
-        or a scalar for all; kv as `project_kv` returns it, with the same B.
+        or a scalar for all; kv as `project_kv` returns it, with the same B. SDXL alone: kv has a
+        "pooled" [B, pooled_dim], and size_ids is [B, 6].
         """
         # One timestep for all images stays one row.
-        return self.denoise(sample, self.embed_times(jnp.atleast_1d(timesteps)), kv)
+        times = self.embed_times(jnp.atleast_1d(timesteps), kv.get("pooled"), size_ids)
+        return self.denoise(sample, times, kv)
 
-    def embed_times(self, timesteps: jax.Array) -> dict:
-        """What the ResNet blocks of each level add at int32 or float32[N] timesteps: [N, width]."""
+    def embed_times(
+        self,
+        timesteps: jax.Array,
+        pooled: jax.Array | None = None,
+        size_ids: jax.Array | None = None,
+    ) -> dict:
+        """What the ResNet blocks of each level add at int32 or float32[N] timesteps: [N, width].
+
+        In SDXL also for `pooled` [N, pooled_dim] and `size_ids` [N, 6]; a single timestep stands
+        for all of their rows.
+        """
         cfg = self.cfg
         sinusoid = timestep_embedding(
             timesteps, cfg.block_out_channels[0], cfg.flip_sin_to_cos, cfg.freq_shift
         )
         time = self.time_embedding(sinusoid)
+        if cfg.addition_embed_dim:
+            sizes = timestep_embedding(
+                size_ids.reshape(-1),
+                cfg.addition_time_embed_dim,
+                cfg.flip_sin_to_cos,
+                cfg.freq_shift,
+            )
+            added = jnp.concatenate([pooled, sizes.reshape(len(pooled), -1)], axis=-1)
+            time = time + self.add_embedding(added)
+        time = nn.silu(time)  # every ResNet block applies it, and it is the same for all of them
         return {
             "down": [block.project_time(time) for block in self.down_blocks],
             "mid": self.mid_block.project_time(time),

@@ -18,6 +18,7 @@ from idea_jax.models.layers import (
 )
 
 NORM_EPS = 1e-6  # diffusers' Encoder and Decoder
+MOMENTS = ("latents_mean", "latents_std")
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 
@@ -33,6 +34,9 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
     sample_size: int = 512
+    # Of each latent channel: latents are (x - mean) * scaling_factor / std. None: 0 and 1.
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
 
     @property
     def downscale(self) -> int:
@@ -56,6 +60,10 @@ class VAEConfig:
             norm_num_groups=read.take("norm_num_groups", int, 32),
             scaling_factor=read.take("scaling_factor", float, 0.18215),
             sample_size=read.take("sample_size", int, 32),
+            **{
+                name: read.take_list(name, float) if values.get(name) is not None else None
+                for name in MOMENTS
+            },
         )
         levels = len(config.block_out_channels or ())
         read.expect("down_block_types", ["DownEncoderBlock2D"] * levels)
@@ -64,12 +72,24 @@ class VAEConfig:
         read.expect("mid_block_add_attention", True)
         read.expect("use_quant_conv", True)
         read.expect("use_post_quant_conv", True)
-        for name in ("shift_factor", "latents_mean", "latents_std"):
-            read.expect(name, None)
+        read.expect("shift_factor", None)
+        read.ignore(*MOMENTS)  # null, if they are still there
         # force_upcast guards float16, which is not a compute dtype here.
         read.ignore("_diffusers_version", "_name_or_path", "_commit_hash", "force_upcast")
         read.ignore(*OF_AVERAGES)
         if not read.problems:
+            for name in MOMENTS:
+                found = getattr(config, name)
+                read.refuse(
+                    found is not None and len(found) != config.latent_channels,
+                    f"{name} = {found}: expected a number for each of latent_channels = "
+                    f"{config.latent_channels}",
+                )
+            read.refuse(
+                (config.latents_mean is None) != (config.latents_std is None)
+                or min(config.latents_std or (1.0,)) <= 0,
+                "latents_mean and latents_std belong together, and no deviation is 0 or less",
+            )
             for channels in config.block_out_channels:
                 read.refuse(
                     channels % config.norm_num_groups > 0,
@@ -95,6 +115,7 @@ class VAEConfig:
             "scaling_factor": self.scaling_factor,
             "sample_size": self.sample_size,
             "act_fn": "silu",
+            **{name: list(found) for name in MOMENTS if (found := getattr(self, name)) is not None},
         }
 
 

@@ -2,8 +2,8 @@
 
 A table is a tuple of rules (source key, target path, transform). `#` stands for a number, the same
 ones in the same order on both sides. The first part of a target path is the tree it belongs to:
-`text`, `unet`, `cross_kv` or `vae`. Loading is strict: whatever does not fit one to one is an error
-that lists everything that does not fit.
+`text`, `text_2`, `unet`, `cross_kv` or `vae`. Loading is strict: whatever does not fit one to
+one is an error that lists everything that does not fit.
 """
 
 import logging
@@ -129,10 +129,13 @@ def _transformer(source: str, block: str, projection: str) -> list[Rule]:
 
 
 def unet_table(use_linear_projection: bool) -> Table:
-    """The table of a UNet; SD 1.x has 1x1 convolutions around its transformers, SD 2.x linears."""
+    """The table of a UNet; SD 1.x has 1x1 convolutions around its transformers, others linears.
+
+    `add_embedding` is SDXL's alone.
+    """
     rules = [
-        *_layer("time_embedding.linear_1", "unet/time_embedding/linear_1", "linear"),
-        *_layer("time_embedding.linear_2", "unet/time_embedding/linear_2", "linear"),
+        *_layer("time_embedding.linear_#", "unet/time_embedding/linear_#", "linear"),
+        *_layer("add_embedding.linear_#", "unet/add_embedding/linear_#", "linear"),
         *_layer("conv_in", "unet/conv_in", "conv"),
         *_norm("conv_norm_out", "unet/conv_norm_out"),
         *_layer("conv_out", "unet/conv_out", "conv"),
@@ -184,23 +187,25 @@ def vae_table() -> Table:
     return Table(tuple(rules))
 
 
-def text_table() -> Table:
-    """The table of the text encoder.
+def text_table(tree: str = "text") -> Table:
+    """The table of a text encoder; the second one of SDXL, `text_2`, has a projection.
 
     Stable Diffusion's own files and transformers 4 prefix every key with `text_model.`, which is
     what is written; transformers 5 saves without the prefix. Older files hold the constant
     `position_ids`.
     """
     rules = [
-        Rule(f"embeddings.{name}.weight", f"text/embeddings/{name}/embedding", "as_is")
+        Rule(f"embeddings.{name}.weight", f"{tree}/embeddings/{name}/embedding", "as_is")
         for name in ("token_embedding", "position_embedding")
     ]
-    rules += _norm("final_layer_norm", "text/final_layer_norm")
-    rules += _clip_layers("text")
+    rules += _norm("final_layer_norm", f"{tree}/final_layer_norm")
+    rules += _clip_layers(tree)
     prefixed = [rule._replace(source=f"text_model.{rule.source}") for rule in rules]
     unprefixed = [rule._replace(legacy=True) for rule in rules]
     skipped = ("text_model.embeddings.position_ids", "embeddings.position_ids")
-    return Table((*prefixed, *unprefixed), skipped, "text/encoder/layers_")
+    projection = _layer("text_projection", f"{tree}/text_projection", "linear", bias=False)
+    rules = [*prefixed, *unprefixed, *(projection if tree == "text_2" else ())]
+    return Table(tuple(rules), skipped, f"{tree}/encoder/layers_")
 
 
 def vision_table() -> Table:

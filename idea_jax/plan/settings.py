@@ -58,7 +58,7 @@ class PlanConfig:
             read_mesh(self.mesh)
         if re.fullmatch(r"sdxl.*|.*stable-diffusion-xl.*", self.checkpoint, re.IGNORECASE):
             raise ConfigError(
-                "SDXL is not supported yet, by no program here: take sd15, sd21, mini or a folder "
+                "SDXL is not supported by idea-plan yet: take sd15, sd21, mini or a folder "
                 "of a Stable Diffusion 1.x or 2.x"
             )
         if self.what != "train":

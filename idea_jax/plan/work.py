@@ -100,7 +100,13 @@ def read_model(cfg: PlanConfig) -> tuple[sd.StableDiffusion, Any]:
             f"or one of {', '.join(PUBLISHED)}"
         )
     folder = hub.resolve(cfg.checkpoint).folder
-    return sd.read_configs(folder, dtype), folder
+    model = sd.read_configs(folder, dtype)
+    if model.text_2 is not None:
+        raise PlanError(
+            f"--checkpoint {cfg.checkpoint} is SDXL, which is not supported by idea-plan yet: take "
+            "a folder of a Stable Diffusion 1.x or 2.x"
+        )
+    return model, folder
 
 
 def kernel_of(cfg: PlanConfig, chip: Chip) -> str:

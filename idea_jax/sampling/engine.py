@@ -140,9 +140,12 @@ def call_shapes(model: sd.StableDiffusion, kind: Kind, size: int, mesh: Mesh) ->
         return jax.ShapeDtypeStruct((size, 2, T, kernel.shape[1]), model.dtype)
 
     guidance = jax.ShapeDtypeStruct((size,), np.float32, sharding=spread)
+    kv = jax.tree.map(of_row, shapes.cross_kv)
+    if model.text_2 is not None:
+        kv["pooled"] = jax.ShapeDtypeStruct((size, 2, model.unet.pooled_dim), np.float32)
     return (
         abstract(shapes, NamedSharding(mesh, P()), model.dtype),
-        abstract(jax.tree.map(of_row, shapes.cross_kv), spread),
+        abstract(kv, spread),
         jax.ShapeDtypeStruct((size, 2), np.uint32, sharding=spread),
         guidance if kind.is_guided else None,
     )

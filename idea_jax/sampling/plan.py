@@ -16,7 +16,7 @@ from idea_jax.data import images, text
 from idea_jax.data.tokenizer import Tokenizer, Tokens
 from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.formats import learned_embeds
-from idea_jax.formats.identity import Identity, read_identity
+from idea_jax.formats.identity import Identity, read_identity, tokens_of_each
 from idea_jax.method import condition
 from idea_jax.models import flash, hub, lora, sd
 from idea_jax.runtime.files import file_digest, slug
@@ -165,8 +165,9 @@ def read_tokens(cfg: SampleConfig) -> tuple[Identity, Path]:
     if len(named) != 1:
         raise ConfigError(f"--token {cfg.token} is not in {path}, which holds {', '.join(tokens)}")
     (vectors,) = named.values()
+    count = len(tokens_of_each(vectors)[0])
     identity = Identity(
-        method=condition.make_method("textual_inversion", num_tokens=len(vectors)),
+        method=condition.make_method("textual_inversion", num_tokens=count),
         trainable={"pseudo_tokens": vectors},
         given={},
         # Prompts say {}; the file's own name for the token may be a word of the vocabulary.

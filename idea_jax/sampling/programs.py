@@ -17,7 +17,6 @@ from idea_jax.data.tokenizer import Tokens
 from idea_jax.diffusion import samplers
 from idea_jax.method import condition
 from idea_jax.models import sd
-from idea_jax.models.unet import project_kv
 from idea_jax.runtime import traces
 
 DECODED = 8  # pictures that the autoencoder decodes at once
@@ -99,19 +98,26 @@ def unguided_keys_values(
 
 @functools.partial(jax.jit, static_argnames="model")
 def plain_keys_values(model: sd.StableDiffusion, frozen: sd.Frozen, tokens: Tokens) -> dict:
-    """Keys and values of a text that names nobody, as the plain model has them: leaves
-    [1, K * T, inner]."""
-    encoded = sd.encode_text(model, frozen, tokens.ids)
-    return _joined(project_kv(frozen.cross_kv, encoded, model.dtype), tokens.weights)
+    """Keys and values of a negative prompt, as the plain model has them: leaves [1, K * T, inner].
+
+    Of SDXL an empty one is zeros (`sd.encode_negative`).
+    """
+    encoded = sd.encode_negative(model, frozen, tokens.ids)
+    return _joined(sd.text_keys_values(model, frozen, encoded), tokens.weights)
 
 
 def _joined(kv: dict, weights: jax.Array) -> dict:
-    """The chunks of a text, leaves [K, T, inner], with their weights [K, T], as one."""
+    """The chunks of a text, leaves [K, T, inner], with their weights [K, T], as one.
+
+    The pooled output is that of the first chunk, as in AUTOMATIC1111 and ComfyUI.
+    """
 
     def weighted(leaf):
         return (leaf * weights[..., None].astype(leaf.dtype)).reshape(1, -1, leaf.shape[-1])
 
-    return jax.tree.map(weighted, kv)
+    blocks = {name: own for name, own in kv.items() if name != "pooled"}
+    pooled = {"pooled": kv["pooled"][:1]} if "pooled" in kv else {}
+    return jax.tree.map(weighted, blocks) | pooled
 
 
 @jax.jit
@@ -212,7 +218,7 @@ def draw_rows(
     x, keys = x[:, 0], keys[:, 0]
 
     visited = samplers.visited_timesteps(sampling.scheduler, model.schedule, sampling.steps)
-    embedded = sd.embed_times(model, frozen, jnp.asarray(visited))
+    alike = None if "pooled" in kv else sd.embed_times(model, frozen, jnp.asarray(visited))
 
     def predict_from(first):
         # The unguided rows come first, then those of the prompts.
@@ -220,10 +226,16 @@ def draw_rows(
             return jnp.concatenate([leaf[:, half] for half in range(first, 2)])
 
         rows = jax.tree.map(joined, kv)
+        embedded = alike or embed_rows(model, frozen, visited, rows["pooled"], sampling.size)
 
         def predict(x, timestep):
             step = jnp.argmax(visited == timestep)  # samplers tell the time, not the step
-            times = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, step, 1), embedded)
+
+            def at_step(leaf):
+                own = jax.lax.dynamic_slice_in_dim(leaf, step, 1)
+                return own if alike else own[0]
+
+            times = jax.tree.map(at_step, embedded)
             return sd.denoise(model, frozen, x, times, rows)
 
         return predict
@@ -240,6 +252,29 @@ def draw_rows(
     name, steps, eta = sampling.scheduler, sampling.steps, sampling.eta
     x = samplers.sample(name, predict, x, model.schedule, steps, eta=eta, keys=keys)
     return decode(model, frozen, x)
+
+
+def embed_rows(
+    model: sd.StableDiffusion,
+    frozen: sd.Frozen,
+    visited: np.ndarray,
+    pooled: jax.Array,
+    size: tuple[int, int],
+) -> dict:
+    """What SDXL's UNet adds at each of S timesteps to each of R rows: leaves [S, R, width].
+
+    Pictures are drawn as whole ones of their own size.
+
+    Args:
+      pooled: float32[R, pooled_dim].
+      size: height and width in pixels.
+    """
+    size_ids = jnp.broadcast_to(jnp.array([*size, 0, 0, *size])[None], (len(pooled), 6))
+
+    def embed(timestep):
+        return sd.embed_times(model, frozen, timestep[None], pooled, size_ids)
+
+    return jax.vmap(embed)(jnp.asarray(visited))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))

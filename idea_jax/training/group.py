@@ -271,7 +271,8 @@ def fill(photos: Photos, photo_slots: int) -> Photos:
     def pad(leaf):
         return np.pad(leaf, ((0, photo_slots - leaf.shape[0]), *((0, 0),) * (leaf.ndim - 1)))
 
-    return photos._replace(mean=pad(photos.mean), logvar=pad(photos.logvar))
+    sizes = None if photos.size_ids is None else pad(photos.size_ids)
+    return photos._replace(mean=pad(photos.mean), logvar=pad(photos.logvar), size_ids=sizes)
 
 
 def show(bar: tqdm, step: int, count: int, losses: list[float]) -> None:

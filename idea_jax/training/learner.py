@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,7 +73,7 @@ class Work:
     base: Base
     program: Program | None
     enhancer: enhancers.Enhancer | None  # the shared one, if people begin with it
-    start: jax.Array | None  # float32[N, D], the pseudo tokens' first value without it
+    start: Any  # the pseudo tokens' first value without it, of `starting_tokens`
     shape: Shape  # of the compiled step
     eyes: finding.Finder | face_table.FaceTable | None
     validation: list[str]

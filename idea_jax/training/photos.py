@@ -124,8 +124,9 @@ def portraits_of(
 
 def training_pixels(
     cfg: TrainConfig, seen: Portraits, side: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, float32[side, side, 3] in [-1, 1]) of each picture of a person.
+) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+    """Yields (name, float32[side, side, 3] in [-1, 1], `images.size_ids`) of each picture of a
+    person. A picture that is cut around the face has the size of the cut.
 
     After the last one, those are reported whose face is too small to be more than a blur.
     """
@@ -138,7 +139,8 @@ def training_pixels(
             image = images.crop_turned(image, centre, width, angle)
             if width < side / 2:
                 small.append(f"{picture} ({width} pixels)")
-        yield picture.name, images.to_pixels(image, side, center_crop=cfg.center_crop)
+        sizes = images.size_ids(image.size, side, center_crop=cfg.center_crop)
+        yield picture.name, images.to_pixels(image, side, center_crop=cfg.center_crop), sizes
     if small:
         log.warning(
             "on %d of %d photos the square around the face is smaller than half of the %d pixels "
@@ -151,26 +153,30 @@ def training_pixels(
         )
 
 
-def encode_pixels(base: Base, pictures: Iterable[tuple[str, np.ndarray]]) -> Photos:
+def encode_pixels(
+    base: Base, pictures: Iterable[tuple[str, np.ndarray, tuple[int, ...]]]
+) -> Photos:
     """Encodes every picture and its mirror once; the steps only draw from these moments.
 
     The mirror is encoded too, because the VAE of a mirrored picture is not the mirrored VAE.
 
     Args:
-      pictures: name and float32[side, side, 3] in [-1, 1] of each.
+      pictures: name, float32[side, side, 3] in [-1, 1] and sizes of each.
     """
     model = base.model
-    means, logvars = [], []
-    for name, pixels in pictures:
+    means, logvars, size_ids = [], [], []
+    for name, pixels, sizes in pictures:
         mean, logvar = _encode_image(model, base.frozen, np.stack([pixels, pixels[:, ::-1]]))
         check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {name},")
         means.append(np.asarray(mean))
         logvars.append(np.asarray(logvar))
+        size_ids.append(sizes)
     return Photos(
         mean=jax.numpy.asarray(np.stack(means)),
         logvar=jax.numpy.asarray(np.stack(logvars)),
         count=jax.numpy.int32(len(means)),
         token_ids=jax.numpy.asarray(training_ids(base.tokenizer)),
+        size_ids=jax.numpy.asarray(np.int32(size_ids)) if len(model.encoders) > 1 else None,
     )
 
 

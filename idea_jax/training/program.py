@@ -20,6 +20,7 @@ from idea_jax.faces import models as face_models
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import sd
+from idea_jax.models.unet import SIZE_IDS
 from idea_jax.pytrees import abstract
 from idea_jax.runtime import traces
 from idea_jax.training.start import first_values
@@ -314,7 +315,9 @@ def step_shapes(
     shapes = frozen_shapes(model, enhancer)
 
     def one() -> tuple[IdentityState, Photos]:
-        start = np.zeros((method.num_tokens, model.text.hidden_size))
+        start = sd.each_encoder(
+            model, lambda config: np.zeros((method.num_tokens, config.hidden_size))
+        )
         trainable, given = first_values(
             model, method, jax.random.key(0), enhancer, start, np.zeros(face_models.WIDTH)
         )
@@ -323,8 +326,11 @@ def step_shapes(
             (shape.photo_slots, 2, height, height, model.vae.latent_channels), np.float32
         )
         ids = np.zeros((len(text.TEMPLATES), model.text.max_position_embeddings), np.int32)
+        sizes = None
+        if len(model.encoders) > 1:
+            sizes = np.zeros((shape.photo_slots, SIZE_IDS), np.int32)
         state = init_state(program.optimizer, trainable, given)
-        return state, Photos(latents, latents, np.int32(0), ids)
+        return state, Photos(latents, latents, np.int32(0), ids, sizes)
 
     of_one = (*jax.eval_shape(one), jax.ShapeDtypeStruct((), np.int32))
     stacked = jax.tree.map(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -197,13 +198,14 @@ class Results:
             "steps": str(int(state.step)),
             "seed": str(self.cfg.seed),
         }
-        vectors = np.asarray(state.trainable["pseudo_tokens"])
-        learned_embeds.write(path, self.token, vectors, about)
+        tokens = jax.device_get(state.trainable["pseudo_tokens"])
+        learned_embeds.write(path, self.token, tokens, about)
 
     def save_webui(self, state: IdentityState, folder: Path) -> None:
         """Writes the pseudo tokens for AUTOMATIC1111 and ComfyUI, where the file is the trigger."""
         path = folder / f"{learned_embeds.trigger_of(self.token, self.is_word)}.safetensors"
-        learned_embeds.write_webui(path, np.asarray(state.trainable["pseudo_tokens"]), {})
+        tokens = jax.device_get(state.trainable["pseudo_tokens"])
+        learned_embeds.write_webui(path, tokens, {})
 
     def save_run(
         self,
@@ -319,7 +321,7 @@ def remove_unfinished(cfg: TrainConfig, folder: Path) -> None:
     """
     ours = (
         "identity-steps-*.safetensors",
-        "learned_embeds-steps-*.safetensors",
+        "learned_embeds*-steps-*.safetensors",
         "validation/step-*.png",
         f"{cfg.logging_dir}/events*",
         "checkpoints/[0-9]*",
@@ -351,9 +353,9 @@ def is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_finite(values: jax.Array | np.ndarray, source: str) -> None:
-    """Raises TrainingError if a frozen network gave values that are not finite."""
-    if not np.isfinite(values).all():
+def check_finite(values: Any, source: str) -> None:
+    """Raises TrainingError if a frozen network gave values, in a tree, that are not finite."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values)):
         raise TrainingError(
             f"{source} gives values that are not finite: check its weights, and use "
             "--mixed_precision no"

@@ -162,7 +162,7 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     kernel = flash.resolve(cfg.attention, local[0], dtype)
     model = sd.read_configs(found.folder, dtype, **how_read(cfg))
-    model = replace(model, attention=sizing.traced(kernel))
+    model = replace(model, attention=sizing.traced(kernel), remat=rematerialises(cfg, model))
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     method = method_of(settled, enhancer)
     program = Program(model, method, optimizer_of(settled, method), cfg.train_batch_size)
@@ -210,6 +210,11 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     return replace(cfg, mesh=mesh, identities_per_step=places, shard_frozen=how.shard_frozen)
 
 
+def rematerialises(cfg: TrainConfig, model: sd.StableDiffusion) -> bool:
+    """Whether the backward pass computes the inside of the UNet's blocks again."""
+    return cfg.remat == "blocks" or (cfg.remat == "auto" and model.text_2 is not None)
+
+
 def most_photos(cfg: TrainConfig, crowd: Crowd) -> int:
     """The most photos of any person, also of those who are done or in another process: one program
     for all."""
@@ -249,6 +254,7 @@ def prepare(
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype, **how_read(cfg)), attention=attention)
+    model = replace(model, remat=rematerialises(cfg, model))
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer, is_word = read_tokenizer(cfg, found, model, placeholder)
     if enhancer is None:

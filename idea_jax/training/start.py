@@ -105,10 +105,9 @@ def starting_ids(
     return word_token_ids(tokenizer, words * n if len(words) == 1 else words, n)
 
 
-def starting_tokens(
-    cfg: TrainConfig, method: condition.Method, base: Base, ids: np.ndarray
-) -> jax.Array:
-    """The pseudo tokens' first value, float32[N, D]; it is the anchor, too."""
+def starting_tokens(cfg: TrainConfig, method: condition.Method, base: Base, ids: np.ndarray) -> Any:
+    """The pseudo tokens' first value, float32[N, D]; it is the anchor, too. Of two text encoders a
+    dict of that of each."""
     model, frozen, special = base.model, base.frozen, base.tokenizer
     if not method.cross_init:
         start = anchor.from_input_embeddings(model, frozen, ids)
@@ -150,7 +149,7 @@ def first_values(
     method: condition.Method,
     key: jax.Array,
     enhancer: enhancers.Enhancer | None,
-    start: jax.Array | None,
+    start: Any,
     id_embed: np.ndarray | None,
 ) -> tuple[condition.Trainable, condition.Given]:
     """What is trained of a person before the first step, and their constants.
@@ -158,7 +157,7 @@ def first_values(
     Args:
       key: the person's key.
       enhancer: the shared one, if the person begins with it.
-      start: float32[N, D], the pseudo tokens' first value without it.
+      start: the pseudo tokens' first value without it, of `starting_tokens`.
       id_embed: float32[512] of unit norm; None where the method needs none.
     """
     if enhancer is not None:

@@ -47,21 +47,25 @@ class Photos(NamedTuple):
       mirror.
     count: int32[], pictures that exist (P may be padded beyond it).
     token_ids: int32[K, T], the training prompts.
+    size_ids: int32[P, 6], what SDXL is told of the sizes of each picture; None for others.
     """
 
     mean: jax.Array
     logvar: jax.Array
     count: jax.Array
     token_ids: jax.Array
+    size_ids: jax.Array | None = None
 
 
 class Batch(NamedTuple):
-    """latents, noise: float32[B, h, w, C]; timesteps: int32[B]; token_ids: int32[B, T]."""
+    """latents, noise: float32[B, h, w, C]; timesteps: int32[B]; token_ids: int32[B, T]; size_ids:
+    int32[B, 6] or None."""
 
     latents: jax.Array
     noise: jax.Array
     timesteps: jax.Array
     token_ids: jax.Array
+    size_ids: jax.Array | None = None
 
 
 class Metrics(NamedTuple):
@@ -177,6 +181,7 @@ def draw_batch(
         noise=jax.random.normal(draw("noise"), shape),
         timesteps=jax.random.randint(draw("timestep"), (size,), 0, steps),
         token_ids=photos.token_ids[text],
+        size_ids=None if photos.size_ids is None else photos.size_ids[picture],
     )
 
 
@@ -195,7 +200,7 @@ def training_loss(
     text = condition.context(model, method, frozen, trainable, given, batch.token_ids)
     kv = condition.keys_values(model, method, frozen, trainable, text)
     noisy = schedule.add_noise(model.schedule, batch.latents, batch.noise, batch.timesteps)
-    prediction = sd.predict(model, frozen, noisy, batch.timesteps, kv)
+    prediction = sd.predict(model, frozen, noisy, batch.timesteps, kv, batch.size_ids)
     target = schedule.training_target(model.schedule, batch.latents, batch.noise, batch.timesteps)
     error = denoising_error(prediction, target)
     pull = condition.regulariser(method, trainable, given)

@@ -1,0 +1,115 @@
+"""The configs of a checkpoint's networks: read from its folder, or told from its one file."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from idea_jax.diffusion import schedule
+from idea_jax.diffusion.schedule import ScheduleConfig
+from idea_jax.models import original_config as original_configs
+from idea_jax.models.bundle import StableDiffusion
+from idea_jax.models.clip_text import CLIPTextConfig
+from idea_jax.models.config_reader import UnsupportedConfig, say_once
+from idea_jax.models.original import Original
+from idea_jax.models.tensor_files import WeightsError
+from idea_jax.models.unet import UNetConfig
+from idea_jax.models.vae import VAEConfig
+
+
+def read_configs(
+    folder: Path,
+    compute_dtype: str = "float32",
+    *,
+    vae: Path | None = None,
+    clip_skip: int = 0,
+    prediction_type: str | None = None,
+    original_config: str | None = None,
+) -> StableDiffusion:
+    """Reads the config files of a checkpoint in diffusers layout, or the shapes of one file.
+
+    Of SDXL they are those of its second text encoder, too, whose folder tells the family.
+
+    Args:
+      folder: the folder, or the file of a checkpoint in the original layout.
+      vae: folder of another autoencoder, instead of the checkpoint's own.
+      clip_skip: layers that are left out at the end of the text encoder.
+      prediction_type: what the UNet predicts, "epsilon" or "v_prediction", whatever the checkpoint
+        says of it.
+      original_config: path of the original config of a checkpoint in one file.
+
+    Raises: WeightsError if one is absent or no JSON; UnsupportedConfig or ValueError naming every
+    key and value that is not supported.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        found = original_configs.read_configs(
+            Original(folder),
+            Path(original_config) if original_config else None,
+            prediction_type,
+            own_vae=vae is None,
+        )
+    elif original_config:
+        raise UnsupportedConfig(
+            f"--original_config is for a checkpoint in one file; {folder} is a folder with configs "
+            "of its own"
+        )
+    else:
+        found = original_configs.Configs(
+            _read_config(CLIPTextConfig, folder, "text_encoder/config.json"),
+            _read_config(UNetConfig, folder, "unet/config.json"),
+            _read_config(VAEConfig, folder, "vae/config.json") if vae is None else None,
+            _read_config(ScheduleConfig, folder, "scheduler/scheduler_config.json"),
+        )
+    text, noise = found.text, found.schedule
+    if clip_skip >= text.num_hidden_layers:
+        raise UnsupportedConfig(
+            f"--clip_skip {clip_skip} leaves nothing of the {text.num_hidden_layers} layers of the "
+            f"text encoder in {folder}"
+        )
+    second: dict[str, Any] = {}
+    if found.text_2 is not None or (folder / "text_encoder_2").is_dir():
+        if clip_skip:
+            raise UnsupportedConfig(
+                f"--clip_skip is for Stable Diffusion 1.x and 2.x; {folder} is SDXL, whose text "
+                "encoders are read before their last layer anyway: leave it out"
+            )
+        second["text_2"] = found.text_2 or _read_config(
+            CLIPTextConfig, folder, "text_encoder_2/config.json"
+        )
+        has_index = (folder / "model_index.json").is_file()
+        index = _read_json(folder, "model_index.json") if has_index else {}
+        second["zero_negative"] = index.get("force_zeros_for_empty_prompt", True) is True
+    return StableDiffusion(
+        **second,
+        text=replace(text, num_hidden_layers=text.num_hidden_layers - clip_skip),
+        unet=found.unet,
+        vae=found.vae or _read_config(VAEConfig, vae, "config.json"),
+        schedule=replace(noise, prediction_type=prediction_type or noise.prediction_type),
+        compute_dtype=compute_dtype,
+    )
+
+
+def _read_config(kind: Any, folder: Path, name: str) -> Any:
+    values = _read_json(folder, name)
+    config = kind.from_dict(values, str(folder / name))
+    for notice in schedule.notices(values) if kind is ScheduleConfig else ():
+        say_once(f"{folder / name}: {notice}")
+    return config
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    file = folder / name
+    if not file.is_file():
+        present = sorted(x.name for x in folder.glob("*"))
+        raise WeightsError(
+            f"no {name} in {folder}, which holds {', '.join(present) or 'nothing'}; "
+            "expected a Stable Diffusion checkpoint in diffusers layout"
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{file} holds no JSON object")
+    return values
