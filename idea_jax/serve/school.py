@@ -4,14 +4,13 @@ import dataclasses
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from idea_jax import jobs
@@ -201,7 +200,7 @@ class School:
     def _course(self, steps: int, slots: int) -> Course:
         cfg = self.settings(steps, 0, "nobody")
         method = method_of(cfg, self.enhancer)
-        layout = layout_of(self.devices, cfg.train_batch_size)
+        layout = devices.layout(None, None, 1, cfg.train_batch_size, self.devices)
         side, _ = programs.picture_size(
             self.model, cfg.resolution, cfg.resolution, ("resolution",) * 2
         )
@@ -371,13 +370,6 @@ class Lesson:
         self.learner.results.close()
         self.learner.checkpoints.close()
         self.bar.close()
-
-
-def layout_of(local: Sequence[jax.Device], samples: int) -> devices.Layout:
-    """One person, whose samples are spread over as many of the devices as divide them."""
-    data = next(n for n in range(len(local), 0, -1) if samples % n == 0)
-    places = np.array(local[:data]).reshape(1, data)
-    return devices.Layout(Mesh(places, devices.AXES, axis_types=(AxisType.Auto,) * 2), 1)
 
 
 def refuse_settings(school: School) -> None:
