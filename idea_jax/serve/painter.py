@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 8  # pictures for each thread that wait to be encoded, at most
 AT_ONCE = 4  # people without a step who are learned side by side
 NAP = 0.02  # seconds until something that runs elsewhere is looked at again
+GONE = "somebody on a picture was deleted or learned anew meanwhile"
 REST = 0.5  # seconds of waiting where nothing is to be done
 
 
@@ -199,6 +200,8 @@ class Painter(threading.Thread):
                 began = time.monotonic()
                 call = self.artist.launch([row.job.row for row in rows], size)
                 newest = DrawnCall(call, rows, began)
+            except FileNotFoundError:
+                self._give_up(rows, HttpProblem("conflict", GONE))
             except Exception as error:
                 self._give_up(rows, error)
         if under_way is not None:
@@ -213,8 +216,7 @@ class Painter(threading.Thread):
             if known == row.job.about["identities"]:
                 here.append(row)
             else:
-                problem = "somebody on a picture was deleted or learned anew meanwhile"
-                self.line.cancel(row.ticket, HttpProblem("conflict", problem))
+                self.line.cancel(row.ticket, HttpProblem("conflict", GONE))
         return here
 
     def _fetch(self, drawn: DrawnCall) -> None:
