@@ -95,8 +95,8 @@ class Running:
         until = time.monotonic() + 10
         while left and time.monotonic() < until:
             time.sleep(0.05)
-            left = {thread for thread in left if thread.is_alive()}
-        assert left == set()
+            left = {t for t in left if t.is_alive() and t.name != "tqdm_monitor"}
+        assert left == set(), [thread.name for thread in left]
 
     def client(self, **given):
         """A client of it."""

@@ -36,6 +36,26 @@ HOSTILE = (
     "-",
     "💥",
 )
+BODIES = (
+    b"",
+    b"\xff\xfe{}",
+    b"[" * 100_000,
+    b'{"rows": ' + b"9" * 10_000 + b"}",
+    b'{"rows": [{"identity": "anna", "prompt": "{}", "guidance_scale": 1e999}]}',
+    b'{"rows": [{"identity": "anna", "prompt": "{}", "guidance_scale": NaN}]}',
+    b'{"rows": [{"identity": "anna", "prompt": "{}", "seed": 1e400}]}',
+    b"--x\r\nContent-Disposition: form-data; name=photos; filename=a\r\n\r\n\x00\r\n--x--\r\n",
+    b"--x\r\nContent-Disposition: form-data\r\n\r\n\r\n--x--\r\n",
+    b"--x\r\n" * 5000,
+)
+KINDS = (
+    "application/json",
+    "application/json; charset=utf-16",
+    "multipart/form-data",
+    "multipart/form-data; boundary=x",
+    "multipart/form-data; boundary=x; charset=nonsense",
+    "text/plain",
+)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -129,6 +149,10 @@ def test_no_request_makes_a_mistake_of_the_server_or_a_file_elsewhere(server, tm
                 look(client.post("/v1/images", json={"rows": [row(name)]}))
                 look(learn(client, name))
                 look(client.get(f"/studio/{name}"))
+            for body in BODIES:
+                for path in ("/v1/images", "/v1/session", "/v1/identities", "/v1/faces"):
+                    for kind in KINDS:
+                        look(client.post(path, content=body, headers={"Content-Type": kind}))
             assert client.get("/v1/identities/anna").status_code == 200
             assert client.post("/v1/images", json={"rows": [row("anna")]}).status_code == 200
     finally:

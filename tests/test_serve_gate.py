@@ -30,6 +30,7 @@ from idea_jax.serve.metrics import Meters
 from idea_jax.serve.painter import as_problem
 from idea_jax.serve.photos import uploads
 from idea_jax.serve.problems import HttpProblem
+from idea_jax.serve.school import School
 from idea_jax.serve.settings import TOKEN, ServeConfig, read_token
 from idea_jax.serve.shelf import PEOPLE, Shelf
 from idea_jax.serve.tasks import Tasks
@@ -278,6 +279,25 @@ def test_the_album_keeps_whole_pictures_and_no_more_than_it_may(tmp_path):
     path, kind = again.get(told[1]["id"])
     assert (path.read_bytes(), kind) == (b"\1", "image/png")
     assert len(again.remove_of("anna")) == 4 and not list(album.folder.iterdir())
+
+
+def test_settings_of_learning_that_a_server_would_not_read_are_refused(tmp_path):
+    file = tmp_path / "train.yaml"
+    cfg = ServeConfig(**MINI, train_config=str(file))
+    sights = SimpleNamespace(finder=SimpleNamespace(detector=None))
+    school = School(cfg, SimpleNamespace(name="x"), None, None, None, sights)
+    file.write_text("learning_rate: 0.25\npretrained_model_name_or_path: mini\n")
+    settings = school.settings(3, 7, "anna")
+    assert (settings.learning_rate, settings.max_train_steps, settings.seed) == (0.25, 3, 7)
+    file.write_text("mesh: auto\n")
+    with pytest.raises(ConfigError, match="mesh in --train_config .* has no effect"):
+        school.settings(3, 7, "anna")
+    with pytest.raises(HttpProblem, match="at least 1"):
+        school.check(0)
+    school.courses = {(steps, 1): None for steps in range(1, cfg.max_learn_programs + 1)}
+    school.check(2)
+    with pytest.raises(HttpProblem, match="take one of these"):
+        school.check(320)
 
 
 def rows(*programs):

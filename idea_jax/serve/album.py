@@ -59,16 +59,18 @@ class Album:
         """
         key = f"{time.time_ns():016x}{secrets.token_hex(8)}"
         told = {**about, "id": key, "url": f"/v1/pictures/{key}", "row": None, "data": None}
+        # Nobody knows of it yet, so the lock is for the names alone: others do not wait for a disk.
+        for path, content in (
+            (self._file(key, told), data),
+            (self.folder / f"{key}.json", json.dumps(told).encode()),
+        ):
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(content)
         with self.lock:
-            for path, content in (
-                (self._file(key, told), data),
-                (self.folder / f"{key}.json", json.dumps(told).encode()),
-            ):
-                with atomic_write(path) as temporary:
-                    temporary.write_bytes(content)
             self.about[key] = told
-            for oldest in sorted(self.about)[: max(0, len(self.about) - self.most)]:
-                self._remove(oldest)
+            oldest = sorted(self.about)[: max(0, len(self.about) - self.most)]
+            gone = {old: self.about.pop(old) for old in oldest}
+        self._unlink(gone)
         return told
 
     def listed(self, name: str | None, limit: int, before: str | None) -> list[dict[str, Any]]:
@@ -103,20 +105,23 @@ class Album:
           HttpProblem: there is none.
         """
         with self.lock:
-            if key not in self.about:
-                raise HttpProblem("not-found", "there is no such picture")
-            self._remove(key)
+            gone = {key: self.about.pop(key)} if key in self.about else {}
+        if not gone:
+            raise HttpProblem("not-found", "there is no such picture")
+        self._unlink(gone)
 
     def remove_of(self, name: str) -> list[str]:
         """Deletes all pictures that show somebody; returns their files as the server tells them."""
         with self.lock:
             keys = [key for key, one in self.about.items() if name in one["about"]["people"]]
-            return [file for key in keys for file in self._remove(key)]
+            gone = {key: self.about.pop(key) for key in keys}
+        return self._unlink(gone)
 
-    def _remove(self, key: str) -> list[str]:
-        """Deletes a picture, its description first; returns both."""
-        about = self.about.pop(key)
-        files = [self.folder / f"{key}.json", self._file(key, about)]
+    def _unlink(self, gone: dict[str, dict[str, Any]]) -> list[str]:
+        """Deletes the files of pictures, the description first; returns both of each."""
+        files = []
+        for key, about in gone.items():
+            files += [self.folder / f"{key}.json", self._file(key, about)]
         for path in files:
             path.unlink(missing_ok=True)
         return [path.relative_to(self.folder.parent).as_posix() for path in files]

@@ -16,7 +16,7 @@ from idea_jax.serve.settings import MEGA, ServeConfig
 FIELDS = 20  # of a form, besides its photos, at most
 FIELD_BYTES = 100_000
 TRUE, FALSE = ("true", "1", "on", "yes"), ("false", "0", "off", "no", "")
-AT_ONCE = 4  # forms that are read at the same time: each may be as large as a request may be
+AT_ONCE = 8  # forms that are read at the same time: each may be as large as a request may be
 FILE = {"type": "string", "format": "binary"}
 
 

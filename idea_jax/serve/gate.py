@@ -28,7 +28,7 @@ OPEN = ("/healthz", "/readyz", "/v1/session", "/", "/favicon.ico")
 OPEN_BELOW = "/studio/"
 SMALL_BODY = 2 * MEGA  # of everything that takes no photos
 UPLOADS = ("/v1/identities", "/v1/faces")
-BODY_SECONDS = 120.0  # in which a request has to arrive
+BODY_SECONDS = 60.0  # in which a request has to arrive
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 BACKLOG = 8  # pictures for each thread that wait to be encoded, at most
 AT_ONCE = 4  # people without a step who are learned side by side
 NAP = 0.02  # seconds until something that runs elsewhere is looked at again
+GONE = "somebody on a picture was deleted or learned anew meanwhile"
 REST = 0.5  # seconds of waiting where nothing is to be done
 
 
@@ -199,6 +200,8 @@ class Painter(threading.Thread):
                 began = time.monotonic()
                 call = self.artist.launch([row.job.row for row in rows], size)
                 newest = DrawnCall(call, rows, began)
+            except FileNotFoundError:
+                self._give_up(rows, HttpProblem("conflict", GONE))
             except Exception as error:
                 self._give_up(rows, error)
         if under_way is not None:
@@ -213,8 +216,7 @@ class Painter(threading.Thread):
             if known == row.job.about["identities"]:
                 here.append(row)
             else:
-                problem = "somebody on a picture was deleted or learned anew meanwhile"
-                self.line.cancel(row.ticket, HttpProblem("conflict", problem))
+                self.line.cancel(row.ticket, HttpProblem("conflict", GONE))
         return here
 
     def _fetch(self, drawn: DrawnCall) -> None:
@@ -301,6 +303,7 @@ class Painter(threading.Thread):
         """Learns somebody; yields after each part whether the devices had work."""
         task, lesson, folder = one.task, None, None
         written: Future | None = None
+        shown: list[Future] = []
         try:
             yield from self._compiled(one)
             task.change(stage="learning")
@@ -312,12 +315,12 @@ class Painter(threading.Thread):
                     return
                 task.change(done=lesson.taken, loss=lesson.loss)
                 if lesson.is_shown(before):
-                    self._show(one, lesson)
+                    shown += self._show(one, lesson)
                 before = lesson.taken
                 yield True
             task.change(stage="writing", done=lesson.taken)
             written = self.writers.submit(one.finish, one.pupil, lesson, one.face)
-            while not written.done():
+            while not all(future.done() for future in (written, *shown)):
                 yield False
             if not task.is_unwanted:
                 task.change(state="done", identity=written.result())
@@ -346,10 +349,10 @@ class Painter(threading.Thread):
             yield False
         school.ready.add(key)
 
-    def _show(self, one: Enrolled, lesson: Lesson) -> None:
-        """Draws somebody as they are by now."""
+    def _show(self, one: Enrolled, lesson: Lesson) -> list[Future]:
+        """Draws somebody as they are by now; returns what tells when that is shown."""
         if self.shown_row is None:
-            return
+            return []
         name = f"({one.task.id})"
         row = dataclasses.replace(self.shown_row, cast=(name,))
         self.artist.add(name, lesson.person_now())
@@ -357,7 +360,13 @@ class Painter(threading.Thread):
             ((_, picture),) = engine.fetch(range(1), self.artist.launch([row]))
         finally:
             self.artist.remove(name)
-        self.encoders.submit(self.shown, one, lesson.taken, picture)
+        return [self.encoders.submit(self._shown, one, lesson.taken, picture)]
+
+    def _shown(self, one: Enrolled, step: int, picture: np.ndarray) -> None:
+        try:
+            self.shown(one, step, picture)
+        except Exception as error:  # a picture on the way costs nobody what is learned
+            as_problem(error)
 
 
 def as_problem(error: BaseException) -> HttpProblem:

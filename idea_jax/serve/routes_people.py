@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from idea_jax.export import PROGRAMS
 from idea_jax.serve import forms, models
@@ -44,7 +44,8 @@ def people_routes(service: Service) -> APIRouter:
         if not form.photos:
             raise forms.field_problem("photos", "expected at least one photo")
         photos = uploads(service.cfg, form.photos, [None] * len(form.photos))
-        found = [await service.aside(service.looks, service.sights.faces_on, p) for p in photos]
+        with service.looker():
+            found = [await service.aside(service.looks, service.sights.faces_on, p) for p in photos]
         return {"photos": [{"index": index, **one} for index, one in enumerate(found)]}
 
     @router.post(
@@ -82,7 +83,7 @@ def people_routes(service: Service) -> APIRouter:
         if resident.about.get("cover") is None:
             raise HttpProblem("not-found", "no cover is drawn yet")
         path = resident.folder / COVER
-        return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private"})
+        return await service.file(path, "image/png", {"Cache-Control": "private, no-cache"})
 
     @router.get(
         "/v1/identities/{name}/photos/{index}", response_class=Response, responses={200: PICTURE}
@@ -93,7 +94,7 @@ def people_routes(service: Service) -> APIRouter:
         if not 0 <= index < resident.about.get("kept_photos", 0):
             raise HttpProblem("not-found", "no such photo is kept")
         path = resident.folder / PHOTOS / f"{index}.jpg"
-        return FileResponse(path, media_type="image/jpeg")
+        return await service.file(path, "image/jpeg")
 
     @router.get("/v1/identities/{name}/export", response_class=Response, responses={200: ZIP})
     async def export(name: str, to: Annotated[list[str] | None, Query()] = None) -> Response:

@@ -1,9 +1,10 @@
 """Routes of pictures and of jobs."""
 
+from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from idea_jax.serve import models, streams
 from idea_jax.serve.problems import HttpProblem
@@ -43,7 +44,8 @@ def _add_drawing(router: APIRouter, service: Service) -> None:
 
         def cancel() -> None:
             if not task.has_ended:
-                task.cancel()
+                with suppress(RuntimeError):  # the server has ended, and the job with it
+                    service.small.submit(task.cancel)
 
         if asked.stream:
             events = streams.stream_pictures(inbox, total, task, cancel)
@@ -72,7 +74,7 @@ def _add_album(router: APIRouter, service: Service) -> None:
     async def picture(key: str) -> Response:
         """A picture that is kept, with its marks and settings."""
         path, kind = service.album.get(key)
-        return FileResponse(path, media_type=kind, headers=FOREVER)
+        return await service.file(path, kind, FOREVER)
 
     @router.delete("/v1/pictures/{key}", status_code=204, tags=["pictures"])
     async def delete(key: str) -> Response:
@@ -96,7 +98,7 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
     async def cancel(key: str) -> Any:
         """Cancels a job, unless it has ended."""
         task = service.tasks.get(key)
-        task.cancel()
+        await service.aside(service.small, task.cancel)
         return task.as_dict()
 
     @router.get(

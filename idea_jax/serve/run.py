@@ -38,6 +38,7 @@ def run(cfg: ServeConfig) -> list[Path]:
             f"the package {error.name} is missing: pip install 'idea-jax[serve]'"
         ) from error
     token = read_token(cfg)
+    logging.getLogger("idea_jax.exporting").setLevel(logging.WARNING)  # it names people
     with jobs.only_run(Path(cfg.data), 0, "--data"), bound(cfg) as listener:
         from idea_jax.serve.opening import open_service
 

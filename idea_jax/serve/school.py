@@ -48,6 +48,15 @@ from idea_jax.training.start import (
 log = logging.getLogger(__name__)
 
 SLOTS = (1, 2, 4, 8, 16)  # photos that a program of learning has room for, or as many as may be
+# Settings of idea-train that mean something on a server, which decides the others itself.
+READ = set(
+    "profile n_pseudo_tokens initialize_tokens celeb_path train_parts self_contained drop_outliers "
+    "resolution crop crop_margin center_crop regulariser reg_weight beta kv kv_rank "
+    "train_batch_size gradient_accumulation_steps steps_per_call early_stopping evaluation_steps "
+    "learning_rate adapter_learning_rate enhancer_learning_rate enhanced_learning_rate "
+    "kv_learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 "
+    "adam_epsilon adam_weight_decay".split()
+)
 SHOWN = 5  # pictures on the way
 MINI_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "mini_paper.yaml"
 MINI_MARGIN = 1.3  # what the mini was trained on shows that much around a face
@@ -124,6 +133,11 @@ class School:
             path, of_file = str(MINI_CONFIG), {"crop_margin": MINI_MARGIN}
         if path is not None:
             of_file |= reading.read_yaml(path)
+            of_file.pop("pretrained_model_name_or_path", None)
+        if unread := sorted(of_file.keys() - READ):
+            raise ConfigError(
+                f"{unread[0]} in --train_config {path} has no effect on a server; leave it out"
+            )
         places = self.sights.finder.detector is not None
         flags: dict[str, Any] = {
             name: getattr(cfg, name)
@@ -186,7 +200,7 @@ class School:
     def _course(self, steps: int, slots: int) -> Course:
         cfg = self.settings(steps, 0, "nobody")
         method = method_of(cfg, self.enhancer)
-        layout = devices.layout(cfg.mesh_shape(), None, 1, cfg.train_batch_size, self.devices)
+        layout = devices.layout(None, None, 1, cfg.train_batch_size, self.devices)
         side, _ = programs.picture_size(
             self.model, cfg.resolution, cfg.resolution, ("resolution",) * 2
         )

@@ -10,14 +10,16 @@ import threading
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
+from fastapi.responses import Response
 
 from idea_jax import exporting
 from idea_jax.data import images
@@ -88,6 +90,7 @@ class Service:
     looking: set[str] = field(default_factory=set)
     finishing: threading.Lock = field(default_factory=threading.Lock)
     has_finished: bool = False
+    lookers: int = 0
 
     async def aside(
         self, pool: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any
@@ -97,6 +100,33 @@ class Service:
             raise stopping()
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(pool, functools.partial(work, *arguments))
+
+    async def file(self, path: Path, media: str, headers: dict[str, str] | None = None) -> Response:
+        """The answer that is a file.
+
+        Raises:
+          HttpProblem: it was deleted meanwhile.
+        """
+        try:
+            data = await self.aside(self.small, path.read_bytes)
+        except FileNotFoundError:
+            raise HttpProblem("not-found", "it was deleted meanwhile") from None
+        return Response(data, media_type=media, headers=headers)
+
+    @contextmanager
+    def looker(self) -> Iterator[None]:
+        """Whoever has photos looked at; for the thread of the event loop.
+
+        Raises:
+          HttpProblem: too many have.
+        """
+        if self.lookers >= self.cfg.max_jobs:
+            raise busy(f"{self.lookers} others have photos looked at", 5.0)
+        self.lookers += 1
+        try:
+            yield
+        finally:
+            self.lookers -= 1
 
     # Drawing.
 

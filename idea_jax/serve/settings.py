@@ -52,7 +52,7 @@ class ServeConfig:
     max_photos: int = setting(20, "photos of a person, at most")
     max_photo_megabytes: int = setting(20, "size of a photo, at most")
     max_photo_megapixels: int = setting(40, "pixels of a photo, at most")
-    max_body_megabytes: int = setting(128, "size of a request, at most")
+    max_body_megabytes: int = setting(64, "size of a request, at most")
     max_rows: int = setting(64, "pictures of a request, at most")
     max_people_per_row: int = setting(4, "people in one picture, at most")
     max_prompt_letters: int = setting(2000, "length of a prompt, at most")

@@ -87,6 +87,9 @@ class Resident:
 class Shelf:
     """The people of a folder; every method may be called from any thread.
 
+    Who is here is behind one lock, and the files behind another, so that whoever only asks does
+    not wait for a disk.
+
     Args:
       data: the server's folder.
       model: that draws them; enhancer: SHA-256 of the shared ID-Enhancer that is there, if any.
@@ -95,14 +98,14 @@ class Shelf:
     def __init__(self, data: Path, model: sd.StableDiffusion, enhancer: str | None):
         self.folder, self.model, self.enhancer = data / PEOPLE, model, enhancer
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.lock = threading.RLock()
+        self.lock, self.disk = threading.Lock(), threading.Lock()
         self.residents: dict[str, Resident] = {}
         self._recover()
         for folder in sorted(self.folder.iterdir()):
             if not NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
                 continue
             try:
-                self.residents[folder.name] = self._read(folder)
+                self.residents[folder.name] = self._read(folder, folder)
             except (InputError, OSError) as error:
                 log.warning("%s is left out: %s", folder.name, error)
 
@@ -119,15 +122,18 @@ class Shelf:
         for half in self.folder.glob(f"*/{NEW}*"):
             half.unlink(missing_ok=True)
 
-    def _read(self, folder: Path) -> Resident:
+    def _read(self, folder: Path, own: Path) -> Resident:
         """Somebody from their folder.
+
+        Args:
+          own: what the folder is called from now on.
 
         Raises:
           IdentityError, JobsError: it cannot be used.
         """
         path = folder / jobs.RESULT
         identity, digest = read_identity(path), file_digest(path)
-        check_identity(identity, self.model, folder.name)
+        check_identity(identity, self.model, own.name)
         if identity.needs_enhancer and identity.enhancer != self.enhancer:
             raise IdentityError("they began with another shared ID-Enhancer than the server's")
         if (folder / jobs.RECORD).is_file():
@@ -140,9 +146,9 @@ class Shelf:
         if not isinstance(about.get("created"), str):
             about["created"] = moment(path.stat().st_mtime)
         return Resident(
-            name=folder.name,
-            folder=folder,
-            known=known_person(identity, path, digest),
+            name=own.name,
+            folder=own,
+            known=known_person(identity, own / jobs.RESULT, digest),
             about=about,
             face=read_face(folder / FACE),
             sha256=digest,
@@ -187,34 +193,37 @@ class Shelf:
           HttpProblem: somebody of this name is here, and is not to be replaced.
           WriteError: the disk is full.
         """
+        own, old = self.folder / name, self.folder / f"{OLD}{name}"
+        made_known = self._read(made, own)
         for path in (*files_of(made), made):
             sync(path)
-        with self.lock:
-            own, old = self.folder / name, self.folder / f"{OLD}{name}"
+        with self.disk:
             if own.exists():
                 if not replace:
                     raise HttpProblem("conflict", "somebody of this name is here already")
                 own.rename(old)
             made.rename(own)
             sync(self.folder)
+            with self.lock:
+                self.residents[name] = made_known
             shutil.rmtree(old, ignore_errors=True)
-            self.residents[name] = self._read(own)
-            return self.residents[name]
+        return made_known
 
     def set_cover(self, resident: Resident, png: bytes, mark: str, likeness: float | None) -> None:
         """Keeps a picture of somebody, unless they are gone or another one by now."""
-        with self.lock:
-            if self.residents.get(resident.name) is not resident:
+        with self.disk:
+            with self.lock:
+                is_here = self.residents.get(resident.name) is resident
+            if not is_here:
                 return
             with atomic_write(resident.folder / COVER) as temporary:
                 temporary.write_bytes(png)
             about = resident.about | {"cover": mark, "cover_likeness": likeness}
             write_json(resident.folder / ABOUT, about)
-            self.residents[resident.name] = dataclasses.replace(
-                resident,
-                about=about,
-                bytes=sum(file.stat().st_size for file in files_of(resident.folder)),
-            )
+            size = sum(file.stat().st_size for file in files_of(resident.folder))
+            covered = dataclasses.replace(resident, about=about, bytes=size)
+            with self.lock:
+                self.residents[resident.name] = covered
 
     def remove(self, name: str) -> list[str]:
         """Deletes all files of somebody; returns them, as paths below the server's folder.
@@ -223,9 +232,11 @@ class Shelf:
           HttpProblem: there is nobody of this name.
           OSError: a file cannot be deleted.
         """
-        with self.lock:
-            resident = self.get(name)
-            del self.residents[name]
+        with self.disk:
+            with self.lock:
+                resident = self.residents.pop(name, None)
+            if resident is None:
+                raise HttpProblem("not-found", "there is nobody of this name")
             gone = [self.told(path) for path in files_of(resident.folder)]
             # Under a hidden name first: what a kill leaves is nobody, and goes at the next start.
             hidden = Path(tempfile.mkdtemp(prefix=NEW, dir=self.folder)) / name

@@ -44,9 +44,9 @@ class Task:
         self.previews: dict[int, tuple[bytes, float | None]] = {}
         self.listeners: set[Callable[[], None]] = set()
         self.people: set[str] = {name} if name else set()
-        self.stop: Callable[[HttpProblem], Any] = lambda problem: None
-        self.at_end: Callable[[str], Any] = lambda state: None
-        self.position: Callable[[], int | None] = lambda: None
+        self.stop: Callable[[HttpProblem], Any] = _nothing
+        self.at_end: Callable[[str], Any] = _nothing
+        self.position: Callable[[], int | None] = _nowhere
         self.is_unwanted = False
 
     @property
@@ -68,6 +68,8 @@ class Task:
             listeners = list(self.listeners)
         if state in FINAL:
             self.at_end(state)
+            # Whatever these hold, such as pictures that nobody fetched, is let go.
+            self.stop, self.position = _nothing, _nowhere
         for wake in listeners:
             wake()
 
@@ -77,10 +79,10 @@ class Task:
 
     def cancel(self, problem: HttpProblem | None = None) -> None:
         """Ends it because nobody wants it any more; the problem is what those are told who wait."""
-        problem = problem or HttpProblem("conflict", "the job was cancelled")
+        problem, stop = problem or HttpProblem("conflict", "the job was cancelled"), self.stop
         self.is_unwanted = True
         self.change(state="cancelled", problem=problem.as_dict())
-        self.stop(problem)
+        stop(problem)
 
     def add_preview(self, step: int, png: bytes, likeness: float | None) -> None:
         """Shows a picture of somebody as they are after a step of learning."""
@@ -104,6 +106,14 @@ class Task:
             "position": position,
             "previews": previews,
         }
+
+
+def _nothing(_: Any) -> None:
+    return None
+
+
+def _nowhere() -> int | None:
+    return None
 
 
 class Tasks:
