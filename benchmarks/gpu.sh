@@ -175,7 +175,7 @@ for part in "${chosen[@]}"; do rm -f "$out/$part".*; done
 writing=
 if [[ " ${chosen[*]} " =~ " person "|" eager "|" compiled " ]] && [ ! -f "$inputs/workload.json" ]; then
   rm -rf "$inputs"
-  timeout --kill-after=10 200 nice env "${prepare[@]}" >"$out/prepare.log" 2>&1 &
+  timeout --kill-after=10 $((200 * total / 480)) nice env "${prepare[@]}" >"$out/prepare.log" 2>&1 &
   writing=$!
 fi
 for part in "${chosen[@]}"; do

@@ -11,6 +11,7 @@ a break; this is for rows that are one stage of a longer pipeline.
 
 import argparse
 import json
+import os
 
 import pyarrow as pa
 
@@ -71,6 +72,8 @@ class Painter:
 
 
 def main() -> None:
+    # Unless it is told otherwise, Ray reports to its makers that it was used.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
