@@ -94,6 +94,7 @@ def measure(args: argparse.Namespace) -> int:
         folder = Path(args.inputs or scratch).resolve()
         try:
             result["sizes"] = prepare(workload, args.device, folder) | {"torch.compile": mode}
+            result["sizes"] |= {"programs kept": True} if args.compile_cache else {}
         except InputsError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -104,7 +105,7 @@ def measure(args: argparse.Namespace) -> int:
             report.write(out, name_of_report, result)
 
         try:
-            start(stacks, args.stacks, args.device, mode, folder)
+            start(stacks, args, mode, folder)
             result["machine"]["device"] = stacks["jax"]("device")
             result["ceilings"] = ceilings(stacks, args.device, failed)
             close_failed(stacks, failed)
@@ -228,18 +229,20 @@ def prepare(workload: Workload, device: str, folder: Path) -> dict:
     return vars(workload) | {"dtype": dtype}
 
 
-def start(
-    stacks: dict[str, Worker], names: list[str], device: str, mode: str, folder: Path
-) -> None:
-    """Starts the stacks, for which no program is compiled yet, and adds each to `stacks`."""
-    shutil.rmtree(folder / "inductor", ignore_errors=True)
-    variables = environment(device) | {
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
-    dtype = "float32" if device == "cpu" else "bfloat16"
-    torch_device = {"cpu": "cpu", "gpu": "cuda"}[device]
-    for name in names:
+def start(stacks: dict[str, Worker], args: argparse.Namespace, mode: str, folder: Path) -> None:
+    """Starts the stacks, and adds each to `stacks`; without `--compile_cache` no program is
+    compiled yet."""
+    kept = folder if args.compile_cache is None else Path(args.compile_cache).resolve()
+    variables = environment(args.device) | {"TORCHINDUCTOR_CACHE_DIR": str(kept / "inductor")}
+    if args.compile_cache is None:
+        shutil.rmtree(folder / "inductor", ignore_errors=True)
+        variables["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    else:
+        variables["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(kept / "jax")
+    dtype = "float32" if args.device == "cpu" else "bfloat16"
+    torch_device = {"cpu": "cpu", "gpu": "cuda"}[args.device]
+    for name in args.stacks:
         command = ["benchmarks.stack_torch", str(folder), torch_device, name, mode]
         if name == "jax":
             command = ["benchmarks.stack_jax", str(folder), dtype]

@@ -12,7 +12,6 @@ numbers that do not divide are left out.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import time
 
+from benchmarks import networks
 from benchmarks.options import positive
 from idea_jax import launch
 
@@ -81,22 +81,14 @@ def measure(args: argparse.Namespace) -> None:
     from jax.sharding import AxisType, Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from idea_jax import costs, random_sd
-    from idea_jax.config.settings import COMPUTE_DTYPES, PROFILE_DEFAULTS
+    from idea_jax import costs
+    from idea_jax.config.settings import PROFILE_DEFAULTS
     from idea_jax.method import condition
-    from idea_jax.models import flash, hub, sd
     from idea_jax.runtime.versions import versions
     from idea_jax.training.program import Program, draw_and_step, step_people
     from idea_jax.training.step import make_optimizer
 
-    dtype = COMPUTE_DTYPES[args.mixed_precision]
-    attention = flash.resolve(args.attention, jax.local_devices()[0], dtype)
-    if args.model == "mini":
-        model, frozen = sd.load(hub.resolve("mini").folder, compute_dtype=dtype)
-    else:
-        model = random_sd.config(args.model, "sd2", vocab_size=random_sd.CLIP_VOCAB_SIZE)
-        frozen = jax.tree.map(lambda x: x.astype(dtype), sd.init(model, jax.random.key(0)))
-    model = dataclasses.replace(model, compute_dtype=dtype, attention=attention)
+    model, frozen = networks.load(args)
     method = condition.make_method("paper", kv="low_rank", reg_weight=8e-4)
     rates = dict.fromkeys(method.parts(), PROFILE_DEFAULTS["paper"]["kv_learning_rate"])
     optimizer = make_optimizer(rates, beta1=0.9, beta2=0.999, epsilon=1e-7, weight_decay=1e-2)
@@ -109,14 +101,8 @@ def measure(args: argparse.Namespace) -> None:
     key = jax.random.key(0)
     program = Program(model, method, optimizer, args.batch, mesh)
     needed = costs.needed(functools.partial(draw_and_step, program), frozen, *one, key)
-    about = {
-        "model": args.model,
-        "device": jax.devices()[0].device_kind,
-        "devices": count,
-        "devices_on_data": args.data,
-        "mixed_precision": args.mixed_precision,
-        "batch": args.batch,
-    }
+    about = networks.about(args, model)
+    about |= {"devices": count, "devices_on_data": args.data, "batch": args.batch}
     for people in args.people:
         if people % groups:
             continue
@@ -137,7 +123,6 @@ def measure(args: argparse.Namespace) -> None:
             times.append(time.perf_counter() - began)
         line = {
             **about,
-            "attention": attention,
             "people": people,
             "compile_s": round(compiling, 2),
             **figures(compiled, times[1:], people * needed, count, people),
@@ -147,22 +132,26 @@ def measure(args: argparse.Namespace) -> None:
         print(json.dumps(line), flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="mini", choices=("mini", "tiny", "demo", "sd21"))
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.identities", description=__doc__.splitlines()[0]
+    )
+    networks.add_flags(parser)
     parser.add_argument("--people", type=positive, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--devices", type=positive, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--data", type=positive, default=1)
-    parser.add_argument("--mixed_precision", default="no", choices=("no", "bf16"))
-    parser.add_argument("--attention", default="auto", choices=("auto", "xla", "cudnn", "splash"))
     parser.add_argument("--batch", type=positive, default=8)
-    parser.add_argument("--repeats", type=positive, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not any(count % args.data == 0 for count in args.devices):
         parser.error(
             f"--data {args.data} divides none of --devices {' '.join(map(str, args.devices))}"
         )
     args.devices = [count for count in args.devices if count % args.data == 0]
+    return args
+
+
+def main() -> int:
+    args = parse()
     if len(args.devices) == 1:
         # Read by the CPU backend alone, and only if it is set before JAX starts.
         flag = f"--xla_force_host_platform_device_count={args.devices[0]}"

@@ -67,6 +67,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(default: a temporary one)",
     )
     parser.add_argument(
+        "--compile_cache",
+        help="folder in which programs are kept, so that first calls of another run compile little",
+    )
+    parser.add_argument(
         "--out",
         default="outputs/benchmarks",
         help="folder of the results (default: %(default)s; those of the documentation are in "

@@ -7,10 +7,8 @@ import dataclasses
 import functools
 import resource
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -19,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import settings, worker, workloads
+from benchmarks import profiling, settings, worker, workloads
 from idea_jax import costs, pytrees
 from idea_jax.data import images
 from idea_jax.data.tokenizer import Tokens
@@ -234,12 +232,7 @@ class JaxStack:
           sizes: as of `train_time`.
         """
         self.train_time(**sizes)
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                self.train_time(**sizes)
-            (path,) = Path(folder).rglob("*.xplane.pb")
-            profile_data = jax.profiler.ProfileData.from_serialized_xspace(path.read_bytes())
-        return top_ten(profile_data)
+        return profiling.top_ten(profiling.record(lambda: self.train_time(**sizes)))
 
     # Parts
 
@@ -445,43 +438,6 @@ def seconds_of(function, *arguments) -> float:
         jax.block_until_ready(function(*arguments))
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def top_ten(data: jax.profiler.ProfileData) -> list[list]:
-    """[name, share of the time of all] of the operations that take most, numbers cut off names.
-
-    Counted is an operation's own time, without that of others inside it: a wait for another device
-    lies in an event for the meeting, which lies in the collective.
-    """
-    spent = Counter()
-    for plane in data.planes:
-        for line in plane.lines:
-            if plane.name.startswith("/device:GPU"):
-                holds_operations = line.name.startswith("Stream")
-            elif plane.name.startswith("/device:TPU"):
-                holds_operations = line.name == "XLA Ops"
-            else:
-                holds_operations = "XLAEigen" in line.name or "XLATfrtCpuClient" in line.name
-            for name, own in own_times(line.events) if holds_operations else ():
-                # On a CPU the executor's own events, which hold all others, have C++ names.
-                if "GPU" in plane.name or "::" not in name:
-                    spent[name.split(".")[0]] += own
-    total = sum(spent.values()) or 1
-    return [[name, time_ns / total] for name, time_ns in spent.most_common(10)]
-
-
-def own_times(events: Iterable) -> list[tuple[str, float]]:
-    """(name, ns without the events inside it) of each event of one line of a profile."""
-    found, open_ones = [], []  # the latter as (end, place in found), outermost first
-    for event in sorted(events, key=lambda e: (e.start_ns, -e.duration_ns)):
-        while open_ones and open_ones[-1][0] <= event.start_ns:
-            open_ones.pop()
-        if open_ones:
-            end, outer = open_ones[-1]
-            found[outer][1] -= min(event.duration_ns, end - event.start_ns)
-        open_ones.append((event.start_ns + event.duration_ns, len(found)))
-        found.append([event.name, event.duration_ns])
-    return [(name, own) for name, own in found]
 
 
 def main() -> None:

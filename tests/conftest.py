@@ -6,13 +6,15 @@ import gc
 import os
 import sys
 import tempfile
+from importlib import metadata
 
 # Eight simulated devices for the tests of vmap and shard_map, and programs that are compiled three
 # times as fast: each runs once or twice here, on tiny shapes. Must be set before jax starts.
+# XLA ends at a flag that it does not know, and later ones do not know the last of these.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,10 +21,14 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    enhancer,
     identities,
     jobs,
+    networks,
     options,
+    picture,
     plans,
+    profiling,
     quality,
     report,
     settings,
@@ -37,8 +42,13 @@ from benchmarks import machine as host
 from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 from idea_jax.config import reading
+from idea_jax.config.reading import build
 from idea_jax.config.settings import SampleConfig, TrainConfig
-from idea_jax.models import hub
+from idea_jax.enhancer.step import Recipe, make_optimizer
+from idea_jax.method import shared
+from idea_jax.models import hub, sd
+from idea_jax.plan import work
+from idea_jax.plan.settings import PlanConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -369,13 +379,36 @@ def test_profile_counts_the_own_time_of_each_operation_once():
         SimpleNamespace(name="python", events=events),
     ]
     profile = SimpleNamespace(planes=[SimpleNamespace(name="/host:CPU", lines=lines)])
-    assert stack_jax.top_ten(profile) == [
+    assert profiling.top_ten(profile) == [
         ["Wait: pending_threads=1/2", 55 / 120],
         ["ynn_fusion", 40 / 120],
         ["copy", 20 / 120],
         ["Rendezvous", 3 / 120],
         ["psum", 2 / 120],
     ]
+
+
+def events_of(*spans):
+    return [SimpleNamespace(name=n, start_ns=s, duration_ns=d) for n, s, d in spans]
+
+
+def test_device_is_idle_where_no_stream_of_it_runs_anything():
+    """Two streams that overlap, a gap of 30 ns, and another device that counts for nothing."""
+    streams = [events_of(("a", 100, 40), ("b", 130, 20), ("c", 180, 20)), events_of(("d", 120, 5))]
+    lines = [SimpleNamespace(name=f"Stream #{i}", events=e) for i, e in enumerate(streams)]
+    lines.append(SimpleNamespace(name="XLA Modules", events=events_of(("all", 0, 900))))
+    far = [SimpleNamespace(name="Stream #9", events=events_of(("e", 0, 9)))]
+    planes = [("/device:GPU:1", far), ("/device:GPU:0", lines), ("/host:CPU", lines[:2])]
+    data = SimpleNamespace(planes=[SimpleNamespace(name=n, lines=x) for n, x in planes])
+    found = profiling.occupied(data)
+    assert found == {
+        "operations": 4,
+        "busy_ms": pytest.approx(70e-6),
+        "span_ms": pytest.approx(100e-6),
+        "idle": pytest.approx(0.3),
+    }
+    nothing = profiling.occupied(SimpleNamespace(planes=[]))
+    assert (nothing["operations"], nothing["idle"]) == (0, 0.0)
 
 
 def test_block_that_is_no_whole_number_of_calls_is_refused():
@@ -785,6 +818,92 @@ def test_command_lines_of_whole_jobs_are_understood(tmp_path):
         for _, dash, module, kind, *others in jobs.commands("eager", *given):
             assert [dash, module] == ["-m", "benchmarks.torch_job"]
             inspect.signature(torch_job.COMMANDS[kind]).bind(*others)
+
+
+def test_picture_is_profiled_with_the_program_that_draws_it(smallest_checkpoint, monkeypatch):
+    loaded = sd.load(smallest_checkpoint, compute_dtype="float32")
+    monkeypatch.setattr(networks, "load", lambda args: loaded)
+    monkeypatch.setenv("XLA_FLAGS", "--as_said")
+    args = picture.parse(["--pictures", "2", "--steps", "2", "--repeats", "1"])
+    line = json.loads(json.dumps(picture.measure(args)))
+    assert line["operations"] > 50 and line["XLA_FLAGS"] == "--as_said"
+    assert 0 < line["busy_ms"] <= line["span_ms"] and 0 <= line["idle"] < 1
+    assert 0 < sum(share for _, share in line["top_ten"]) <= 1 + 1e-3
+
+
+def test_random_samples_are_those_that_the_step_of_the_enhancer_takes(smallest_checkpoint):
+    cfg = build(PlanConfig, {}, {"checkpoint": str(smallest_checkpoint), "batch": 4})
+    model, _ = work.read_model(cfg)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    program = SimpleNamespace(
+        model=model,
+        config=shared.EnhancerConfig("mlp", model.text.hidden_size),
+        mesh=mesh,
+        recipe=Recipe(4),
+        optimizer=make_optimizer(1.0, warmup=1, steps=1, clip=1.0, beta2=0.9, epsilon=1e-8),
+    )
+    side = model.unet.sample_size * model.vae.downscale
+    *_, expected, _ = work.enhancer_shapes(cfg, program, side)
+    made = enhancer.random_samples(model, 4)
+    for found, leaf in zip(made, expected, strict=True):
+        assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
+    assert (made.token_ids >= model.text.vocab_size).any(axis=1).all()
+
+
+def test_command_lines_of_the_gpu_script_are_understood():
+    """Of all parts, and of their rehearsal on a CPU."""
+    programs = {
+        "benchmarks": options.parse,
+        "benchmarks.identities": identities.parse,
+        "benchmarks.picture": picture.parse,
+        "benchmarks.enhancer": enhancer.parse,
+        "train_jax.py": lambda flags: reading.parse(TrainConfig, flags),
+        "sample_jax.py": lambda flags: reading.parse(SampleConfig, flags),
+        "benchmarks.workloads": lambda flags: WORKLOADS[flags[0], "cpu"],
+    }
+    for more, platforms in ((["--rehearse"], {"cpu"}), ([], {"cpu", "cuda"})):
+        shown = gpu_script("--show", *more, PYTHON="python")
+        assert shown.returncode == 0, shown.stderr
+        lines = [shlex.split(line) for line in shown.stdout.splitlines()]
+        used, found = set(), set()
+        for _, *words in lines:
+            place = words.index("python")
+            found |= {word.removeprefix("JAX_PLATFORMS=") for word in words[:place] if "=c" in word}
+            name, *flags = words[place + 1 :]
+            name, *flags = flags if name == "-m" else (name, *flags)
+            programs[name](flags)
+            used.add(name)
+        assert used == set(programs) and found == platforms
+
+
+def gpu_script(*arguments, **variables):
+    command = ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments]
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_gpu_script_goes_on_after_a_part_that_fails_and_says_what_was_left_out(tmp_path):
+    program = tmp_path / "program"
+    program.write_text(
+        '#!/bin/bash\necho "{\\"ran\\": \\"$2\\"}"\n[ "$2" != benchmarks.enhancer ]\n'
+    )
+    program.chmod(0o755)
+    out = tmp_path / "out"
+    given = {"PYTHON": str(program), "BENCH_OUT": str(out), "BENCH_WORK": str(tmp_path / "work")}
+    done = gpu_script("--rehearse", "enhancer", "attention", **given)
+    ended = [json.loads(line) for line in (out / "parts.jsonl").read_text().splitlines()]
+    assert [(one["part"], one["ended"]) for one in ended] == [
+        ("enhancer", "1"),
+        ("attention", "0"),
+        ("attention", "0"),
+    ]
+    assert done.returncode == 1 and '{"ran": "benchmarks.picture"}' in done.stdout
+    assert len((out / "attention.txt").read_text().splitlines()) == 2
+    (out / "parts.jsonl").unlink()
+    assert gpu_script("--rehearse", "people", BENCH_SECONDS="20", **given).returncode == 1
+    (one,) = map(json.loads, (out / "parts.jsonl").read_text().splitlines())
+    assert one["ended"] == "left_out"
+    assert gpu_script("nothing", **given).returncode == 2
 
 
 @pytest.mark.slow

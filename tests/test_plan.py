@@ -331,6 +331,8 @@ def test_step_of_people_compiles_for_a_tpu(smallest_checkpoint, is_split):
     gathers = re.findall(r" all-gather(?:-start)?\(.*", text)
     assert bool(gathers) == is_split
     assert all(re.search(groups, gather) for gather in gathers)
+    # In the loop of steps, and not before it, where the whole model would be kept.
+    assert " all-gather" not in text[text.index("\nENTRY ") :]
     assert not re.findall(r"f32\[[\d,]*\]\S* convolution\(f32", text)
     assert "callback" not in text
 

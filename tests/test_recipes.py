@@ -1,5 +1,7 @@
 """Recipes for clusters: scripts that a shell reads, known fields, flags that are understood."""
 
+import importlib.util
+import io
 import os
 import re
 import shlex
@@ -7,11 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import people
+import pyarrow as pa
 import pytest
 import yaml
+from PIL import Image
 
 from idea_jax.config import reading
 from idea_jax.config.settings import TrainConfig
+from idea_jax.formats.identity import write_identity
+from idea_jax.models import sd
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -86,6 +93,29 @@ def test_skypilot_task_has_fields_that_skypilot_knows():
     assert set(task["resources"]) <= {"accelerators", "use_spot", "disk_size"}
     for script in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_rows_of_ray_data_come_back_with_a_picture_or_a_reason(smallest_checkpoint, tmp_path):
+    """The actor itself; Ray is not needed for it."""
+    spec = importlib.util.spec_from_file_location("ray_data", RECIPES / "ray_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = sd.read_configs(smallest_checkpoint)
+    write_identity(tmp_path / "anna" / "identity.safetensors", people.person(model))
+    rows = [
+        {"identity": "anna", "prompt": "a photo of {}", "seed": 7, "note": "kept"},
+        {"identity": "nobody", "prompt": "a photo of {}", "seed": None, "note": None},
+        {"identity": "anna", "prompt": "a sketch of {}", "seed": None, "note": None},
+    ]
+    small = {"batch_size": 2, "num_inference_steps": 2, "height": 8, "width": 8}
+    painter = module.Painter(str(smallest_checkpoint), str(tmp_path), small)
+    first, second, third = painter(pa.Table.from_pylist(rows)).to_pylist()
+    assert first["note"] == "kept" and "nobody" in second["error"] and second["picture"] is None
+    for row in (first, third):
+        assert row["error"] is None
+        with Image.open(io.BytesIO(row["picture"])) as picture:
+            assert picture.size == (8, 8) and '"seed": ' in picture.text["parameters"]
+    assert first["picture"] != third["picture"]
 
 
 def test_image_takes_the_platforms_that_it_says():

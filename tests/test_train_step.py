@@ -195,6 +195,7 @@ def test_vmap_and_shard_map_equal_the_single_person(loaded, paper_step):
             mesh=mesh,
             in_specs=(P(), P("identity"), P("identity")),
             out_specs=P("identity"),
+            check_vma=False,  # the gradient of jax 0.12.0's erfc (gelu) fails the check
         )
     )
     together, sharded = stacked, stacked
