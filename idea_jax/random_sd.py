@@ -19,7 +19,7 @@ from idea_jax.data.text import TEMPLATES, shipped_names
 from idea_jax.runtime.files import atomic_write, say
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help does without
-    from idea_jax.models import sd
+    from idea_jax.models import clip_text, sd
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
@@ -120,13 +120,43 @@ SECOND = {
 }
 
 
+def second(
+    size: str, width: int, vocab_size: int
+) -> tuple["clip_text.CLIPTextConfig", dict[str, Any]]:
+    """SDXL's second text encoder of that size, and what the UNet has because of it.
+
+    Args:
+      width: of the first text encoder.
+    """
+    from idea_jax.models.clip_text import CLIPTextConfig
+    from idea_jax.models.unet import SIZE_IDS
+
+    (width_2, layers, heads, pooled), of_size, depths = SECOND[size]
+    text = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width_2,
+        intermediate_size=4 * width_2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act="gelu",
+        projection_dim=pooled,
+    )
+    own = {
+        "transformer_layers": depths,
+        "cross_attention_dim": width + width_2,
+        "addition_time_embed_dim": of_size,
+        "addition_embed_dim": pooled + SIZE_IDS * of_size,
+    }
+    return text, own
+
+
 def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
     """Returns the model of that size; "sd15", "sd21" and "sdxl" are SD 1.5, SD 2.1-base and SDXL
     1.0-base exactly."""
     from idea_jax.diffusion.schedule import ScheduleConfig
     from idea_jax.models import sd
     from idea_jax.models.clip_text import CLIPTextConfig
-    from idea_jax.models.unet import SIZE_IDS, UNetConfig
+    from idea_jax.models.unet import UNetConfig
     from idea_jax.models.vae import VAEConfig
 
     (
@@ -145,25 +175,7 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
         num_attention_heads=heads,
         hidden_act="gelu" if family == "sd2" else "quick_gelu",
     )
-    text_2: CLIPTextConfig | None = None
-    own: dict[str, Any] = {}
-    if family == "sdxl":
-        (width_2, layers_2, heads_2, pooled), of_size, depths = SECOND[size]
-        text_2 = CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=width_2,
-            intermediate_size=4 * width_2,
-            num_hidden_layers=layers_2,
-            num_attention_heads=heads_2,
-            hidden_act="gelu",
-            projection_dim=pooled,
-        )
-        own = {
-            "transformer_layers": depths,
-            "cross_attention_dim": width + width_2,
-            "addition_time_embed_dim": of_size,
-            "addition_embed_dim": pooled + SIZE_IDS * of_size,
-        }
+    text_2, own = second(size, width, vocab_size) if family == "sdxl" else (None, {})
     vae = VAEConfig(
         in_channels=3,
         out_channels=3,

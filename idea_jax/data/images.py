@@ -1,6 +1,5 @@
 """Pictures from disk to training pixels, and generated pixels to marked PNG files."""
 
-import functools
 import hashlib
 import io
 import json
@@ -17,13 +16,13 @@ import numpy as np
 from PIL import (
     ExifTags,
     Image,
-    ImageCms,
     ImageOps,
     PngImagePlugin,
     UnidentifiedImageError,
     features,
 )
 
+from idea_jax.data.colours import to_rgb
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write, file_digest
 
@@ -39,10 +38,6 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 # and below the 89 megapixels from which Pillow itself warns.
 MAX_PIXELS = 80_000_000
 MIN_SIDE = 16
-
-# Modes that a profile can speak of, by the colour space that it names.
-_MODES_OF_PROFILES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-
 
 # The IPTC code for pictures made by a trained model, in the XMP property that search engines and
 # picture agencies read: https://cv.iptc.org/newscodes/digitalsourcetype/ (PNG keyword: XMP part 3).
@@ -237,71 +232,6 @@ def _check_size(name: Any, size: tuple[int, int], most_pixels: int) -> None:
         raise ImageError(
             f"{name} has {width} x {height} pixels; expected at least {MIN_SIDE} on each side"
         )
-
-
-def to_rgb(image: Image.Image, name: Any) -> Image.Image:
-    """A decoded picture as 8-bit RGB: sRGB, over white where it is transparent.
-
-    A colour profile that cannot be used is reported with the picture's `name`, and left out.
-    """
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling. The upper byte is
-        # what Pillow takes of 16-bit colour.
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    alpha = None
-    if image.has_transparency_data:
-        alpha = image.convert("RGBA").getchannel("A")
-        image = image.convert("L" if image.mode == "LA" else "RGB")
-    if profile:
-        image = _to_srgb(image, profile, name)
-    image = image.convert("RGB")
-    if alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
-    return image
-
-
-def _to_srgb(image: Image.Image, profile: bytes, name: Any) -> Image.Image:
-    """A picture whose colours are those that its profile means, in sRGB."""
-    try:
-        convert, is_srgb = _conversion(profile)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, ImportError) as error:
-        _say_once(
-            f"the colour profile of {name} cannot be used ({error or type(error).__name__}); its "
-            "colours are taken as sRGB"
-        )
-        return image
-    if is_srgb:
-        return image  # as it is stored, to the bit
-    return ImageCms.applyTransform(image.convert(convert.input_mode), convert)
-
-
-@functools.lru_cache(maxsize=64)  # a folder of photos has the profile of one or two phones
-def _conversion(profile: bytes) -> tuple[ImageCms.ImageCmsTransform, bool]:
-    """What converts a profile's colours to sRGB, and whether it leaves all as they are.
-
-    Raises:
-      PyCMSError, OSError, ValueError: it is no profile, or one of another kind of device.
-    """
-    opened = ImageCms.getOpenProfile(io.BytesIO(profile))
-    space = opened.profile.xcolor_space.strip()
-    if space not in _MODES_OF_PROFILES:
-        raise ValueError(f"it is for {space}, expected {', '.join(_MODES_OF_PROFILES)}")
-    mode = _MODES_OF_PROFILES[space]
-    convert = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
-    if mode != "RGB":
-        return convert, False
-    # The many profiles that call themselves sRGB differ from it by rounding.
-    steps = np.arange(0, 256, 15, np.uint8)
-    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(len(steps), -1, 3)
-    converted = np.asarray(ImageCms.applyTransform(Image.fromarray(colours), convert))
-    return convert, bool(np.abs(converted.astype(int) - colours).max() <= 1)
-
-
-@functools.lru_cache(maxsize=1024)  # a picture is read more than once
-def _say_once(notice: str) -> None:
-    log.warning("%s", notice)
 
 
 def _sniff(head: bytes) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from idea_jax.data import folders, images
+from idea_jax.data import colours, folders, images
 from idea_jax.errors import InputError
 
 LICENCE = "CelebA is for non-commercial research only; do not pass its pictures on"
@@ -58,7 +58,7 @@ class StoredPicture:
         """
         try:
             with Image.open(io.BytesIO(self._bytes()), formats=images.FORMATS) as image:
-                return images.to_rgb(image, self)
+                return colours.to_rgb(image, self)
         except OSError as error:
             raise images.ImageError(f"{self} is damaged ({error}); prepare it again") from error
 
