@@ -65,6 +65,12 @@ function inWords(where) {
     .trim();
 }
 
+/** What the server says of a photo, in the words of this page: it has no flags of a command line. */
+export function ofPhoto(text) {
+  if (/no face found/.test(text)) return "No face was found. Take a photo with a larger, clearer face.";
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
 /** Marks a field as wrong, says why, and goes there. */
 export function refuse(form, field, text) {
   clearProblems(form);

@@ -1,7 +1,7 @@
 // People who are being learned: how far they are, and pictures of them on the way.
 
 import { call } from "./api.js";
-import { $, announce, el, progressBar, showProblem } from "./dom.js";
+import { $, announce, el, ofPhoto, progressBar, showProblem } from "./dom.js";
 import { drawPerson } from "./draw.js";
 import { isUnderWay, lookNow, on, state } from "./state.js";
 
@@ -81,15 +81,13 @@ function makeCard(job) {
     } else buttons.replaceChildren(dismiss);
     if (hadFocus) buttons.firstChild.focus();
     if (now.problem && now.state === "failed") {
-      showProblem(place, { title: sentence(now.problem.title), message: sentence(`${now.problem.detail}.`), errors: [] });
+      showProblem(place, { title: ofPhoto(now.problem.title), message: ofPhoto(now.problem.detail), errors: [] });
     }
     node.classList.toggle("failed", now.state === "failed");
     ({ state, stage } = now);
   }
   return { node, update };
 }
-
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1).replace(/\.\.$/, ".");
 
 function titleOf(job) {
   if (job.state === "done") return `${job.name} is learned`;

@@ -1,7 +1,7 @@
 // The photos that somebody is to be learned from: looked at by the server as soon as they are chosen.
 
 import { call } from "./api.js";
-import { $, announce, el, plural, showProblem, size } from "./dom.js";
+import { $, announce, el, ofPhoto, plural, showProblem, size } from "./dom.js";
 import { state } from "./state.js";
 
 // Of each photo: file, url (of the browser's own copy), looked (the server's answer), face (the chosen one).
@@ -65,7 +65,7 @@ async function look(photo, place) {
 function told(photo) {
   const { looked } = photo;
   if (!looked) return "Looking for faces …";
-  if (looked.problem) return looked.problem;
+  if (looked.problem) return ofPhoto(looked.problem);
   if (looked.faces.length === 1) return "1 face found";
   return `${looked.faces.length} faces found. Choose one: number ${photo.face + 1} from the left is taken.`;
 }
