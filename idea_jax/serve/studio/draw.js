@@ -27,8 +27,8 @@ export function startDraw() {
   });
   for (const name of ["guidance", "strength"]) $(name).addEventListener("input", () => slid(name));
   const short = state.info.examples.filter((text) => text.length <= 40);
-  const each = Math.max(1, Math.floor(short.length / EXAMPLES));
-  const shown = short.filter((_, place) => place % each === 0).slice(0, EXAMPLES);
+  const count = Math.min(EXAMPLES, short.length);
+  const shown = Array.from({ length: count }, (_, place) => short[Math.floor(place * short.length / count)]);
   $("examples").replaceChildren(...shown.map((text) => el("button",
     { type: "button", onclick: () => { $("prompt").value = text; announce(`Prompt: ${text}`); } }, text)));
   for (const input of form.elements.namedItem("together")) input.addEventListener("change", castChanged);

@@ -102,7 +102,7 @@ function item(photo, place) {
     : el("div", { class: "boxes" }, boxes);
   frame.append(faces);
   const bad = Boolean(looked?.problem);
-  return el("li", { class: bad ? "photo bad" : "photo", "aria-busy": looked ? null : "true" },
+  return el("li", { class: ["photo", bad && "bad", many && "many"].filter(Boolean).join(" "), "aria-busy": looked ? null : "true" },
     frame,
     el("div", { class: "photo-words" },
       el("p", {}, bad && el("b", {}, "Cannot be used. "), told(photo)),
@@ -116,7 +116,7 @@ function box(photo, face, isChoice) {
   const { width, height } = photo.looked, [left, top, right, bottom] = face.box;
   const number = String(face.number + 1), id = `face-${photo.key}-${face.number}`;
   const inner = isChoice
-    ? el("label", { class: "box" },
+    ? el("label", { class: bottom - top < 0.4 * height ? "box low" : "box" },
       el("input", {
         type: "radio", name: `face-${photo.key}`, id, checked: photo.face === face.number,
         "aria-label": `Face ${number} from the left`,
