@@ -56,7 +56,8 @@ def server(browser, tmp_path_factory):
 @contextlib.contextmanager
 def open_tabs(browser, url, count=1, **options):
     """So many tabs of the studio in a browser of their own; whatever they complain of fails."""
-    context = browser.new_context(**options)
+    # Without motion: colours that are just changing are no contrast to measure.
+    context = browser.new_context(reduced_motion="reduce", **options)
     context.set_default_timeout(PATIENCE)
     wrong, tabs = [], []
     for _ in range(count):

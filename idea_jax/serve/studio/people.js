@@ -29,11 +29,6 @@ export function startPeople() {
     addFiles(event.target.files);
     event.target.value = "";  // the same file may be chosen again
   });
-  $("photos").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter") return;  // which would send the form
-    event.preventDefault();
-    event.target.click();
-  });
   startDrop($("drop"));
   $("name").addEventListener("input", nameNow);
   form.addEventListener("submit", learn);
