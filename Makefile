@@ -1,4 +1,6 @@
 # make demo   learn one person from a photo and draw them; installs what it needs into .venv
+# make studio  people and pictures in the browser, on the mini, with two drawn people to try
+#             (STUDIO_OUT is where they are kept)
 # make lint   ruff and the type checker; adds the test requirements to the same .venv
 # make test   lint and test
 # make test-long  the tests that take minutes each: whole trainings and tables of the mini
@@ -15,6 +17,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_OUT ?= outputs/benchmarks
+STUDIO_OUT ?= outputs/studio
 RESULTS_OUT ?= outputs/results
 RESULTS_FILE ?= docs/results.md
 RESULTS_PEOPLE ?= 20
@@ -22,10 +25,16 @@ RESULTS_METHODS ?= paper,paper@steps=0,paper@id_strength=0,paper@steps=0;id_stre
 RESULTS_PARTS_PEOPLE ?= 10
 RESULTS_PARTS ?= paper@photos=1,paper@photos=1;steps=0,paper@photos=1;steps=10,paper@photos=1;steps=80,paper@photos=1;steps=320,paper@photos=2,paper@photos=4,paper@photos=4;steps=0,paper@photos=1;kv=none,paper@photos=1;kv_rank=16,paper@photos=1;kv=full,paper@photos=1;regulariser=exact,paper@photos=1;regulariser=none,paper@photos=1;id_strength=0,paper@photos=1;id_strength=0.5,paper@photos=1;id_strength=1.5,paper_alone@photos=1;steps=80,paper_alone@photos=1;steps=80;n_pseudo_tokens=1,paper_alone@photos=1;steps=80;n_pseudo_tokens=4
 
-.PHONY: demo lint test test-long chaos slow results bench clean
+.PHONY: demo studio lint test test-long chaos slow results bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m idea_jax.demo
+
+studio: $(VENV)/.installed-studio
+	test -d $(STUDIO_OUT)/people/photos || \
+	  $(BIN)/python -m idea_jax.mini.album $(STUDIO_OUT)/people --people 2 --photos 2
+	$(BIN)/python -m idea_jax.studio --pretrained_model_name_or_path mini --guidance_scale 3 \
+	  --data $(STUDIO_OUT)/data --examples $(STUDIO_OUT)/people/photos --open
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -70,6 +79,10 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	  { echo "idea_jax needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-studio: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[studio]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

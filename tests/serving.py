@@ -66,11 +66,14 @@ class Running:
       url: where it is.
     """
 
-    def __init__(self, model, data, token=None, **changes):
+    def __init__(self, model, data, token=None, routers=(), **changes):
         values = SMALL | {"pretrained_model_name_or_path": str(model), "data": str(data)}
         self.service = open_service(ServeConfig(**values | changes), jax.devices()[:1])
         config = uvicorn.Config(
-            create_app(self.service, token), port=0, log_config=None, access_log=False
+            create_app(self.service, token, routers),
+            port=0,
+            log_config=None,
+            access_log=False,
         )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve()))

@@ -92,6 +92,7 @@ ROWS = (
         "cli config data errors evaluation export exporting faces formats jobs method mini models "
         "runtime sampling training",
     ),
+    ("studio", "cli config runtime serve"),
 )
 
 FLAX = {

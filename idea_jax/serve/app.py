@@ -2,12 +2,12 @@
 
 import asyncio
 import mimetypes
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
@@ -34,11 +34,12 @@ CODES_OF_STATUS = {
 }
 
 
-def create_app(service: Service, token: str | None) -> Any:
+def create_app(service: Service, token: str | None, routers: Sequence[APIRouter] = ()) -> Any:
     """The server as an ASGI application, which starts the service and ends it.
 
     Args:
       token: that clients must show; None if they need none.
+      routers: more routes, beside the server's own.
     """
 
     @asynccontextmanager
@@ -61,6 +62,8 @@ def create_app(service: Service, token: str | None) -> Any:
     _add_handlers(app)
     app.include_router(people_routes(service))
     app.include_router(picture_routes(service))
+    for router in routers:
+        app.include_router(router)
     _add_sessions(app, keys)
     _add_states(app, service)
     _add_pages(app, service)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ IDLE = 15  # seconds that a connection without a request stays open
 EXTRA = 10.0  # seconds, beyond the grace, until answers that are still being sent are cut off
 
 
-def run(cfg: ServeConfig) -> list[Path]:
+def run(
+    cfg: ServeConfig, opened: Callable | None = None, routers: Sequence[Any] = ()
+) -> list[Path]:
     """Serves until SIGINT or SIGTERM comes.
+
+    Args:
+      opened: called with the port, the service and the token once requests are about to be taken;
+        by default the address is printed.
+      routers: more routes.
 
     Raises:
       ConfigError: packages are missing, the token is, or the port is taken.
@@ -44,7 +52,7 @@ def run(cfg: ServeConfig) -> list[Path]:
 
         service = open_service(cfg)
         config = uvicorn.Config(
-            create_app(service, token),
+            create_app(service, token, routers),
             log_config=None,
             access_log=False,
             proxy_headers=False,
@@ -56,7 +64,10 @@ def run(cfg: ServeConfig) -> list[Path]:
         )
         host, port = listener.getsockname()[:2]
         name = f"[{host}]" if ":" in host else host
-        say(f"http://{name}:{port}")
+        if opened is None:
+            say(f"http://{name}:{port}")
+        else:
+            opened(port, service, token)
         server = server_of(uvicorn, config, service)
         server.run([listener])
     if service.broken is not None:
