@@ -137,7 +137,7 @@ def alone(batch_size: int, pictures: int, data: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.add_argument("--batch_size", type=int, default=2, help="rows of a device in a call")
+    parser.add_argument("--batch_size", type=int, default=1, help="rows of a device in a call")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--pictures", type=int, default=192, help="for each number of clients")
     parser.add_argument("--engine", metavar="DATA", help="the engine alone, with a server's people")

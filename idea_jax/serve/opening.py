@@ -40,7 +40,7 @@ from idea_jax.serve.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
-ON_CPU, ELSEWHERE = 2, 8  # rows of a device in a call, where nothing is said
+ON_CPU, ELSEWHERE = 1, 8  # rows of a device in a call, where nothing is said
 WARM = "(warm-up)"
 
 

@@ -75,7 +75,7 @@ class ServeConfig:
     )
     threads: int = setting(4, "that encode pictures")
     batch_size: int | None = setting(
-        None, "rows that a device draws in one call (default: 2 on a CPU, else 8)"
+        None, "rows that a device draws in one call (default: 1 on a CPU, else 8)"
     )
     # Learning
     train_config: str | None = setting(
