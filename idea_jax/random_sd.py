@@ -6,6 +6,7 @@ It has the layout, the configs and the code path of a real one, and draws nothin
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -20,6 +21,7 @@ from idea_jax.runtime.files import atomic_write, say
 
 if TYPE_CHECKING:  # importing JAX takes a second, which --help does without
     from idea_jax.models import sd
+    from idea_jax.models.clip_text import CLIPTextConfig
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_VOCAB_SIZE = 49408
@@ -126,7 +128,7 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
     from idea_jax.diffusion.schedule import ScheduleConfig
     from idea_jax.models import sd
     from idea_jax.models.clip_text import CLIPTextConfig
-    from idea_jax.models.unet import SIZE_IDS, UNetConfig
+    from idea_jax.models.unet import UNetConfig
     from idea_jax.models.vae import VAEConfig
 
     (
@@ -145,25 +147,7 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
         num_attention_heads=heads,
         hidden_act="gelu" if family == "sd2" else "quick_gelu",
     )
-    text_2: CLIPTextConfig | None = None
-    own: dict[str, Any] = {}
-    if family == "sdxl":
-        (width_2, layers_2, heads_2, pooled), of_size, depths = SECOND[size]
-        text_2 = CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=width_2,
-            intermediate_size=4 * width_2,
-            num_hidden_layers=layers_2,
-            num_attention_heads=heads_2,
-            hidden_act="gelu",
-            projection_dim=pooled,
-        )
-        own = {
-            "transformer_layers": depths,
-            "cross_attention_dim": width + width_2,
-            "addition_time_embed_dim": of_size,
-            "addition_embed_dim": pooled + SIZE_IDS * of_size,
-        }
+    text_2, own = second_of(size, text) if family == "sdxl" else (None, {})
     vae = VAEConfig(
         in_channels=3,
         out_channels=3,
@@ -203,6 +187,28 @@ def config(size: str, family: str, vocab_size: int) -> "sd.StableDiffusion":
     )
     is_xl = text_2 is not None
     return sd.StableDiffusion(text, unet, vae, schedule, text_2=text_2, zero_negative=is_xl)
+
+
+def second_of(size: str, text: "CLIPTextConfig") -> tuple["CLIPTextConfig", dict[str, Any]]:
+    """SDXL's second text encoder beside its first one, and what its UNet has besides."""
+    from idea_jax.models.unet import SIZE_IDS
+
+    (width, layers, heads, pooled), of_size, depths = SECOND[size]
+    second = dataclasses.replace(
+        text,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act="gelu",
+        projection_dim=pooled,
+    )
+    return second, {
+        "transformer_layers": depths,
+        "cross_attention_dim": text.hidden_size + width,
+        "addition_time_embed_dim": of_size,
+        "addition_embed_dim": pooled + SIZE_IDS * of_size,
+    }
 
 
 def write_tokenizer(
