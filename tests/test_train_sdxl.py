@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 
 import sample_jax
 import train_jax
-from idea_jax.data import images
 from idea_jax.faces import random_model
 from idea_jax.formats.identity import read_identity
 from idea_jax.models import sd
 from idea_jax.pytrees import flatten
+from idea_jax.training.photos import size_ids
 
 STEPS = ["--max_train_steps", 4, "--train_batch_size", 2, "--learning_rate", 0.01]
 
@@ -122,6 +122,6 @@ def test_two_people_are_learned_together_and_meet_in_a_picture(checkpoint, photo
 
 
 def test_sizes_are_those_of_the_picture_before_it_was_cut():
-    assert images.size_ids((1200, 900), 512, center_crop=True) == (900, 1200, 0, 85, 512, 512)
-    assert images.size_ids((300, 700), 512, center_crop=True) == (700, 300, 341, 0, 512, 512)
-    assert images.size_ids((1200, 900), 512, center_crop=False) == (900, 1200, 0, 0, 512, 512)
+    assert size_ids((1200, 900), 512, center_crop=True) == (900, 1200, 0, 85, 512, 512)
+    assert size_ids((300, 700), 512, center_crop=True) == (700, 300, 341, 0, 512, 512)
+    assert size_ids((1200, 900), 512, center_crop=False) == (900, 1200, 0, 0, 512, 512)

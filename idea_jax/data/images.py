@@ -313,18 +313,6 @@ def to_pixels(image: Image.Image, size: int, *, center_crop: bool) -> np.ndarray
     return (np.asarray(image) / 127.5 - 1.0).astype(np.float32)
 
 
-def size_ids(size: tuple[int, int], side: int, *, center_crop: bool) -> tuple[int, ...]:
-    """What SDXL is told of a picture that `to_pixels` brings to a square: its height and width
-    before, top and left of the square in the picture once that is scaled, and the square's sides.
-
-    Args:
-      size: width and height of the picture, in pixels.
-    """
-    left, top, edge = central_square(size) if center_crop else (0, 0, side)
-    scale = side / edge
-    return size[1], size[0], round(top * scale), round(left * scale), side, side
-
-
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Returns uint8 values for floats in [-1, 1] of any shape; values beyond are clipped.
 

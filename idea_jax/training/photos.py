@@ -125,7 +125,7 @@ def portraits_of(
 def training_pixels(
     cfg: TrainConfig, seen: Portraits, side: int
 ) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
-    """Yields (name, float32[side, side, 3] in [-1, 1], `images.size_ids`) of each picture of a
+    """Yields (name, float32[side, side, 3] in [-1, 1], `size_ids`) of each picture of a
     person. A picture that is cut around the face has the size of the cut.
 
     After the last one, those are reported whose face is too small to be more than a blur.
@@ -139,7 +139,7 @@ def training_pixels(
             image = images.crop_turned(image, centre, width, angle)
             if width < side / 2:
                 small.append(f"{picture} ({width} pixels)")
-        sizes = images.size_ids(image.size, side, center_crop=cfg.center_crop)
+        sizes = size_ids(image.size, side, center_crop=cfg.center_crop)
         yield picture.name, images.to_pixels(image, side, center_crop=cfg.center_crop), sizes
     if small:
         log.warning(
@@ -153,6 +153,20 @@ def training_pixels(
         )
 
 
+def size_ids(size: tuple[int, int], side: int, *, center_crop: bool) -> tuple[int, ...]:
+    """What SDXL is told of a picture that `images.to_pixels` brings to a square.
+
+    Its height and width before; top and left of the square in the picture, once that is scaled; and
+    the square's sides.
+
+    Args:
+      size: width and height of the picture, in pixels.
+    """
+    left, top, edge = images.central_square(size) if center_crop else (0, 0, side)
+    scale = side / edge
+    return size[1], size[0], round(top * scale), round(left * scale), side, side
+
+
 def encode_pixels(
     base: Base, pictures: Iterable[tuple[str, np.ndarray, tuple[int, ...]]]
 ) -> Photos:
@@ -164,19 +178,19 @@ def encode_pixels(
       pictures: name, float32[side, side, 3] in [-1, 1] and sizes of each.
     """
     model = base.model
-    means, logvars, size_ids = [], [], []
+    means, logvars, ids = [], [], []
     for name, pixels, sizes in pictures:
         mean, logvar = _encode_image(model, base.frozen, np.stack([pixels, pixels[:, ::-1]]))
         check_finite(np.stack([mean, logvar]), f"the VAE of {base.name}, for {name},")
         means.append(np.asarray(mean))
         logvars.append(np.asarray(logvar))
-        size_ids.append(sizes)
+        ids.append(sizes)
     return Photos(
         mean=jax.numpy.asarray(np.stack(means)),
         logvar=jax.numpy.asarray(np.stack(logvars)),
         count=jax.numpy.int32(len(means)),
         token_ids=jax.numpy.asarray(training_ids(base.tokenizer)),
-        size_ids=jax.numpy.asarray(np.int32(size_ids)) if len(model.encoders) > 1 else None,
+        size_ids=jax.numpy.asarray(np.int32(ids)) if len(model.encoders) > 1 else None,
     )
 
 
