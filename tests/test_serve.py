@@ -144,7 +144,8 @@ def test_a_cover_is_drawn_and_likeness_is_told_of_those_whose_face_is_kept(clien
     ended(client, learn(client, "anna", keep_face="true", keep_photos="true"))
     ended(client, learn(client, "bert"))
     one = covered(client, "anna")
-    assert client.get(one["cover"]).headers["content-type"] == "image/png"
+    cover = client.get(one["cover"]).headers  # that no browser keeps when the person goes
+    assert (cover["content-type"], cover["cache-control"]) == ("image/png", "no-store")
     assert -1 <= one["cover_likeness"] <= 1 and one["keeps_face"]
     rows = [row("anna"), row("bert"), row("anna,bert", "{anna} beside {bert}")]
     alone, without, both = draw(client, *rows, likeness=True).json()["pictures"]

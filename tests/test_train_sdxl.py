@@ -90,7 +90,6 @@ def test_loss_falls_and_a_resumed_training_ends_where_a_straight_one_does(
     assert train(checkpoint, photo_folder, tmp_path / "straight", *flags) == 0
     curve = json.loads((tmp_path / "straight" / "run.json").read_text())["loss_curve"]
     losses = [loss for _, loss in curve]
-    print(losses)
     assert np.mean(losses[-10:]) < 0.97 * np.mean(losses[:10])
     cut = tmp_path / "cut"
     shutil.copytree(tmp_path / "straight" / "checkpoints" / "30", cut / "checkpoints" / "30")

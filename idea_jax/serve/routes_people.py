@@ -11,7 +11,7 @@ from idea_jax.serve import forms, models
 from idea_jax.serve.photos import Upload, uploads
 from idea_jax.serve.problems import HttpProblem
 from idea_jax.serve.school import Pupil
-from idea_jax.serve.service import Service
+from idea_jax.serve.service import UNKEPT, Service
 from idea_jax.serve.shelf import COVER, NAME, PHOTOS
 
 LEARNING = {
@@ -83,7 +83,7 @@ def people_routes(service: Service) -> APIRouter:
         if resident.about.get("cover") is None:
             raise HttpProblem("not-found", "no cover is drawn yet")
         path = resident.folder / COVER
-        return await service.file(path, "image/png", {"Cache-Control": "private, no-cache"})
+        return await service.file(path, "image/png")
 
     @router.get(
         "/v1/identities/{name}/photos/{index}", response_class=Response, responses={200: PICTURE}
@@ -105,7 +105,7 @@ def people_routes(service: Service) -> APIRouter:
             raise forms.field_problem("to", detail)
         data = await service.aside(service.small, service.export, name, programs)
         attached = {"Content-Disposition": f'attachment; filename="{name}.zip"'}
-        return Response(data, media_type="application/zip", headers=attached)
+        return Response(data, media_type="application/zip", headers=attached | UNKEPT)
 
     return router
 

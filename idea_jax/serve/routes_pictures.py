@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from idea_jax.serve import models, streams
 from idea_jax.serve.problems import HttpProblem
-from idea_jax.serve.service import Service, Wants
+from idea_jax.serve.service import UNKEPT, Service, Wants
 
 EVENTS: dict = {"content": {"text/event-stream": {}}}
 DRAWN: dict = {
@@ -19,7 +19,6 @@ DRAWN: dict = {
     }
 }
 IMAGES = {"content": {"image/png": {}, "image/webp": {}, "image/jpeg": {}}, "description": "it"}
-FOREVER = {"Cache-Control": "private, max-age=3600, immutable"}
 NO_BUFFER = {"X-Accel-Buffering": "no"}
 
 
@@ -74,7 +73,7 @@ def _add_album(router: APIRouter, service: Service) -> None:
     async def picture(key: str) -> Response:
         """A picture that is kept, with its marks and settings."""
         path, kind = service.album.get(key)
-        return await service.file(path, kind, FOREVER)
+        return await service.file(path, kind)
 
     @router.delete("/v1/pictures/{key}", status_code=204, tags=["pictures"])
     async def delete(key: str) -> Response:
@@ -123,4 +122,4 @@ def _add_jobs(router: APIRouter, service: Service) -> None:
         found = service.tasks.get(key).previews.get(step)
         if found is None:
             raise HttpProblem("not-found", "there is no picture of this step")
-        return Response(found[0], media_type="image/png", headers=FOREVER)
+        return Response(found[0], media_type="image/png", headers=UNKEPT)

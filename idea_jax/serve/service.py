@@ -43,6 +43,7 @@ from idea_jax.serve.tasks import Task, Tasks
 log = logging.getLogger(__name__)
 
 PORTRAIT = "a photo of {}"  # of covers, and of pictures on the way
+UNKEPT = {"Cache-Control": "no-store"}
 
 
 class Wants(NamedTuple):
@@ -101,8 +102,8 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(pool, functools.partial(work, *arguments))
 
-    async def file(self, path: Path, media: str, headers: dict[str, str] | None = None) -> Response:
-        """The answer that is a file.
+    async def file(self, path: Path, media: str) -> Response:
+        """The answer that is a file; no browser keeps it, so that what is deleted is gone.
 
         Raises:
           HttpProblem: it was deleted meanwhile.
@@ -111,7 +112,7 @@ class Service:
             data = await self.aside(self.small, path.read_bytes)
         except FileNotFoundError:
             raise HttpProblem("not-found", "it was deleted meanwhile") from None
-        return Response(data, media_type=media, headers=headers)
+        return Response(data, media_type=media, headers=UNKEPT)
 
     @contextmanager
     def looker(self) -> Iterator[None]:
