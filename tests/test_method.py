@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 
+from idea_jax import random_sd
 from idea_jax.config import reading
 from idea_jax.config.settings import TrainConfig
 from idea_jax.method import anchor, condition, loss, modules
@@ -168,7 +169,8 @@ def added_loss(cfg, squared_distance, away, seed):
 
     rows = np.concatenate([np.zeros((1, 1024)), of_length(np.sqrt(squared_distance), 1)])
     rows = np.float32(rows + rng.normal(size=1024))
-    given = condition.init_given(None, method, jax.random.key(0), rows, None)
+    model = random_sd.config("tiny", "sd2", random_sd.CLIP_VOCAB_SIZE)  # one text encoder
+    given = condition.init_given(model, method, jax.random.key(0), rows, None)
     tokens = jnp.float32(rows + of_length(away, 2))
     return float(
         method.reg_weight * condition.regulariser(method, {"pseudo_tokens": tokens}, given)
