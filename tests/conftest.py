@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from importlib import metadata
@@ -119,3 +120,22 @@ def write_smallest(folder, family):
     )
     sd.save(folder, model, sd.init(model, jax.random.key(0)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium; where the run needs none, its tests are skipped without it."""
+    how = "install Debian's: apt-get install chromium (playwright itself comes with .[test])"
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        if os.environ.get("IDEA_JAX_NEEDS_BROWSER"):
+            pytest.fail(f"there is no chromium, and this run needs one; {how}")
+        pytest.skip(f"there is no chromium; {how}")
+    from playwright.sync_api import sync_playwright
+
+    # Chromium's own sandbox refuses to run as root, as in containers.
+    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    with sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=program, args=root)
+        yield opened
+        opened.close()

@@ -1,8 +1,5 @@
 """The report of an evaluation in a real browser: it sorts, loads nothing, and has both colours."""
 
-import os
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,24 +9,6 @@ from idea_jax.evaluation.modes import MODES
 
 pytestmark = pytest.mark.browser
 HOSTILE = "</title><script>document.title='taken'</script><img src=http://x.invalid/a.png>"
-HOW = "install Debian's: apt-get install chromium (playwright itself comes with .[test])"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        if os.environ.get("IDEA_JAX_NEEDS_BROWSER"):
-            pytest.fail(f"there is no chromium, and this run needs one; {HOW}")
-        pytest.skip(f"there is no chromium; {HOW}")
-    from playwright.sync_api import sync_playwright
-
-    # Chromium's own sandbox refuses to run as root, as in containers.
-    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=root)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

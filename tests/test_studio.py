@@ -19,28 +19,10 @@ from idea_jax.serve import run as serve_run
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parent.parent
 PHOTO = ROOT / "idea_jax" / "mini" / "photo.png"
-HOW = "install Debian's: apt-get install chromium (playwright itself comes with .[test])"
 PARTS = ("people", "draw", "compare", "about")
 PATIENCE = 1000 * serving.PATIENCE  # milliseconds
 # Where axe-core may be: `npm install axe-core`, in the checkout or elsewhere.
 AXE = Path(os.environ.get("AXE_CORE", ROOT / "node_modules" / "axe-core" / "axe.min.js"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        if os.environ.get("IDEA_JAX_NEEDS_BROWSER"):
-            pytest.fail(f"there is no chromium, and this run needs one; {HOW}")
-        pytest.skip(f"there is no chromium; {HOW}")
-    from playwright.sync_api import sync_playwright
-
-    # Chromium's own sandbox refuses to run as root, as in containers.
-    root = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=program, args=root)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
