@@ -141,7 +141,8 @@ def test_faces_are_found_and_one_of_them_is_chosen(client, server):
 
 
 def test_a_cover_is_drawn_and_likeness_is_told_of_those_whose_face_is_kept(client):
-    ended(client, learn(client, "anna", keep_face="true", keep_photos="true"))
+    kept = {"keep_face": "true", "keep_photos": "true"}
+    ended(client, learn(client, "anna", [photo(1), photo(2)], **kept))
     ended(client, learn(client, "bert"))
     one = covered(client, "anna")
     cover = client.get(one["cover"]).headers  # that no browser keeps when the person goes
@@ -167,7 +168,7 @@ def test_a_cover_is_drawn_and_likeness_is_told_of_those_whose_face_is_kept(clien
 
 
 def test_events_tell_of_each_picture_and_of_a_job(client):
-    answer = learn(client, "anna", steps=2)
+    answer = learn(client, "anna", [photo(1), photo(2)], steps=2)
     with client.stream("GET", f"{answer.headers['location']}/events") as stream:
         told = list(events(stream.iter_lines()))
     assert [name for name, _ in told[-2:]] == ["job", "end"]
@@ -424,7 +425,7 @@ def test_the_log_has_no_prompts_unless_they_are_asked_for(client, server, caplog
     for is_asked in (False, True):
         caplog.clear()
         object.__setattr__(server.service.cfg, "log_prompts", is_asked)
-        prompt = "xylophone {} " + "violet " * 100
+        prompt = "xylophone {} violet"
         assert draw(client, row("anna", prompt)).status_code == 200
         draw(client, row("anna", "xylophone, but nobody"))
         written = caplog.text
