@@ -275,7 +275,9 @@ def test_the_album_keeps_whole_pictures_and_no_more_than_it_may(tmp_path):
     (album.folder / f"{told[3]['id']}.json").write_text("{")
     (album.folder / ".tmp-a_b1.json").write_text("")
     # Files of others, as where --data is a folder in which somebody drew: they are left alone.
-    others = [album.folder / name for name in ("run.json", "0.png", f"{'0' * 31}.png", "index.jsonl")]
+    others = [
+        album.folder / name for name in ("run.json", "0.png", f"{'0' * 31}.png", "index.jsonl")
+    ]
     for path in others:
         path.write_text("{}")
     again = Album(tmp_path, 3)
