@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawing,
         given,
         prog="idea-batch",
+        usage="%(prog)s [JOBS] [--FLAG VALUE ...]    (--help tells all flags)",
         description="Draw many pictures: a row of JOBS (.jsonl or .csv, the first argument) each.",
     )
 

@@ -62,7 +62,7 @@ def export(args: argparse.Namespace) -> Path:
     )
     with write_together(out) as temporary:
         manifest = exported.write(temporary, person, origin, args.to)
-        text = readme(manifest, person)
+        text = readme(manifest, person, out.resolve().name)
         with atomic_write(temporary / README) as file:
             file.write_text(text, encoding="utf-8")
     written = [*exported.files_of(manifest["parts"]), exported.MANIFEST, README]
@@ -180,11 +180,11 @@ def upload(args: argparse.Namespace, out: Path, text: str, written: Sequence[str
     log.info("uploaded to %s", where)
 
 
-def readme(manifest: dict, person: Portable) -> str:
+def readme(manifest: dict, person: Portable, folder: str) -> str:
     """What to type in each program, as the card of a repository.
 
     Args:
-      manifest: what `identity.json` holds.
+      manifest: what `identity.json` holds; folder: the name of the export's folder.
     """
     name, parts, clients = manifest["name"], manifest["parts"], manifest["clients"]
     head = publish.head(manifest["base_model"], name, *TAGS)
@@ -199,7 +199,7 @@ def readme(manifest: dict, person: Portable) -> str:
         "is here was learned from a face: treat it as biometric data.",
     ]
     if "diffusers" in clients:
-        said.append(DIFFUSERS.format(name=name))
+        said.append(DIFFUSERS.format(folder=folder))
     if "a1111" in clients:
         said.append(a1111_lines(name, parts, person))
     if "comfyui" in clients:
@@ -211,11 +211,11 @@ def readme(manifest: dict, person: Portable) -> str:
 DIFFUSERS = """\
 ## diffusers
 
-`pip install` idea_jax beside diffusers. `pipe` is a pipeline of the base model, this folder is
-`{name}`, and in prompts `{{}}` is the person:
+`pip install` idea_jax beside diffusers. `pipe` is a pipeline of the base model, `{folder}` is the
+path of this folder, and in prompts `{{}}` is the person:
 
 ```
-from idea_jax.diffusers import load_identity; load_identity(pipe, "{name}")
+from idea_jax.diffusers import load_identity; load_identity(pipe, "{folder}")
 pipe("a photo of {{}} on the beach").images[0].save("picture.png")
 ```"""
 

@@ -271,6 +271,15 @@ def test_a_picture_that_is_not_finite_costs_no_other(run, tmp_path, monkeypatch,
     assert ["error" in line for line in index] == [False, True, *[False] * 4]
 
 
+def test_pictures_of_rows_that_are_not_asked_for_any_more_stay_and_are_told(run, tmp_path, caplog):
+    out = tmp_path / "out"
+    assert run(GOOD[:2], out) == 0
+    before = {path for path in out.rglob("*.png")}
+    assert run(GOOD[1:3], out, "--resume") == 0
+    assert "1 pictures of rows that are not asked for" in caplog.text
+    assert len(index_of(out)) == 2 and before < {path for path in out.rglob("*.png")}
+
+
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
 def test_pictures_of_each_format_carry_the_mark_and_their_row(kind):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)

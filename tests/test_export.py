@@ -179,6 +179,7 @@ def test_folder_for_each_program(checkpoint, identity, tmp_path, capsys):
         made_with = json.loads(metadata(out / path)[exported.FORMAT])
         assert made_with["identity"] == about["identity"] and made_with["versions"]
     assert (out / "adapter.safetensors").stat().st_mode & 0o077 == 0
+    assert f'load_identity(pipe, "{out.name}")' in everything["README.md"].decode()
     text = everything["README.md"].decode()
     for typed in (f"<lora:{name}-kv:1>", "load_identity", "Load identity", "biometric"):
         assert typed in text

@@ -268,6 +268,15 @@ def test_what_is_wrong_with_rows_is_told_before_anything_is_drawn(client, server
     assert words in told["errors"][0]["detail"]
 
 
+def test_numbers_with_which_nothing_finite_is_drawn_are_the_clients_fault(client):
+    ended(client, learn(client, "anna"))
+    answer = draw(client, row("anna"), row("anna", guidance_scale=1e38))
+    told = answer.json()
+    assert answer.status_code == 422 and told["errors"][0]["where"] == "rows[1]"
+    assert "smaller guidance_scale" in told["detail"]
+    assert draw(client, row("anna")).status_code == 200
+
+
 def test_a_taken_name_and_an_unusable_photo_cost_nobody_anything(client):
     ended(client, learn(client, "anna"))
     before = client.get("/v1/identities/anna").json()["sha256"]

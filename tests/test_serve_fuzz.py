@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -267,6 +268,8 @@ def test_a_server_that_is_killed_or_told_to_stop_loses_nobody(model, tmp_path):
             client.post("/v1/images", json={"rows": [row("one")] * 32, "keep": True}, timeout=0.1)
         running.send_signal(signal.SIGKILL)
         running.wait()
+    said = running.errors.read_text()
+    assert "ready" in said and not re.search(r"\b(two|late-)", said)  # the log names nobody
     people = {path.name for path in (data / "people").iterdir()}
     assert {"one", "two"} <= people
     with serving.process(model, data, cache) as (running, client):

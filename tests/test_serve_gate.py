@@ -273,12 +273,20 @@ def test_the_album_keeps_whole_pictures_and_no_more_than_it_may(tmp_path):
     (album.folder / f"{'0' * 32}.png").write_bytes(b"x")
     (album.folder / f"{'1' * 32}.json").write_text(json.dumps(about))
     (album.folder / f"{told[3]['id']}.json").write_text("{")
+    (album.folder / ".tmp-a_b1.json").write_text("")
+    # Files of others, as where --data is a folder in which somebody drew: they are left alone.
+    others = [
+        album.folder / name for name in ("run.json", "0.png", f"{'0' * 31}.png", "index.jsonl")
+    ]
+    for path in others:
+        path.write_text("{}")
     again = Album(tmp_path, 3)
     assert sorted(again.about) == [told[1]["id"], told[2]["id"]]
-    assert len(list(album.folder.iterdir())) == 4
+    assert len(list(album.folder.iterdir())) == 4 + len(others)
     path, kind = again.get(told[1]["id"])
     assert (path.read_bytes(), kind) == (b"\1", "image/png")
-    assert len(again.remove_of("anna")) == 4 and not list(album.folder.iterdir())
+    assert len(again.remove_of("anna")) == 4
+    assert sorted(album.folder.iterdir()) == sorted(others)
 
 
 def test_settings_of_learning_that_a_server_would_not_read_are_refused(tmp_path):

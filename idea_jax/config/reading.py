@@ -38,15 +38,15 @@ def parse(cls: type, argv: Sequence[str], **about: Any) -> Any:
     Args:
       cls: the dataclass.
       argv: arguments without the program's name. `--config FILE` names a YAML file of settings.
-      **about: passed to `argparse.ArgumentParser` (`prog`, `description`).
+      **about: passed to `argparse.ArgumentParser` (`prog`, `description`, `usage`).
 
     Raises:
       ConfigError: an unknown or repeated key, a value of the wrong type, settings that do not fit.
       SystemExit: an unknown flag, or `--help`, from argparse.
     """
     # Argparse's own usage names every flag, and would bury the one line that says what is wrong.
-    usage = "%(prog)s [--FLAG VALUE ...]    (--help tells all flags)"
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, **about)
+    about = {"usage": "%(prog)s [--FLAG VALUE ...]    (--help tells all flags)"} | about
+    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
     parser.add_argument("--config", help="YAML file; its keys are the flags below, flags win")
     for spec in settings_of(cls):
         add_flag(parser, spec)

@@ -100,6 +100,13 @@ def fill(cfg: BatchConfig, out: Path) -> list[Path]:
     own = range_of(batch.jobs)
     left = [job for job in own if job.digest not in held]
     log.info("%d of %d pictures are there", len(own) - len(left), len(own))
+    if jax.process_index() == 0 and (others := len(held.keys() - set(rows))):
+        log.warning(
+            "%s has %d pictures of rows that are not asked for now: they stay, and are not in %s",
+            out,
+            others,
+            INDEX,
+        )
     lost = draw_left(batch, store, held, own, left)
     if jax.process_index() > 0:
         failed = [{"line": line, "error": why} for line, why in lost.values()]

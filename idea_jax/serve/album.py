@@ -16,8 +16,10 @@ log = logging.getLogger(__name__)
 
 PICTURES = "pictures"
 ID = re.compile(r"[0-9a-f]{32}")
+TEMPORARY = ".tmp-"  # how the names of files begin that are being written
 MEDIA = {"png": "image/png", "webp": "image/webp", "jpeg": "image/jpeg"}
 KINDS = {media: kind for kind, media in MEDIA.items()}
+OWN = re.compile(rf"({ID.pattern}|{re.escape(TEMPORARY)}\w+)\.(json|{'|'.join(MEDIA)})")
 
 
 class Album:
@@ -33,16 +35,21 @@ class Album:
         self.folder, self.most, self.lock = data / PICTURES, most, threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.about: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("*.json")):
+        # Other files may lie here, such as pictures of idea-sample: they are left alone.
+        own = [path for path in sorted(self.folder.iterdir()) if OWN.fullmatch(path.name)]
+        for path in own:
+            if path.suffix != ".json" or path.name.startswith(TEMPORARY):
+                continue
             try:
                 about = json.loads(path.read_text("utf-8"))
-                if ID.fullmatch(path.stem) and self._file(path.stem, about).is_file():
+                list(about["about"]["people"])  # by whom pictures are found, and deleted
+                if self._file(path.stem, about).is_file():
                     self.about[path.stem] = about
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("the description of a picture cannot be used: %s", error)
         # What a kill left: pictures without a description, and the other way round.
-        for path in self.folder.iterdir():
-            if path.is_file() and path.name.partition(".")[0] not in self.about:
+        for path in own:
+            if path.stem not in self.about:
                 path.unlink(missing_ok=True)
 
     def _file(self, key: str, about: dict[str, Any]) -> Path:

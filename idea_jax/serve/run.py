@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = 1000  # at the same time, at most; beyond that uvicorn answers 503
 IDLE = 15  # seconds that a connection without a request stays open
+NAMING = ("idea_jax.exporting", "idea_jax.training.learner")  # whose notices name people
 EXTRA = 10.0  # seconds, beyond the grace, until answers that are still being sent are cut off
 
 
@@ -46,7 +47,8 @@ def run(
             f"the package {error.name} is missing: pip install 'idea-jax[serve]'"
         ) from error
     token = read_token(cfg)
-    logging.getLogger("idea_jax.exporting").setLevel(logging.WARNING)  # it names people
+    for name in NAMING:
+        logging.getLogger(name).setLevel(logging.WARNING)
     with jobs.only_run(Path(cfg.data), 0, "--data"), bound(cfg) as listener:
         from idea_jax.serve.opening import open_service
 

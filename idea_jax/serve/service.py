@@ -187,7 +187,10 @@ class Service:
         try:
             data = encoded(row.job, picture, wants.picture)
         except images.ImageError as error:
-            raise HttpProblem("internal", f"the model gave no picture: {error}") from error
+            # Numbers of any size may be asked for, and from some on nothing finite is drawn.
+            detail = f"no picture ({error}): take a smaller guidance_scale or id_strength"
+            where = {"where": f"rows[{row.place}]", "detail": detail}
+            raise HttpProblem("invalid", detail, [where]) from error
         likeness = self._likeness(row.job, picture) if wants.has_likeness else None
         told = {
             "row": row.place,
