@@ -188,7 +188,7 @@ def test_devices_are_known_by_what_jax_calls_them():
     assert (unknown.name, unknown.bf16, unknown.room()) == ("gpu", 0, 5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_card_is_rehearsed_at_the_width_of_sd21(tmp_path):
     """All profiles on random weights with SD 2.1's text encoder, with people of the drawn world and
     the mini's face models: prepared, trained, drawn, scored."""
