@@ -147,7 +147,8 @@ def process(model, data, cache, *flags, **environment):
     values |= {"compile_cache": str(cache)}
     command = [sys.executable, "-m", "idea_jax.serve"]
     command += [f"--{name}={value}" for name, value in values.items()]
-    env = os.environ | {
+    inherited = {name: value for name, value in os.environ.items() if name != "IDEA_SERVE_TOKEN"}
+    env = inherited | {
         "PYTHONPATH": str(ROOT),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",

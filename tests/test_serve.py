@@ -197,6 +197,8 @@ def test_nothing_is_left_of_somebody_who_is_deleted(client, server):
         ended(client, learn(client, name, keep_face="true", keep_photos="true"))
     both = row("anna,bert", "{anna} beside {bert}")
     draw(client, row("anna"), row("bert"), both, keep=True)
+    for name in ("anna", "bert"):
+        covered(client, name)  # so that nothing is written any more
     service = server.service
     folder = service.shelf.folder.parent
     there = {path for path in folder.rglob("*") if path.is_file()}

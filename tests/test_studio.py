@@ -123,7 +123,11 @@ def draw_button(page):
 def gallery(page, count):
     """Waits for so many pictures, and returns them."""
     found = page.locator("#gallery li")
-    found.nth(count - 1).wait_for()
+    for _ in range(50):  # one that is on its way is there for a moment, too
+        found.nth(count - 1).wait_for()
+        if found.count() == count:
+            break
+        page.wait_for_timeout(100)
     assert found.count() == count
     return found
 
@@ -541,10 +545,10 @@ def test_the_address_of_the_studio_has_the_token_where_one_is_needed(monkeypatch
     assert studio.main(flags) == 0
     (first,) = capsys.readouterr().out.split()
     assert re.fullmatch(r"http://127\.0\.0\.1:1234/studio/#token=[\w-]{40,}", first)
-    monkeypatch.delenv("IDEA_SERVE_TOKEN")
+    os.environ.pop("IDEA_SERVE_TOKEN")  # monkeypatch would put it back in the end
     assert studio.main(flags) == 0
     assert capsys.readouterr().out.split() != [first]
-    monkeypatch.delenv("IDEA_SERVE_TOKEN")
+    os.environ.pop("IDEA_SERVE_TOKEN")  # monkeypatch would put it back in the end
     (tmp_path / "token").write_text("a token that stands in a file")
     assert studio.main([*flags, f"--token_file={tmp_path / 'token'}", "--host=::"]) == 0
     assert "http://[::1]:1234" in capsys.readouterr().out
