@@ -107,7 +107,8 @@ ALONE = (
     "write_random_recogniser",
     "idea_jax.random_sd",
 )
-NEEDS_MORE = ("--lora", "--compare")  # a file of the reader's, or many trainings
+# A file of the reader's, many trainings, or a server, which ends when it is told to.
+NEEDS_MORE = ("--lora", "--compare", "idea-serve", "idea-studio")
 
 
 @pytest.mark.long
