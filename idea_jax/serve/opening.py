@@ -165,6 +165,7 @@ def warm_up(service: Service) -> None:
         pupil, seen = nobody(cfg, steps)
         lesson = school.begin(pupil, seen, Path(cfg.data))
         if steps and cfg.warm_up == "all":
+            school.course(steps, 1).lower().compile()  # as an earlier run has kept it
             next(lesson.steps())
             school.ready.add((steps, lesson.work.shape.photo_slots))
         state = jax.device_get(lesson.learner.state)
@@ -180,8 +181,10 @@ def warm_up(service: Service) -> None:
             steps=steps,
         )
         artist.add(WARM, engine.person_of(who, WARM))
-        artist.warm_up([row])
         kind = artist.texts.kind(row)
+        if kind not in service.painter.compiled:
+            service.painter.compile(kind)
+        artist.warm_up([row])
         service.reception.programs.add((kind, (lesson.work.method,)))
         service.painter.compiled.add(kind)
         artist.remove(WARM)

@@ -258,7 +258,7 @@ class Painter(threading.Thread):
             return True
         future = self.compiling.get(row.kind)
         if future is None:
-            future = self.compilers.submit(self._compile, row.kind)
+            future = self.compilers.submit(self.compile, row.kind)
             self.compiling[row.kind] = future
         if future.done():
             # What was wrong with it will be wrong with the call, which says so.
@@ -266,7 +266,8 @@ class Painter(threading.Thread):
             del self.compiling[row.kind]
         return row.kind in self.compiled
 
-    def _compile(self, kind: engine.Kind) -> None:
+    def compile(self, kind: engine.Kind) -> None:
+        """Compiles the programs of a kind, or reads them as an earlier run has kept them."""
         artist = self.artist
         for size in artist.sizes:
             lowered = engine.lower_call(artist.model, kind, size, artist.devices, artist.each)
