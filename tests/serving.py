@@ -98,12 +98,20 @@ class Running:
         until = time.monotonic() + 10
         while left and time.monotonic() < until:
             time.sleep(0.05)
-            left = {t for t in left if t.is_alive() and t.name != "tqdm_monitor"}
+            left = {t for t in left if t.is_alive() and not is_of_others(t)}
         assert left == set(), [thread.name for thread in left]
 
     def client(self, **given):
         """A client of it."""
         return httpx.Client(base_url=self.url, timeout=PATIENCE, **given)
+
+
+def is_of_others(thread):
+    """Whether a thread is not the server's: of tqdm, or of the loop that leads the browser.
+
+    The server's own loop has waited for its threads when it has ended.
+    """
+    return thread.name == "tqdm_monitor" or thread.name.startswith("asyncio_")
 
 
 def learn(client, name, photos=None, **fields):

@@ -120,15 +120,18 @@ def draw_button(page):
     return page.locator("#draw button[type=submit]")
 
 
+def wait_for(found):
+    """What must become true of a locator: the page answers a moment after what was done to it."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=PATIENCE)
+    return expect(found)
+
+
 def gallery(page, count):
     """Waits for so many pictures, and returns them."""
     found = page.locator("#gallery li")
-    for _ in range(50):  # one that is on its way is there for a moment, too
-        found.nth(count - 1).wait_for()
-        if found.count() == count:
-            break
-        page.wait_for_timeout(100)
-    assert found.count() == count
+    wait_for(found).to_have_count(count)  # one that is on its way is there for a moment, too
     return found
 
 
@@ -146,7 +149,7 @@ def test_somebody_is_learned_drawn_kept_and_deleted_for_good(page, server):
     assert "at once" in words and "mini" in words and "KB" in words
 
     page.get_by_role("button", name="Draw anna-lee").first.click()
-    assert page.evaluate("document.activeElement.id") == "draw-title"
+    wait_for(page.locator("#draw-title")).to_be_focused()
     page.get_by_label("Pictures of each").fill("2")
     page.locator("#seed").fill("7")
     page.locator("#prompt").fill("a cartoon of {}")
@@ -187,11 +190,11 @@ def test_somebody_is_learned_drawn_kept_and_deleted_for_good(page, server):
     facts.get_by_role("button", name="Delete anna-lee").click()
     page.get_by_role("button", name="Delete for good").click()
     page.get_by_text("anna-lee is deleted").first.wait_for()
-    assert page.locator("#library li").count() == 0
+    wait_for(page.locator("#library li")).to_have_count(0)
     assert [path for path in folder.rglob("*") if "anna-lee" in path.name] == []
     assert not list((folder / "pictures").iterdir())
     page.get_by_role("link", name="Draw").click()
-    assert page.locator("#gallery li").count() == 0
+    wait_for(page.locator("#gallery li")).to_have_count(0)
 
 
 def test_two_tabs_know_of_each_other(browser, server, anna):
@@ -209,7 +212,7 @@ def test_two_tabs_know_of_each_other(browser, server, anna):
             tab.get_by_role("button", name="Delete anna").click()
             tab.get_by_role("button", name="Delete for good").click()
             tab.get_by_text("anna is deleted").first.wait_for()
-            assert tab.locator("#library li").count() == 1
+            wait_for(tab.locator("#library li")).to_have_count(1)
         first.get_by_role("link", name="Draw").click()
         names = first.locator("#cast input").evaluate_all("all => all.map(one => one.value)")
         assert names == ["bert"]
@@ -228,11 +231,11 @@ def test_photos_that_cannot_be_used_are_told_and_one_of_three_faces_is_chosen(pa
         page.get_by_role("button", name="Take out photo 1").click()
     page.set_input_files("#photos", [large])
     assert "at most" in page.locator("#learn .problems").inner_text()
-    assert page.locator("#looked li").count() == 0
+    wait_for(page.locator("#looked li")).to_have_count(0)
 
     choose(page, picture(3))
     faces = page.get_by_role("group", name="Face on photo 1").get_by_role("radio")
-    assert faces.count() == 3
+    wait_for(faces).to_have_count(3)
     places = [one.locator("..").bounding_box()["x"] for one in faces.all()]
     assert places == sorted(places)
     faces.nth(1).focus()
@@ -261,8 +264,8 @@ def test_what_is_missing_or_wrong_is_said_beside_its_field(anna):
         page.locator("#name").fill(name)
         learn_button(page).click()
         assert words in place.inner_text() and page.locator("#learn [aria-invalid]").count() == 1
-    assert page.evaluate("document.activeElement.id") == "consent"
-    assert page.locator("#looked li").count() == 1  # the photo is still there
+    wait_for(page.locator("#consent")).to_be_focused()
+    wait_for(page.locator("#looked li")).to_have_count(1)  # the photo is still there
 
     page.get_by_role("link", name="Draw").click()
     place = page.locator("#draw .problems")
@@ -325,7 +328,7 @@ def test_several_people_are_drawn_apart_or_together_and_compared(anna, server):
     page.locator("#grid-progress").get_by_text("4 pictures in").wait_for()
     table = page.locator("#grid table")
     assert set(table.locator("thead th").all_inner_texts()) == {"anna", "bert"}
-    assert table.locator("tbody img").count() == 4
+    wait_for(table.locator("tbody img")).to_have_count(4)
     assert "the face is not kept" in table.inner_text()  # bert's
     page.get_by_label("Strength and guidance, of one person").check()
     page.locator("#strengths").fill("0, 1")
@@ -337,7 +340,7 @@ def test_several_people_are_drawn_apart_or_together_and_compared(anna, server):
     page.get_by_role("button", name="Compare", exact=True).click()
     page.locator("#grid-progress").get_by_text("2 pictures in").wait_for()
     assert table.locator("tbody th").all_inner_texts() == ["strength 0", "strength 1"]
-    assert table.locator("tbody img").count() == 2
+    wait_for(table.locator("tbody img")).to_have_count(2)
     with server.client() as client:
         assert client.get("/v1/pictures").json()["pictures"] == []  # a comparison is not kept
 
@@ -375,7 +378,7 @@ def test_all_of_it_works_by_the_keyboard_alone(page):
     # From the start: the browser takes a moment until it leaves the choice of files to the test.
     page.on("filechooser", lambda chooser: chooser.set_files(PHOTO))
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.className") == "skip"
+    wait_for(page.locator(".skip:focus")).to_have_count(1)
     tab_to(page, "#photos")
     page.keyboard.press("Enter")
     page.locator("#looked").get_by_text("1 face found").wait_for()
@@ -398,19 +401,19 @@ def test_all_of_it_works_by_the_keyboard_alone(page):
     page.get_by_text("1 picture is drawn").wait_for(state="attached")
     tab_to(page, "#gallery .thumb")
     page.keyboard.press("Enter")
-    assert page.locator("#dialog").is_visible()
+    wait_for(page.locator("#dialog")).to_be_visible()
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.className") == "thumb"
+    wait_for(page.locator(".thumb:focus")).to_have_count(1)
     page.get_by_role("link", name="People").press("Enter")
     tab_to(page, "[data-focus=more]")
     page.keyboard.press("Enter")
     tab_to(page, "#dialog button.danger")
     page.keyboard.press("Enter")
-    assert "Keep" in page.evaluate("document.activeElement.textContent")
+    wait_for(page.locator(":focus")).to_contain_text("Keep")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.get_by_text("emma is deleted").first.wait_for()
-    assert page.evaluate("document.activeElement.id") == "library-title"
+    wait_for(page.locator("#library-title")).to_be_focused()
 
 
 def lightness(page, css, what):
@@ -432,8 +435,8 @@ def test_narrow_screens_and_dark_mode(anna):
         page.locator(f"nav a[href='#{part}']").click()
         for folded in page.locator(f"#view-{part} details").all():
             folded.evaluate("node => { node.open = true; }")
+        wait_for(page.locator(f"#view-{part} h1")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, part
-        assert page.locator(f"#view-{part} h1").is_visible()
     page.locator("nav a[href='#people']").click()
     page.get_by_role("button", name="More of anna").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -502,7 +505,7 @@ def test_somebody_is_learned_in_steps_with_pictures_on_the_way(page):
     learn_button(page).click()
     page.get_by_role("button", name="Cancel learning gwen").click()
     page.get_by_role("heading", name="Learning gwen was cancelled").wait_for()
-    assert page.locator("#library li").count() == 1
+    wait_for(page.locator("#library li")).to_have_count(1)
 
 
 def test_a_token_is_asked_for_and_taken_from_the_address(browser, smallest_checkpoint, tmp_path):
@@ -513,7 +516,7 @@ def test_a_token_is_asked_for_and_taken_from_the_address(browser, smallest_check
         open_tabs(browser, running.url) as (page,),
     ):
         page.get_by_role("heading", name="needs its token").wait_for()
-        assert page.get_by_role("link", name="People").count() == 0
+        wait_for(page.get_by_role("link", name="People")).to_have_count(0)
         page.locator("#token").fill("another token")
         page.get_by_role("button", name="Enter").click()
         page.get_by_text("This is not the token").wait_for()
