@@ -81,7 +81,8 @@ class Parsed(Exception):
     """The program has understood its arguments; what it would do then is not done."""
 
 
-def check(command, monkeypatch):
+def understood(command, monkeypatch):
+    """The program of a command; raises what a user would meet where it refuses the rest."""
     words = [
         word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)
     ]
@@ -89,11 +90,11 @@ def check(command, monkeypatch):
     program = CONSOLE.get(program, program)
     if program == "-c":
         ast.parse(arguments[0])
-        return
+        return "python"
     if program == "-m":
         program, *arguments = arguments
     if program in ("pytest", "pip"):
-        return
+        return program
     if "..." in arguments and program in REST:
         arguments.remove("...")
         rest = REST[program].split()
@@ -102,7 +103,7 @@ def check(command, monkeypatch):
         arguments += rest
     if program in CLASSES:
         reading.parse(CLASSES[program], arguments)
-        return
+        return program
     parse = argparse.ArgumentParser.parse_args
 
     def stop(self, *given):
@@ -115,6 +116,7 @@ def check(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(Parsed):
         module.main()
+    return name
 
 
 def test_the_documents_have_commands():
@@ -128,7 +130,7 @@ def test_the_documents_have_commands():
 @pytest.mark.parametrize(("document", "command"), FOUND)
 def test_a_documented_command_is_understood(document, command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    check(command, monkeypatch)
+    assert understood(command, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_a_documented_command_is_understood(document, command, monkeypatch):
 )
 def test_a_command_that_no_program_understands_is_found(command, monkeypatch, capsys):
     with pytest.raises((SystemExit, ConfigError, SyntaxError)):
-        check(command, monkeypatch)
+        understood(command, monkeypatch)
 
 
 def test_every_flag_that_is_only_accepted_stands_in_the_guide():

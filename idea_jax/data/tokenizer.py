@@ -12,7 +12,7 @@ import numpy as np
 
 from idea_jax.data.text import Placeholder, TextError, training_prompts
 from idea_jax.runtime import traces
-from idea_jax.runtime.files import file_digest
+from idea_jax.runtime.files import file_digest, read_object
 
 log = logging.getLogger(__name__)
 
@@ -303,12 +303,7 @@ def _tokenizer_config(folder: Path) -> dict:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TextError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TextError(f"{path} holds a {type(config).__name__}, expected an object")
+    config = read_object(path, TextError)
     kind = config.get("tokenizer_class", "CLIPTokenizer")
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise TextError(f"{path} is for a {kind}; only CLIPTokenizer is supported")

@@ -5,7 +5,6 @@ Two layouts are read: that of transformers' CLIPModel, and a Stable Diffusion ch
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.config_reader import UnsupportedConfig
 from idea_jax.models.tensor_files import TensorFiles, WeightsError, find_weights
 from idea_jax.models.weights import Rule, Table
+from idea_jax.runtime.files import read_object
 
 # What the towers' settings are called in `config.json`. Files of earlier transformers repeat there
 # dozens of settings of text generation, which say nothing of the network; that the weights fit one
@@ -69,7 +69,7 @@ def load(folder: Path) -> tuple[ClipModel, dict]:
     folder = Path(folder)
     if (folder / "image_encoder" / "config.json").is_file():
         return _load_beside(folder)
-    values = _read(folder / "config.json")
+    values = read_object(folder / "config.json", WeightsError)
     if values.get("model_type") != "clip":
         raise UnsupportedConfig(
             f"{folder / 'config.json'} is of a {values.get('model_type')!r}, expected the folder "
@@ -89,8 +89,10 @@ def load(folder: Path) -> tuple[ClipModel, dict]:
 def _load_beside(folder: Path) -> tuple[ClipModel, dict]:
     """A checkpoint's own text encoder with its image encoder; texts need no projection."""
     parts = folder / "text_encoder", folder / "image_encoder"
-    text = CLIPTextConfig.from_dict(_read(parts[0] / "config.json"), f"{parts[0]}/config.json")
-    vision = CLIPVisionConfig.from_dict(_read(parts[1] / "config.json"), f"{parts[1]}/config.json")
+    files = [part / "config.json" for part in parts]
+    said = [read_object(file, WeightsError) for file in files]
+    text = CLIPTextConfig.from_dict(said[0], str(files[0]))
+    vision = CLIPVisionConfig.from_dict(said[1], str(files[1]))
     if text.hidden_size != vision.projection_dim:
         raise UnsupportedConfig(
             f"the image encoder of {folder} has outputs of {vision.projection_dim} numbers and its "
@@ -119,18 +121,6 @@ def _table() -> Table:
     return Table((*text, projection, *weights.vision_table().rules), (*skipped, "logit_scale"))
 
 
-def _read(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{file} holds no JSON object")
-    return values
-
-
 def _part(values: dict, name: str, known: Sequence[str]) -> dict:
     """The settings of a tower, without those that say nothing of the network."""
     own = values.get(name)
@@ -140,7 +130,7 @@ def _part(values: dict, name: str, known: Sequence[str]) -> dict:
 def _preprocessing(folder: Path, vision: CLIPVisionConfig) -> Preprocessing:
     """What `preprocessor_config.json` says; whatever it leaves out is as in OpenAI's CLIP."""
     file = folder / "preprocessor_config.json"
-    values = _read(file)
+    values = read_object(file, WeightsError)
     edge, crop = values.get("size", 224), values.get("crop_size", 224)
     edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
     crop = crop.get("height") if isinstance(crop, dict) else crop

@@ -1,6 +1,5 @@
 """The configs of a checkpoint's networks: read from its folder, or told from its one file."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from idea_jax.models.original import Original
 from idea_jax.models.tensor_files import WeightsError
 from idea_jax.models.unet import UNetConfig
 from idea_jax.models.vae import VAEConfig
+from idea_jax.runtime.files import read_object
 
 
 def read_configs(
@@ -106,10 +106,4 @@ def _read_json(folder: Path, name: str) -> dict:
             f"no {name} in {folder}, which holds {', '.join(present) or 'nothing'}; "
             "expected a Stable Diffusion checkpoint in diffusers layout"
         )
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{file} holds no JSON object")
-    return values
+    return read_object(file, WeightsError)

@@ -1,4 +1,4 @@
-"""Writing files so that a failure never costs an earlier result, and safe names for folders."""
+"""Files read and written so that a failure never costs an earlier result, and safe names."""
 
 import hashlib
 import json
@@ -30,6 +30,24 @@ def cannot_write(path: str | os.PathLike, error: BaseException) -> WriteError:
     return WriteError(
         f"cannot write {path}: {reason}; {advice}. Nothing that was there before is lost"
     )
+
+
+def read_object(path: Path, wrong: type[InputError]) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+      wrong: what is raised, with the file and the cause, where it cannot be read or holds another
+        thing.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise wrong(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise wrong(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise wrong(f"{path} holds a {type(values).__name__}, expected an object")
+    return values
 
 
 @contextmanager
