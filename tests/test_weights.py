@@ -395,7 +395,7 @@ def test_folder_that_is_no_checkpoint_is_refused(folder, tmp_path):
     with pytest.raises(WeightsError, match=r"vae/config\.json is not valid JSON"):
         sd.load(folder)
     (folder / "vae/config.json").write_text("[]")
-    with pytest.raises(WeightsError, match="holds no JSON object"):
+    with pytest.raises(WeightsError, match="holds a list, expected an object"):
         sd.load(folder)
 
 
