@@ -43,7 +43,8 @@ def stack(trees: Sequence) -> Any:
 
 
 def unstack(tree: Any) -> list:
-    """Inverse of `stack`."""
+    """Inverse of `stack`. A tree that is spread over devices should be fetched first
+    (`jax.device_get`): otherwise each row of each leaf is a collective of its own."""
     size = jax.tree.leaves(tree)[0].shape[0]
     return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(size)]
 
