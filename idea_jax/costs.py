@@ -49,7 +49,8 @@ def live(jaxpr):
 
 
 def of_jaxpr(jaxpr) -> int:
-    """FLOPs of a jaxpr, those of inner ones included; a scan counts as often as it runs.
+    """FLOPs of a jaxpr, those of inner ones included; a scan counts as often as it runs, and of
+    several branches the dearest.
 
     Of a program over a mesh (`jax.shard_map`) those of one device.
     """
@@ -57,7 +58,8 @@ def of_jaxpr(jaxpr) -> int:
     for equation in jaxpr.eqns:
         total += _of_equation(equation)
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
-        total += times * sum(of_jaxpr(inner) for inner in inner_jaxprs(equation))
+        together = max if equation.primitive.name == "cond" else sum
+        total += times * together([0, *map(of_jaxpr, inner_jaxprs(equation))])
     return total
 
 

@@ -15,7 +15,7 @@ from idea_jax import random_sd
 from idea_jax.formats import learned_embeds
 from idea_jax.method import condition
 from idea_jax.models import flash, sd
-from idea_jax.models.layers import attention
+from idea_jax.models.layers import attention, chunked_attention
 from idea_jax.sampling import engine
 from idea_jax.training import run as train
 from idea_jax.training.program import Program, step_people
@@ -42,7 +42,8 @@ def test_device_and_type_decide_the_kernel():
     assert flash.resolve("auto", BLACKWELL, "bfloat16") == "cudnn"
     assert flash.resolve("auto", HOPPER, "float32") == "xla"
     assert flash.resolve("auto", TPU, "float32") == "splash"
-    assert flash.resolve("auto", CPU, "bfloat16") == "xla"
+    assert flash.resolve("auto", CPU, "bfloat16") == "chunked"
+    assert flash.resolve("chunked", HOPPER, "float32") == "chunked"
     assert flash.resolve("xla", TPU, "bfloat16") == "xla"
     for other in (TURING, AMD):
         assert flash.resolve("auto", other, "bfloat16") == "xla"
@@ -57,6 +58,20 @@ def test_short_sequences_and_unfit_heads_stay_with_xla():
     assert flash.choose("cudnn", 256, 64) == flash.choose("splash", 256, 64) == "xla"
     assert flash.choose("cudnn", 4096, 512) == flash.choose("cudnn", 4096, 60) == "xla"
     assert flash.choose("splash", 1100, 64) == "xla"
+    assert flash.choose("chunked", 1031, 64) == "xla"  # a prime number
+    sizes = {positions: flash.chunk(positions) for positions in (1024, 1600, 4096, 6144, 9216)}
+    assert sizes == {1024: 128, 1600: 100, 4096: 256, 6144: 384, 9216: 576}
+
+
+def test_chunks_are_attended_to_as_the_whole_is():
+    q, k, v, cotangent = jax.random.normal(jax.random.key(0), (4, 2, 1024, 32))
+
+    def both(kernel):
+        mixed, pull = jax.vjp(lambda *given: kernel(*given, 4), q, k, v)
+        return mixed, pull(cotangent)
+
+    chunked, whole = jax.jit(lambda: (both(chunked_attention), both(attention)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), chunked, whole)
 
 
 @pytest.mark.parametrize("positions", [128, 384])  # one tile and three

@@ -23,7 +23,7 @@ from idea_jax.models import hub, sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.config_reader import UnsupportedConfig
-from idea_jax.models.layers import GroupNorm, attention, timestep_embedding
+from idea_jax.models.layers import GroupNorm, attention, conv3x3, timestep_embedding
 from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import VAEConfig
 from idea_jax.pytrees import cast
@@ -330,6 +330,39 @@ def test_attention_gradient_transposes_no_matrix_of_weights():
         if left[2:] == (32, 16):
             ((contracted,), _), _ = equation.params["dimension_numbers"]
             assert contracted == 3
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding"),
+    [(8, 1, ((1, 1), (1, 1))), (16, 2, ((1, 1), (1, 1))), (15, 2, ((0, 1), (0, 1)))],
+)
+def test_convolutions_of_small_maps_are_those_of_xla(side, stride, padding):
+    """Wide and small maps are convolved by a product on CPUs, and by XLA's convolution elsewhere;
+    values and both gradients are the same."""
+    rng = np.random.default_rng(side)
+    x = jnp.asarray(rng.standard_normal((2, side, side, 256)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 256, 16)), jnp.float32)
+    module = conv3x3(16, jnp.float32, stride, padding)
+    given = {"params": {"kernel": kernel, "bias": jnp.zeros(16)}}
+
+    def ours(x, kernel):
+        return module.apply({"params": given["params"] | {"kernel": kernel}}, x)
+
+    def plain(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, None, None, layout)
+
+    def both(function):
+        out, pull = jax.vjp(function, x, kernel)
+        return out, pull(jax.random.normal(jax.random.key(0), out.shape))
+
+    for a, b in zip(*map(jax.tree.leaves, (both(ours), both(plain))), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+    there = {
+        place: str(jax.jit(ours).trace(x, kernel).lower(lowering_platforms=(place,)).as_text())
+        for place in ("cpu", "tpu")
+    }
+    assert "convolution" not in there["cpu"] and "dot_general" not in there["tpu"]
 
 
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1)])

@@ -77,11 +77,11 @@ def held_on_resume(cfg: Any) -> dict[str, Any]:
 
 
 # Of both programs
-ATTENTIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTIONS = ("auto", "xla", "cudnn", "splash", "chunked")
 
 ATTENTION = (
     "kernel of long self-attentions: cudnn on NVIDIA (Ampere or later) in bf16, splash on TPU, "
-    "else xla"
+    "chunked (slower and without the whole matrix of weights on other devices) on CPU, else xla"
 )
 
 COMPILE_CACHE = (

@@ -1,5 +1,7 @@
 """Self-attention kernels that never hold the matrix of weights: cuDNN's on NVIDIA, Pallas' on TPU.
 
+Which one a device takes is decided here, the chunks of `layers.chunked_attention` for CPUs too.
+
 They compute what `layers.attention` computes, up to the rounding of the compute dtype. Only the
 long sequences of the UNet's first levels are worth them; whatever a kernel does not do, and all
 shorter sequences, stay with plain XLA.
@@ -12,6 +14,7 @@ from idea_jax.errors import InputError
 from idea_jax.models.precision import exact
 
 MIN_POSITIONS = 1024  # shorter sequences have weights that fit the caches
+CHUNK = 128  # positions, of sequences up to 16 times as long; measured on two cores
 SPLASH_BLOCKS = (512, 256, 128)  # positions in a tile; the first that divides the sequence
 
 
@@ -20,10 +23,10 @@ class UnsupportedAttention(InputError, ValueError):
 
 
 def resolve(kind: str, device: jax.Device, dtype: str) -> str:
-    """Returns the kernel to use, "xla", "cudnn" or "splash".
+    """Returns the kernel to use, "xla", "cudnn", "splash" or "chunked".
 
     Args:
-      kind: one of them, or "auto" for the one that the device has.
+      kind: one of them, or "auto" for the fastest that the device has.
       device: that runs it, such as `jax.local_devices()[0]`.
       dtype: compute dtype of the network.
 
@@ -32,9 +35,12 @@ def resolve(kind: str, device: jax.Device, dtype: str) -> str:
     fits = {
         "cudnn": has_cudnn(device) and dtype == "bfloat16",
         "splash": device.platform == "tpu",
+        "chunked": device.platform == "cpu",
     }
     if kind == "auto":
         return next((name for name, does_fit in fits.items() if does_fit), "xla")
+    if kind == "chunked":  # plain XLA: any device runs it
+        return kind
     if not fits.get(kind, True):
         needs = {
             "cudnn": "an NVIDIA GPU of compute capability 8 or more and --mixed_precision bf16",
@@ -65,7 +71,16 @@ def choose(kind: str, positions: int, head_dim: int) -> str:
         return "xla"
     if kind == "splash" and positions % SPLASH_BLOCKS[-1]:
         return "xla"
+    if kind == "chunked" and chunk(positions) is None:
+        return "xla"
     return kind
+
+
+def chunk(positions: int) -> int | None:
+    """How many positions `layers.chunked_attention` takes at once, so that their weights fit the
+    caches: a divisor of all positions, or None where none is large enough to pay."""
+    most = max(CHUNK, positions // 16)
+    return next((size for size in range(most, CHUNK // 2, -1) if positions % size == 0), None)
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int) -> jax.Array:
