@@ -184,7 +184,7 @@ class EnhancerTrainConfig:
     )
     mean_faces: float = setting(0.2, "how often it is the mean of several pictures")
     random_flip: bool = setting(
-        True, "mirror every other picture; false where left and right are told apart"
+        True, "mirror every other picture; not where left and right are told apart"
     )
     drop_adapter: float = setting(
         0.1, "how often adapter and K/V are off, so that tokens alone carry the person"
