@@ -342,6 +342,15 @@ class Published(TorchStack):
         return self.table[self.first :].detach().cpu().numpy()
 
 
+def truncated_inverse(anchor: torch.Tensor) -> torch.Tensor:
+    """float32[d, d] of the anchor's rows [n, d]: the regulariser's matrix, with the cut-off that
+    torch has for float32."""
+    width = anchor.shape[1]
+    covariance = torch.cov(anchor.T.double()) + 2e-5 * torch.eye(width, device=anchor.device)
+    rtol = width * torch.finfo(torch.float32).eps
+    return torch.linalg.pinv(covariance, rtol=rtol, hermitian=True).float()
+
+
 class Careful(TorchStack):
     """E and C: see the module's docstring."""
 
@@ -359,8 +368,7 @@ class Careful(TorchStack):
         table = TokenTable(self.text.embeddings.token_embedding, self.tokens)
         self.text.embeddings.token_embedding = table
         self.deltas = self.add_deltas(f"{prefix}/kv/")
-        covariance = torch.cov(self.anchor.T.double()) + 2e-5 * torch.eye(width, device=self.device)
-        self.inverse = torch.linalg.inv(covariance).float()
+        self.inverse = truncated_inverse(self.anchor)
         for network in (self.unet, self.vae):
             network.to(memory_format=torch.channels_last)
         # Both moments of the photo and of its mirror, once.

@@ -16,8 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import __main__ as command
 from benchmarks import (
@@ -43,6 +45,7 @@ from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 from idea_jax.config import reading
 from idea_jax.config.reading import build
+from idea_jax.method import loss
 from idea_jax.config.settings import SampleConfig, TrainConfig
 from idea_jax.enhancer.step import Recipe, make_optimizer
 from idea_jax.method import shared
@@ -751,6 +754,17 @@ class Served:
 
     def kill(self):
         raise AssertionError("nothing is given up here")
+
+
+@pytest.mark.parametrize("apart", [0.01, 30.0])  # the ridge stays, and is cut off
+def test_both_sides_have_one_regulariser(apart):
+    rng = np.random.default_rng(0)
+    anchor, delta = apart * rng.standard_normal((2, 64)), rng.standard_normal((5, 64))
+    anchor, delta = np.float32(anchor), np.float32(delta)
+    inverse = stack_torch.truncated_inverse(torch.from_numpy(anchor)).numpy()
+    theirs = np.sqrt(np.maximum(((delta @ inverse) * delta).sum(axis=1), 1e-8))
+    ours = loss.mahalanobis(jnp.asarray(delta), loss.anchor_metric(anchor, truncated=True))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3)
 
 
 def test_both_sides_of_a_small_run_agree_and_are_timed(tmp_path, smallest_checkpoint, monkeypatch):
