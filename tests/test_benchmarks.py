@@ -45,10 +45,9 @@ from benchmarks.settings import JOBS, WORKLOADS
 from benchmarks.worker import StackError, Worker
 from idea_jax.config import reading
 from idea_jax.config.reading import build
-from idea_jax.method import loss
 from idea_jax.config.settings import SampleConfig, TrainConfig
 from idea_jax.enhancer.step import Recipe, make_optimizer
-from idea_jax.method import shared
+from idea_jax.method import loss, shared
 from idea_jax.models import hub, sd
 from idea_jax.plan import work
 from idea_jax.plan.settings import PlanConfig
