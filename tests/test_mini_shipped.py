@@ -95,6 +95,7 @@ def test_documentation_has_the_numbers_that_were_measured():
         assert shown[row.name] == (f"**{value}**" if row.missed() else value), row.name
 
 
+@pytest.mark.long
 def test_a_short_personalisation_beats_its_start(mini):
     """Fifty steps on one picture; compared with the celebrity anchor that they start from."""
     learner = trials.Lab(mini, trials.read_config("paper_alone", {"max_train_steps": 50}))
