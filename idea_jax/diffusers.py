@@ -8,17 +8,19 @@
     pipe("a photo of {} on the beach").images[0].save("anna.png")
 
 All of the person draws: tokens, ID-Adapter, and the K/V delta on both halves of guidance, so that
-pictures are those of `sample_jax.py`. It works with any pipeline of one text encoder, a UNet
-with cross-attention and `encode_prompt`: text to image, image to image, inpainting, ControlNet.
+pictures are those of `sample_jax.py`. It works with any pipeline of one text encoder or SDXL's two,
+a UNet with cross-attention and `encode_prompt`: text to image, image to image, inpainting,
+ControlNet.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
 import math
 import numbers
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def load_identity(
     of the same networks (`from_pipe`, or `**pipe.components`) needs a call of its own.
 
     Args:
-      pipe: a pipeline of diffusers for SD 1.x or 2.x.
+      pipe: a pipeline of diffusers for SD 1.x, 2.x or XL.
       identity: an identity file, its folder, or a folder that `idea-export` wrote.
       enhancer: the file of the shared ID-Enhancer that the person was trained with, if they need
         it; None for `enhancer/enhancer.safetensors` in the pipeline's own folder.
@@ -118,9 +120,16 @@ class LoadedIdentity:
         """Has a pipeline's prompts name the person with `{}`."""
         import torch
 
-        vectors = torch.from_numpy(np.array(self.person.tokens))
-        if self.word not in pipe.tokenizer.get_vocab():
-            pipe.load_textual_inversion(vectors, token=self.word)
+        for vectors, (tokenizer, encoder) in zip(
+            self.person.each_tokens, encoders_of(pipe), strict=True
+        ):
+            if self.word not in tokenizer.get_vocab():
+                pipe.load_textual_inversion(
+                    torch.from_numpy(np.array(vectors)),
+                    token=self.word,
+                    tokenizer=tokenizer,
+                    text_encoder=encoder,
+                )
         if any(pipe is known() for known in self._pipes):
             return
         self._pipes.append(weakref.ref(pipe))
@@ -148,29 +157,41 @@ class LoadedIdentity:
 
     def _encode(self, original: Callable, call: inspect.BoundArguments) -> Any:
         """A pipeline's `encode_prompt`, with the person where prompts name them."""
+        import torch
+
         given = call.arguments
-        negative = given.get("negative_prompt") or ""
-        if any(self._names(text) for text in listed(negative)):
+        negative = [given.get(f"negative_prompt{which}") or "" for which in ("", "_2")]
+        if any(self._names(text) for texts in negative for text in listed(texts)):
             raise ValueError(
                 "the negative prompt says what pictures turn away from, and names nobody: leave {} "
                 "out of it"
             )
         embeds_given = given.get("prompt_embeds") is not None
-        prompts = [] if embeds_given else listed(given["prompt"])
-        named = [self._names(text) for text in prompts]
+        named = []
         if not embeds_given:
-            filled = [text.replace("{}", self.word) for text in prompts]
-            given["prompt"] = filled[0] if isinstance(given["prompt"], str) else filled
+            said = [listed(given[name]) for name in ("prompt", "prompt_2") if given.get(name)]
+            named = [any(map(self._names, texts)) for texts in zip(*said, strict=False)]
+            for name in ("prompt", "prompt_2"):
+                if given.get(name):
+                    filled = [text.replace("{}", self.word) for text in listed(given[name])]
+                    given[name] = filled[0] if isinstance(given[name], str) else filled
             if not any(named):
                 log.warning("no prompt says {}: the plain model draws, without the person")
-        embeds, *rest = original(*call.args, **call.kwargs)
+        with pooled_at_the_end(call.args[0]):
+            embeds, *rest = original(*call.args, **call.kwargs)
         if embeds_given:  # made by this function, as far as they name somebody
             self._named = [True] * len(embeds)
             return (embeds, *rest)
         self._named = [one for one in named for _ in range(len(embeds) // len(named))]
         if self.person.adapter is not None and any(named):
             rows = column(self._named, embeds)
-            embeds = embeds + rows * contribution(self.person.adapter, embeds, self.strength)
+            parts = embeds.split(self.person.widths, dim=-1)
+            adapters = self.person.adapters.values()
+            added = [
+                contribution(adapter, part, self.strength)
+                for adapter, part in zip(adapters, parts, strict=True)
+            ]
+            embeds = embeds + rows * torch.cat(added, dim=-1)
         return (embeds, *rest)
 
     def _names(self, text: str) -> bool:
@@ -227,22 +248,50 @@ def check_pipeline(pipe: Any) -> None:
     """Raises ValueError unless a pipeline has what a person enters through."""
     needed = ("tokenizer", "text_encoder", "unet", "encode_prompt", "load_textual_inversion")
     lacking = [name for name in needed if getattr(pipe, name, None) is None]
-    if lacking or getattr(pipe, "text_encoder_2", None) is not None:
-        why = f"lacks {', '.join(lacking)}" if lacking else "has two text encoders"
+    if len({getattr(pipe, f"{n}_2", None) is None for n in ("tokenizer", "text_encoder")}) > 1:
+        lacking.append("one of tokenizer_2 and text_encoder_2")
+    if lacking:
         raise ValueError(
-            f"{type(pipe).__name__} {why}; expected a pipeline of diffusers for SD 1.x or 2.x, "
-            "such as StableDiffusionPipeline"
+            f"{type(pipe).__name__} lacks {', '.join(lacking)}; expected a pipeline of diffusers "
+            "for SD 1.x, 2.x or XL, such as StableDiffusionPipeline or StableDiffusionXLPipeline"
         )
+
+
+def encoders_of(pipe: Any) -> list[tuple[Any, Any]]:
+    """The tokenizer and the text encoder of a pipeline, or SDXL's two of each."""
+    pairs = [(pipe.tokenizer, pipe.text_encoder)]
+    if getattr(pipe, "text_encoder_2", None) is not None:
+        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    return pairs
+
+
+@contextlib.contextmanager
+def pooled_at_the_end(pipe: Any) -> Iterator[None]:
+    """Has SDXL's pooled output be that at the end of a text.
+
+    Checkpoints say that the end has id 2, with which transformers takes the position of the largest
+    id: that is the end, until tokens are added, whose ids are larger.
+    """
+    encoder = getattr(pipe, "text_encoder_2", None)
+    if encoder is None:
+        yield
+        return
+    said = encoder.text_model.eos_token_id
+    encoder.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+    try:
+        yield
+    finally:
+        encoder.text_model.eos_token_id = said
 
 
 def check_fit(person: Portable, pipe: Any, where: str | Path) -> None:
     """Raises IdentityError, with all that differs, unless a person fits a pipeline's networks."""
-    D = person.tokens.shape[1]
-    width = pipe.text_encoder.config.hidden_size
-    if width != D:
+    widths = [encoder.config.hidden_size for _, encoder in encoders_of(pipe)]
+    if widths != person.widths:
+        theirs, ours = (" and ".join(map(str, some)) for some in (person.widths, widths))
         raise IdentityError(
-            f"{where} was learned for a text width of {D}, and that of this pipeline is {width}: "
-            "it belongs to another model family"
+            f"{where} was learned for a text width of {theirs}, and that of this pipeline is "
+            f"{ours}: it belongs to another model family"
         )
     modules = dict(pipe.unet.named_modules())
     problems = []

@@ -193,13 +193,15 @@ def readme(manifest: dict, person: Portable, folder: str) -> str:
         f"# {name}",
         f"One person, learned with idea_jax ([ID-EA](https://arxiv.org/abs/2507.11990), profile "
         f"`{manifest['profile']}`, {manifest['steps']} steps) for `{manifest['base_model']}`"
-        f"{revision} ({manifest['family']}, text width {manifest['text_width']}).",
+        f"{revision} ({manifest['family']}, text width {' + '.join(map(str, person.widths))}).",
         "**These files make pictures of a real person.** Use them only if this person agreed to "
         "it, and for nothing that the person would not want. No file holds a face embedding. What "
         "is here was learned from a face: treat it as biometric data.",
     ]
     if "diffusers" in clients:
         said.append(DIFFUSERS.format(folder=folder))
+        if person.is_of_sdxl:
+            said.append(diffusers_lines(manifest, folder))
     if "a1111" in clients:
         said.append(a1111_lines(name, parts, person))
     if "comfyui" in clients:
@@ -228,6 +230,19 @@ Copy `embeddings/` into `embeddings/`{loras}. Then type:
 a photo of {word} on the beach
 ```"""
 
+# SDXL's pipeline has two text encoders, whose tokens are in two files.
+DIFFUSERS_ALONE = """\
+Without idea_jax beside it, diffusers draws the whole person but the adapter:
+
+```
+for file, suffix in (("learned_embeds.safetensors", ""), ("learned_embeds_2.safetensors", "_2")):
+    pipe.load_textual_inversion(
+        "{folder}", weight_name=file, token="{placeholder}",
+        text_encoder=getattr(pipe, "text_encoder" + suffix),
+        tokenizer=getattr(pipe, "tokenizer" + suffix),
+    ){loras}
+```"""
+
 COMFYUI = """\
 ## ComfyUI
 
@@ -249,6 +264,13 @@ def tags_of(parts: dict) -> str:
 def a1111_lines(name: str, parts: dict, person: Portable) -> str:
     loras = " and `loras/` into `models/Lora/`" if parts["loras"] else ""
     return A1111.format(loras=loras, word=name + tags_of(parts))
+
+
+def diffusers_lines(manifest: dict, folder: str) -> str:
+    files = manifest["parts"]["peft_loras"]
+    loras = [f'\npipe.load_lora_weights("{folder}", weight_name="{name}")' for name in files]
+    placeholder = manifest["placeholder"]
+    return DIFFUSERS_ALONE.format(folder=folder, placeholder=placeholder, loras="".join(loras))
 
 
 def comfyui_lines(name: str, parts: dict) -> str:

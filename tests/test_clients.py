@@ -7,6 +7,7 @@ with the functions that the node calls.
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -58,8 +59,10 @@ class World:
         write_identity(self.file, self.person)
         self.side = self.model.unet.sample_size * self.model.vae.downscale
 
-    def pipe(self, kind=diffusers.StableDiffusionPipeline, **settings):
-        found = kind.from_pretrained(self.folder, local_files_only=True, **settings)
+    def pipe(self, kind=None, **settings):
+        plain = diffusers.StableDiffusionPipeline
+        own = plain if self.model.text_2 is None else diffusers.StableDiffusionXLPipeline
+        found = (kind or own).from_pretrained(self.folder, local_files_only=True, **settings)
         found.set_progress_bar_config(disable=True)
         return found
 
@@ -98,7 +101,7 @@ class World:
             jnp.uint32(7),
             jnp.arange(1, dtype=jnp.int32),
             jnp.float32(guidance),
-            programs.Sampling((self.side, self.side), "ddim", STEPS),
+            programs.Sampling((self.side, self.side), self.model.schedule.sampler, STEPS),
         )
         return to_uint8(np.asarray(drawn))[0].astype(int)
 
@@ -114,6 +117,16 @@ def world(smallest_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The same of SDXL, whose second text encoder says, as published ones do, that the end is 2."""
+    work = tmp_path_factory.mktemp("sdxl")
+    folder = write_smallest(work / "checkpoint", "sdxl")
+    config = folder / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
+    return World(folder, work, 0.3)
+
+
+@pytest.fixture(scope="module")
 def folder(world, tmp_path_factory):
     """What `idea-export` writes of that person."""
     out = tmp_path_factory.mktemp("exported") / "anna"
@@ -125,11 +138,13 @@ def apart(first, second):
     return np.abs(first - second).max()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mini", marks=pytest.mark.long), "sd1", "sd2"])
+@pytest.mark.parametrize("kind", [pytest.param("mini", marks=pytest.mark.long), "sd1", "sd2", "xl"])
 def test_pictures_in_diffusers_are_those_of_this_project(kind, request, tmp_path):
     """From the same latents, without guidance and with it."""
     if kind == "sd2":
         world = request.getfixturevalue("world")
+    elif kind == "xl":
+        world = request.getfixturevalue("large")
     elif kind == "sd1":
         world = World(write_smallest(tmp_path / "sd1", "sd1"), tmp_path, 0.3)
     else:
@@ -219,6 +234,55 @@ def test_other_pipelines_of_the_same_networks(world, folder):
     assert apart(*(np.asarray(picture).astype(int) for picture in (drawn, expected))) <= 2
 
 
+def test_exported_person_of_sdxl_in_diffusers_with_and_without_this_project(large, tmp_path):
+    """All of it with `load_identity`; with diffusers' own loaders all but the adapter, from files
+    under either family of names."""
+    out = tmp_path / "out"
+    assert export.main([str(large.file), "--out", str(out)]) == 0
+    person, about = exported.read(out)
+    assert about["family"] == "other" and about["text_widths"] == [8, 16]
+    pipe = large.pipe()
+    loaded = load_identity(pipe, out)
+    whole = large.draw(5.0)
+    assert apart(large.draw_there(pipe, 5.0), whole) <= 2
+    # What encode_prompt gave can be given back.
+    names = ("", "negative_", "pooled_", "negative_pooled_")
+    said = pipe.encode_prompt(PROMPT, negative_prompt=NEGATIVE)
+    embeds = {f"{of}prompt_embeds": x for of, x in zip(names, said, strict=True)}
+    again = large.draw_there(pipe, 5.0, None, negative_prompt=None, **embeds)
+    assert apart(again, whole) <= 2
+    loaded.unload()
+    alone = dataclasses.replace(
+        large.person, method=dataclasses.replace(large.person.method, adapter=False)
+    )
+    ours = large.draw(5.0, alone)
+    (kohya,) = about["parts"]["loras"]
+    for file in (exported.LORA, kohya):
+        pipe = large.pipe()
+        before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+        pipe.load_lora_weights(out, weight_name=file)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        after = pipe.unet.state_dict()
+        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert changed == {f"{name}.weight" for name in person.own}
+        for name, (down, up) in person.own.items():
+            added = (after[f"{name}.weight"] - before[f"{name}.weight"]).numpy()
+            np.testing.assert_allclose(added, up @ down, atol=1e-6)
+        for name, suffix in (("tokens", ""), ("tokens_2", "_2")):
+            pipe.load_textual_inversion(
+                str(out),
+                weight_name=about["parts"][name],
+                token="<person>",
+                text_encoder=getattr(pipe, f"text_encoder{suffix}"),
+                tokenizer=getattr(pipe, f"tokenizer{suffix}"),
+            )
+        end = pipe.tokenizer_2.eos_token_id
+        pipe.text_encoder_2.text_model.eos_token_id = end  # which load_identity sees to
+        drawn = large.draw_there(pipe, 5.0, PROMPT.replace("{}", "<person>"))
+        assert apart(drawn, ours) <= 2 < apart(drawn, whole)
+
+
 def test_person_with_a_shared_enhancer_in_diffusers(world, tmp_path):
     cfg = made.config(world.model.text.hidden_size)
     path = tmp_path / "enhancer.safetensors"
@@ -243,7 +307,7 @@ def test_what_diffusers_cannot_draw_is_one_message(world, tmp_path):
         load_identity(pipe, tmp_path / "nobody")
     with pytest.raises(ValueError, match="strength"):
         load_identity(pipe, world.file, strength=-1)
-    with pytest.raises(ValueError, match="two text encoders"):
+    with pytest.raises(ValueError, match="one of tokenizer_2 and text_encoder_2"):
         extra = {"text_encoder_2": 1, "encode_prompt": 1, "load_textual_inversion": 1}
         load_identity(SimpleNamespace(**pipe.components, **extra), world.file)
     with pytest.raises(ValueError, match="lacks tokenizer"):
@@ -278,6 +342,13 @@ def test_what_diffusers_cannot_draw_is_one_message(world, tmp_path):
     load_identity(pipe, other)  # takes the place of the one before
 
 
+def test_people_of_other_families_are_refused(world, large):
+    with pytest.raises(IdentityError, match="text width of 8 and 16, and that of this pipeline"):
+        load_identity(world.pipe(), large.file)
+    with pytest.raises(IdentityError, match="text width of 8, and that of this pipeline is 8 and"):
+        load_identity(large.pipe(), world.file)
+
+
 def test_lora_file_in_diffusers_own_loader(world, folder):
     """peft adds it to the weights as it is, and the file of tokens gives both vectors; pictures are
     those of this project but for the adapter, with guidance too."""
@@ -306,16 +377,19 @@ def test_lora_file_in_diffusers_own_loader(world, folder):
     assert apart(drawn, world.draw(7.5, person)) <= 2 < apart(drawn, world.draw(7.5))
 
 
-# The networks of Stable Diffusion 1.5 and 2.1 have the same levels: 16 cross-attentions.
-KINDS = (("sd15", "sd1"), ("sd21", "sd2"))
+# The networks of Stable Diffusion 1.5 and 2.1 have the same levels: 16
+# cross-attentions. SDXL has 70.
+KINDS = (("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl"))
+WIDTHS = {"sd15": (768,), "sd21": (1024,), "sdxl": (768, 1280)}
 FULL = [(size, random_sd.config(size, family, 49408).unet) for size, family in KINDS]
 
 
 @functools.cache
 def ldm_attentions(unet):
-    """Widths of the cross-attentions by their names in the original layout: blocks are counted
-    through all levels, and on the way down one that halves ends each level but the last."""
-    found, levels = {}, unet.block_out_channels
+    """Width and number of the cross-attentions by their names in the original layout: blocks are
+    counted through all levels, and on the way down one that halves ends each level but the last."""
+    found = {}
+    levels = list(zip(unet.block_out_channels, unet.transformer_layers, strict=True))
     each, number = unet.layers_per_block, 1
     for level, kind in enumerate(unet.down_block_types):
         for _ in range(each):
@@ -334,7 +408,8 @@ def ldm_attentions(unet):
 
 
 def a1111_module(key):
-    """Where AUTOMATIC1111 looks for the layer of a kohya key, whose numbers are diffusers'."""
+    """Where AUTOMATIC1111 looks for the layer of a kohya key, whose numbers are diffusers' or, of
+    SDXL, the original layout's."""
     for pattern, name in (
         (r"lora_unet_down_blocks_(\d+)_attentions_(\d+)_(.+)", "input_blocks.{}.1"),
         (r"lora_unet_mid_block_attentions_(\d+)_(.+)", "middle_block.1"),
@@ -345,20 +420,28 @@ def a1111_module(key):
             down, up = 1 + 3 * int(numbers[0]), 3 * int(numbers[0])
             number = (down if "input" in name else up) + int(numbers[-1])
             return name.format(number), rest
-    return None
+    _, side, kind, *numbers, rest = re.fullmatch(
+        r"lora_unet_((input|middle|output)_(blocks?)(?:_(\d+))?_1)_(transformer_.+)", key
+    ).groups()
+    return ".".join([f"{side}_{kind}", *filter(None, numbers), "1"]), rest
 
 
 def comfyui_modules(unet):
-    """What ComfyUI calls the layers of a UNet in LoRAs: diffusers' names with `_` between."""
-    original = iter(ldm_attentions(unet))
+    """What ComfyUI calls the layers of a UNet in LoRAs: diffusers' names with `_` between, or those
+    of the original layout."""
     names = {}
-    for block, tree in cross_kv_shapes(unet).items():
-        for attention in tree:
-            place = next(original)
+    both = zip(ldm_attentions(unet).items(), attentions_of(unet), strict=True)
+    for (place, (_, depth)), theirs in both:
+        for layer in range(depth):
             for letter in "kv":
-                rest = f"transformer_blocks_0_attn2_to_{letter}"
-                names[f"lora_unet_{block}_{attention}_{rest}"] = place
+                rest = f"transformer_blocks_{layer}_attn2_to_{letter}"
+                names[f"lora_unet_{theirs}_{rest}"] = place
+                names[f"lora_unet_{place.replace('.', '_')}_{rest}"] = place
     return names
+
+
+def attentions_of(unet):
+    return [f"{block}_{name}" for block, tree in cross_kv_shapes(unet).items() for name in tree]
 
 
 @pytest.mark.parametrize(("size", "unet"), FULL)
@@ -371,25 +454,30 @@ def test_lora_file_by_the_rules_of_web_uis(size, unet, tmp_path):
             down, up = rng.normal(size=(2, D)), rng.normal(size=(module, 2))
             deltas[f"{name}.attn2.to_{letter}"] = (np.float32(down), np.float32(up))
     path = tmp_path / "anna-kv.safetensors"
-    exported.write_lora(path, deltas, D, {})
-    assert exported.read_lora(path).keys() == deltas.keys()
+    exported.write_lora(path, deltas, WIDTHS[size], {})
+    if size == "sdxl":
+        exported.write_peft(tmp_path / "peft.safetensors", deltas, {})
+        assert exported.read_lora(tmp_path / "peft.safetensors").keys() == deltas.keys()
+    else:
+        assert exported.read_lora(path).keys() == deltas.keys()
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    # AUTOMATIC1111: anything with metadata is SD 1 unless it says that it is SD 2.
+    # AUTOMATIC1111: anything with metadata is SD 1 unless it says that it is another.
     family = "SD2" if metadata.get("ss_v2") == "True" else "SD1" if metadata else "unknown"
-    assert family == {"sd15": "SD1", "sd21": "SD2"}[size]
+    family = "SDXL" if metadata.get("ss_base_model_version", "").startswith("sdxl_") else family
+    assert family == {"sd15": "SD1", "sd21": "SD2", "sdxl": "SDXL"}[size]
     widths, known, seen = ldm_attentions(unet), comfyui_modules(unet), set()
     layers = {key.split(".")[0] for key in tensors}
-    assert not any(key.endswith(".alpha") for key in tensors) and layers == known.keys()
+    assert not any(key.endswith(".alpha") for key in tensors) and layers <= known.keys()
     for layer in layers:
         place, rest = a1111_module(layer)
         assert place == known[layer]  # both programs find the same one
         seen.add((place, rest))
         up, down = (tensors[f"{layer}.lora_{part}.weight"] for part in ("up", "down"))
         # Without alpha both scale by 1.
-        assert (up @ down).shape == (widths[place], D)
-    assert len(seen) == 2 * len(widths) == 32
+        assert (up @ down).shape == (widths[place][0], D)
+    assert len(seen) == len(deltas) == {"sdxl": 140}.get(size, 32)
 
 
 def diffusers_attentions(unet):
@@ -404,12 +492,18 @@ def diffusers_attentions(unet):
 
 
 class FakeClip:
-    """A text encoder as ComfyUI holds it: tokens are numbers or vectors, in chunks of 77."""
+    """One text encoder as ComfyUI holds it, or two: tokens are numbers or vectors, in chunks of
+    77."""
 
     def __init__(self, world, folders):
         self.world, self.folders = world, folders
 
     def tokenize(self, prompt):
+        if self.world.model.text_2 is None:
+            return {"h": self.chunks(prompt, "emb_params")}
+        return {"g": self.chunks(prompt, "clip_g"), "l": self.chunks(prompt, "clip_l")}
+
+    def chunks(self, prompt, key):
         plain, row = self.world.tokenizer, []
         for word in prompt.split():
             name = word.removeprefix("embedding:")
@@ -419,21 +513,25 @@ class FakeClip:
             for directory in self.folders():
                 file = Path(directory) / f"{name}.safetensors"
                 if file.is_file():
-                    row += [(vector, 1.0) for vector in next(iter(load_file(file).values()))]
+                    found = load_file(file)
+                    vectors = found.get(key, next(iter(found.values())))
+                    row += [(vector, 1.0) for vector in vectors]
                     break
-        ends = [plain.eos] + [plain.pad] * 77
-        return {"h": [[(plain.bos, 1.0), *row, *((n, 1.0) for n in ends)][:77]]}
+        ends = [plain.eos] + [0 if key == "clip_g" else plain.pad] * 77
+        return [[(plain.bos, 1.0), *row, *((n, 1.0) for n in ends)][:77]]
 
     def encode_from_tokens_scheduled(self, tokens):
         model, frozen = self.world.model, self.world.frozen
-        ((chunk,),) = tokens.values()
-        numbers = [0 if torch.is_tensor(token) else token for token, _ in chunk]
-        rows = np.array(sd.embed_tokens(model, frozen, jnp.asarray(numbers)))
-        for place, (token, _) in enumerate(chunk):
-            if torch.is_tensor(token):
-                rows[place] = token.numpy()
-        encoded = sd.encode_token_embeds(model, frozen, jnp.asarray(rows)[None])
-        return [[torch.tensor(np.asarray(encoded)), {"pooled_output": None}]]
+        vectors, ids = {}, None
+        for key, (chunk,) in sorted(tokens.items()):  # "l", whose padding `encode_text` knows, last
+            own = [token for token, _ in chunk if torch.is_tensor(token)]
+            vectors[f"clip_{key}"] = np.stack(own)
+            later = iter(range(model.text.vocab_size, model.text.vocab_size + len(own)))
+            ids = [next(later) if torch.is_tensor(token) else token for token, _ in chunk]
+        vectors = vectors.get("clip_h", vectors)
+        encoded = sd.encode_text(model, frozen, jnp.asarray(ids)[None], vectors)
+        joined = np.asarray(sd.context_of(model, encoded))
+        return [[torch.tensor(joined), {"pooled_output": None}]]
 
 
 @pytest.fixture
@@ -463,7 +561,11 @@ def comfyui(tmp_path, monkeypatch):
     sys.modules.pop("idea_jax_node.identity", None)
 
 
-def test_comfyui_node_gives_the_condition_of_this_project(world, folder, comfyui):
+@pytest.mark.parametrize("kind", ["sd2", "xl"])
+def test_comfyui_node_gives_the_condition_of_this_project(kind, request, comfyui, tmp_path):
+    world = request.getfixturevalue("world" if kind == "sd2" else "large")
+    folder = tmp_path / "exported"
+    assert export.main([str(world.file), "--out", str(folder), "--to", "comfyui"]) == 0
     (comfyui.root / "anna").symlink_to(folder)
     node, person = comfyui.node.LoadIdentity(), world.person
     clip = FakeClip(world, lambda: comfyui.folders["embeddings"])
@@ -480,6 +582,7 @@ def test_comfyui_node_gives_the_condition_of_this_project(world, folder, comfyui
         world.ids(PROMPT),
         strength=0.5,
     )
+    expected = sd.context_of(world.model, expected)
     np.testing.assert_allclose(given.numpy(), expected, rtol=1e-5, atol=1e-4)  # of values up to 12
     ((lora, *strengths),) = model
     assert strengths == [0.5, 0.0]
@@ -489,12 +592,13 @@ def test_comfyui_node_gives_the_condition_of_this_project(world, folder, comfyui
     model, ((given, _),) = node.load([], clip, "anna", PROMPT, 0.0)
     tokens = person.trainable["pseudo_tokens"]
     alone = sd.encode_text(world.model, world.frozen, world.ids(PROMPT), tokens)
+    alone = sd.context_of(world.model, alone)
     np.testing.assert_allclose(given.numpy(), alone, rtol=1e-5, atol=1e-4)
     assert np.abs(expected - alone).max() > 0.1
     assert model == []
 
 
-def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
+def test_comfyui_node_refuses_with_a_reason(world, large, folder, comfyui, tmp_path):
     (comfyui.root / "anna").symlink_to(folder)
     node = comfyui.node.LoadIdentity()
     clip = FakeClip(world, lambda: comfyui.folders["embeddings"])
@@ -506,6 +610,10 @@ def test_comfyui_node_refuses_with_a_reason(world, folder, comfyui, tmp_path):
         load("../anna")
     with pytest.raises(ValueError, match="write {}"):
         load(prompt="a photo")
+    (comfyui.root / "large").symlink_to(tmp_path / "large")
+    assert export.main([str(large.file), "--out", str(tmp_path / "large")]) == 0
+    with pytest.raises(ValueError, match="with 2 text encoders, and this checkpoint has 1"):
+        load("large")
     with pytest.raises(ValueError, match="were not found"):
         load(clip=FakeClip(world, list))
     copy = comfyui.root / "copy"

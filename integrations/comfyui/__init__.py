@@ -61,9 +61,13 @@ def encode(clip, person, text, strength):
     # Spaces around it: ComfyUI takes what follows up to a space for the name.
     word = f" embedding:{person.folder.name}/{Path(person.embedding).with_suffix('').as_posix()} "
     tokens = clip.tokenize(text.replace("{}", word))
-    if len(tokens) != 1:
-        raise ValueError("people of idea_jax are for SD 1.x and 2.x, with one text encoder")
-    ((chunks),) = tokens.values()
+    widths = person.widths
+    if len(tokens) != len(widths):
+        raise ValueError(
+            f"{person.folder.name} was learned with {len(widths)} text encoders, and this "
+            f"checkpoint has {len(tokens)} ({', '.join(tokens)}): it is of another model family"
+        )
+    chunks = next(iter(tokens.values()))
     if not any(isinstance(entry[0], torch.Tensor) for chunk in chunks for entry in chunk):
         raise ValueError(
             f"the words of {person.folder.name} were not found; load the checkpoint again, or copy "
@@ -72,16 +76,20 @@ def encode(clip, person, text, strength):
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     for entry in conditioning:
         condition = entry[0]
-        if condition.shape[-1] != person.width:
+        if condition.shape[-1] != sum(widths):
             raise ValueError(
-                f"{person.folder.name} was learned for a text width of {person.width}, and this "
+                f"{person.folder.name} was learned for a text width of {sum(widths)}, and this "
                 f"checkpoint has {condition.shape[-1]}: it is of another model family"
             )
-        if person.adapter is not None:
-            # Each chunk of a long text is seen by itself, as the text encoder saw it.
-            parts = condition.reshape(len(chunks), -1, person.width)
-            added = strength * identities.contribution(person.adapter, parts)
-            entry[0] = condition + added.reshape(condition.shape)
+        if person.adapters:
+            # Each chunk of a long text is seen by itself, as the text encoder saw it. ComfyUI puts
+            # what the encoders say side by side.
+            parts = condition.reshape(len(chunks), -1, sum(widths)).split(widths, dim=-1)
+            added = [
+                identities.contribution(adapter, part)
+                for adapter, part in zip(person.adapters, parts, strict=True)
+            ]
+            entry[0] = condition + strength * torch.cat(added, dim=-1).reshape(condition.shape)
     return conditioning
 
 

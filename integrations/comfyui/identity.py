@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-FORMAT, FORMAT_VERSION = "idea_jax.export", 1
+FORMAT, FORMAT_VERSIONS = "idea_jax.export", (1, 2)
 MANIFEST = "identity.json"
+ENCODERS = ("clip_l", "clip_g")  # of SDXL
 HEADS = 8  # of the ID-Adapter's attention
 MAX_MANIFEST = 100_000
 
@@ -23,15 +24,15 @@ class Identity:
     Attributes:
       embedding: file of the token embeddings.
       loras: files of the changes of keys and values.
-      adapter: tensors of the ID-Adapter by name; None for a person who has none.
-      width: of the text encoder.
+      adapters: tensors of the ID-Adapter of each text encoder by name; none for a person without.
+      widths: of the text encoders, one or SDXL's two.
     """
 
     folder: Path
     embedding: str
     loras: list[Path]
-    adapter: dict | None
-    width: int
+    adapters: list[dict]
+    widths: list[int]
 
 
 def people(root: Path) -> list[str]:
@@ -46,12 +47,13 @@ def read(folder: Path) -> Identity:
         content = (folder / MANIFEST).read_bytes()
         about = json.loads(content) if len(content) <= MAX_MANIFEST else {}
         parts = about["parts"]
-        is_ours = about["format"] == FORMAT and about["format_version"] == FORMAT_VERSION
+        is_ours = about["format"] == FORMAT and about["format_version"] in FORMAT_VERSIONS
         names = [*filter(None, [parts["embedding"]]), *parts["loras"], *parts["adapter"]]
         # Names that lead nowhere else.
         is_ours &= all(re.fullmatch(r"(?:[\w-]+/)?[\w-]+\.safetensors", name) for name in names)
-        digests, width = dict(about["sha256"]), int(about["text_width"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        digests = dict(about["sha256"])
+        widths = [int(width) for width in about.get("text_widths", [about["text_width"]])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} cannot be read: {error!r}") from error
     if not is_ours:
         raise ValueError(f"{folder} was not written by this version of idea-export")
@@ -61,14 +63,25 @@ def read(folder: Path) -> Identity:
         path = folder / name
         if not path.is_file() or sha256(path) != digests.get(name):
             raise ValueError(f"{path} is missing or another file: copy the whole folder again")
-    adapter = None
-    if parts["adapter"]:
-        adapter = {}
-        for name in parts["adapter"]:
-            adapter |= load_file(folder / name)
-        check_adapter(adapter, width, folder)
+    tensors = {}
+    for name in parts["adapter"]:
+        tensors |= load_file(folder / name)
     loras = [folder / name for name in parts["loras"]]
-    return Identity(folder, parts["embedding"], loras, adapter, width)
+    adapters = adapters_of(tensors, widths, folder) if parts["adapter"] else []
+    return Identity(folder, parts["embedding"], loras, adapters, widths)
+
+
+def adapters_of(tensors: dict, widths: list[int], folder: Path) -> list[dict]:
+    """The adapters of one text encoder, or of SDXL's two, whose names begin with the encoder's."""
+    found = [tensors]
+    if len(widths) > 1:
+        found = [
+            {k.removeprefix(f"{of}."): v for k, v in tensors.items() if k.startswith(f"{of}.")}
+            for of in ENCODERS
+        ]
+    for adapter, width in zip(found, widths, strict=True):
+        check_adapter(adapter, width, folder)
+    return found
 
 
 def sha256(path: Path) -> str:
