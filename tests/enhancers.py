@@ -16,16 +16,26 @@ from idea_jax.runtime.files import file_digest
 NAMES = 5
 
 
-def config(dim: int, kind: str = "mlp") -> shared.EnhancerConfig:
-    return shared.EnhancerConfig(kind, dim, width=16, kv_rank=2)
+def config(dim: int, kind: str = "mlp", dim_2: int = 0) -> shared.EnhancerConfig:
+    return shared.EnhancerConfig(kind, dim, width=16, kv_rank=2, dim_2=dim_2)
+
+
+def config_for(model: sd.StableDiffusion, kind: str = "mlp") -> shared.EnhancerConfig:
+    widths = [text.hidden_size for text in model.encoders]
+    return config(widths[0], kind, sum(widths[1:]))
 
 
 def tree(cfg: shared.EnhancerConfig, model: sd.StableDiffusion, seed: int = 0) -> shared.Shared:
     """A shared tree as training could leave it: nothing of it is zero."""
     rng = np.random.default_rng(seed)
-    start = rng.normal(0, 0.02, (cfg.num_tokens, cfg.dim)).astype(np.float32)
-    names = rng.normal(0, 0.02, (NAMES, cfg.num_tokens, cfg.dim)).astype(np.float32)
-    fresh = shared.init_shared(cfg, model, jax.random.key(seed), start, 0.02, names)
+
+    def normal(width, *shape):
+        return rng.normal(0, 0.02, (*shape, cfg.num_tokens, width)).astype(np.float32)
+
+    start = cfg.each(normal)
+    names = cfg.each(lambda width: normal(width, NAMES))
+    scale = cfg.each(lambda _: 0.02)
+    fresh = shared.init_shared(cfg, model, jax.random.key(seed), start, scale, names)
 
     def trained(leaf):
         return np.asarray(leaf) + rng.normal(0, 0.1, leaf.shape).astype(np.float32)
@@ -52,7 +62,7 @@ def about(**changes) -> dict:
 def add_to(folder: Path, seed: int = 0, **changes) -> Path:
     """Writes an enhancer for a checkpoint with a face model into its folder; returns its path."""
     model, frozen = sd.load(folder)
-    cfg = config(model.text.hidden_size)
+    cfg = config_for(model)
     (face_model,) = (folder / "face").glob("*.onnx")
     known = {
         "base_weights": tree_digest(frozen.cross_kv),

@@ -47,7 +47,7 @@ def enhanced_person(
 ) -> Identity:
     """Somebody who began with a shared ID-Enhancer."""
     method = shared.person_method(config, kv=kv, own_adapter=own_adapter)
-    start = np.zeros((config.num_tokens, config.dim), np.float32)
+    start = config.each(lambda width: np.zeros((config.num_tokens, width), np.float32))
     fresh = condition.init_trainable(model, method, jax.random.key(seed), start)
     return Identity(
         method, grown(fresh, seed), {}, "<person>", "tiny", None, seed, 0, enhancer=sha256

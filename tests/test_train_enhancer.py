@@ -24,7 +24,7 @@ from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.enhancer import drawing, fit, likeness, prepare, samples, settings, shards, sources
 from idea_jax.enhancer import ridge as ridges
 from idea_jax.enhancer import step as steps
-from idea_jax.enhancer.beginning import flat, refuse_another
+from idea_jax.enhancer.beginning import refuse_another
 from idea_jax.enhancer.shards import ShardsError
 from idea_jax.faces import models as face_models
 from idea_jax.faces import random_model
@@ -425,12 +425,12 @@ def test_readers_share_out_the_samples_of_a_step_and_begin_anywhere(quiet):
     parts = [read(0, process, 2) for process in range(2)]
     assert len(whole) == 4 and len(later) == 2
     for step, batch in enumerate(whole):
-        together = [
-            np.concatenate(leaves) for leaves in zip(*(p[step] for p in parts), strict=True)
-        ]
-        order = np.argsort(together[0])
-        for leaf, joined in zip(batch, together, strict=True):
-            np.testing.assert_array_equal(leaf, joined[order])
+        together = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves), *(part[step] for part in parts)
+        )
+        order = np.argsort(together.row)
+        same = jax.tree.map(lambda leaf, order=order: leaf[order], together)
+        jax.tree.map(np.testing.assert_array_equal, batch, same)
     for batch, same in zip(whole[2:], later, strict=True):
         np.testing.assert_array_equal(batch.face, same.face)
 
@@ -463,7 +463,7 @@ def three_steps(base, begun, quiet, count, parts=1, is_sharded=False, poison=Non
     losses = []
     for number in range(3):
         rows = [plan.sample(8 * number + row) for row in range(8)]
-        batch = samples.EnhancerBatch(*(np.stack(leaves) for leaves in zip(*rows, strict=True)))
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         if number == poison:
             batch = batch._replace(face=batch.face * np.nan)
         inputs = {"seed": np.uint32(0), "step": np.int32(number)}
@@ -707,8 +707,8 @@ def test_regression_is_exact_in_the_file_and_needs_no_step(studio, checkpoint, f
     folder = samples.open_folder(tmp_path / "data")
     model, frozen = sd.load(checkpoint)
     people = [np.arange(len(folder.people))]
-    faces, targets = flat(*ridges.examples([folder], people, model, frozen))
-    ridge = ridges.fit(faces, targets)
+    faces, targets = ridges.examples([folder], people, model, frozen)
+    ridge = ridges.fit(faces, targets.reshape(len(targets), -1))
     assert found.about["ridge"]["names"] == 20 and found.about["steps"] == 0
     face = unit(5)
     expected = ridge.target_mean + (face - ridge.face_mean) @ ridge.kernel

@@ -121,7 +121,6 @@ def begin(cfg: CardConfig, out: Path) -> CardPlan:
     """
     found = hub.resolve_for(cfg)  # what is wrong with it is said before photos are looked at
     model = sd.read_configs(found.folder, COMPUTE_DTYPES[cfg.mixed_precision], **reading(cfg))
-    enhancers.refuse_sdxl(model, f"no card can be made of {found.name}")
     # Those of a command that was refused may be others than this one asks for.
     invited = people.read(out / "people") if (out / SETTINGS).is_file() else None
     if invited is None:

@@ -84,6 +84,12 @@ ATTENTION = (
     "chunked (slower and without the whole matrix of weights on other devices) on CPU, else xla"
 )
 
+REMATS = ("auto", "none", "blocks")
+REMAT = (
+    "what the backward pass computes again instead of keeping it: the inside of the UNet's "
+    "blocks, which takes less memory and a third more time, or nothing; auto is blocks on SDXL"
+)
+
 COMPILE_CACHE = (
     "folder of compiled programs, or off (default: idea_jax/compiled in the user's cache)"
 )
@@ -454,13 +460,7 @@ class TrainConfig:
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
     attention: str = setting("auto", ATTENTION, choices=ATTENTIONS, free=True)
-    remat: str = setting(
-        "auto",
-        "what the backward pass computes again instead of keeping it: the inside of the UNet's "
-        "blocks, which takes less memory and a third more time, or nothing; auto is blocks on SDXL",
-        choices=("auto", "none", "blocks"),
-        free=True,
-    )
+    remat: str = setting("auto", REMAT, choices=REMATS, free=True)
     compile_cache: str | None = setting(None, COMPILE_CACHE, free=True)
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way

@@ -30,6 +30,7 @@ from idea_jax.faces import finding
 from idea_jax.formats import enhancer
 from idea_jax.method import anchor, shared
 from idea_jax.models import flash, hub, lora, sd
+from idea_jax.models.bundle import rematerialises
 from idea_jax.runtime import devices
 from idea_jax.runtime.files import json_digest
 from idea_jax.runtime.versions import versions
@@ -78,6 +79,8 @@ def open_model(
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype, **reading(cfg)), attention=attention)
+    if isinstance(cfg, EnhancerTrainConfig):
+        model = replace(model, remat=rematerialises(cfg.remat, model))
     weights = {"variant": cfg.variant, "compute_dtype": dtype, "loras": loras}
     return found, model, reading(cfg) | weights
 
@@ -154,6 +157,7 @@ def check_model(folders: Sequence[Folder], model: sd.StableDiffusion, name: str)
         "vocabulary": (index.vocab_size, model.text.vocab_size),
         "length of texts": (index.length, model.text.max_position_embeddings),
         "channels of latents": (index.latent[2], model.vae.latent_channels),
+        "sizes of pictures": (index.has_sizes, model.text_2 is not None),
     }
     differs = [f"{n} {was}, here {now}" for n, (was, now) in wanted.items() if was != now]
     if differs:
@@ -218,17 +222,15 @@ def beginning(
     names: list[str],
     folders: list[Folder],
     people: list[np.ndarray],
-) -> tuple[shared.EnhancerConfig, shared.Shared, ridge.Ridge | None]:
-    """The shared tree before the first step, and the regression if it starts from one.
+) -> tuple[shared.EnhancerConfig, shared.Shared, dict[str, ridge.Ridge]]:
+    """The shared tree before the first step, and the regressions that it starts from, if it does.
 
     Raises:
       TextError, ShardsError: the names do not do.
     """
     model, frozen, special = base.model, base.frozen, base.tokenizer
-    N, D = special.placeholder.n, model.text.hidden_size
-    config = shared.EnhancerConfig(
-        cfg.kind, D, N, cfg.width, cfg.kv_rank, cfg.beta, skip=cfg.start == "ridge"
-    )
+    N = special.placeholder.n
+    config = config_of(cfg, model, N)
     ids = name_token_ids(special, names, N)
     whole = ids[(ids >= 0).all(axis=1)]
     if len(whole) < 2:
@@ -236,33 +238,51 @@ def beginning(
             f"of the {len(names)} names {len(whole)} have {N} tokens or more; expected at least "
             "two; give longer names with --celeb_path"
         )
-    known = np.asarray(jax.device_get(sd.embed_tokens(model, frozen, whole)), np.float32)
+    known = jax.device_get(sd.embed_tokens(model, frozen, whole))
+    known = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), known)
+    start: Any
+    scale: Any
     if cfg.start == "cross_init":
         start = anchor.from_names(
             model, frozen, ids, bos=special.bos, eos=special.eos, pad=special.pad
         )
-        scale = 1.0
+        scale = config.each(lambda _: 1.0)
     else:
-        start = known.mean(axis=0)
-        scale = float(known.std(axis=0).mean())
-    results.check_finite(np.asarray(start), f"the text encoder of {base.name}")
+        start = jax.tree.map(lambda leaf: leaf.mean(axis=0), known)
+        scale = jax.tree.map(lambda leaf: float(leaf.std(axis=0).mean()), known)
+    results.check_finite(start, f"the text encoder of {base.name}")
     key = jax.random.key(cfg.seed)
     tree = shared.init_shared(config, model, key, start, scale, known)
     if cfg.start != "ridge":
-        return config, jax.device_get(tree), None
-    fitted = ridge.fit(*flat(*ridge.examples(folders, people, model, frozen)), cfg.seed)
-    log.info(
-        "ridge regression on %d names: lambda %.3g, R2 %.3f on names that it was not fitted on",
-        fitted.names,
-        fitted.strength,
-        fitted.r2,
+        return config, jax.device_get(tree), {}
+    fitted = ridge.fit_each(config, *ridge.examples(folders, people, model, frozen), cfg.seed)
+    for of, found in fitted.items():
+        log.info(
+            "ridge regression on %d names%s: lambda %.3g, R2 %.3f on names that it was not fitted "
+            "on",
+            found.names,
+            f" for {of}" if of else "",
+            found.strength,
+            found.r2,
+        )
+    return config, jax.device_get(ridge.into(config, tree, fitted)), fitted
+
+
+def config_of(
+    cfg: EnhancerTrainConfig, model: sd.StableDiffusion, num_tokens: int
+) -> shared.EnhancerConfig:
+    """What the networks of a training look like."""
+    widths = [text.hidden_size for text in model.encoders]
+    return shared.EnhancerConfig(
+        cfg.kind,
+        widths[0],
+        num_tokens,
+        cfg.width,
+        cfg.kv_rank,
+        cfg.beta,
+        skip=cfg.start == "ridge",
+        dim_2=sum(widths[1:]),
     )
-    return config, jax.device_get(ridge.into(tree, fitted)), fitted
-
-
-def flat(given: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Faces, and token embeddings in one row each."""
-    return given, targets.reshape(len(targets), -1)
 
 
 def about_of(
@@ -270,7 +290,7 @@ def about_of(
     folders: list[Folder],
     people: list[np.ndarray],
     digest: str,
-    fitted: ridge.Ridge | None,
+    fitted: dict[str, ridge.Ridge],
 ) -> dict:
     """What the file says of the training, but for its steps."""
     licences = sorted({folder.index.licence for folder in folders})
@@ -289,12 +309,8 @@ def about_of(
         "licence": "; ".join([*licences, "the base model's and the face model's terms apply"]),
         "versions": versions(),
     }
-    if fitted is not None:
-        about["ridge"] = {
-            "names": fitted.names,
-            "strength": fitted.strength,
-            "r2": round(fitted.r2, 4),
-        }
+    if fitted:
+        about["ridge"] = ridge.about(fitted)
     return about
 
 

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 from idea_jax.data.images import to_uint8
 from idea_jax.models import sd
-from idea_jax.models.unet import project_kv
 from idea_jax.sampling import programs
 
 WHOLE = P()  # on every device
@@ -52,13 +51,13 @@ def plain_keys_values(
     model: sd.StableDiffusion, frozen: sd.Frozen, token_ids: jax.Array, empty: jax.Array
 ) -> dict:
     """Keys and values of plain texts int32[R, T], the empty one before each: [R, 2, T, inner]."""
-    kv = project_kv(frozen.cross_kv, sd.encode_text(model, frozen, token_ids), model.dtype)
+    kv = sd.text_keys_values(model, frozen, sd.encode_text(model, frozen, token_ids))
     return beside(kv, empty_keys_values(model, frozen, empty))
 
 
 def empty_keys_values(model: sd.StableDiffusion, frozen: sd.Frozen, empty: jax.Array) -> dict:
     """Keys and values of the empty text int32[T]: leaves [1, T, inner]."""
-    return project_kv(frozen.cross_kv, sd.encode_text(model, frozen, empty[None]), model.dtype)
+    return sd.text_keys_values(model, frozen, sd.encode_negative(model, frozen, empty[None]))
 
 
 def beside(kv: dict, empty: dict) -> dict:

@@ -99,7 +99,6 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     folders = [samples.open_folder(path) for path, _ in weights]
     check_together(folders)
     found, model, loading = open_model(cfg)
-    enhancer.refuse_sdxl(model, f"no ID-Enhancer can be trained for {found.name}")
     check_model(folders, model, found.name)
     sizes = model.text.vocab_size, model.text.max_position_embeddings
     tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding)

@@ -27,6 +27,7 @@ from idea_jax.faces.table import Sight
 from idea_jax.models import sd
 from idea_jax.pytrees import cast, tree_digest
 from idea_jax.runtime.files import check_writable
+from idea_jax.training.photos import size_ids
 from idea_jax.training.results import Base
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def describe(source: Source, studio: Studio) -> Index:
             "side": studio.side,
             "seed": studio.seed,
             "shard_pictures": studio.shard_pictures,
+            **({"has_sizes": True} if model.text_2 is not None else {}),
         },
         num_tokens=placeholder.n,
         vocab_size=model.text.vocab_size,
@@ -299,13 +301,17 @@ def turned(
     return np.asarray(found.embed, np.float32)
 
 
-def pixels_of(studio: Studio, portrait: Portrait, sight: Sight) -> np.ndarray:
-    """What of a picture is trained on: float32[side, side, 3] in [-1, 1]."""
+def pixels_of(
+    studio: Studio, portrait: Portrait, sight: Sight
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """What of a picture is trained on, float32[side, side, 3] in [-1, 1], and its `size_ids`."""
     image = portrait.picture.read()
     if studio.crop == "face":
         centre, width, angle = training_square(sight.points, image.size, studio.crop_margin)
         image = images.crop_turned(image, centre, width, angle)
-    return images.to_pixels(image, studio.side, center_crop=studio.crop == "center")
+    is_cut = studio.crop == "center"
+    sizes = size_ids(image.size, studio.side, center_crop=is_cut)
+    return images.to_pixels(image, studio.side, center_crop=is_cut), sizes
 
 
 def encode(studio: Studio, held: list) -> tuple[list[ShardRecord], Faces]:
@@ -321,8 +327,15 @@ def encode(studio: Studio, held: list) -> tuple[list[ShardRecord], Faces]:
     tokenizer = studio.base.tokenizer
     N, length = tokenizer.placeholder.n, tokenizer.length
     flat = [(person, *entry) for person, good in held for entry in good]
-    pixels = (pixels_of(studio, portrait, sight) for _, portrait, sight, _ in flat)
-    moments = encode_pixels(studio.base, pixels, len(flat))
+    sizes: list[tuple[int, ...]] = []
+
+    def pixels():
+        for _, portrait, sight, _ in flat:
+            found, own = pixels_of(studio, portrait, sight)
+            sizes.append(own)
+            yield found
+
+    moments = encode_pixels(studio.base, pixels(), len(flat))
     records, nobody = [], np.full(N, -1, np.int32)
     for (person, portrait, _, _), (mean, std) in zip(flat, moments, strict=True):
         filled = [text.fill(said, tokenizer.placeholder) for said in portrait.texts]
@@ -342,7 +355,8 @@ def encode(studio: Studio, held: list) -> tuple[list[ShardRecord], Faces]:
     if not columns:
         return [], None
     stacked = (np.array(c, kind) for c, kind in zip(zip(*columns, strict=True), kinds, strict=True))
-    return records, Faces(*stacked)
+    told = np.array(sizes, np.int32) if studio.base.model.text_2 is not None else None
+    return records, Faces(*stacked)._replace(size_ids=told)
 
 
 def encode_pixels(

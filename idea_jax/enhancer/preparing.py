@@ -12,7 +12,6 @@ from idea_jax.enhancer.settings import CELEBRITIES, PrepareConfig
 from idea_jax.enhancer.sources import Casting, Source
 from idea_jax.faces import finding, portraits
 from idea_jax.faces import models as face_models
-from idea_jax.formats.enhancer import refuse_sdxl
 from idea_jax.models import sd
 from idea_jax.sampling import programs
 from idea_jax.training.results import Base
@@ -29,7 +28,6 @@ def run(cfg: PrepareConfig) -> list[Path]:
     face_models.check_select(cfg.face_select)
     names = text.read_names(cfg.celeb_path) if cfg.celeb_path else None
     found, model, loading = open_model(cfg)
-    refuse_sdxl(model, f"no ID-Enhancer can be trained for {found.name}")
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     sizes = model.text.vocab_size, model.text.max_position_embeddings
     tokenizer = load_tokenizer(found.tokenizer, *sizes, found.padding).with_placeholder(

@@ -8,7 +8,7 @@ Source: MagicNaming regresses name embeddings from pictures in the same way.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,9 @@ def examples(
     people: Sequence[np.ndarray],
     model: sd.StableDiffusion,
     frozen: sd.Frozen,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean faces float[K, 512] of everybody with a name, and its token embeddings float[K, N, D].
+) -> tuple[np.ndarray, Any]:
+    """Mean faces float[K, 512] of everybody with a name, and its token embeddings float[K, N, D];
+    of two text encoders a dict of those of each.
 
     Args:
       people: numbers of the people of each folder who may be used.
@@ -120,20 +121,54 @@ def examples(
     if np.max(ids) >= model.text.vocab_size:
         raise ShardsError("a name in --data has tokens that the text encoder does not have")
     embeds = jax.device_get(sd.embed_tokens(model, frozen, np.stack(ids)))
-    return np.stack(faces), np.asarray(embeds, np.float64)
+    return np.stack(faces), jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), embeds)
 
 
-def into(tree: shared.Shared, ridge: Ridge) -> shared.Shared:
-    """A shared tree whose affine map is the regression, exactly; it has one, and it is zero."""
-    N, D = tree["start"].shape
-    width = len(ridge.face_mean)
-    start, scale = np.asarray(tree["start"], np.float64), float(tree["scale"])
-    kernel = ridge.kernel.reshape(width, N, D).transpose(1, 0, 2)
-    bias = (ridge.target_mean - ridge.face_mean @ ridge.kernel).reshape(N, D) - start
-    enhancer = {
-        **tree["enhancer"],
-        # The network sees faces of unit size in each value, and counts in units of scale.
-        "skip_kernel": jnp.asarray(kernel / (scale * math.sqrt(width)), jnp.float32),
-        "skip_bias": jnp.asarray(bias / scale, jnp.float32),
+def fit_each(
+    config: shared.EnhancerConfig, faces: np.ndarray, targets: Any, seed: int
+) -> dict[str, Ridge]:
+    """A regression for each text encoder, by its name; that of the only one has none.
+
+    Args:
+      targets: of `examples`.
+
+    Raises:
+      ShardsError: as `fit`.
+    """
+    fitted = config.each(lambda _, own: fit(faces, own.reshape(len(own), -1), seed), targets)
+    return fitted if config.dim_2 else {"": fitted}
+
+
+def about(fitted: dict[str, Ridge]) -> dict:
+    """What a file says of regressions; of two, each value is a dict."""
+    first = next(iter(fitted.values()))
+    strengths = {of: ridge.strength for of, ridge in fitted.items()}
+    r2 = {of: round(ridge.r2, 4) for of, ridge in fitted.items()}
+    alone = len(fitted) == 1
+    return {
+        "names": first.names,
+        "strength": strengths[""] if alone else strengths,
+        "r2": r2[""] if alone else r2,
     }
-    return {**tree, "enhancer": enhancer}
+
+
+def into(
+    config: shared.EnhancerConfig, tree: shared.Shared, fitted: dict[str, Ridge]
+) -> shared.Shared:
+    """A shared tree whose affine map is the regression, exactly; it has one, and it is zero."""
+
+    def of_each(D, enhancer, start, scale, ridge):
+        width, N = len(ridge.face_mean), config.num_tokens
+        start, scale = np.asarray(start, np.float64), float(scale)
+        kernel = ridge.kernel.reshape(width, N, D).transpose(1, 0, 2)
+        bias = (ridge.target_mean - ridge.face_mean @ ridge.kernel).reshape(N, D) - start
+        return {
+            **enhancer,
+            # The network sees faces of unit size in each value, and counts in units of scale.
+            "skip_kernel": jnp.asarray(kernel / (scale * math.sqrt(width)), jnp.float32),
+            "skip_bias": jnp.asarray(bias / scale, jnp.float32),
+        }
+
+    parts = (tree[name] for name in ("enhancer", "start", "scale"))
+    ridges = fitted if config.dim_2 else fitted[""]
+    return {**tree, "enhancer": config.each(of_each, *parts, ridges)}

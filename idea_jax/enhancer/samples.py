@@ -29,6 +29,7 @@ class EnhancerBatch(NamedTuple):
       face: float32[B, 512] of unit norm.
       mean, std: float16[B, h, w, C], moments of the scaled latents.
       token_ids: int32[B, T].
+      size_ids: int32[B, 6], what SDXL is told of the sizes of each picture; None for others.
     """
 
     row: np.ndarray
@@ -36,6 +37,7 @@ class EnhancerBatch(NamedTuple):
     mean: np.ndarray
     std: np.ndarray
     token_ids: np.ndarray
+    size_ids: np.ndarray | None = None
 
 
 class Folder:
@@ -165,7 +167,15 @@ class Plan:
         mirror = int(self.flip and u[1] < 0.5)
         texts = shown.token_ids if len(shown.token_ids) else folder.texts
         ids = texts[int(u[2] * len(texts))]
-        return EnhancerBatch(np.int32(row), face, shown.mean[mirror], shown.std[mirror], ids)
+        sizes = folder.faces.size_ids
+        return EnhancerBatch(
+            np.int32(row),
+            face,
+            shown.mean[mirror],
+            shown.std[mirror],
+            ids,
+            None if sizes is None else sizes[records[target]],
+        )
 
     def face_of(
         self, folder: Folder, others: np.ndarray, own: np.ndarray, u: np.ndarray
@@ -202,7 +212,8 @@ class _Source:
         return self.count
 
     def __getitem__(self, number: int) -> dict:
-        return self.sample(self.first + int(number))._asdict()
+        sample = self.sample(self.first + int(number))._asdict()
+        return {name: leaf for name, leaf in sample.items() if leaf is not None}
 
     def __repr__(self) -> str:
         return f"samples from {self.first}"

@@ -11,6 +11,8 @@ from idea_jax.config.settings import (
     LORA,
     PREDICTION_TYPES,
     READING,
+    REMAT,
+    REMATS,
     ConfigError,
     check_compile_cache,
     check_finding,
@@ -208,6 +210,7 @@ class EnhancerTrainConfig:
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
     attention: str = setting("auto", ATTENTION, choices=ATTENTIONS, free=True)
+    remat: str = setting("auto", REMAT, choices=REMATS, free=True)
     shard_frozen: bool = setting(
         False,
         "split the frozen weights over all devices, for devices with little memory",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idea_jax.errors import InputError
+from idea_jax.models.unet import SIZE_IDS
 from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, write_tensors
 
 INDEX = "index.json"
@@ -56,6 +57,7 @@ class Faces(NamedTuple):
         found on it.
       box: float32[R, 4], left, top, right, bottom in pixels of the picture.
       name_ids: int32[R, N], tokens of the person's name, -1 where there is none.
+      size_ids: int32[R, 6], what SDXL is told of the sizes of each picture; None for others.
     """
 
     person: np.ndarray
@@ -63,6 +65,7 @@ class Faces(NamedTuple):
     turned: np.ndarray
     box: np.ndarray
     name_ids: np.ndarray
+    size_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ class Index:
     latent: list
     shards: list[Shard] = field(default_factory=list)
     is_complete: bool = False
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the folder is for SDXL, which is told the sizes of pictures."""
+        return self.settings.get("has_sizes") is True
 
     @property
     def people(self) -> int:
@@ -209,7 +217,8 @@ def write_shard(folder: Path, number: int, records: Sequence[ShardRecord], faces
         except RuntimeError as error:  # of the array_record library, for a full disk as well
             reason = str(error).partition(";")[0].removeprefix("write() failed: ")
             raise cannot_write(large, OSError(reason)) from error
-    write_tensors(small, faces._asdict(), {FORMAT: NOTICE}, private=True)
+    columns = {name: leaf for name, leaf in faces._asdict().items() if leaf is not None}
+    write_tensors(small, columns, {FORMAT: NOTICE}, private=True)
     return {
         "number": number,
         "pictures": len(records),
@@ -357,6 +366,8 @@ def read_faces(folder: Path, index: Index) -> Faces:
 
     shapes = {"person": (), "face": (WIDTH,), "turned": (WIDTH,), "box": (4,)}
     shapes["name_ids"] = (index.num_tokens,)
+    if index.has_sizes:
+        shapes["size_ids"] = (SIZE_IDS,)
     parts = []
     for shard in index.shards:
         path = files_of(folder, shard.number)[1]
@@ -365,7 +376,7 @@ def read_faces(folder: Path, index: Index) -> Faces:
                 arrays: Mapping = load_file(path)
             except SafetensorError as error:
                 raise ShardsError(str(error)) from error
-            numbers = ("person", "name_ids")
+            numbers = ("person", "name_ids", "size_ids")
             kinds = {name: np.int32 if name in numbers else np.float32 for name in shapes}
             for name, shape in shapes.items():
                 value = arrays.get(name)
@@ -373,8 +384,8 @@ def read_faces(folder: Path, index: Index) -> Faces:
                     raise ShardsError(f"{name} is missing or of another shape")
                 if value.dtype != kinds[name] or not np.isfinite(value).all():
                     raise ShardsError(f"{name} is of another type or not finite")
-            parts.append(Faces(*(arrays[name] for name in Faces._fields)))
-    return Faces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+            parts.append({name: arrays[name] for name in shapes})
+    return Faces(**{name: np.concatenate([part[name] for part in parts]) for name in shapes})
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def errors(
     strength = (kept >= recipe.drop).astype(jnp.float32)
     kv = shared.keys_values(config, model, tree, frozen, batch.face, batch.token_ids, strength)
     noisy = schedule.add_noise(model.schedule, latents, noise, times)
-    prediction = sd.predict(model, frozen, noisy, times, kv).astype(jnp.float32)
+    prediction = sd.predict(model, frozen, noisy, times, kv, batch.size_ids).astype(jnp.float32)
     target = schedule.training_target(model.schedule, latents, noise, times)
     each = jnp.mean((prediction - target) ** 2, axis=tuple(range(1, target.ndim)))
     return jnp.asarray(snr_weights(model, recipe.min_snr))[times] * each

@@ -2,10 +2,12 @@
 
 Tensors `enhancer/...`, `adapter/...`, `kv/...`, `start`, `scale` and `names` are a shared tree (see
 `idea_jax.method.shared`); the metadata say what they are for and how they were made, and never
-whose pictures it was made of. A file may come from anybody: nothing is believed that can be seen
-from the tensors.
+whose pictures it was made of. For SDXL all but `kv` is there for each text encoder, such as
+`start/clip_l` and `start/clip_g`. A file may come from anybody: nothing is believed that can be
+seen from the tensors.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -34,7 +36,8 @@ from idea_jax.runtime.files import (
 log = logging.getLogger(__name__)
 
 FILE = Path(hub.ENHANCER)  # inside a checkpoint's folder
-FORMAT, FORMAT_VERSION = "idea_jax.enhancer", 1
+FORMAT = "idea_jax.enhancer"
+FORMAT_VERSIONS = {False: 1, True: 2}  # 2: for SDXL, with most parts twice
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 WRITTEN_AS = ("float32", "float16", "bfloat16")
 
@@ -124,7 +127,11 @@ def write(
     problems += [f"about has a path: {text!r}" for text in texts(about) if is_path(text)]
     if problems:
         raise EnhancerError(f"{path} was not written: {listed(problems)}")
-    description = {"format_version": FORMAT_VERSION, "config": asdict(config), "about": about}
+    about_config = asdict(config)
+    if not config.dim_2:  # which files for one text encoder do not mention
+        del about_config["dim_2"]
+    version = FORMAT_VERSIONS[config.dim_2 > 0]
+    description = {"format_version": version, "config": about_config, "about": about}
     write_tensors(path, tensors, {FORMAT: json.dumps(description)})
 
 
@@ -207,10 +214,11 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
             header["__metadata__"][FORMAT], object_pairs_hook=without_repetition
         )
         version = description["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS.values():
+            known = " or ".join(map(str, FORMAT_VERSIONS.values()))
             raise EnhancerError(
-                f"it has format version {version}, expected {FORMAT_VERSION}, so that another "
-                "idea_jax wrote it, which can be installed to read it"
+                f"it has format version {version}, expected {known}, so that another idea_jax "
+                "wrote it, which can be installed to read it"
             )
         config, about = shared.EnhancerConfig(**description["config"]), description["about"]
     except EnhancerError:
@@ -253,11 +261,10 @@ def check(
       EnhancerError: with all that differs.
     """
     config, problems = enhancer.config, []
-    refuse_sdxl(model, f"the ID-Enhancer {where} does not fit")
-    if config.dim != model.text.hidden_size:
-        problems.append(
-            f"its text width is {config.dim}, this checkpoint's is {model.text.hidden_size}"
-        )
+    widths = [text.hidden_size for text in model.encoders]
+    if [*config.widths] != widths:
+        theirs, ours = (" and ".join(map(str, some)) for some in (config.widths, widths))
+        problems.append(f"its text width is {theirs}, this checkpoint's is {ours}")
     else:
         method = shared.person_method(config, kv="low_rank", kv_rank=config.kv_rank)
         wanted = jax.eval_shape(
@@ -289,16 +296,6 @@ def check(
         )
 
 
-def refuse_sdxl(model: sd.StableDiffusion, what: str) -> None:
-    """Raises EnhancerError for a checkpoint of SDXL: shared ID-Enhancers know one text encoder."""
-    if model.text_2 is not None:
-        raise EnhancerError(
-            f"{what}: this checkpoint is SDXL, and a shared ID-Enhancer is for Stable Diffusion "
-            "1.x and 2.x, which have one text encoder; with SDXL each person is trained "
-            "(--enhancer none)"
-        )
-
-
 def is_for_weights(enhancer: Enhancer, digests: Collection[str]) -> bool:
     """Whether it was trained on these weights; on others of the same kind it can be used, too.
 
@@ -318,8 +315,12 @@ def wrong_config(config: shared.EnhancerConfig) -> list[str]:
         value = getattr(config, name)
         if type(value) is not int or not 1 <= value <= most:
             problems.append(f"its {name} is {value!r}, expected 1 to {most}")
-    if not problems and config.dim % 8:
-        problems.append(f"its dim is {config.dim}, expected a multiple of 8")
+    most = LIMITS["dim"]
+    if type(config.dim_2) is not int or not 0 <= config.dim_2 <= most:
+        problems.append(f"its dim_2 is {config.dim_2!r}, expected 0 to {most}")
+    for name in ("dim", "dim_2"):
+        if not problems and getattr(config, name) % 8:
+            problems.append(f"its {name} is {getattr(config, name)}, expected a multiple of 8")
     if type(config.beta) not in (int, float) or not math.isfinite(config.beta):
         problems.append(f"its beta is {config.beta!r}, expected a number")
     if type(config.skip) is not bool:
@@ -344,7 +345,7 @@ def wrong_about(about: Any) -> list[str]:
 
 def wrong_tensors(config: shared.EnhancerConfig, tensors: dict[str, np.ndarray]) -> list[str]:
     """What is missing, too much, of another shape or not finite."""
-    names = tensors.get("names")
+    names = tensors.get("names/clip_l" if config.dim_2 else "names")
     count = len(names) if names is not None and names.ndim else 0
     deltas = {name: value for name, value in tensors.items() if name.startswith("kv/")}
     want, got = expected(config, count), {k: v.shape for k, v in tensors.items() if k not in deltas}
@@ -363,19 +364,19 @@ def wrong_tensors(config: shared.EnhancerConfig, tensors: dict[str, np.ndarray])
         for name, value in tensors.items()
         if not np.isfinite(value.astype(np.float32)).all()
     ]
-    scale = tensors.get("scale")
-    if not problems and not scale > 0:
-        problems.append(f"its scale is {scale}, expected more than 0")
+    scales = [value for name, value in tensors.items() if name.partition("/")[0] == "scale"]
+    if not problems and not all(scale > 0 for scale in scales):
+        problems.append(f"its scale is {min(scales)}, expected more than 0")
     return problems
 
 
 def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that follow from the config and the number of names."""
-    D, N = config.dim, config.num_tokens
+    N = config.num_tokens
 
-    def fresh(key):
+    def fresh(D, key):
         known = jnp.zeros((names, N, D))
-        network = config.network.init(key, jnp.zeros(FACE_WIDTH), jnp.zeros((N, D)), known)
+        network = config.network(D).init(key, jnp.zeros(FACE_WIDTH), jnp.zeros((N, D)), known)
         adapter = IDAdapter(D, config.beta).init(key, jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D)))
         return {
             "enhancer": network["params"],
@@ -385,15 +386,18 @@ def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, 
             "names": known,
         }
 
-    return {
-        name: leaf.shape
-        for name, leaf in pytrees.flatten(jax.eval_shape(fresh, jax.random.key(0))).items()
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for D, of in zip(config.widths, sd.ENCODERS, strict=False):
+        tree = jax.eval_shape(functools.partial(fresh, D), jax.random.key(0))
+        for name, leaf in pytrees.flatten(tree).items():
+            part, slash, rest = name.partition("/")
+            found[f"{part}/{of}{slash}{rest}" if config.dim_2 else name] = leaf.shape
+    return found
 
 
 def wrong_deltas(config: shared.EnhancerConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with K/V deltas as far as their config tells; `check` compares with a UNet."""
-    D, rank = config.dim, config.kv_rank
+    D, rank = sum(config.widths), config.kv_rank
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         layer, _, part = name.rpartition("/")

@@ -19,9 +19,10 @@ from idea_jax.runtime.versions import other_versions, versions
 
 FORMAT = "idea_jax.identity"
 
-# 1: everything that draws a person is theirs. 2: they began with a shared ID-Enhancer. 3: as 1, on
-# SDXL: what belongs to a text encoder is there twice.
-FORMAT_VERSIONS = (1, 2, 3)
+# 1: everything that draws a person is theirs. 2: they began with a shared ID-Enhancer. 3 and 4: as
+# 1 and 2, on SDXL: what belongs to a text encoder is there twice.
+FORMAT_VERSIONS = (1, 2, 3, 4)
+WITH_ENHANCER, OF_SDXL = (2, 4), (3, 4)
 
 # Constants that belong in the file: sampling depends on them. The regulariser's metric does not;
 # it follows from the anchor.
@@ -97,7 +98,7 @@ def write_identity(path: Path, identity: Identity) -> None:
     if not is_enhanced:
         method = {name: value for name, value in method.items() if name not in SINCE_2}
     about = {
-        "format_version": 2 if is_enhanced else 3 if identity.is_of_sdxl else 1,
+        "format_version": 1 + is_enhanced + 2 * identity.is_of_sdxl,
         "method": method,
         "placeholder": identity.placeholder,
         "base_model": identity.base_model,
@@ -146,8 +147,8 @@ def read_identity(path: Path) -> Identity:
         identity = Identity(
             method=condition.Method(**about["method"]),
             trainable=trees["trainable"],
-            given=trees["given"] if version != 2 else {},
-            enhancer=about["enhancer"] if version == 2 else None,
+            given={} if version in WITH_ENHANCER else trees["given"],
+            enhancer=about["enhancer"] if version in WITH_ENHANCER else None,
             **{k: about[k] for k in ("placeholder", "base_model", "revision", "seed", "steps")},
         )
     # RecursionError: deeply nested JSON; AttributeError: a tensor that is a folder, too.
@@ -156,7 +157,7 @@ def read_identity(path: Path) -> Identity:
             raise
         raise IdentityError(f"{path} lacks a part of its description: {error!r}") from error
     problems = wrong_types(identity) + wrong_types(identity.method)
-    if identity.method.enhanced != (version == 2) or identity.needs_enhancer != (
+    if identity.method.enhanced != (version in WITH_ENHANCER) or identity.needs_enhancer != (
         identity.enhancer is not None
     ):
         problems.append("its method is not one of its format version")
@@ -168,14 +169,14 @@ def read_identity(path: Path) -> Identity:
 
 
 def check_tokens(tokens: Any, count: int, version: int, where: Any) -> None:
-    """Raises IdentityError unless tokens are [count, width], of version 3 for each encoder."""
+    """Raises IdentityError unless tokens are [count, width], of SDXL for each encoder."""
     each, is_two = [tokens], isinstance(tokens, dict) and set(tokens) == set(sd.ENCODERS)
-    if version == 3:
+    if version in OF_SDXL:
         each = tokens_of_each(tokens) if is_two else [None]
     for own in each:
         if getattr(own, "ndim", None) != 2 or len(own) != count:
             found = "none" if own is None else getattr(own, "shape", "a folder")
-            of_each = f" of {' and '.join(sd.ENCODERS)}" if version == 3 else ""
+            of_each = f" of {' and '.join(sd.ENCODERS)}" if version in OF_SDXL else ""
             raise IdentityError(
                 f"{where} is damaged: expected pseudo tokens [{count}, width]{of_each}, found "
                 f"{found}; train again"

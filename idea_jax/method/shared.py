@@ -2,13 +2,15 @@
 
 It is trained once, over many people (`idea_jax.enhancer`). Then a person is one forward pass, and
 few steps or none of their own. `Shared` is one tree: "enhancer", "adapter" and "kv" are trained,
-"start", "scale" and "names" are constants of the checkpoint that it was trained for.
+"start", "scale" and "names" are constants of the checkpoint that it was trained for. With two text
+encoders (SDXL) all but "kv" is a dict of a tree for each (`EnhancerConfig.each`).
 
 Source: arXiv 2507.11990, whose enhancer "refines visual identity embeddings" with texts of many
 people; how it is trained is this project's (docs/enhancer.md).
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +26,7 @@ from idea_jax.pytrees import stream
 KINDS = ("mlp", "attention", "names", "linear")
 TRAINED = ("enhancer", "adapter", "kv")  # what training changes of a shared tree
 ACTS = ("adapter", "kv")  # what acts for everybody when pictures are drawn
+EACH_PREDICTED = ("pseudo_tokens", "enhanced")  # what is predicted of a person
 
 # "enhancer", "adapter": network parameters; "kv": deltas shaped after `cross_kv`; "start":
 # float32[N, D], what the offsets are added to; "scale": float32[], their unit; "names":
@@ -33,7 +36,12 @@ Shared = dict
 
 @dataclass(frozen=True)
 class EnhancerConfig:
-    """What a shared tree looks like. Hashable, so it can be a static argument of `jax.jit`."""
+    """What a shared tree looks like. Hashable, so it can be a static argument of `jax.jit`.
+
+    Attributes:
+      dim: width D of the text encoder.
+      dim_2: width of SDXL's second text encoder; 0 where there is one.
+    """
 
     kind: str
     dim: int
@@ -42,40 +50,68 @@ class EnhancerConfig:
     kv_rank: int = 4
     beta: float = 0.4
     skip: bool = False  # an affine map from the face is added to the tokens
+    dim_2: int = 0
 
     @property
-    def network(self) -> SharedEnhancer:
-        return SharedEnhancer(self.kind, self.dim, self.num_tokens, self.width, self.skip)
+    def widths(self) -> tuple[int, ...]:
+        """Of the text encoders, one or two."""
+        return (self.dim, self.dim_2) if self.dim_2 else (self.dim,)
+
+    def network(self, width: int) -> SharedEnhancer:
+        """The network for a text encoder of this width."""
+        return SharedEnhancer(self.kind, width, self.num_tokens, self.width, self.skip)
+
+    def each(self, function: Callable, *trees: Any) -> Any:
+        """`function(width, *trees)` of the only text encoder; of two, what it is of each, as a
+        dict: as `sd.each_encoder`."""
+        if not self.dim_2:
+            return function(self.dim, *trees)
+        return {
+            name: function(width, *(tree[name] for tree in trees))
+            for name, width in zip(sd.ENCODERS, self.widths, strict=True)
+        }
 
 
 def init_shared(
     config: EnhancerConfig,
     model: sd.StableDiffusion,
     key: jax.Array,
-    start: jax.Array,
-    scale: float,
-    names: jax.Array,
+    start: Any,
+    scale: Any,
+    names: Any,
 ) -> Shared:
     """Returns a shared tree before training; it predicts `start` for everybody.
+
+    Of two text encoders each of the last three is a dict of one for each.
 
     Args:
       start: float32[N, D], the pseudo tokens of nobody in particular.
       scale: unit of the tokens' offsets, such as the deviation of celebrities' token embeddings.
       names: float32[K, N, D], token embeddings of names; kept if the enhancer reads them.
     """
-    D, N = config.dim, config.num_tokens
-    start = jnp.asarray(start, jnp.float32)
-    names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
-    known = (names - start[None]) / scale if config.kind == "names" else names[:0]
-    shared = {"start": start, "scale": jnp.float32(scale), "names": known}
-    faces = config.network.init(
-        stream(key, "enhancer"), jnp.ones(FACE_WIDTH), _anchor(shared), known
-    )
-    adapter = IDAdapter(D, config.beta)
-    context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D))
-    return shared | {
-        "enhancer": faces["params"],
-        "adapter": adapter.init(stream(key, "adapter"), context, enhanced)["params"],
+    N = config.num_tokens
+
+    def known(D, start, scale, names):
+        names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
+        return (names - start[None]) / scale if config.kind == "names" else names[:0]
+
+    def init_enhancer(D, key, start, names):
+        network = config.network(D)
+        return network.init(key, jnp.ones(FACE_WIDTH), _anchor(start), names)["params"]
+
+    def init_adapter(D, key):
+        context, enhanced = jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D))
+        return IDAdapter(D, config.beta).init(key, context, enhanced)["params"]
+
+    start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
+    names = config.each(known, start, scale, names)
+    keys = {part: condition.each_stream(model, key, part) for part in ("enhancer", "adapter")}
+    return {
+        "start": start,
+        "scale": jax.tree.map(jnp.float32, scale),
+        "names": names,
+        "enhancer": config.each(init_enhancer, keys["enhancer"], start, names),
+        "adapter": config.each(init_adapter, keys["adapter"]),
         "kv": condition.init_kv(
             model, person_method(config, kv="low_rank", kv_rank=config.kv_rank), stream(key, "kv")
         ),
@@ -88,16 +124,24 @@ def predict(config: EnhancerConfig, shared: Shared, id_embed: jax.Array) -> cond
 
     A pure function of float32[512] of unit norm; `jax.vmap` takes it over many faces.
     """
-    with exact(jnp.float32):
-        offsets, enhanced = config.network.apply(
-            {"params": shared["enhancer"]}, id_embed, _anchor(shared), shared["names"]
-        )
-    return {"pseudo_tokens": shared["start"] + shared["scale"] * offsets, "enhanced": enhanced}
+
+    def one(D, enhancer, start, scale, names):
+        with exact(jnp.float32):
+            offsets, enhanced = config.network(D).apply(
+                {"params": enhancer}, id_embed, _anchor(start), names
+            )
+        return {"pseudo_tokens": start + scale * offsets, "enhanced": enhanced}
+
+    parts = (shared[name] for name in ("enhancer", "start", "scale", "names"))
+    found = config.each(one, *parts)
+    if not config.dim_2:
+        return found
+    # A dict of two persons becomes a person whose parts are dicts.
+    return {part: {name: own[part] for name, own in found.items()} for part in EACH_PREDICTED}
 
 
-def _anchor(shared: Shared) -> jax.Array:
-    """The start at unit scale, as the network sees it."""
-    start = shared["start"]
+def _anchor(start: jax.Array) -> jax.Array:
+    """A start at unit scale, as the network sees it."""
     return start * jax.lax.rsqrt(jnp.mean(start**2, axis=-1, keepdims=True) + 1e-12)
 
 
@@ -145,7 +189,7 @@ def unguided_keys_values(
     [B, T, inner], with the shared K/V delta."""
     method = person_method(config, kv="none")
     frozen = frozen._replace(shared=frozen_part(shared))
-    text = sd.encode_text(model, frozen, token_ids)
+    text = sd.encode_negative(model, frozen, token_ids)
     return condition.keys_values(model, method, frozen, {}, text)
 
 
@@ -197,7 +241,7 @@ def begin_person(
     """
     person = _begin(config, model, method, shared, key, id_embed)
     given = condition.init_given(model, method, key, shared["start"], None)
-    given["anchor"] = jnp.array(person["pseudo_tokens"])
+    given["anchor"] = jax.tree.map(jnp.array, person["pseudo_tokens"])
     return person, given
 
 

@@ -140,6 +140,12 @@ class StableDiffusion:
         return AutoencoderKL(self.vae, self.dtype)
 
 
+def rematerialises(remat: str, model: StableDiffusion) -> bool:
+    """What the setting `--remat` says of a model: whether the backward pass computes the inside of
+    the UNet's blocks again. By itself ("auto") it does so on SDXL."""
+    return remat == "blocks" or (remat == "auto" and model.text_2 is not None)
+
+
 def each_encoder(model: StableDiffusion, function: Callable, *trees: Any) -> Any:
     """`function(config, *trees)` of the only text encoder; of two, what it is of each, as a dict.
 

@@ -26,6 +26,7 @@ from idea_jax.faces.portraits import Portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import flash, hub, lora, sd
+from idea_jax.models.bundle import rematerialises
 from idea_jax.runtime import chips, compile_cache, devices, memory
 from idea_jax.runtime.files import check_writable
 from idea_jax.runtime.signals import Interrupted
@@ -162,7 +163,8 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     kernel = flash.resolve(cfg.attention, local[0], dtype)
     model = sd.read_configs(found.folder, dtype, **how_read(cfg))
-    model = replace(model, attention=sizing.traced(kernel), remat=rematerialises(cfg, model))
+    remat = rematerialises(cfg.remat, model)
+    model = replace(model, attention=sizing.traced(kernel), remat=remat)
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     method = method_of(settled, enhancer)
     program = Program(model, method, optimizer_of(settled, method), cfg.train_batch_size)
@@ -210,11 +212,6 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     return replace(cfg, mesh=mesh, identities_per_step=places, shard_frozen=how.shard_frozen)
 
 
-def rematerialises(cfg: TrainConfig, model: sd.StableDiffusion) -> bool:
-    """Whether the backward pass computes the inside of the UNet's blocks again."""
-    return cfg.remat == "blocks" or (cfg.remat == "auto" and model.text_2 is not None)
-
-
 def most_photos(cfg: TrainConfig, crowd: Crowd) -> int:
     """The most photos of any person, also of those who are done or in another process: one program
     for all."""
@@ -254,7 +251,7 @@ def prepare(
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     attention = flash.resolve(cfg.attention, jax.local_devices()[0], dtype)
     model = replace(sd.read_configs(found.folder, dtype, **how_read(cfg)), attention=attention)
-    model = replace(model, remat=rematerialises(cfg, model))
+    model = replace(model, remat=rematerialises(cfg.remat, model))
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     tokenizer, is_word = read_tokenizer(cfg, found, model, placeholder)
     if enhancer is None:
