@@ -463,6 +463,7 @@ def test_several_people_alone_and_in_one_picture(random_checkpoint, identity, tm
         (["--karras_sigmas"], "no effect with sampler ddim, which is the checkpoint's own"),
         (["--timestep_spacing", "trailing", "--scheduler", "lcm"], "with sampler lcm"),
         (["--scheduler", "lcm", "--num_inference_steps", "51"], "between 1 and 50 sampling steps"),
+        (["--crop_top_left", "0", "8"], "--crop_top_left is for SDXL, and this checkpoint is none"),
     ],
 )
 def test_settings_that_a_sampler_does_not_have_are_refused(

@@ -304,9 +304,10 @@ def latents_of(world, size, count=2):
 
 
 @pytest.mark.parametrize(
-    ("negative", "size", "sampler"), [("", (32, 32), None), ("blurry", (32, 48), "ddim")]
+    ("negative", "size", "sampler", "told"),
+    [("", (32, 32), None, {}), ("blurry", (32, 48), "ddim", {"original": (70, 90), "cut": (5, 8)})],
 )
-def test_pictures_are_those_of_diffusers(world, tmp_path, negative, size, sampler):
+def test_pictures_are_those_of_diffusers(world, tmp_path, negative, size, sampler, told):
     """Of a person whose tokens are in both encoders, from a file for other programs, by the command
     line."""
     tokens = {
@@ -322,6 +323,8 @@ def test_pictures_are_those_of_diffusers(world, tmp_path, negative, size, sample
     settings += [1, "--num_inference_steps", 4, "--guidance_scale", 5]
     settings += ["--scheduler", sampler] if sampler else []  # otherwise Euler's, as the file says
     settings += ["--negative_prompt", negative] if negative else []
+    if told:
+        settings += ["--original_size", *told["original"], "--crop_top_left", *told["cut"]]
     (folder,) = sample.run(parse(SampleConfig, list(map(str, settings))))
     ours = [np.asarray(Image.open(folder / f"0000{k}.png")) for k in range(2)]
 
@@ -348,6 +351,8 @@ def test_pictures_are_those_of_diffusers(world, tmp_path, negative, size, sample
         num_inference_steps=4,
         guidance_scale=5.0,
         output_type="np",
+        original_size=told.get("original"),
+        crops_coords_top_left=told.get("cut", (0, 0)),
     ).images
     assert np.std(theirs) > 0.05
     for mine, their in zip(ours, theirs, strict=True):

@@ -148,6 +148,10 @@ SAMPLER = {
     "noise (default: as the checkpoint says)",
     "timestep_spacing": "where the steps of all samplers but lcm lie; trailing for few-step "
     "checkpoints (default: as the checkpoint says)",
+    "original_size": "of SDXL: height and width in pixels that it is told of a photo before it was "
+    "scaled, such as 1024 1024; small ones give blurry pictures (default: the picture's own)",
+    "crop_top_left": "of SDXL: top and left in pixels at which it is told that a photo was cut "
+    "(default: 0 0, a whole one)",
     "guidance_rescale": "how much guidance keeps the contrast of the prompt alone, 0 to 1: 0.7 for "
     "checkpoints whose noise leaves no trace of the picture",
 }
@@ -771,6 +775,8 @@ class SampleConfig:
     # The pictures
     height: int | None = setting(None, "pixels (default: the checkpoint's own size)")
     width: int | None = setting(None, "pixels (default: the checkpoint's own size)")
+    original_size: list[int] | None = setting(None, SAMPLER["original_size"])
+    crop_top_left: list[int] | None = setting(None, SAMPLER["crop_top_left"])
     seed: int = setting(0, "picture i of a seed is the same whatever else is drawn")
     mixed_precision: str = setting(
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
@@ -929,8 +935,15 @@ def is_guided(guidance_scale: float) -> bool:
 
 
 def check_drawing(cfg: Any) -> None:
-    """Raises unless the settings of guidance and of eta lie in their ranges."""
+    """Raises unless the settings of guidance, of eta and of sizes lie in their ranges."""
     check_interval(cfg.guidance_interval)
+    for name, least in (("original_size", 1), ("crop_top_left", 0)):
+        pair = getattr(cfg, name)
+        if pair is not None and (len(pair) != 2 or min(pair) < least):
+            raise ConfigError(
+                f"{name} must be two numbers of pixels from {least} on, got "
+                f"{' '.join(map(str, pair))}"
+            )
     for name in ("eta", "guidance_rescale"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(cfg, name)}")

@@ -221,6 +221,8 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
                 "wrote it, which can be installed to read it"
             )
         config, about = shared.EnhancerConfig(**description["config"]), description["about"]
+        if version != FORMAT_VERSIONS[config.dim_2 > 0]:
+            raise EnhancerError(f"it has format version {version}, and its dim_2 is {config.dim_2}")
     except EnhancerError:
         raise
     # RecursionError: deeply nested JSON.

@@ -137,6 +137,8 @@ class Sampling:
       eta: share of fresh noise in DDIM.
       interval: where there is guidance, see `samplers.guided_between`; None for everywhere.
       rescale: how much guidance keeps the contrast of the prompt alone, see `samplers.guided`.
+      told: what SDXL is told instead of the picture's own size: height and width before it was
+        scaled, top and left of the cut; None for a whole picture of its size.
     """
 
     size: tuple[int, int]
@@ -145,6 +147,7 @@ class Sampling:
     eta: float = 0.0
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
+    told: tuple[int, int, int, int] | None = None
 
 
 def choose_sampling(
@@ -163,7 +166,8 @@ def choose_sampling(
       scheduler: None for the checkpoint's own.
 
     Raises:
-      ConfigError: the sampler has no use for a setting that is given, or no step is guided.
+      ConfigError: sampler or checkpoint have no use for a setting that is given, or no step is
+        guided.
       ScheduleError: the sampler cannot take so many steps.
     """
     name = scheduler or model.schedule.sampler
@@ -180,9 +184,10 @@ def choose_sampling(
                 f"--{setting} {getattr(cfg, setting)} has no effect with sampler {name}{own}; "
                 "leave it out, or choose another --scheduler"
             )
+    told = told_of(model, cfg, size)
     visited, span = samplers.visited_timesteps(name, model.schedule, steps), cfg.guidance_interval
     if not is_guided(guidance):
-        return Sampling(size, name, steps, cfg.eta)
+        return Sampling(size, name, steps, cfg.eta, told=told)
     interval = (span[0], span[1]) if span is not None else None
     if interval and not np.any(samplers.lies_between(visited, interval, model.schedule)):
         raise ConfigError(
@@ -190,7 +195,26 @@ def choose_sampling(
             f"{span[1]} (which --preset fast sets, too), so that nothing would be guided: take "
             "more steps, or --guidance_interval 0 1, which is everywhere"
         )
-    return Sampling(size, name, steps, cfg.eta, interval, cfg.guidance_rescale)
+    return Sampling(size, name, steps, cfg.eta, interval, cfg.guidance_rescale, told)
+
+
+def told_of(
+    model: sd.StableDiffusion, cfg: Any, size: tuple[int, int]
+) -> tuple[int, int, int, int] | None:
+    """`Sampling.told` of the settings of a run.
+
+    Raises:
+      ConfigError: the checkpoint is not SDXL, and is told no sizes.
+    """
+    original, cut = cfg.original_size, cfg.crop_top_left
+    if original is None and cut is None:
+        return None
+    if model.text_2 is None:
+        name = "crop_top_left" if original is None else "original_size"
+        raise ConfigError(f"--{name} is for SDXL, and this checkpoint is none: leave it out")
+    height, width = original or size
+    top, left = cut or (0, 0)
+    return height, width, top, left
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"))
@@ -226,7 +250,7 @@ def draw_rows(
             return jnp.concatenate([leaf[:, half] for half in range(first, 2)])
 
         rows = jax.tree.map(joined, kv)
-        embedded = alike or embed_rows(model, frozen, visited, rows["pooled"], sampling.size)
+        embedded = alike or embed_rows(model, frozen, visited, rows["pooled"], sampling)
 
         def predict(x, timestep):
             step = jnp.argmax(visited == timestep)  # samplers tell the time, not the step
@@ -259,17 +283,15 @@ def embed_rows(
     frozen: sd.Frozen,
     visited: np.ndarray,
     pooled: jax.Array,
-    size: tuple[int, int],
+    sampling: Sampling,
 ) -> dict:
     """What SDXL's UNet adds at each of S timesteps to each of R rows: leaves [S, R, width].
 
-    Pictures are drawn as whole ones of their own size.
-
     Args:
       pooled: float32[R, pooled_dim].
-      size: height and width in pixels.
     """
-    size_ids = jnp.broadcast_to(jnp.array([*size, 0, 0, *size])[None], (len(pooled), 6))
+    told = sampling.told or (*sampling.size, 0, 0)
+    size_ids = jnp.broadcast_to(jnp.array([*told, *sampling.size])[None], (len(pooled), 6))
 
     def embed(timestep):
         return sd.embed_times(model, frozen, timestep[None], pooled, size_ids)

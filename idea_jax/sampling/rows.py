@@ -335,6 +335,7 @@ def make_job(
         "num_inference_steps": sampling.steps,
         **({"eta": sampling.eta} if sampling.eta else {}),
         **({"guidance_rescale": sampling.rescale} if sampling.rescale else {}),
+        **({"told_sizes": list(sampling.told)} if sampling.told else {}),
         "scheduler": sampling.scheduler,
         "guidance_scale": row.guidance,
         "guidance_interval": list(sampling.interval) if sampling.interval else None,

@@ -248,6 +248,7 @@ def describe(
         **{name: getattr(cfg, name) for name in same},
         "scheduler": sampling.scheduler,
         **({"guidance_rescale": sampling.rescale} if sampling.rescale else {}),
+        **({"told_sizes": list(sampling.told)} if sampling.told else {}),
         **said_of_levels(cfg),
         "pictures": cfg.num_images_per_prompt * cfg.n_iter,
         "height": sampling.size[0],

@@ -87,6 +87,8 @@ class BatchConfig:
     id_strength: float = same_as(SampleConfig, "id_strength")
     height: int | None = same_as(SampleConfig, "height")
     width: int | None = same_as(SampleConfig, "width")
+    original_size: list[int] | None = same_as(SampleConfig, "original_size")
+    crop_top_left: list[int] | None = same_as(SampleConfig, "crop_top_left")
     seed: int = same_as(SampleConfig, "seed")
 
     def __post_init__(self):
