@@ -1,6 +1,8 @@
 """People learned and drawn on SDXL, through the command lines, on the smallest such checkpoint."""
 
+import dataclasses
 import json
+import shlex
 import shutil
 
 import jax
@@ -12,10 +14,15 @@ from safetensors.numpy import load_file
 
 import sample_jax
 import train_jax
+from idea_jax import costs
+from idea_jax.config.reading import parse
+from idea_jax.config.settings import SampleConfig, TrainConfig
+from idea_jax.diffusion import samplers
 from idea_jax.faces import random_model
 from idea_jax.formats.identity import read_identity
 from idea_jax.models import sd
 from idea_jax.pytrees import flatten
+from idea_jax.sampling import engine, programs
 from idea_jax.training.photos import size_ids
 
 STEPS = ["--max_train_steps", 4, "--train_batch_size", 2, "--learning_rate", 0.01]
@@ -118,6 +125,57 @@ def test_two_people_are_learned_together_and_meet_in_a_picture(checkpoint, photo
     same = draw(checkpoint, tmp_path / "3", *twice, "a photo of {a} and {b}")
     again = draw(checkpoint, tmp_path / "4", *twice, "a photo of {b} and {a}")
     np.testing.assert_allclose(same, again, atol=1)
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_the_pair_for_few_steps_has_commands(draws, request):
+    name = "lightning_sdxl_draw" if draws else "lightning_sdxl"
+    path = request.config.rootpath / "configs" / f"{name}.yaml"
+    program, *flags = shlex.split(path.read_text().splitlines()[0])[1:]
+    assert (program, flags[1]) == (
+        "sample_jax.py" if draws else "train_jax.py",
+        f"configs/{name}.yaml",
+    )
+    flags[1] = path
+    cfg = parse(SampleConfig if draws else TrainConfig, [*map(str, flags)])
+    assert "lightning" in cfg.pretrained_model_name_or_path
+    if not draws:
+        assert cfg.profile == "paper"
+
+
+def test_few_steps_without_guidance_draw_in_one_row_each(
+    checkpoint, photo_folder, tmp_path, request, monkeypatch
+):
+    """A person of the base, by the settings of the pair; half of the rows, and each step is that of
+    diffusers' Euler with trailing spacing (tests/test_samplers.py)."""
+    anna, configs = tmp_path / "anna", request.config.rootpath / "configs"
+    asked = ["--config", configs / "lightning_sdxl.yaml", "--max_train_steps", 1]
+    asked += ["--mixed_precision", "no", "--resolution", 8]
+    assert train(checkpoint, photo_folder, anna, *asked) == 0
+    seen, draw_rows = [], programs.draw_rows
+
+    def draw_rows_seen(model, frozen, kv, numbers, guidance, sampling):
+        seen.append((guidance, sampling))
+        return draw_rows(model, frozen, kv, numbers, guidance, sampling)
+
+    monkeypatch.setattr(programs, "draw_rows", draw_rows_seen)
+    given = ["--config", configs / "lightning_sdxl_draw.yaml", "--mixed_precision", "no"]
+    given += ["--pretrained_model_name_or_path", checkpoint, "--save_dir", tmp_path / "drawn"]
+    given += ["--identity", anna, "--prompt", "a photo of {}", "--num_images_per_prompt", 1]
+    assert sample_jax.main([*map(str, given)]) == 0
+    ((guidance, sampling),) = set(seen)
+    assert guidance is None and (sampling.scheduler, sampling.steps) == ("euler", 4)
+    model = sd.read_configs(checkpoint, "float32")
+    spaced = dataclasses.replace(model.schedule, timestep_spacing="trailing")
+    assert samplers.visited_timesteps("euler", spaced, 4).tolist() == [999, 749, 499, 249]
+
+    def flops(scale):
+        how = programs.Sampling((8, 8), "euler", 4)
+        kind = engine.Kind(how, 1, scale is not None)
+        given = engine.call_shapes(model, kind, 1, engine.mesh_of(jax.devices()[:1]))
+        return costs.needed(lambda *given: draw_rows(model, *given, how), *given)
+
+    assert flops(None) < 0.6 * flops(5.0)
 
 
 def test_sizes_are_those_of_the_picture_before_it_was_cut():
