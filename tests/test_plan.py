@@ -235,7 +235,7 @@ def test_command_says_what_is_known_and_refuses_what_is_not(
     told = capsys.readouterr().out
     assert "| fits | no |" in told and "--mixed_precision bf16" in told and "h100" in told
     for wrong, code, words in (
-        (["--checkpoint", "sdxl"], 2, "SDXL is not supported"),
+        ([*common, "--what", "sample", "--remat", "none"], 2, "has no effect"),
         (["--checkpoint", "nowhere"], 1, "is no folder"),
         ([*common, "--device", "v9"], 1, "is not known"),
         ([*common, "--device", "v5e:2x2x2"], 1, "is not known"),

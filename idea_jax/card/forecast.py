@@ -29,7 +29,8 @@ from idea_jax.sampling import engine, programs
 
 log = logging.getLogger(__name__)
 
-WIDTHS = {768: "sd15", 1024: "sd21"}  # of the text encoders of what was published
+# Of the text encoders of what was published.
+WIDTHS = {(768,): "sd15", (1024,): "sd21", (768, 1280): "sdxl"}
 UTILISATION = PlanConfig.utilisation  # its default
 STEPS = 2  # of the drawing that is timed
 
@@ -224,7 +225,8 @@ def planned_as(ready: Ready, model: sd.StableDiffusion) -> str:
     """What `idea_jax.plan` calls the checkpoint."""
     if ready.checkpoint.is_dir():
         return str(ready.checkpoint)
-    return WIDTHS.get(model.text.hidden_size, next(iter(PUBLISHED)))
+    widths = tuple(text.hidden_size for text in model.encoders)
+    return WIDTHS.get(widths, next(iter(PUBLISHED)))
 
 
 def tell(stages: list[Stage], speed: Speed) -> list[str]:

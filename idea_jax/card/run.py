@@ -48,7 +48,8 @@ OF_MODEL += "mixed_precision attention compile_cache".split()
 # Of the methods: those with a shared ID-Enhancer, and those that know none.
 WITH = "paper,paper@steps=0"
 OTHERS = "official,cross_init,textual_inversion"
-CONFIGS = {768: "enhancer_sd15", 1024: "enhancer_sd21"}  # by the text encoder's width
+# By the widths of the text encoders.
+CONFIGS: dict[tuple[int, ...], str] = {(768,): "enhancer_sd15", (1024,): "enhancer_sd21"}
 ON_THE_WAY = {"checkpointing_steps": 100, "checkpoints_total_limit": 2}
 
 README = """\
@@ -215,7 +216,7 @@ def training_file(cfg: CardConfig, model: sd.StableDiffusion) -> dict:
     """
     if cfg.enhancer_config is not None:
         return read_yaml(cfg.enhancer_config)
-    family = CONFIGS.get(model.text.hidden_size)
+    family = CONFIGS.get(tuple(text.hidden_size for text in model.encoders))
     kind = "celeba" if cfg.trains_on == REST else CELEBRITIES
     return read_yaml(str(compare.CONFIGS / f"{family}_{kind}.yaml")) if family else {}
 

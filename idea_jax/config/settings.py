@@ -464,7 +464,9 @@ class TrainConfig:
         "no", "compute type of the frozen networks", choices=tuple(COMPUTE_DTYPES)
     )
     attention: str = setting("auto", ATTENTION, choices=ATTENTIONS, free=True)
-    remat: str = setting("auto", REMAT, choices=REMATS, free=True)
+    remat: str = setting(
+        "auto", f"{REMAT}, with --mesh auto where nothing fits without", choices=REMATS, free=True
+    )
     compile_cache: str | None = setting(None, COMPILE_CACHE, free=True)
     seed: int = setting(0, "seed of everything random in the run")
     # Results on the way

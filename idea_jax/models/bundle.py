@@ -146,6 +146,11 @@ def rematerialises(remat: str, model: StableDiffusion) -> bool:
     return remat == "blocks" or (remat == "auto" and model.text_2 is not None)
 
 
+def remat_choices(remat: str) -> tuple[bool, ...]:
+    """What `--remat` leaves to whoever knows how much memory there is, the faster one first."""
+    return {"none": (False,), "blocks": (True,)}.get(remat, (False, True))
+
+
 def each_encoder(model: StableDiffusion, function: Callable, *trees: Any) -> Any:
     """`function(config, *trees)` of the only text encoder; of two, what it is of each, as a dict.
 

@@ -39,6 +39,7 @@ def facts(
         "attention": kernel_of(cfg, chip),
         "mesh": job.mesh,
         "shard_frozen": job.shard_frozen,
+        "remat": None if cfg.what == "sample" else "blocks" if job.remat else "none",
         f"{unit}_per_call": job.per_call,
         "memory": {
             **job.memory,
@@ -114,6 +115,8 @@ def table(known: dict) -> str:
         ("mesh", mesh + (", --shard_frozen" if known["shard_frozen"] else "")),
         (f"{unit} a call", f"{known[f'{unit}_per_call']:,}"),
     ]
+    if known["remat"] is not None:
+        rows.append(("computed again in the backward pass", f"--remat {known['remat']}"))
     for name, size in known["memory"].items():
         if size is not None:
             rows.append((f"{name}, a device", gigabytes(size)))

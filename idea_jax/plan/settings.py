@@ -1,10 +1,10 @@
 """What a plan is of; filled as `idea_jax.config.reading` says."""
 
-import re
 from dataclasses import dataclass
 
 from idea_jax.config.settings import (
     COMPUTE_DTYPES,
+    REMATS,
     ConfigError,
     not_negative,
     positive,
@@ -20,7 +20,7 @@ class PlanConfig:
     """Everything that decides what `idea-plan` says."""
 
     checkpoint: str = setting(
-        ..., "folder in diffusers layout, mini, or what was published: sd15 or sd21"
+        ..., "folder in diffusers layout, mini, or what was published: sd15, sd21 or sdxl"
     )
     what: str = setting("train", "the program that is looked at", choices=KINDS)
     device: str = setting(
@@ -37,6 +37,12 @@ class PlanConfig:
     )
     attention: str = setting(
         "auto", "plain attention, or the device's kernel", choices=("auto", "xla")
+    )
+    remat: str = setting(
+        "auto",
+        "what the backward pass computes again, as of the training: the inside of the UNet's "
+        "blocks, or nothing; auto is nothing where that fits",
+        choices=REMATS,
     )
     kv: str = setting("low_rank", "K/V delta of a person", choices=("none", "low_rank", "full"))
     resolution: int | None = setting(None, "side of the pictures (default: the checkpoint's own)")
@@ -56,17 +62,14 @@ class PlanConfig:
             raise ConfigError(f"utilisation must lie in (0, 1], got {self.utilisation}")
         if self.mesh != "auto":
             read_mesh(self.mesh)
-        if re.fullmatch(r"sdxl.*|.*stable-diffusion-xl.*", self.checkpoint, re.IGNORECASE):
-            raise ConfigError(
-                "SDXL is not supported by idea-plan yet: take sd15, sd21, mini or a folder "
-                "of a Stable Diffusion 1.x or 2.x"
-            )
         if self.what != "train":
             for name in ("mesh", "identities_per_step", "kv", "pictures_per_person"):
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ConfigError(f"--{name} has no effect with --what {self.what}")
         if self.what == "sample" and self.shard_frozen:
             raise ConfigError("--shard_frozen has no effect with --what sample")
+        if self.what == "sample" and self.remat != "auto":
+            raise ConfigError("--remat has no effect with --what sample")
         if self.what == "enhancer" and self.people != 1:
             raise ConfigError(
                 "--people has no effect with --what enhancer: it is one for everybody"

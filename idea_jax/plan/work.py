@@ -19,6 +19,7 @@ from idea_jax.config.settings import (
     is_guided,
     read_mesh,
 )
+from idea_jax.enhancer.beginning import config_of
 from idea_jax.enhancer.beginning import optimizer_of as enhancer_optimizer_of
 from idea_jax.enhancer.samples import EnhancerBatch
 from idea_jax.enhancer.settings import EnhancerTrainConfig
@@ -29,6 +30,8 @@ from idea_jax.errors import InputError
 from idea_jax.faces import models as face_models
 from idea_jax.method import shared
 from idea_jax.models import hub, sd
+from idea_jax.models.bundle import remat_choices
+from idea_jax.models.unet import SIZE_IDS
 from idea_jax.plan.settings import PlanConfig
 from idea_jax.pytrees import abstract
 from idea_jax.runtime.chips import Chip, hosts_of
@@ -44,7 +47,7 @@ from idea_jax.training.program import (
 from idea_jax.training.start import method_of, optimizer_of, settle
 
 # Published checkpoints whose configs are known here: their family, and what is said of them.
-PUBLISHED = {"sd15": "sd1", "sd21": "sd2"}
+PUBLISHED = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
 
 class PlanError(InputError, ValueError):
@@ -63,6 +66,7 @@ class Planned:
       temporary: bytes within a call: an estimate; spare: for its error.
       flops, traffic: of a call, on each device; the second an estimate.
       collectives: of a call.
+      remat: the backward pass computes the inside of the UNet's blocks again.
       lower: the program for a row of devices that libtpu describes, as many as a process has.
     """
 
@@ -76,6 +80,7 @@ class Planned:
     traffic: int
     collectives: list[costs.Collective]
     shard_frozen: bool
+    remat: bool
     lower: Callable[[Any], jax.stages.Lowered] = field(repr=False)
 
     def total(self) -> int:
@@ -100,13 +105,7 @@ def read_model(cfg: PlanConfig) -> tuple[sd.StableDiffusion, Any]:
             f"or one of {', '.join(PUBLISHED)}"
         )
     folder = hub.resolve(cfg.checkpoint).folder
-    model = sd.read_configs(folder, dtype)
-    if model.text_2 is not None:
-        raise PlanError(
-            f"--checkpoint {cfg.checkpoint} is SDXL, which is not supported by idea-plan yet: take "
-            "a folder of a Stable Diffusion 1.x or 2.x"
-        )
-    return model, folder
+    return sd.read_configs(folder, dtype), folder
 
 
 def kernel_of(cfg: PlanConfig, chip: Chip) -> str:
@@ -129,7 +128,26 @@ def training(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     Raises:
       PlanError: the mesh that was asked for cannot be.
     """
+    return first_that_fits(cfg, chip, lambda remat: train_with(cfg, chip, devices, remat))
+
+
+def first_that_fits(cfg: PlanConfig, chip: Chip, plan: Callable[[bool], Planned]) -> Planned:
+    """The plan of the first way of `--remat` that fits, of the last one where none does.
+
+    Args:
+      plan: of whether the backward pass computes blocks again.
+    """
+    for remat in remat_choices(cfg.remat):
+        found = plan(remat)
+        if not chip.room() or found.total() <= chip.room():
+            break
+    return found
+
+
+def train_with(cfg: PlanConfig, chip: Chip, devices: int, remat: bool) -> Planned:
+    """`training`, with a backward pass that computes blocks again, or does not."""
     model, folder = read_model(cfg)
+    model = replace(model, remat=remat)
     flags: dict[str, Any] = {"train_data_dir": ".", "kv": cfg.kv}
     flags["pretrained_model_name_or_path"] = cfg.checkpoint
     flags |= {"mixed_precision": cfg.mixed_precision, "mesh": "auto"}
@@ -184,6 +202,7 @@ def training(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
         traffic=held.traffic,
         collectives=costs.collectives(jaxpr),
         shard_frozen=how.shard_frozen,
+        remat=remat,
         lower=lower,
     )
 
@@ -243,17 +262,15 @@ def enhancer_shapes(cfg: PlanConfig, program: EnhancerProgram, side: int) -> tup
       side: of the pictures, in pixels.
     """
     model, config, mesh, size = program.model, program.config, program.mesh, program.recipe.size
-    D, devices = config.dim, mesh.size
+    devices = mesh.size
     frozen = frozen_shapes(model, None)
+
+    def zeros(*shape):
+        return config.each(lambda width: np.zeros((*shape, config.num_tokens, width)))
+
+    scale = config.each(lambda _: 1.0)
     tree = jax.eval_shape(
-        lambda: shared.init_shared(
-            config,
-            model,
-            jax.random.key(0),
-            np.zeros((config.num_tokens, D)),
-            1.0,
-            np.zeros((1, config.num_tokens, D)),
-        )
+        lambda: shared.init_shared(config, model, jax.random.key(0), zeros(), scale, zeros(1))
     )
     state = jax.eval_shape(lambda tree: init_enhancer(program.optimizer, tree), tree)
     height, T = side // model.vae.downscale, model.text.max_position_embeddings
@@ -264,6 +281,7 @@ def enhancer_shapes(cfg: PlanConfig, program: EnhancerProgram, side: int) -> tup
         mean=jax.ShapeDtypeStruct(latents, np.float16),
         std=jax.ShapeDtypeStruct(latents, np.float16),
         token_ids=jax.ShapeDtypeStruct((size, T), np.int32),
+        size_ids=jax.ShapeDtypeStruct((size, SIZE_IDS), np.int32) if model.text_2 else None,
     )
     whole, each = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     constants = {k: v for k, v in tree.items() if k not in shared.TRAINED}
@@ -287,7 +305,13 @@ def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     Raises:
       PlanError: the batch cannot be divided over the devices.
     """
+    return first_that_fits(cfg, chip, lambda remat: enhance_with(cfg, chip, devices, remat))
+
+
+def enhance_with(cfg: PlanConfig, chip: Chip, devices: int, remat: bool) -> Planned:
+    """`enhancer`, with a backward pass that computes blocks again, or does not."""
     model, _ = read_model(cfg)
+    model = replace(model, remat=remat)
     flags: dict[str, Any] = {"pretrained_model_name_or_path": cfg.checkpoint, "data": ["."]}
     flags |= {"max_train_steps": cfg.steps} if cfg.steps is not None else {}
     flags |= {"train_batch_size": cfg.batch} if cfg.batch is not None else {}
@@ -295,8 +319,8 @@ def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
     size, kernel = train.train_batch_size, kernel_of(cfg, chip)
     if size % devices:
         raise PlanError(f"--batch {size} cannot be divided over {devices} devices")
-    D, optimizer = model.text.hidden_size, enhancer_optimizer_of(train)
-    config = shared.EnhancerConfig(train.kind, D, width=train.width, kv_rank=train.kv_rank)
+    optimizer = enhancer_optimizer_of(train)
+    config = config_of(train, model, shared.EnhancerConfig.num_tokens)
 
     def shapes_on(mesh):
         return enhancer_shapes(cfg, program(mesh, kernel), side_of(cfg, model))
@@ -339,6 +363,7 @@ def enhancer(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
         traffic=held.traffic,
         collectives=costs.collectives(plain),
         shard_frozen=cfg.shard_frozen,
+        remat=remat,
         lower=lower,
     )
 
@@ -395,6 +420,7 @@ def drawing(cfg: PlanConfig, chip: Chip, devices: int) -> Planned:
         traffic=held.traffic,
         collectives=costs.collectives(plain),
         shard_frozen=False,
+        remat=False,
         lower=lower,
     )
 

@@ -26,7 +26,7 @@ from idea_jax.faces.portraits import Portraits
 from idea_jax.formats import enhancer as enhancers
 from idea_jax.method import condition, shared
 from idea_jax.models import flash, hub, lora, sd
-from idea_jax.models.bundle import rematerialises
+from idea_jax.models.bundle import remat_choices, rematerialises
 from idea_jax.runtime import chips, compile_cache, devices, memory
 from idea_jax.runtime.files import check_writable
 from idea_jax.runtime.signals import Interrupted
@@ -163,33 +163,32 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     dtype = COMPUTE_DTYPES[cfg.mixed_precision]
     kernel = flash.resolve(cfg.attention, local[0], dtype)
     model = sd.read_configs(found.folder, dtype, **how_read(cfg))
-    remat = rematerialises(cfg.remat, model)
-    model = replace(model, attention=sizing.traced(kernel), remat=remat)
+    model = replace(model, attention=sizing.traced(kernel))
     side, _ = programs.picture_size(model, cfg.resolution, cfg.resolution, ("resolution",) * 2)
     method = method_of(settled, enhancer)
     program = Program(model, method, optimizer_of(settled, method), cfg.train_batch_size)
-    sizes = sizing.Sizes(
-        program,
-        Shape(1, most_photos(cfg, crowd), side),
-        enhancer,
-        platform=local[0].platform,
-    )
+    shape = Shape(1, most_photos(cfg, crowd), side)
     room = chips.room_of(local[0], len(local))
     step = cfg.identities_per_step
     if step is not None and step % processes:
         raise devices.DevicesError(
             f"--identities_per_step {step} is no multiple of the {processes} processes"
         )
-    how = sizing.choose(
-        sizes.need,
-        devices=len(local),
-        room=room,
-        # Of all processes alike, so that a person's numbers are the same in each.
-        people=-(-len(crowd.everybody) // processes),
-        batch=cfg.train_batch_size,
-        places=None if step is None else step // processes,
-        shard_frozen=cfg.shard_frozen,
-    )
+    for remat in remat_choices(cfg.remat):
+        own = replace(program, model=replace(model, remat=remat))
+        sizes = sizing.Sizes(own, shape, enhancer, platform=local[0].platform)
+        how = sizing.choose(
+            sizes.need,
+            devices=len(local),
+            room=room,
+            # Of all processes alike, so that a person's numbers are the same in each.
+            people=-(-len(crowd.everybody) // processes),
+            batch=cfg.train_batch_size,
+            places=None if step is None else step // processes,
+            shard_frozen=cfg.shard_frozen,
+        )
+        if how is not None:
+            break
     if how is None:
         alone = sizes.need(sizing.Arrangement(1, 1, 1, False)).total()
         raise devices.DevicesError(
@@ -201,7 +200,7 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
     mesh = f"identity={how.identity * processes},data={how.data}"
     places = how.places() * processes
     about = memory.gigabytes(sizes.need(how).total())
-    split = " --shard_frozen" if how.shard_frozen else ""
+    split = (" --shard_frozen" if how.shard_frozen else "") + (" --remat blocks" if remat else "")
     log.info(
         "--mesh auto: --mesh %s --identities_per_step %d%s; about %s on a device",
         mesh,
@@ -209,7 +208,13 @@ def arranged(cfg: TrainConfig, crowd: Crowd) -> TrainConfig:
         split,
         about,
     )
-    return replace(cfg, mesh=mesh, identities_per_step=places, shard_frozen=how.shard_frozen)
+    return replace(
+        cfg,
+        mesh=mesh,
+        identities_per_step=places,
+        shard_frozen=how.shard_frozen,
+        remat="blocks" if remat else "none",
+    )
 
 
 def most_photos(cfg: TrainConfig, crowd: Crowd) -> int:
