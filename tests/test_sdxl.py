@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import sample_jax
-from idea_jax import costs, random_sd
+from idea_jax import costs, export, random_sd
 from idea_jax.config.reading import parse
 from idea_jax.config.settings import SampleConfig
 from idea_jax.data.tokenizer import load_tokenizer
@@ -443,6 +443,19 @@ BROKEN = {
         lambda f: shutil.rmtree(f / "text_encoder_2"),
         "there is no text_encoder_2",
     ),
+    "no first encoder": (
+        lambda f: shutil.rmtree(f / "text_encoder"),
+        "lacks text_encoder/config.json",
+    ),
+    "no first tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "lacks tokenizer/"),
+    "no weights of the second encoder": (
+        lambda f: (f / "text_encoder_2" / "model.safetensors").unlink(),
+        "text_encoder_2",
+    ),
+    "no projection": (
+        lambda f: break_config(f, "text_encoder_2", architectures=["CLIPTextModel"]),
+        "text_encoder_2 is a CLIPTextModel, expected a CLIPTextModelWithProjection",
+    ),
     "no second tokenizer": (lambda f: shutil.rmtree(f / "tokenizer_2"), "lacks tokenizer_2/"),
     "no config of the second encoder": (
         lambda f: (f / "text_encoder_2" / "config.json").unlink(),
@@ -502,3 +515,47 @@ def test_a_person_of_another_family_is_refused_and_no_folder_is_left(world, tmp_
     other = random_sd.config("tiny", "sd1", world.model.text.vocab_size)
     with pytest.raises(IdentityError, match="text width of 32 and 48, this checkpoint has 32"):
         check_identity(again, other, "it")
+
+
+TOKENS = {
+    "swapped": ({"clip_l": (2, 48), "clip_g": (2, 32)}, "text width of 48 and 32, this checkpoint"),
+    "one of another size": ({"clip_l": (2, 32), "clip_g": (2, 64)}, "text width of 32 and 64"),
+    "fewer of one": ({"clip_l": (2, 32), "clip_g": (1, 48)}, "2 tokens of clip_l and 1 of clip_g"),
+    "the first alone": ({"clip_l": (2, 32)}, "text width of 32, this checkpoint has 32 and 48"),
+    "the second alone": ({"clip_g": (2, 48)}, "expected the tensors clip_l and clip_g"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_that_do_not_fit_two_encoders_are_one_message(world, tmp_path, name, capsys):
+    shapes, message = TOKENS[name]
+    tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    save_file(tensors, tmp_path / "anna.safetensors")
+    assert drawn(world.folder, tmp_path) == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("is_on_sdxl", [True, False])
+def test_people_of_the_other_family_are_one_message_everywhere(
+    world, random_checkpoint, tmp_path, is_on_sdxl, capsys
+):
+    """When they are drawn, alone or with somebody who fits, and exported for a checkpoint."""
+    models = [world.model, sd.read_configs(random_checkpoint, "float32")]
+    folder, (fits, other) = world.folder, models
+    if not is_on_sdxl:
+        folder, (other, fits) = random_checkpoint, models
+    for name, model in (("fits", fits), ("other", other)):
+        write_identity(tmp_path / f"{name}.safetensors", people.person(model, base_model="tiny"))
+    base = ["--pretrained_model_name_or_path", folder]
+    out = ["--save_dir", tmp_path / "out", "--prompt"]
+    both = [f"{name}={tmp_path / name}.safetensors" for name in ("fits", "other")]
+    for command, flags in (
+        (sample_jax, [*base, "--identity", tmp_path / "other.safetensors", *out, "{}"]),
+        (sample_jax, [*base, "--identity", *both, *out, "{fits} and {other}"]),
+        (export, [tmp_path / "other.safetensors", "--out", tmp_path / "out", *base]),
+    ):
+        assert command.main([*map(str, flags)]) == 1
+        said = capsys.readouterr().err
+        assert "belongs to another model family" in said and "Traceback" not in said
+        assert said.count("error: ") == 1 and not (tmp_path / "out").exists()
