@@ -115,9 +115,6 @@ def write_smallest(folder, family):
             transformer_layers=(1,),
             num_attention_heads=(1,),
             cross_attention_dim=width,
-            # With a channel a group a norm takes away what is added to all pixels alike: times,
-            # pooled outputs and sizes.
-            norm_num_groups=4 if second else tiny.unet.norm_num_groups,
         ),
         vae=dataclasses.replace(tiny.vae, block_out_channels=(8, 8), sample_size=8),
     )

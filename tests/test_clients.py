@@ -118,11 +118,16 @@ def world(smallest_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The same of SDXL, whose second text encoder says, as published ones do, that the end is 2."""
+    """The same of SDXL, whose second text encoder says, as published ones do, that the end is 2.
+
+    Its norms have groups of two channels: one of a channel alone takes away what is added to all
+    pixels alike, and so the pooled output.
+    """
     work = tmp_path_factory.mktemp("sdxl")
     folder = write_smallest(work / "checkpoint", "sdxl")
-    config = folder / "text_encoder_2" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
+    for part, said in (("text_encoder_2", {"eos_token_id": 2}), ("unet", {"norm_num_groups": 4})):
+        config = folder / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | said))
     return World(folder, work, 0.3)
 
 
