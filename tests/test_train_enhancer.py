@@ -648,7 +648,7 @@ def test_bad_input_is_one_message(flags, celeb_a, change, message, tmp_path, cap
 
 
 @pytest.mark.parametrize("data", ["celeba", "celebrities"])
-@pytest.mark.parametrize("model", ["sd15", "sd21"])
+@pytest.mark.parametrize("model", ["sd15", "sd21", "sdxl"])
 def test_shipped_configs_have_commands(model, data, request):
     path = request.config.rootpath / "configs" / f"enhancer_{model}_{data}.yaml"
     prepares, trains = (line.split()[4:] for line in path.read_text().splitlines()[:2])

@@ -49,7 +49,11 @@ OF_MODEL += "mixed_precision attention compile_cache".split()
 WITH = "paper,paper@steps=0"
 OTHERS = "official,cross_init,textual_inversion"
 # By the widths of the text encoders.
-CONFIGS: dict[tuple[int, ...], str] = {(768,): "enhancer_sd15", (1024,): "enhancer_sd21"}
+CONFIGS: dict[tuple[int, ...], str] = {
+    (768,): "enhancer_sd15",
+    (1024,): "enhancer_sd21",
+    (768, 1280): "enhancer_sdxl",
+}
 ON_THE_WAY = {"checkpointing_steps": 100, "checkpoints_total_limit": 2}
 
 README = """\
