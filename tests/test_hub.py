@@ -227,6 +227,11 @@ def test_offline_flag_is_named(cache, no_network, monkeypatch):
     assert no_network == []
 
 
+def test_offline_without_weights_it_is_said_how_to_fetch_the_rest(cache, no_network):
+    with pytest.raises(CheckpointNotFound, match="hf download some/model --include '[*].json'"):
+        resolve("some/model", weights=False)
+
+
 def test_network_that_swallows_everything_fails_within_two_seconds(cache, no_network, monkeypatch):
     def wait(*args, **kwargs):
         time.sleep(5)
@@ -364,6 +369,21 @@ def test_only_what_is_read_is_downloaded(fake_hub, cache, variant, infix):
     fake_hub.requests.clear()
     assert resolve("some/model", variant=variant) == found
     assert fake_hub.requests == []
+
+
+def test_without_weights_only_configs_and_an_enhancer_are_downloaded(fake_hub, cache):
+    enhancer = ["enhancer/enhancer.safetensors"]
+    fake_hub.files = CONFIGS + weights() + enhancer + EXTRA
+    folder = resolve("some/model", weights=False).folder
+    files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    assert sorted(files) == sorted(CONFIGS + enhancer)
+    # The second time nothing is asked; what needs the weights does not take it for the whole.
+    fake_hub.requests.clear()
+    assert resolve("some/model", weights=False).folder == folder
+    assert fake_hub.requests == []
+    fake_hub.error = (400, "")
+    with pytest.raises(CheckpointNotFound, match="downloading some/model failed"):
+        resolve("some/model")
 
 
 def test_weights_in_pieces_are_downloaded_with_their_index(fake_hub):

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import jax
@@ -236,7 +237,7 @@ def test_command_says_what_is_known_and_refuses_what_is_not(
     assert "| fits | no |" in told and "--mixed_precision bf16" in told and "h100" in told
     for wrong, code, words in (
         ([*common, "--what", "sample", "--remat", "none"], 2, "has no effect"),
-        (["--checkpoint", "nowhere"], 1, "is no folder"),
+        (["--checkpoint", "./nowhere"], 1, "Of sd15, sd21, sdxl no file is needed"),
         ([*common, "--device", "v9"], 1, "is not known"),
         ([*common, "--device", "v5e:2x2x2"], 1, "is not known"),
         ([*common, "--mesh", "identity=3,data=3"], 1, "does not fit"),
@@ -245,6 +246,25 @@ def test_command_says_what_is_known_and_refuses_what_is_not(
     ):
         assert command.main(wrong) == code
         assert words in capsys.readouterr().err
+
+
+def test_checkpoint_on_the_hub_needs_no_weights(smallest_checkpoint, tmp_path, monkeypatch, capsys):
+    """The folder that huggingface_hub keeps is filled by hand, with configs alone."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    common = ["--no_compile", "--json", "--device", "v5e", "--checkpoint"]
+    assert command.main([*common, "some/model"]) == 1
+    told = capsys.readouterr().err
+    assert "HF_HUB_OFFLINE is set" in told and "hf download some/model --include" in told
+    kept, commit = tmp_path / "models--some--model", "0" * 40
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text(commit)
+    without = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(smallest_checkpoint, kept / "snapshots" / commit, ignore=without)
+    known = []
+    for name in ("some/model", str(smallest_checkpoint)):
+        assert command.main([*common, name]) == 0
+        known.append(json.loads(capsys.readouterr().out))
+    assert known[0] == known[1] | {"checkpoint": "some/model"}
 
 
 @pytest.mark.parametrize(

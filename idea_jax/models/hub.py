@@ -91,6 +91,8 @@ def resolve(
     revision: str | None = None,
     variant: str | None = None,
     tokenizer_name: str | None = None,
+    *,
+    weights: bool = True,
 ) -> Checkpoint:
     """Returns the folder that holds a Stable Diffusion checkpoint in diffusers layout, or its file.
 
@@ -103,12 +105,13 @@ def resolve(
       revision: branch, tag or commit of the Hub repository; None is its main branch.
       variant: which weight files, such as "fp16" for `*.fp16.safetensors`.
       tokenizer_name: another tokenizer than the checkpoint's, as of `resolve_tokenizer`.
+      weights: whether those of the networks are read; without them the Hub is asked for none.
 
     Raises: CheckpointNotFound, if there is no such folder or repository, if it is no checkpoint,
         or if it would have to be downloaded and the Hub cannot be reached. WeightsError or
         UnsupportedConfig, if it is a file of another kind.
     """
-    found = _resolve(str(name_or_path), revision, variant)
+    found = _resolve(str(name_or_path), revision, variant, weights)
     if tokenizer_name is None:
         return found
     return replace(found, tokenizer=resolve_tokenizer(tokenizer_name))
@@ -126,7 +129,7 @@ def resolve_for(cfg: Any) -> Checkpoint:
     return resolve(cfg.pretrained_model_name_or_path, cfg.revision, cfg.variant, cfg.tokenizer_name)
 
 
-def _resolve(name: str, revision: str | None, variant: str | None) -> Checkpoint:
+def _resolve(name: str, revision: str | None, variant: str | None, weights: bool) -> Checkpoint:
     if not name.strip():
         raise CheckpointNotFound("no checkpoint was named; give a local folder or a Hub id")
     folder = local_folder(name)
@@ -147,7 +150,7 @@ def _resolve(name: str, revision: str | None, variant: str | None) -> Checkpoint
         return Checkpoint(
             folder, folder.stem, None, CLIP_TOKENIZER, PADDING[Original(folder).family]
         )
-    return _from_hub(name, revision, variant)
+    return _from_hub(name, revision, variant, weights)
 
 
 def resolve_vae(name_or_path: str) -> Path:
@@ -323,9 +326,9 @@ def _weights_of(is_sdxl: bool) -> tuple[tuple[str, str], ...]:
     return (*WEIGHTS, ("text_encoder_2", "model")) if is_sdxl else WEIGHTS
 
 
-def _is_complete(folder: Path, variant: str | None, exact: bool) -> bool:
+def _is_complete(folder: Path, variant: str | None, exact: bool, weights: bool) -> bool:
     try:
-        for part, stem in weights_of(folder):
+        for part, stem in weights_of(folder) if weights else ():
             find_weights(folder / part, stem, variant, exact=exact)
     except WeightsError:
         return False
@@ -341,7 +344,7 @@ def _origin(folder: Path) -> tuple[str, str | None]:
     return resolved.name, None
 
 
-def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoint:
+def _from_hub(name: str, revision: str | None, variant: str | None, weights: bool) -> Checkpoint:
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -362,7 +365,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
     # What the user has already wins over what would have to be fetched, the mirror included.
     mirror = MIRRORS.get(name)
     for repository in filter(None, (name, mirror)):
-        folder = _cached(repository, revision, variant)
+        folder = _cached(repository, revision, variant, weights=weights)
         if folder is not None:
             _notice_mirror(name, repository)
             return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
@@ -371,6 +374,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
     advice = (
         "pass the path of a local folder in diffusers layout, or download it once where there is "
         f"network: hf download {repository}"
+        + (" --include '*.json' 'tokenizer*/*' 'enhancer/*.safetensors'" if not weights else "")
     )
     absent = (
         f"there is no folder {name}, and the cache ({constants.HF_HUB_CACHE}) does not hold all of "
@@ -389,7 +393,8 @@ def _from_hub(name: str, revision: str | None, variant: str | None) -> Checkpoin
             f"proxies), or {advice}"
         )
     _notice_mirror(name, repository)
-    folder = _download(repository, revision, variant)
+    wanted = functools.partial(_wanted, repository, variant, weights)
+    folder = fetch(repository, revision, wanted)
     if missing := _missing_configs(folder):
         raise CheckpointNotFound(
             f"the Hub repository {repository} is no Stable Diffusion checkpoint in diffusers "
@@ -404,7 +409,12 @@ def _notice_mirror(name: str, repository: str) -> None:
 
 
 def _cached(
-    repository: str, revision: str | None, variant: str | None, *, exact: bool = True
+    repository: str,
+    revision: str | None,
+    variant: str | None,
+    *,
+    exact: bool = True,
+    weights: bool = True,
 ) -> Path | None:
     """Returns the snapshot in the cache, if it has all that is read; touches no network.
 
@@ -422,15 +432,10 @@ def _cached(
         )
     except LocalEntryNotFoundError:
         return None
-    return Path(folder) if _is_complete(Path(folder), variant, exact) else None
+    return Path(folder) if _is_complete(Path(folder), variant, exact, weights) else None
 
 
-def _download(repository: str, revision: str | None, variant: str | None) -> Path:
-    """Fetches what is read of a checkpoint."""
-    return fetch(repository, revision, functools.partial(_wanted, repository, variant))
-
-
-def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]:
+def _wanted(repository: str, variant: str | None, weights: bool, files: list[str]) -> list[str]:
     """Returns what to download: neither other variants, nor pickles beside safetensors, nor the
     safety checker.
 
@@ -454,7 +459,7 @@ def _wanted(repository: str, variant: str | None, files: list[str]) -> list[str]
             f"layout: it lacks {', '.join(missing)}{hint}"
         )
     patterns, problems = list(BESIDE_WEIGHTS), []
-    for part, stem in _weights_of(is_sdxl):
+    for part, stem in _weights_of(is_sdxl) if weights else ():
         present = sorted(f.removeprefix(f"{part}/") for f in files if f.startswith(f"{part}/"))
         ways = file_names(stem, variant)
         only = only_variant(stem, present)

@@ -20,7 +20,9 @@ class PlanConfig:
     """Everything that decides what `idea-plan` says."""
 
     checkpoint: str = setting(
-        ..., "folder in diffusers layout, mini, or what was published: sd15, sd21 or sdxl"
+        ...,
+        "folder, file or Hub id, of which only the configs are read; mini; or what was published: "
+        "sd15, sd21 or sdxl",
     )
     what: str = setting("train", "the program that is looked at", choices=KINDS)
     device: str = setting(

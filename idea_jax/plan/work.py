@@ -89,7 +89,8 @@ class Planned:
 
 
 def read_model(cfg: PlanConfig) -> tuple[sd.StableDiffusion, Any]:
-    """The model that is planned, and the folder of its checkpoint, None for a published one.
+    """The model that is planned, and the folder or file of its checkpoint, None for a published
+    one. Of a Hub id only the configs are fetched, and a shared ID-Enhancer's file.
 
     Raises:
       CheckpointNotFound, WeightsError, UnsupportedConfig: there is none.
@@ -99,12 +100,12 @@ def read_model(cfg: PlanConfig) -> tuple[sd.StableDiffusion, Any]:
         family = PUBLISHED[cfg.checkpoint]
         model = random_sd.config(cfg.checkpoint, family, random_sd.CLIP_VOCAB_SIZE)
         return replace(model, compute_dtype=dtype), None
-    if not hub.local_folder(cfg.checkpoint).is_dir():
+    try:
+        folder = hub.resolve(cfg.checkpoint, weights=False).folder
+    except hub.CheckpointNotFound as error:
         raise PlanError(
-            f"--checkpoint {cfg.checkpoint} is no folder: expected one in diffusers layout, mini, "
-            f"or one of {', '.join(PUBLISHED)}"
-        )
-    folder = hub.resolve(cfg.checkpoint).folder
+            f"--checkpoint: {error}. Of {', '.join(PUBLISHED)} no file is needed"
+        ) from error
     return sd.read_configs(folder, dtype), folder
 
 
