@@ -3,9 +3,15 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +44,31 @@ GIGA = 10**9
 NEEDS_LIBTPU = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'idea-jax[plan]'"
 )
+
+NEEDS_CUDA = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="needs CUDA's compiler: pip install jax-cuda13-plugin jax-cuda13-pjrt, of jax's version",
+)
+# What an H100 tells of itself, for XLA.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472  l2_cache_size: 52428800
+  device_memory_size: 84929347584  memory_bandwidth: 3352320000000
+}
+platform_name: "CUDA"
+runtime_version { major: 13 }
+dnn_version_info { major: 9  minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+# Kernels are otherwise tried on the device, to take the fastest.
+WITHOUT_A_GPU = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def step_of(folder, *, mesh=None, batch=4, dtype="float32", shard=False):
@@ -336,6 +367,35 @@ def test_kept_heads_are_not_padded():
     assert held(5) - held(2) < 3 * kept * 1.3
 
 
+def operands(text):
+    """(types of both operands, the operation traced) of each convolution of a compiled program;
+    a TPU takes products as convolutions, too."""
+    types = dict(re.findall(r"^\s*(?:ROOT )?(%[\w.-]+) = (\w+)\[", text, re.M))
+    found = re.findall(r' convolution\((%[\w.-]+), (%[\w.-]+)\).*op_name="[^"]*?(\w+)"', text)
+    return {(types[left], types[right], name) for left, right, name in found}
+
+
+def outside_of_loops(text):
+    """The lines of a compiled program that run once a call: those of its entry, and of what that
+    calls in other ways than as a loop."""
+    parts = dict(re.findall(r"^(?:ENTRY )?(%[\w.-]+) \([^\n]*\{$(.*?)^\}", text, re.M | re.S))
+    lines, waiting, seen = [], [re.search(r"^ENTRY (%[\w.-]+)", text, re.M)[1]], set()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            lines += parts[name].splitlines()
+            waiting += re.findall(r"(?:calls|to_apply)=(%[\w.-]+)", parts[name])
+    return lines
+
+
+def check_of_a_tpu(text):
+    """A program in bfloat16 convolves in it, and sends nothing to its host."""
+    convolved = {found[:2] for found in operands(text) if found[2] == "conv_general_dilated"}
+    assert convolved == {("bf16", "bf16")}
+    assert not re.search(r"is_host_transfer=true| (?:in|out)feed\(|callback", text)
+
+
 @NEEDS_LIBTPU
 @pytest.mark.slow
 @pytest.mark.parametrize("is_split", [False, True])
@@ -345,16 +405,18 @@ def test_step_of_people_compiles_for_a_tpu(smallest_checkpoint, is_split):
     program, shape = step_of(smallest_checkpoint, mesh=mesh, dtype="bfloat16", shard=is_split)
     program = replace(program, steps_per_call=8)
     text = lower_step(program, shape, 0, None).compile().as_text()
+    check_of_a_tpu(text)
     groups = r"replica_groups=(?:\{\{0,1\},\{2,3\}\}|\[2,2\]<=\[4\])"
     (reduce,) = re.findall(r" all-reduce(?:-start)?\(.*", text)
     assert re.search(groups, reduce)
     gathers = re.findall(r" all-gather(?:-start)?\(.*", text)
     assert bool(gathers) == is_split
     assert all(re.search(groups, gather) for gather in gathers)
+    assert not re.search(r" (?:reduce-scatter|all-to-all|collective-\w+)(?:-start)?\(", text)
     # In the loop of steps, and not before it, where the whole model would be kept.
-    assert " all-gather" not in text[text.index("\nENTRY ") :]
-    assert not re.findall(r"f32\[[\d,]*\]\S* convolution\(f32", text)
-    assert "callback" not in text
+    once = outside_of_loops(text)
+    assert any(" while(" in line for line in once)
+    assert not any(" all-gather" in line for line in once)
 
 
 @NEEDS_LIBTPU
@@ -365,7 +427,80 @@ def test_other_programs_compile_for_a_tpu(smallest_checkpoint, what):
     flags = {"checkpoint": str(smallest_checkpoint), "what": what}
     flags |= {"batch": 8} if what == "enhancer" else {"people": 8, "steps": 4}
     cfg = build(PlanConfig, {}, flags)
-    job = work.JOBS[what](cfg, chip, count)
-    found = compiled.compile_for(chip, "v5e:2x2", count, job.lower)
+    job, made = work.JOBS[what](cfg, chip, count), []
+
+    class Kept:
+        """What is lowered, whose program is kept."""
+
+        def __init__(self, devices):
+            self.lowered = job.lower(devices)
+
+        def compile(self):
+            made.append(self.lowered.compile())
+            return made[0]
+
+    found = compiled.compile_for(chip, "v5e:2x2", count, Kept)
     assert found.collectives == ({"all-reduce": 1} if what == "enhancer" else {})
     assert found.total > job.memory.get("weights", 0) / 2
+    check_of_a_tpu(made[0].as_text())
+
+
+def assigned(folder, *flags):
+    """What XLA assigns to the program that `idea-plan` compiles: bytes of a chip, and its text.
+
+    The process is stopped then: to write the code of a full-size step takes the compiler an hour.
+    """
+    environment = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text"}
+    command = [sys.executable, "-m", "idea_jax.plan", *flags]
+    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
+    try:
+        # The last of the files that are written then; the first is of the program as it was given.
+        while len(list(folder.glob("*jit_step_people*.debug_options"))) < 2:
+            assert process.poll() is None, "it was not compiled"
+            time.sleep(1)
+    finally:
+        process.kill()
+        process.wait()
+    (report,) = folder.glob("*jit_step_people*memory-usage-report.txt")
+    (text,) = folder.glob("*jit_step_people*after_optimizations.txt")
+    told = re.search(r"default .*\nTotal bytes: (\d+)", report.read_text())
+    return int(told[1]), text.read_text()
+
+
+@NEEDS_LIBTPU
+@pytest.mark.slow
+@pytest.mark.parametrize("people", [1, 2])
+def test_sd21_is_assigned_what_was_planned(people):
+    """The step of full size on one chip; two CPU minutes and 3 GB each."""
+    flags = {"checkpoint": "sd21", "device": "v5e", "people": people}
+    chip, count = chips.find("v5e")
+    job = work.training(build(PlanConfig, {}, flags), chip, count)
+    assert job.per_call == people
+    with tempfile.TemporaryDirectory() as folder:
+        total, text = assigned(Path(folder), *(f"--{k}={v}" for k, v in flags.items()))
+    exact = sum(job.memory.values()) - job.memory["autoencoder beside them"]
+    assert job.temporary * 0.9 < total - exact < job.temporary + job.spare
+    assert total < chip.room()
+    check_of_a_tpu(text)
+    assert not re.search(r" (?:all|reduce|collective)-\w+(?:-start)?\(", text)
+
+
+@NEEDS_CUDA
+@pytest.mark.slow
+def test_step_of_people_compiles_for_a_gpu(smallest_checkpoint):
+    """With plain attention; cuDNN's own would need its libraries, gigabytes that convolutions do
+    not ask for until they run."""
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x4")
+    gpus = np.array(described.devices).reshape(2, 2)
+    mesh = Mesh(gpus, ("identity", "data"), axis_types=(AxisType.Auto,) * 2)
+    program, shape = step_of(smallest_checkpoint, mesh=mesh, dtype="bfloat16")
+    lowered = lower_step(replace(program, steps_per_call=8), shape, 0, None)
+    text = lowered.compile(compiler_options=WITHOUT_A_GPU).as_text()
+    (reduce,) = re.findall(r" all-reduce(?:-start)?\(.*", text)
+    assert re.search(r"replica_groups=(?:\{\{0,1\},\{2,3\}\}|\[2,2\]<=\[4\])", reduce)
+    assert not re.search(r" (?:all-gather|all-to-all|reduce-scatter|collective-\w+)", text)
+    convolved = re.findall(r'= \(?(\w+)\[.*custom_call_target="__cudnn\$conv', text)
+    assert set(convolved) == {"bf16"}
+    assert "callback" not in text
