@@ -60,7 +60,9 @@ def compile_for(chip: Chip, name: str, count: int, lower) -> Compiled | None:
     began = time.monotonic()
     program = lower(devices_of(name)[:count]).compile()
     stats, text = program.memory_analysis(), program.as_text()
-    kinds = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text)
+    kinds = re.findall(
+        r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
+    )
     return Compiled(
         stats.argument_size_in_bytes,
         stats.temp_size_in_bytes,
