@@ -315,6 +315,12 @@ def test_devices_are_counted_by_their_hosts(name, count, hosts):
     assert chip.source.startswith("https://") and chip.room() < chip.memory
 
 
+def test_kernel_of_a_cpu_is_the_one_that_it_takes():
+    cfg = build(PlanConfig, {}, {"checkpoint": "sd21"})
+    here = flash.resolve("auto", jax.devices()[0], "bfloat16")
+    assert work.kernel_of(cfg, chips.find("cpu")[0]) == here
+
+
 def chip_that_is_not_here():
     return compiled.devices_of("v5e:2x2")[0]
 

@@ -111,8 +111,10 @@ def read_model(cfg: PlanConfig) -> tuple[sd.StableDiffusion, Any]:
 
 def kernel_of(cfg: PlanConfig, chip: Chip) -> str:
     """The attention kernel that a run would take there."""
-    if cfg.attention == "xla" or chip.platform == "cpu":
+    if cfg.attention == "xla":
         return "xla"
+    if chip.platform == "cpu":
+        return "chunked"
     if chip.platform == "gpu":
         return "cudnn" if cfg.mixed_precision == "bf16" else "xla"
     return "splash"
