@@ -466,17 +466,19 @@ def assigned(folder, *flags):
     command = [sys.executable, "-m", "idea_jax.plan", *flags]
     process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
     try:
-        # The last of the files that are written then; the first is of the program as it was given.
-        while len(list(folder.glob("*jit_step_people*.debug_options"))) < 2:
+        # The last of the files that are written then; it is whole once it ends as a program does.
+        text = ""
+        while not text.endswith("}"):
             assert process.poll() is None, "it was not compiled"
             time.sleep(1)
+            for path in folder.glob("*jit_step_people*after_buffer_assignment.txt"):
+                text = path.read_text().rstrip()
     finally:
         process.kill()
         process.wait()
     (report,) = folder.glob("*jit_step_people*memory-usage-report.txt")
-    (text,) = folder.glob("*jit_step_people*after_optimizations.txt")
     told = re.search(r"default .*\nTotal bytes: (\d+)", report.read_text())
-    return int(told[1]), text.read_text()
+    return int(told[1]), text
 
 
 @NEEDS_LIBTPU
