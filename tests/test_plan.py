@@ -466,9 +466,9 @@ def assigned(folder, *flags):
     command = [sys.executable, "-m", "idea_jax.plan", *flags]
     process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
     try:
-        # The last of the files that are written then; it is whole once it ends as a program does.
+        # The last of the files that are written then; its entry comes last.
         text = ""
-        while not text.endswith("}"):
+        while "\nENTRY" not in text or not text.endswith("\n}"):
             assert process.poll() is None, "it was not compiled"
             time.sleep(1)
             for path in folder.glob("*jit_step_people*after_buffer_assignment.txt"):
