@@ -338,6 +338,34 @@ def test_a_full_line_says_when_to_come_back_and_who_waits_too_long_is_told(clien
     assert client.post("/v1/images", json=asked).status_code == 200
 
 
+def test_the_first_of_a_kind_are_told_of_the_compiling_which_goes_on(client, server, monkeypatch):
+    """Also where it takes longer than anybody may wait; then the same request is answered."""
+    ended(client, learn(client, "anna"))
+    covered(client, "anna")
+    service, may_compile = server.service, threading.Event()
+    make, before = service.painter.compile, service.line.deadline
+    compile_late = lambda kind: may_compile.wait() and make(kind)  # noqa: E731
+    monkeypatch.setattr(service.painter, "compile", compile_late)
+    monkeypatch.setattr(service.line, "deadline", 0.3)
+    fresh, asked = row("anna", width=40), {"rows": [row("anna", width=40)], "stream": True}
+    try:
+        late = draw(client, fresh)
+        with client.stream("POST", "/v1/images", json=asked) as stream:
+            heard = list(events(stream.iter_lines()))
+        # Whoever needs another program is drawn meanwhile.
+        monkeypatch.setattr(service.line, "deadline", before)
+        assert draw(client, row("anna")).status_code == 200
+    finally:
+        may_compile.set()
+    told = late.json()
+    assert (late.status_code, told["type"]) == (503, "urn:idea_jax:compiling")
+    assert "pictures of 40 x 32 in 2 steps of ddim" in told["detail"]
+    assert 1 <= int(late.headers["retry-after"]) <= 600
+    progress = [(about["state"], about["stage"]) for name, about in heard if name == "progress"]
+    assert ("queued", "compiling") in progress and heard[-1][0] == "error"
+    assert draw(client, fresh).status_code == 200
+
+
 def test_rows_of_a_client_that_has_gone_are_not_drawn(client, server):
     ended(client, learn(client, "anna"))
     covered(client, "anna")
@@ -402,11 +430,10 @@ def test_drawing_and_learning_share_the_thread():
             )
 
     school = Course()
-    school.ready = {(30, 1)}
     delivered = []
     deliver = lambda row, picture: delivered.append(row)  # noqa: E731
     painter = Painter(Artist(), line, school, deliver, None, 1, lambda *_: None)
-    painter.compiled.add("kind")
+    painter.compiler.ready |= {"kind", (30, 1)}
     job = SimpleNamespace(row=SimpleNamespace(cast=()), about={"identities": []})
     rows = [(job, "kind")] * 30
     line.put(Ticket(rows, lambda event: None, None))

@@ -26,8 +26,9 @@ from idea_jax.errors import InputError
 from idea_jax.faces import models as face_models
 from idea_jax.runtime import memory
 from idea_jax.sampling import engine
+from idea_jax.serve.compiling import Compiler
 from idea_jax.serve.line import Line, QueuedRow
-from idea_jax.serve.problems import HttpProblem, stopping
+from idea_jax.serve.problems import HttpProblem, compiling, stopping, warming_up
 from idea_jax.serve.school import Lesson, Pupil, School
 from idea_jax.serve.tasks import Task
 
@@ -94,10 +95,8 @@ class Painter(threading.Thread):
         self.errands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self.encoders = ThreadPoolExecutor(threads, "encoder")
         self.writers = ThreadPoolExecutor(1, "writer")
-        self.compilers = ThreadPoolExecutor(1, "compiler")
+        self.compiler = Compiler()
         self.room = threading.BoundedSemaphore(BACKLOG * threads)
-        self.compiled: set[engine.Kind] = set()
-        self.compiling: dict[engine.Kind, Future] = {}
         self.quick: deque[Enrolled] = deque()
         self.pupils: deque[Enrolled] = deque()
         self.lessons: deque[tuple[Enrolled, Generator[bool, None, None]]] = deque()
@@ -105,6 +104,7 @@ class Painter(threading.Thread):
         self.call_seconds, self.fetched, self.was_taught = 0.0, 0.0, False
         self.is_ready, self.is_over = threading.Event(), threading.Event()
         self.ending, self.has_ended = threading.Lock(), False
+        line.why_late = self.why_late
 
     # What other threads call.
 
@@ -139,8 +139,17 @@ class Painter(threading.Thread):
         self._wake()
         if self.ident is not None:
             self.join()
-        for pool in (self.encoders, self.writers, self.compilers):
+        for pool in (self.encoders, self.writers):
             pool.shutdown(cancel_futures=True)
+        self.compiler.close()
+
+    def why_late(self, kind: engine.Kind) -> HttpProblem | None:
+        """What keeps a row of a kind besides other rows, while the line is held; None if that is
+        nothing."""
+        if not self.is_ready.is_set():
+            return warming_up()
+        left = self.compiler.seconds_left(kind)
+        return None if left is None else compiling(described(kind), left)
 
     def _wake(self) -> None:
         with self.line.changed:
@@ -173,7 +182,7 @@ class Painter(threading.Thread):
 
     def _rest(self) -> None:
         """Waits until something comes, or for as long as it may take elsewhere."""
-        is_waiting = self.lessons or self.compiling or self.line.waiting()
+        is_waiting = self.lessons or self.compiler.under_way or self.line.waiting()
         with self.line.changed:
             if self.errands.empty() and not self.is_over.is_set():
                 self.line.changed.wait(NAP if is_waiting else REST)
@@ -254,17 +263,7 @@ class Painter(threading.Thread):
 
     def _is_ready(self, row: QueuedRow) -> bool:
         """Whether the program of a row is compiled; otherwise it will be, beside this thread."""
-        if row.kind in self.compiled:
-            return True
-        future = self.compiling.get(row.kind)
-        if future is None:
-            future = self.compilers.submit(self.compile, row.kind)
-            self.compiling[row.kind] = future
-        if future.done():
-            # What was wrong with it will be wrong with the call, which says so.
-            self.compiled.add(row.kind)
-            del self.compiling[row.kind]
-        return row.kind in self.compiled
+        return self.compiler.has(row.kind, lambda: self.compile(row.kind))
 
     def compile(self, kind: engine.Kind) -> None:
         """Compiles the programs of a kind, or reads them as an earlier run has kept them."""
@@ -341,14 +340,10 @@ class Painter(threading.Thread):
         one.task.change(state="running", stage="compiling" if steps else "learning")
         course = school.course(steps, len(one.seen.pictures))
         key = steps, course.work.shape.photo_slots
-        if not steps or key in school.ready:
-            return
-        made = self.compilers.submit(lambda: course.lower().compile())
-        while not made.done():
+        while steps and not self.compiler.has(key, lambda: course.lower().compile()):
             if one.task.is_unwanted:
                 return
             yield False
-        school.ready.add(key)
 
     def _show(self, one: Enrolled, lesson: Lesson) -> list[Future]:
         """Draws somebody as they are by now; returns what tells when that is shown."""
@@ -368,6 +363,15 @@ class Painter(threading.Thread):
             self.shown(one, step, picture)
         except Exception as error:  # a picture on the way costs nobody what is learned
             as_problem(error)
+
+
+def described(kind: engine.Kind) -> str:
+    """The pictures of a kind, in words."""
+    sampling, (height, width) = kind.sampling, kind.sampling.size
+    return (
+        f"pictures of {width} x {height} in {sampling.steps} steps of {sampling.scheduler}, with "
+        "prompts of this length,"
+    )
 
 
 def as_problem(error: BaseException) -> HttpProblem:

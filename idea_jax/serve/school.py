@@ -119,7 +119,6 @@ class School:
         self.devices: list[jax.Device] = []
         self.placed: sd.Frozen | None = None
         self.courses: OrderedDict[tuple[int, int], Course] = OrderedDict()
-        self.ready: set[tuple[int, int]] = set()
 
     def settings(self, steps: int, seed: int, name: str) -> TrainConfig:
         """The settings of idea-train with which somebody is learned.

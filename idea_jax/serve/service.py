@@ -153,6 +153,8 @@ class Service:
         task.people |= ticket.people
         task.stop = lambda problem: self.line.cancel(ticket, problem)
         task.position = lambda: self.line.ahead_of(ticket)
+        left, kinds = self.painter.compiler.seconds_left, {kind for _, kind in jobs}
+        task.is_compiled_for = lambda: any(left(kind) is not None for kind in kinds)
         self.tasks.add(task)
         try:
             self.line.put(ticket)

@@ -21,6 +21,7 @@ class Task:
 
     Attributes:
       stop: ends the work; at_end: is told the last state; position: how many are ahead of it.
+      is_compiled_for: whether what it waits for is a program that is being compiled.
       is_unwanted: whether the work is to end.
     """
 
@@ -47,6 +48,7 @@ class Task:
         self.stop: Callable[[HttpProblem], Any] = _nothing
         self.at_end: Callable[[str], Any] = _nothing
         self.position: Callable[[], int | None] = _nowhere
+        self.is_compiled_for: Callable[[], bool] = bool
         self.is_unwanted = False
 
     @property
@@ -69,7 +71,7 @@ class Task:
         if state in FINAL:
             self.at_end(state)
             # Whatever these hold, such as pictures that nobody fetched, is let go.
-            self.stop, self.position = _nothing, _nowhere
+            self.stop, self.position, self.is_compiled_for = _nothing, _nowhere, bool
         for wake in listeners:
             wake()
 
@@ -98,7 +100,10 @@ class Task:
                 for step, (_, likeness) in sorted(self.previews.items())
             ]
             values = dict(self.values)
-        position = self.position() if values["state"] == "queued" else None
+        position = None
+        if values["state"] == "queued":
+            position = self.position()
+            values["stage"] = "compiling" if self.is_compiled_for() else values["stage"]
         return {
             "id": self.id,
             "kind": self.kind,
