@@ -27,6 +27,7 @@ from idea_jax.sampling.engine import PictureRow
 from idea_jax.sampling.programs import Sampling
 from idea_jax.serve.line import Line, Ticket
 from idea_jax.serve.painter import Enrolled, Painter
+from idea_jax.serve.school import Lesson
 from idea_jax.serve.tasks import Task
 from idea_jax.training.program import Shape
 
@@ -400,6 +401,48 @@ def test_a_job_can_be_cancelled_and_leaves_nothing(client, server):
     assert list(service.shelf.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["waiting", "writing"])
+def test_deleting_somebody_who_is_still_learned_ends_the_learning(
+    client, server, monkeypatch, stage
+):
+    """Nobody turns up afterwards, not even where the files are being written already."""
+    service, begun, free = server.service, threading.Event(), threading.Event()
+    write = Lesson.write
+
+    def write_late(self, *about):
+        begun.set()
+        free.wait()
+        write(self, *about)
+
+    if stage == "waiting":
+        service.painter.errand(free.wait)
+        begun.set()
+    monkeypatch.setattr(Lesson, "write", write_late)
+    job = learn(client, "anna", keep_photos="true").json()
+    told, task = [], service.tasks.get(job["id"])
+    deleting = threading.Thread(
+        target=lambda: told.append(server.client().delete("/v1/identities/anna"))
+    )
+    try:
+        assert begun.wait(serving.PATIENCE)
+        deleting.start()
+        until = time.monotonic() + serving.PATIENCE
+        while not task.has_ended:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        free.set()
+    deleting.join()
+    about = told[0].json()
+    assert (told[0].status_code, about["files"], about["was_being_learned"]) == (200, [], True)
+    assert job["id"] in about["jobs"]
+    assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
+    assert list(service.shelf.folder.iterdir()) == [] and service.painter.learning() == 0
+    assert client.get("/v1/identities").json()["identities"] == []
+    assert client.delete("/v1/identities/anna").status_code == 404
+    assert ended(client, learn(client, "anna"))["state"] == "done"  # the name is free
+
+
 def test_drawing_and_learning_share_the_thread():
     """Calls and steps take turns, and somebody who needs no step is not kept waiting by many."""
     happened, line = [], Line(100, 60.0)
@@ -438,7 +481,7 @@ def test_drawing_and_learning_share_the_thread():
     rows = [(job, "kind")] * 30
     line.put(Ticket(rows, lambda event: None, None))
     seen = SimpleNamespace(pictures=[0])
-    finish = lambda pupil, *_: happened.append(pupil.name) or pupil.name  # noqa: E731
+    finish = lambda one, _: happened.append(one.pupil.name) or one.pupil.name  # noqa: E731
     tasks = []
     for name, steps in (("long", 30), ("quick", 0)):
         tasks.append(Task("learn", steps, name))

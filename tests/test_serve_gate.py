@@ -422,6 +422,18 @@ def test_jobs_that_have_ended_are_told_of_up_to_a_number():
     assert len(every.forget("anna")) >= tasks.LISTED and every.listed() == [running]
 
 
+def test_a_job_is_cancelled_or_what_came_of_it_is_kept_and_never_both():
+    kept, ended = tasks.Task("learn", 0, "anna"), tasks.Task("learn", 0, "bert")
+    kept.settle()
+    kept.cancel()
+    kept.change(state="done")
+    ended.cancel()
+    with pytest.raises(HttpProblem, match="cancelled"):
+        ended.settle()
+    ended.fail(HttpProblem("internal", "what came of the cancelling"))
+    assert [task.as_dict()["state"] for task in (kept, ended)] == ["done", "cancelled"]
+
+
 def test_problems_say_what_is_wrong_and_not_where_the_server_keeps_it(tmp_path):
     path = tmp_path / "secret" / "file.onnx"
     for error, status, words in (

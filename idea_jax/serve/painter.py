@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,14 +49,14 @@ class DrawnCall(NamedTuple):
     began: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Enrolled:
     """Somebody whose photos were looked at, and who waits to be learned.
 
     Attributes:
       seen: `portraits.Portraits` of the photos; face: by which likeness is told, if it is.
       make_folder: makes the one for what is learned, which goes if the person is not taken in.
-      finish: writes what was learned and takes the person in, elsewhere.
+      finish: writes what was learned and takes the person in, elsewhere; returns where they are.
     """
 
     task: Task
@@ -64,7 +64,7 @@ class Enrolled:
     seen: Any
     face: np.ndarray | None
     make_folder: Callable[[], Path]
-    finish: Callable[[Pupil, Lesson, np.ndarray | None], str]
+    finish: Callable[["Enrolled", Lesson], str]
 
 
 class Painter(threading.Thread):
@@ -319,20 +319,30 @@ class Painter(threading.Thread):
                 before = lesson.taken
                 yield True
             task.change(stage="writing", done=lesson.taken)
-            written = self.writers.submit(one.finish, one.pupil, lesson, one.face)
+            written = self.writers.submit(one.finish, one, lesson)
             while not all(future.done() for future in (written, *shown)):
                 yield False
-            if not task.is_unwanted:
-                task.change(state="done", identity=written.result())
+            written.result()
         except Exception as error:
             task.fail(as_problem(error))
         finally:
-            if written is not None:
-                wait([written])
+            if written is not None and written.exception() is None:  # waits for it
+                task.change(state="done", identity=written.result())
             if lesson is not None:
                 lesson.close()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def forget(self, name: str) -> int:
+        """Lets go of somebody whose jobs have ended; returns how many entries of caches went."""
+        for one in (*self.quick, *self.pupils):
+            if one.task.has_ended:
+                (self.pupils if one.pupil.steps else self.quick).remove(one)
+        for pair in tuple(self.lessons):
+            if pair[0].task.has_ended:
+                self.lessons.remove(pair)
+                pair[1].close()
+        return self.artist.remove(name)
 
     def _compiled(self, one: Enrolled) -> Generator[bool, None, None]:
         """Waits until the program of somebody's steps is compiled."""
