@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import logging
+import re
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +26,10 @@ from idea_jax.formats.identity import read_identity
 from idea_jax.pytrees import flatten
 from idea_jax.sampling import engine
 from idea_jax.sampling.engine import PictureRow
+from idea_jax.sampling.plan import NOBODY
 from idea_jax.sampling.programs import Sampling
+from idea_jax.serve import photos
+from idea_jax.serve.app import STUDIO
 from idea_jax.serve.line import Line, Ticket
 from idea_jax.serve.painter import Enrolled, Painter
 from idea_jax.serve.school import Lesson
@@ -269,6 +274,57 @@ def test_what_is_wrong_with_rows_is_told_before_anything_is_drawn(client, server
     told = answer.json()
     assert answer.status_code == 422 and told["errors"][0]["where"].startswith("rows[1]")
     assert words in told["errors"][0]["detail"]
+
+
+def test_no_answer_names_a_flag_of_the_command_line(client, server, monkeypatch, tmp_path):
+    """Whoever uses the page or the routes cannot type one; not in the descriptions either."""
+    ended(client, learn(client, "anna"))
+    cfg, file = server.service.cfg, tmp_path / "train.yaml"
+    file.write_text("lr_warmup_steps: 10\n")
+    changes = {"eta": 0.5, "guidance_interval": [0.2, 0.9], "train_config": str(file)}
+    before = {name: getattr(cfg, name) for name in changes}
+    heic = b"\0\0\0\x18ftypheic" + bytes(99)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    wrong = [
+        {"scheduler": "euler"},  # which has no use for eta
+        {"num_inference_steps": 1},  # of which none is guided
+        {"negative_prompt": f"a {NOBODY}"},
+        {"negative_prompt": "blurred", "guidance_scale": 1.0},
+        {"width": 33},
+        {"width": 1032},
+        {"identity": "carl"},
+        {"prompt": "nobody"},
+    ]
+    refused = [{"rows": [row("anna") | one]} for one in wrong]
+    refused += [{"rows": []}, {"rows": [row("anna")] * 65}, {"colour": "red"}]
+    try:
+        for name, value in changes.items():
+            object.__setattr__(cfg, name, value)
+        answers = [client.post("/v1/images", json=one) for one in refused]
+        answers += [
+            learn(client, "bert", [photo()] * 25),
+            learn(client, "bert", steps=5),  # all of them of warming up
+            learn(client, "bert", steps=321),
+            client.post("/v1/images", content=bytes(2_000_001)),
+            client.get("/v1/info", headers={"Host": "elsewhere.example"}),
+            client.get("/v1/identities/anna/export?to=word"),
+            client.post("/v1/info"),
+        ]
+    finally:
+        for name, value in before.items():
+            object.__setattr__(cfg, name, value)
+    assert all(400 <= answer.status_code < 500 for answer in answers), answers
+    jobs = [learn(client, "bert", faces="[7]"), learn(client, "bert", [heic])]
+    told = [answer.text for answer in answers] + [str(ended(client, job)) for job in jobs]
+    assert "numbered from the left" in told[-2] and "convert it to JPEG" in told[-1]
+    monkeypatch.setattr(photos, "MEGA", 60)  # so that forty of these are less than a photo has
+    files = [("photos", ("a", data)) for data in (heic, photo())]
+    told.append(client.post("/v1/faces", files=files).text)
+    assert "HEIC" in told[-1] and "megapixels" in told[-1]
+    told += [client.get(path).text for path in ("/docs", "/openapi.json", "/v1/info")]
+    pages = (path for path in STUDIO.iterdir() if path.suffix in (".html", ".js"))
+    told += [path.read_text("utf-8") for path in pages]
+    assert [text for text in told if re.search(r"--[a-z]{3}", text)] == []
 
 
 def test_numbers_with_which_nothing_finite_is_drawn_are_the_clients_fault(client):

@@ -393,9 +393,9 @@ def as_problem(error: BaseException) -> HttpProblem:
     if isinstance(error, HttpProblem):
         return error
     if isinstance(error, face_models.FaceError):
-        return HttpProblem("no-face", without_folders(str(error)))
+        return HttpProblem("no-face", without_folders(error.plain))
     if isinstance(error, InputError) and not isinstance(error, OSError):
-        return HttpProblem("invalid", without_folders(str(error)))
+        return HttpProblem("invalid", without_folders(error.plain))
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s at\n%s", type(error).__name__, where)
     if isinstance(error, OSError):

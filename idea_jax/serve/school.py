@@ -189,6 +189,19 @@ class School:
                 f"{', '.join(map(str, known))}: take one of these numbers",
             )
 
+    def check_settings(self, steps: int) -> None:
+        """Refuses a number of steps with which the settings of learning do not fit.
+
+        Raises:
+          HttpProblem: they do not; the log says why.
+        """
+        try:
+            self.settings(steps, 0, "nobody")
+        except ConfigError as error:
+            log.warning("nobody can be learned with %d steps: %s", steps, error)
+            detail = f"this server's way to learn does not fit {steps} steps: take another number"
+            raise HttpProblem("invalid", detail, [{"where": "steps", "detail": detail}]) from error
+
     def course(self, steps: int, photos: int) -> Course:
         """What those learn with who take so many steps on so many photos."""
         key = steps, self.slots(photos) if steps else 0
