@@ -501,7 +501,7 @@ def test_a_single_face_needs_no_notice(make, tmp_path, caplog):
 
 def test_a_choice_that_is_none(make, tmp_path):
     picture = save(tmp_path, Image.new("RGB", (640, 640)))
-    with pytest.raises(face_models.FaceError, match=r"photo\.png has 3 face\(s\).*0 to 2"):
+    with pytest.raises(face_models.FaceError, match=r"photo\.png has no face 3: .*0 to 2"):
         make(THREE, select="3").look(picture)
     for select in ("biggest", "-1", "", "1.5", "²"):
         with pytest.raises(

@@ -316,7 +316,7 @@ def test_no_answer_names_a_flag_of_the_command_line(client, server, monkeypatch,
     assert all(400 <= answer.status_code < 500 for answer in answers), answers
     jobs = [learn(client, "bert", faces="[7]"), learn(client, "bert", [heic])]
     told = [answer.text for answer in answers] + [str(ended(client, job)) for job in jobs]
-    assert "numbered from the left" in told[-2] and "convert it to JPEG" in told[-1]
+    assert "has no face 7" in told[-2] and "convert it to JPEG" in told[-1]
     monkeypatch.setattr(photos, "MEGA", 60)  # so that forty of these are less than a photo has
     files = [("photos", ("a", data)) for data in (heic, photo())]
     told.append(client.post("/v1/faces", files=files).text)

@@ -214,8 +214,7 @@ def _index(found: Sequence[Face], select: str, image_size: tuple[int, int], name
         index = int(select)
         if index >= len(found):
             raise FaceError(
-                f"face {index} was asked for, and {name} has {len(found)} face(s), numbered from "
-                f"the left: 0 to {len(found) - 1}",
+                f"{name} has no face {index}: from the left they are 0 to {len(found) - 1}",
                 advice=f" (--face_select {index})",
             )
     return index
