@@ -85,7 +85,7 @@ ROWS = (
     ("doctor", "config findings launch runtime"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
     ("exporting", "data formats method models publish runtime"),
-    ("export", "exporting launch runtime"),
+    ("export", "config exporting launch runtime"),
     ("diffusers", "errors formats method models runtime"),
     (
         "serve",

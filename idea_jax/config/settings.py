@@ -29,6 +29,19 @@ MARKS: dict[str, Any] = {
 }
 
 
+# What programs call alike things, each by its own name: as a flag each takes the others' as well.
+SAME_THING = (
+    ("output_dir", "save_dir", "out"),  # where results go
+    ("num_images_per_prompt", "pictures"),
+    ("pretrained_model_name_or_path", "checkpoint"),
+)
+
+
+def names_elsewhere(name: str) -> list[str]:
+    """What other programs call a setting."""
+    return [other for names in SAME_THING if name in names for other in names if other != name]
+
+
 def setting(
     default: Any,
     text: str,
