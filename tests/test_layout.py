@@ -78,7 +78,7 @@ ROWS = (
     ),
     # level 6: the command line
     ("cli", "config launch models runtime"),
-    ("batch", "cli sampling"),
+    ("batch", "cli config sampling"),
     ("train_enhancer", "cli enhancer launch"),
     ("evaluate", "card cli evaluation"),
     ("findings", "config data errors faces formats launch models runtime training"),

@@ -15,6 +15,7 @@ from idea_jax.config.settings import (
     setting,
 )
 
+JOB_FILES = (".jsonl", ".csv")  # how their names end
 FORMATS = ("folder", "tar", "parquet")
 PICTURES = ("png", "webp", "jpeg")
 
