@@ -5,6 +5,7 @@ default of a setting.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Sequence
@@ -71,8 +72,10 @@ def setting(
 
 
 def settings_of(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass that are settings."""
-    return [spec for spec in dataclasses.fields(cls) if spec.metadata]
+    """The fields of a dataclass that are settings: its own before those of its bases."""
+    specs = {spec.name: spec for spec in dataclasses.fields(cls) if spec.metadata}
+    order = [name for base in cls.__mro__ for name in inspect.get_annotations(base)]
+    return [specs[name] for name in dict.fromkeys(order) if name in specs]
 
 
 def same_as(cls: type, name: str) -> Any:
