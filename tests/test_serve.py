@@ -461,9 +461,10 @@ def test_a_job_can_be_cancelled_and_leaves_nothing(client, server):
 def test_deleting_somebody_who_is_still_learned_ends_the_learning(
     client, server, monkeypatch, stage
 ):
-    """Nobody turns up afterwards, not even where the files are being written already."""
+    """Nobody turns up afterwards, not even where the files are being written already; and nothing
+    else waits for it, such as the forms of others."""
     service, begun, free = server.service, threading.Event(), threading.Event()
-    write = Lesson.write
+    write, names = Lesson.write, ("anna", "bert")
 
     def write_late(self, *about):
         begun.set()
@@ -474,25 +475,33 @@ def test_deleting_somebody_who_is_still_learned_ends_the_learning(
         service.painter.errand(free.wait)
         begun.set()
     monkeypatch.setattr(Lesson, "write", write_late)
-    job = learn(client, "anna", keep_photos="true").json()
-    told, task = [], service.tasks.get(job["id"])
-    deleting = threading.Thread(
-        target=lambda: told.append(server.client().delete("/v1/identities/anna"))
-    )
+    jobs = [learn(client, name, keep_photos="true").json()["id"] for name in names]
+    tasks = [service.tasks.get(job) for job in jobs]
+    told = []
+
+    def delete(name):
+        with server.client() as own:
+            told.append(own.delete(f"/v1/identities/{name}"))
+
+    deleting = [threading.Thread(target=delete, args=(name,)) for name in (*names, "anna")]
     try:
         assert begun.wait(serving.PATIENCE)
-        deleting.start()
+        for thread in deleting:
+            thread.start()
         until = time.monotonic() + serving.PATIENCE
-        while not task.has_ended:
+        while not all(task.has_ended for task in tasks):
             assert time.monotonic() < until
             time.sleep(0.01)
+        assert learn(client, "carl", consent="no").status_code == 422
     finally:
         free.set()
-    deleting.join()
-    about = told[0].json()
-    assert (told[0].status_code, about["files"], about["was_being_learned"]) == (200, [], True)
-    assert job["id"] in about["jobs"]
-    assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
+    for thread in deleting:
+        thread.join()
+    assert sorted(answer.status_code for answer in told) == [200, 200, 404]
+    for about in (answer.json() for answer in told if answer.status_code == 200):
+        assert about["files"] == [] and about["was_being_learned"]
+        assert set(about["jobs"]) & set(jobs)
+    assert all(client.get(f"/v1/jobs/{job}").status_code == 404 for job in jobs)
     assert list(service.shelf.folder.iterdir()) == [] and service.painter.learning() == 0
     assert client.get("/v1/identities").json()["identities"] == []
     assert client.delete("/v1/identities/anna").status_code == 404

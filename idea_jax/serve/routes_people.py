@@ -74,7 +74,7 @@ def people_routes(service: Service) -> APIRouter:
     @router.delete("/v1/identities/{name}", response_model=models.DeletedTold)
     async def delete(name: str) -> Any:
         """Deletes all files and cache entries of somebody, and says which."""
-        return await service.aside(service.small, service.delete, name)
+        return await service.delete(name)
 
     @router.get("/v1/identities/{name}/cover", response_class=Response, responses={200: PICTURE})
     async def cover(name: str) -> Response:

@@ -31,7 +31,7 @@ from idea_jax.sampling.rows import Job
 from idea_jax.serve import metrics
 from idea_jax.serve.album import MEDIA, Album
 from idea_jax.serve.line import Line, QueuedRow, Ticket
-from idea_jax.serve.painter import GONE, Enrolled, Painter, as_problem
+from idea_jax.serve.painter import Enrolled, Painter, as_problem
 from idea_jax.serve.photos import Sights
 from idea_jax.serve.problems import HttpProblem, busy, stopping
 from idea_jax.serve.reception import Reception
@@ -327,40 +327,46 @@ class Service:
 
     # People.
 
-    def delete(self, name: str) -> dict[str, Any]:
+    async def delete(self, name: str) -> dict[str, Any]:
         """Deletes all that there is of somebody, and ends their learning; returns what there was.
+
+        It holds no thread while it waits for those that learn and draw.
 
         Raises:
           HttpProblem: there is nobody of this name, and nobody is being learned.
         """
+        gone = HttpProblem("conflict", f"{name} was deleted meanwhile")
         # The jobs first: whoever is taken in before they are ended is on the shelf, and goes.
         jobs, files = self.tasks.forget(name), []
         is_learned = any(task.kind == "learn" and not task.has_ended for task in jobs)
-        for task in jobs:
-            task.cancel()
-            looking = self.looking.get(task.id)
-            if looking is not None and not looking.cancel():
-                looking.exception()  # waits until the photos are let go
+        await self._cancel(jobs, gone)
         try:
-            files = self.shelf.remove(name)
+            files = await self.aside(self.small, self.shelf.remove, name)
         except HttpProblem:
             if not jobs:
                 raise
-        with self.line.changed:
-            tickets = [ticket for ticket in self.line.tickets if name in ticket.people]
-        for ticket in tickets:
-            self.line.cancel(ticket, HttpProblem("conflict", GONE))
-        entries = self.painter.errand(lambda: self.painter.forget(name)).result()
-        entries += self.reception.forget(name)
-        pictures = self.album.remove_of(name)
+        jobs += (late := self.tasks.forget(name))  # that were begun until the person was gone
+        await self._cancel(late, gone)
+        files += (pictures := await self.aside(self.small, self.album.remove_of, name))
+        entries = await self.aside(self.desk, self.reception.forget, name)
+        for looking in filter(None, [self.looking.get(task.id) for task in jobs]):
+            if not looking.cancel():
+                await asyncio.wait([asyncio.wrap_future(looking)])  # for the photos to be let go
+        forgetting = self.painter.errand(lambda: self.painter.forget(name))
+        # If the client goes, the errand is done all the same.
+        entries += await asyncio.shield(asyncio.wrap_future(forgetting))
         return {
             "name": name,
-            "files": files + pictures,
+            "files": files,
             "pictures": len(pictures) // 2,
             "cache_entries": entries,
             "jobs": [task.id for task in jobs],
             "was_being_learned": is_learned,
         }
+
+    async def _cancel(self, jobs: Sequence[Task], problem: HttpProblem) -> None:
+        for task in jobs:
+            await self.aside(self.small, task.cancel, problem)
 
     def export(self, name: str, programs: Sequence[str]) -> bytes:
         """A zip file of somebody for other programs.
