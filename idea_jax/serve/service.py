@@ -90,6 +90,7 @@ class Service:
     broken: BaseException | None = None
     at_failure: Callable[[], None] = lambda: None
     looking: dict[str, Future] = field(default_factory=dict)
+    deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
     finishing: threading.Lock = field(default_factory=threading.Lock)
     has_finished: bool = False
     lookers: int = 0
@@ -336,15 +337,16 @@ class Service:
           HttpProblem: there is nobody of this name, and nobody is being learned.
         """
         gone = HttpProblem("conflict", f"{name} was deleted meanwhile")
-        # The jobs first: whoever is taken in before they are ended is on the shelf, and goes.
-        jobs, files = self.tasks.forget(name), []
-        is_learned = any(task.kind == "learn" and not task.has_ended for task in jobs)
-        await self._cancel(jobs, gone)
-        try:
-            files = await self.aside(self.small, self.shelf.remove, name)
-        except HttpProblem:
-            if not jobs:
-                raise
+        async with self.deleting:  # so that one of two is told all
+            # The jobs first: whoever is taken in before they are ended is on the shelf, and goes.
+            jobs, files = self.tasks.forget(name), []
+            is_learned = any(task.kind == "learn" and not task.has_ended for task in jobs)
+            await self._cancel(jobs, gone)
+            try:
+                files = await self.aside(self.small, self.shelf.remove, name)
+            except HttpProblem:
+                if not jobs:
+                    raise
         jobs += (late := self.tasks.forget(name))  # that were begun until the person was gone
         await self._cancel(late, gone)
         files += (pictures := await self.aside(self.small, self.album.remove_of, name))
