@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from idea_jax import launch
+from idea_jax.config.reading import OneOfItsNames, flags_of
 from idea_jax.config.settings import COMPUTE_DTYPES, TrainConfig
 from idea_jax.runtime.files import say
 
@@ -26,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Says what of this machine a run would stumble over. Sends nothing anywhere.",
     )
     parser.add_argument(
-        "--checkpoint",
-        "--pretrained_model_name_or_path",
+        *flags_of("checkpoint"),
+        dest="checkpoint",
+        action=OneOfItsNames,
         metavar="MODEL",
         help="Stable Diffusion to look at: a folder, a .safetensors file, a Hub id, mini",
     )

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from idea_jax import launch
+from idea_jax.config.reading import OneOfItsNames, flags_of
 from idea_jax.runtime.files import say
 
 PROGRAMS = ("diffusers", "a1111", "comfyui")
@@ -25,9 +26,18 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--to", choices=(*PROGRAMS, "all"), default="all", help="program (default: all of them)"
     )
-    found.add_argument("--out", required=True, metavar="FOLDER", help="new, empty, or of an export")
     found.add_argument(
-        "--pretrained_model_name_or_path",
+        *flags_of("out"),
+        dest="out",
+        action=OneOfItsNames,
+        required=True,
+        metavar="FOLDER",
+        help="new, empty, or of an export",
+    )
+    found.add_argument(
+        *flags_of("pretrained_model_name_or_path"),
+        dest="pretrained_model_name_or_path",
+        action=OneOfItsNames,
         metavar="MODEL",
         help="look whether the person fits this checkpoint, and take its shared ID-Enhancer",
     )

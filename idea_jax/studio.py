@@ -15,7 +15,7 @@ from idea_jax.runtime.files import say
 from idea_jax.serve.settings import TOKEN, ServeConfig, is_loopback
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudioConfig(ServeConfig):
     """A server, and how its page is opened."""
 

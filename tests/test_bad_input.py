@@ -324,7 +324,7 @@ def test_prompt_files_that_cannot_be_used(sampling, tmp_path, content, says):
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [
-        ({"height": 37}, 1, "--height must be a multiple of 4, got 37"),
+        ({"height": 37}, 1, "height must be a multiple of 4, got 37"),
         ({"num_inference_steps": 1001}, 1, "between 1 and 1000 sampling steps"),
         ({"seed": 2**32}, 2, "seed must lie between 0 and 4294967295"),
         ({"guidance_scale": "inf"}, 2, "guidance_scale must be finite"),
@@ -546,7 +546,7 @@ def test_face_model(training, broken, tmp_path, monkeypatch):
         ({"initialize_tokens": "astronautess"}, 1, "must be one token of the vocabulary"),
         ({"celeb_path": "/none.txt"}, 1, "the names file /none.txt cannot be read"),
         ({"n_pseudo_tokens": 40}, 1, "40 pseudo tokens cannot be initialised"),
-        ({"resolution": 37}, 1, "--resolution must be a multiple of 4, got 37"),
+        ({"resolution": 37}, 1, "resolution must be a multiple of 4, got 37"),
         ({"seed": 2**70}, 2, "seed must lie between"),
         ({"learning_rate": "inf"}, 2, "learning_rate must be finite"),
         ({"adam_epsilon": "inf"}, 2, "adam_epsilon must be finite"),

@@ -376,12 +376,38 @@ def test_processes_take_neighbouring_ranges_that_cover_all(monkeypatch):
         (["--jobs", "a.csv", "--quality", "50"], "no effect on png"),
         (["--jobs", "a.csv", "--guidance_interval", "1", "0"], "the lower one first"),
         (["--jobs", "a.txt"], "is no job file"),
+        (["a.txt"], "is no job file"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(flags, message, tmp_path, capsys):
     out = ["--pretrained_model_name_or_path", "mini", "--out", str(tmp_path / "out")]
     assert command.main([*flags, *out]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a.jsonl --out o --lora x y --resume",
+        "--out o a.jsonl --lora x y --resume",
+        "--lora x y a.jsonl --out o --resume",
+        "--out o --resume a.jsonl --lora x y",
+        "--lora x y --resume --save_dir=o a.jsonl",
+        "--resume --lora x y --out o --jobs a.jsonl",
+    ],
+)
+def test_the_job_file_may_stand_anywhere(words, monkeypatch):
+    found = []
+    monkeypatch.setattr(command, "drawing", lambda: lambda cfg: found.append(cfg) or [])
+    assert command.main([*words.split(), "--pretrained_model_name_or_path", "mini"]) == 0
+    (cfg,) = found
+    assert (cfg.jobs, cfg.out, cfg.lora, cfg.resume) == ("a.jsonl", "o", ["x", "y"], True)
+
+
+@pytest.mark.parametrize("words", ["a.jsonl b.csv", "a.jsonl --jobs b.csv", "--jobs=a.csv b.csv"])
+def test_one_job_file_is_enough(words, capsys):
+    assert command.main([*words.split(), "--out", "o", "--checkpoint", "mini"]) == 2
+    assert capsys.readouterr().err.count(" and b.csv") == 1
 
 
 @pytest.mark.chaos

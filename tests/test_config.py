@@ -11,6 +11,7 @@ from idea_jax.config.settings import (
     TrainConfig,
     settings_of,
 )
+from idea_jax.sampling.settings import BatchConfig
 
 REQUIRED = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
 SAMPLE = ["--pretrained_model_name_or_path", "m", "--identity", "i", "--prompt", "{}"]
@@ -48,6 +49,12 @@ def test_center_crop_is_another_name_for_two_crops(tmp_path):
     assert parse(TrainConfig, REQUIRED).center_crop
     with pytest.raises(ConfigError, match="center_crop must be bool, got 1"):
         crop(*write(tmp_path, "center_crop: 1\n"))
+
+
+def test_what_a_program_alone_has_is_told_before_what_it_shares():
+    names = [spec.name for spec in settings_of(BatchConfig)]
+    assert names[:3] == ["pretrained_model_name_or_path", "out", "jobs"] and names[-1] == "seed"
+    assert len(set(names)) == len(names)
 
 
 def test_a_data_set_stands_in_for_the_folder():

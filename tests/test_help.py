@@ -1,9 +1,12 @@
 """`--help` of everything that has a command line, and help texts that say what they were given."""
 
 import ast
+import configparser
 import contextlib
 import dataclasses
+import importlib
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -15,7 +18,7 @@ import pytest
 import sample_jax
 import train_jax
 from idea_jax.config import reading
-from idea_jax.config.settings import setting
+from idea_jax.config.settings import SAME_THING, ConfigError, SampleConfig, setting
 
 ROOT = Path(__file__).resolve().parent.parent
 # Started by the benchmark alone, with a fixed number of arguments.
@@ -103,6 +106,43 @@ def test_help_waits_for_nothing_that_is_slow_to_import():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage:") == len(names)
+
+
+def commands():
+    """What each command of setup.cfg starts, and the ways in which its help is asked for."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", "utf-8")
+    modes = {"idea-evaluate": [["--card", "x"]], "idea-train-enhancer": [["--prepare", "x"]]}
+    lines = parser["options.entry_points"]["console_scripts"].strip().splitlines()
+    for name, module in (re.split(r"\s*=\s*|:", line.strip())[:2] for line in lines):
+        for mode in [[], *modes.get(name, [])]:
+            yield module, [*mode, "--help"]
+
+
+@pytest.mark.parametrize(("module", "flags"), list(commands()))
+def test_what_one_command_calls_a_thing_every_other_understands(module, flags, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main(flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    told = set(re.findall(r"--\w+", " ".join(lines)))
+    for names in SAME_THING:
+        named = {f"--{name}" for name in names}
+        assert named <= told or not named & told
+
+
+def test_two_names_of_one_thing_are_no_contradiction_or_one_message(capsys):
+    needed = ["--checkpoint", "m", "--identity", "i", "--prompt", "{}"]
+    cfg = reading.parse(SampleConfig, [*needed, "--out", "o", "--pictures", "2", "--output_dir=o"])
+    assert (cfg.pretrained_model_name_or_path, cfg.save_dir) == ("m", "o")
+    assert cfg.num_images_per_prompt == 2
+    with pytest.raises(SystemExit) as stop:
+        reading.parse(SampleConfig, [*needed, "--out", "o", "--save_dir", "p"], prog="program")
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and "--out o and --save_dir p say the same thing twice" in message
+    # The same name twice is one that was changed, such as at the end of a line of a script.
+    assert reading.parse(SampleConfig, [*needed, "--out", "o", "--out", "p"]).save_dir == "p"
+    with pytest.raises(ConfigError, match="unknown key 'out' in x; did you mean 'save_dir'"):
+        reading.build(SampleConfig, {"out": "o"}, {}, source="x")
 
 
 def test_help_texts_are_told_as_they_are(capsys):

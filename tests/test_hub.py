@@ -75,6 +75,23 @@ def no_home(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", unknown)
 
 
+@pytest.mark.parametrize(
+    "find", [resolve, hub.resolve_vae, hub.resolve_clip, hub.resolve_tokenizer]
+)
+@pytest.mark.parametrize("name", ["models/v1-5.safetensors", "v1-5.CKPT", "/no/such/v1-5.ckpt"])
+def test_a_file_that_is_not_there_is_looked_for_nowhere_else(cache, no_network, find, name):
+    """Two of these names would be those of repositories on the Hub."""
+    with pytest.raises(CheckpointNotFound, match=f"^there is no file {name}$"):
+        find(name)
+    assert no_network == []
+
+
+def test_a_file_is_no_autoencoder(tmp_path, cache, no_network):
+    (tmp_path / "vae.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointNotFound, match="vae.safetensors is a file; expected a folder"):
+        hub.resolve_vae(str(tmp_path / "vae.safetensors"))
+
+
 def test_without_a_home_folder_it_is_said_what_to_set(
     tmp_path, monkeypatch, cache, no_network, no_home
 ):

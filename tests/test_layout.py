@@ -78,14 +78,14 @@ ROWS = (
     ),
     # level 6: the command line
     ("cli", "config launch models runtime"),
-    ("batch", "cli sampling"),
+    ("batch", "cli config sampling"),
     ("train_enhancer", "cli enhancer launch"),
     ("evaluate", "card cli evaluation"),
     ("findings", "config data errors faces formats launch models runtime training"),
     ("doctor", "config findings launch runtime"),
     ("demo", "cli data faces launch mini models pytrees runtime"),
     ("exporting", "data formats method models publish runtime"),
-    ("export", "exporting launch runtime"),
+    ("export", "config exporting launch runtime"),
     ("diffusers", "errors formats method models runtime"),
     (
         "serve",

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import logging
+import re
+import sys
 import tempfile
 import threading
 import time
@@ -24,9 +26,13 @@ from idea_jax.formats.identity import read_identity
 from idea_jax.pytrees import flatten
 from idea_jax.sampling import engine
 from idea_jax.sampling.engine import PictureRow
+from idea_jax.sampling.plan import NOBODY
 from idea_jax.sampling.programs import Sampling
+from idea_jax.serve import photos
+from idea_jax.serve.app import STUDIO
 from idea_jax.serve.line import Line, Ticket
 from idea_jax.serve.painter import Enrolled, Painter
+from idea_jax.serve.school import Lesson
 from idea_jax.serve.tasks import Task
 from idea_jax.training.program import Shape
 
@@ -270,6 +276,57 @@ def test_what_is_wrong_with_rows_is_told_before_anything_is_drawn(client, server
     assert words in told["errors"][0]["detail"]
 
 
+def test_no_answer_names_a_flag_of_the_command_line(client, server, monkeypatch, tmp_path):
+    """Whoever uses the page or the routes cannot type one; not in the descriptions either."""
+    ended(client, learn(client, "anna"))
+    cfg, file = server.service.cfg, tmp_path / "train.yaml"
+    file.write_text("lr_warmup_steps: 10\n")
+    changes = {"eta": 0.5, "guidance_interval": [0.2, 0.9], "train_config": str(file)}
+    before = {name: getattr(cfg, name) for name in changes}
+    heic = b"\0\0\0\x18ftypheic" + bytes(99)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    wrong = [
+        {"scheduler": "euler"},  # which has no use for eta
+        {"num_inference_steps": 1},  # of which none is guided
+        {"negative_prompt": f"a {NOBODY}"},
+        {"negative_prompt": "blurred", "guidance_scale": 1.0},
+        {"width": 33},
+        {"width": 1032},
+        {"identity": "carl"},
+        {"prompt": "nobody"},
+    ]
+    refused = [{"rows": [row("anna") | one]} for one in wrong]
+    refused += [{"rows": []}, {"rows": [row("anna")] * 65}, {"colour": "red"}]
+    try:
+        for name, value in changes.items():
+            object.__setattr__(cfg, name, value)
+        answers = [client.post("/v1/images", json=one) for one in refused]
+        answers += [
+            learn(client, "bert", [photo()] * 25),
+            learn(client, "bert", steps=5),  # all of them of warming up
+            learn(client, "bert", steps=321),
+            client.post("/v1/images", content=bytes(2_000_001)),
+            client.get("/v1/info", headers={"Host": "elsewhere.example"}),
+            client.get("/v1/identities/anna/export?to=word"),
+            client.post("/v1/info"),
+        ]
+    finally:
+        for name, value in before.items():
+            object.__setattr__(cfg, name, value)
+    assert all(400 <= answer.status_code < 500 for answer in answers), answers
+    jobs = [learn(client, "bert", faces="[7]"), learn(client, "bert", [heic])]
+    told = [answer.text for answer in answers] + [str(ended(client, job)) for job in jobs]
+    assert "has no face 7" in told[-2] and "convert it to JPEG" in told[-1]
+    monkeypatch.setattr(photos, "MEGA", 60)  # so that forty of these are less than a photo has
+    files = [("photos", ("a", data)) for data in (heic, photo())]
+    told.append(client.post("/v1/faces", files=files).text)
+    assert "HEIC" in told[-1] and "megapixels" in told[-1]
+    told += [client.get(path).text for path in ("/docs", "/openapi.json", "/v1/info")]
+    pages = (path for path in STUDIO.iterdir() if path.suffix in (".html", ".js"))
+    told += [path.read_text("utf-8") for path in pages]
+    assert [text for text in told if re.search(r"--[a-z]{3}", text)] == []
+
+
 def test_numbers_with_which_nothing_finite_is_drawn_are_the_clients_fault(client):
     ended(client, learn(client, "anna"))
     answer = draw(client, row("anna"), row("anna", guidance_scale=1e38))
@@ -338,6 +395,34 @@ def test_a_full_line_says_when_to_come_back_and_who_waits_too_long_is_told(clien
     assert client.post("/v1/images", json=asked).status_code == 200
 
 
+def test_the_first_of_a_kind_are_told_of_the_compiling_which_goes_on(client, server, monkeypatch):
+    """Also where it takes longer than anybody may wait; then the same request is answered."""
+    ended(client, learn(client, "anna"))
+    covered(client, "anna")
+    service, may_compile = server.service, threading.Event()
+    make, before = service.painter.compile, service.line.deadline
+    compile_late = lambda kind: may_compile.wait() and make(kind)  # noqa: E731
+    monkeypatch.setattr(service.painter, "compile", compile_late)
+    monkeypatch.setattr(service.line, "deadline", 0.3)
+    fresh, asked = row("anna", width=40), {"rows": [row("anna", width=40)], "stream": True}
+    try:
+        late = draw(client, fresh)
+        with client.stream("POST", "/v1/images", json=asked) as stream:
+            heard = list(events(stream.iter_lines()))
+        # Whoever needs another program is drawn meanwhile.
+        monkeypatch.setattr(service.line, "deadline", before)
+        assert draw(client, row("anna")).status_code == 200
+    finally:
+        may_compile.set()
+    told = late.json()
+    assert (late.status_code, told["type"]) == (503, "urn:idea_jax:compiling")
+    assert "pictures of 40 x 32 in 2 steps of ddim" in told["detail"]
+    assert 1 <= int(late.headers["retry-after"]) <= 600
+    progress = [(about["state"], about["stage"]) for name, about in heard if name == "progress"]
+    assert ("queued", "compiling") in progress and heard[-1][0] == "error"
+    assert draw(client, fresh).status_code == 200
+
+
 def test_rows_of_a_client_that_has_gone_are_not_drawn(client, server):
     ended(client, learn(client, "anna"))
     covered(client, "anna")
@@ -372,6 +457,57 @@ def test_a_job_can_be_cancelled_and_leaves_nothing(client, server):
     assert list(service.shelf.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("stage", ["waiting", "writing"])
+def test_deleting_somebody_who_is_still_learned_ends_the_learning(
+    client, server, monkeypatch, stage
+):
+    """Nobody turns up afterwards, not even where the files are being written already; and nothing
+    else waits for it, such as the forms of others."""
+    service, begun, free = server.service, threading.Event(), threading.Event()
+    write, names = Lesson.write, ("anna", "bert")
+
+    def write_late(self, *about):
+        begun.set()
+        free.wait()
+        write(self, *about)
+
+    if stage == "waiting":
+        service.painter.errand(free.wait)
+        begun.set()
+    monkeypatch.setattr(Lesson, "write", write_late)
+    jobs = [learn(client, name, keep_photos="true").json()["id"] for name in names]
+    tasks = [service.tasks.get(job) for job in jobs]
+    told = []
+
+    def delete(name):
+        with server.client() as own:
+            told.append(own.delete(f"/v1/identities/{name}"))
+
+    deleting = [threading.Thread(target=delete, args=(name,)) for name in (*names, "anna")]
+    try:
+        assert begun.wait(serving.PATIENCE)
+        for thread in deleting:
+            thread.start()
+        until = time.monotonic() + serving.PATIENCE
+        while not all(task.has_ended for task in tasks):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert learn(client, "carl", consent="no").status_code == 422
+    finally:
+        free.set()
+    for thread in deleting:
+        thread.join()
+    assert sorted(answer.status_code for answer in told) == [200, 200, 404]
+    for about in (answer.json() for answer in told if answer.status_code == 200):
+        assert about["files"] == [] and about["was_being_learned"]
+        assert set(about["jobs"]) & set(jobs)
+    assert all(client.get(f"/v1/jobs/{job}").status_code == 404 for job in jobs)
+    assert list(service.shelf.folder.iterdir()) == [] and service.painter.learning() == 0
+    assert client.get("/v1/identities").json()["identities"] == []
+    assert client.delete("/v1/identities/anna").status_code == 404
+    assert ended(client, learn(client, "anna"))["state"] == "done"  # the name is free
+
+
 def test_drawing_and_learning_share_the_thread():
     """Calls and steps take turns, and somebody who needs no step is not kept waiting by many."""
     happened, line = [], Line(100, 60.0)
@@ -402,16 +538,15 @@ def test_drawing_and_learning_share_the_thread():
             )
 
     school = Course()
-    school.ready = {(30, 1)}
     delivered = []
     deliver = lambda row, picture: delivered.append(row)  # noqa: E731
     painter = Painter(Artist(), line, school, deliver, None, 1, lambda *_: None)
-    painter.compiled.add("kind")
+    painter.compiler.ready |= {"kind", (30, 1)}
     job = SimpleNamespace(row=SimpleNamespace(cast=()), about={"identities": []})
     rows = [(job, "kind")] * 30
     line.put(Ticket(rows, lambda event: None, None))
     seen = SimpleNamespace(pictures=[0])
-    finish = lambda pupil, *_: happened.append(pupil.name) or pupil.name  # noqa: E731
+    finish = lambda one, _: happened.append(one.pupil.name) or one.pupil.name  # noqa: E731
     tasks = []
     for name, steps in (("long", 30), ("quick", 0)):
         tasks.append(Task("learn", steps, name))

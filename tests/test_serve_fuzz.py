@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -299,6 +300,9 @@ def test_a_server_that_is_killed_or_told_to_stop_loses_nobody(model, tmp_path):
                 newest = client.get("/v1/jobs").json()["jobs"][0]
                 assert time.monotonic() < until and not drawing.done()
             running.send_signal(signal.SIGTERM)
+            with pytest.raises(ConnectionRefusedError):  # who comes now, while that is finished
+                while time.monotonic() < until:
+                    socket.create_connection((client.base_url.host, client.base_url.port)).close()
             assert drawing.result().status_code == 200
         assert running.wait(serving.PATIENCE) == 128 + signal.SIGTERM
         assert "Traceback" not in running.errors.read_text()

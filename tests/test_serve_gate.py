@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import struct
+import threading
 import time
 import zlib
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from idea_jax.models import sd
 from idea_jax.runtime.files import cannot_write
 from idea_jax.serve import gate, tasks
 from idea_jax.serve.album import Album
+from idea_jax.serve.compiling import Compiler
 from idea_jax.serve.gate import Gate, Keys
 from idea_jax.serve.line import Line, Ticket
 from idea_jax.serve.metrics import Meters
@@ -371,6 +373,36 @@ def test_the_line_is_bounded_in_number_and_time_and_can_be_left():
     assert refused.value.status == 503
 
 
+def test_what_compiling_takes_yet_is_told_by_what_others_took():
+    compiler, first, second = Compiler(), threading.Event(), threading.Event()
+    compiler.usual = 20.0
+    assert not compiler.has("a", first.wait) and not compiler.has("b", second.wait)
+    one, both = compiler.seconds_left("a"), compiler.seconds_left("b")
+    assert 19 < one <= 20 and 39 < both <= 40 and compiler.seconds_left("c") is None
+    while "a" not in compiler.began:
+        time.sleep(0.001)
+    compiler.began["a"] -= 100  # longer than usual
+    assert 50 <= compiler.seconds_left("a") < 55
+    first.set()
+    compiler.under_way["a"].result()
+    assert 100 <= compiler.usual < 110 and compiler.seconds_left("a") is None
+    assert compiler.has("a", None) and not compiler.has("b", None)
+    second.set()
+    compiler.close()
+
+
+def test_who_waits_too_long_is_told_what_keeps_them():
+    """The program, if each of their rows waits for one; else the others."""
+    heard, line = [], Line(9, 0.0)
+    reason = HttpProblem("compiling", "wait", retry_after=7)
+    line.why_late = lambda kind: reason if kind == "new" else None
+    for kinds, code in (("new", "compiling"), ("old", "too-busy"), (("new", "old"), "too-busy")):
+        line.put(ticket(heard, *([kinds] if isinstance(kinds, str) else kinds)))
+        time.sleep(0.001)
+        line.expire()
+        assert heard.pop()[1].code == code and line.waiting() == 0
+
+
 def test_nothing_is_made_of_a_picture_that_nobody_waits_for():
     made, one = [], ticket([], "a")
     one.close()
@@ -388,6 +420,18 @@ def test_jobs_that_have_ended_are_told_of_up_to_a_number():
     running.change(state="done")
     assert running.as_dict()["state"] == "failed" and running.as_dict()["ended"]
     assert len(every.forget("anna")) >= tasks.LISTED and every.listed() == [running]
+
+
+def test_a_job_is_cancelled_or_what_came_of_it_is_kept_and_never_both():
+    kept, ended = tasks.Task("learn", 0, "anna"), tasks.Task("learn", 0, "bert")
+    kept.settle()
+    kept.cancel()
+    kept.change(state="done")
+    ended.cancel()
+    with pytest.raises(HttpProblem, match="cancelled"):
+        ended.settle()
+    ended.fail(HttpProblem("internal", "what came of the cancelling"))
+    assert [task.as_dict()["state"] for task in (kept, ended)] == ["done", "cancelled"]
 
 
 def test_problems_say_what_is_wrong_and_not_where_the_server_keeps_it(tmp_path):

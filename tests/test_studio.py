@@ -572,7 +572,12 @@ def test_examples_are_read_once_and_learned_where_nobody_is(tmp_path):
         residents = {}
 
     class Service:
-        shelf, cfg, enhancer, learned = Shelf(), studio.StudioConfig("mini"), object(), []
+        shelf, cfg, enhancer, learned = (
+            Shelf(),
+            studio.StudioConfig(pretrained_model_name_or_path="mini"),
+            object(),
+            [],
+        )
 
         def learn(self, pupil):
             self.learned.append(pupil)

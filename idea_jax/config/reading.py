@@ -26,6 +26,7 @@ from idea_jax.config.settings import (
     SampleConfig,
     TrainConfig,
     is_guided,
+    names_elsewhere,
     settings_of,
 )
 
@@ -68,6 +69,33 @@ def parse(cls: type, argv: Sequence[str], **about: Any) -> Any:
     return build(cls, read_yaml(path) if path else {}, flags, source=path)
 
 
+class OneOfItsNames(argparse.Action):
+    """Stores a setting that has several names: whoever gives two of them means the same by both."""
+
+    given: tuple[str | None, Any] | None = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, value = self.given or (option_string, values)
+        if name != option_string and value != values:
+            parser.error(
+                f"{name} {value} and {option_string} {values} say the same thing twice, and "
+                "differently: give one of them"
+            )
+        self.given = option_string, values
+        setattr(namespace, self.dest, values)
+
+
+def flags_of(name: str) -> list[str]:
+    """The flag of a setting, and those by which other programs call it."""
+    return [f"--{one}" for one in (name, *names_elsewhere(name))]
+
+
 def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
     kind, is_list = plain_type(spec.type)
     if spec.metadata["switch"]:
@@ -78,7 +106,7 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
             default=argparse.SUPPRESS,
             help=plain(f"the same as --{spec.name} {on}; --no-{switch} as --{spec.name} {off}"),
         )
-    names = [f"--{name}" for name in (spec.name, *spec.metadata["aliases"])]
+    names = [*flags_of(spec.name), *(f"--{name}" for name in spec.metadata["aliases"])]
     # Absent flags stay absent (SUPPRESS), so that the YAML file and the profile can speak.
     text = spec.metadata["help"]
     if "required" not in spec.metadata and spec.default is not None:
@@ -89,6 +117,8 @@ def add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
         return
     if is_list:
         options |= {"nargs": "+", "action": "extend"}
+    elif len(names) > 1:
+        options["action"] = OneOfItsNames
     parser.add_argument(*names, type=kind, choices=spec.metadata["choices"], **options)
 
 
@@ -130,7 +160,8 @@ def build(cls: type, file_values: dict, flags: dict, *, source: str | None = Non
     file_values, flags = without_switches(known, file_values), without_switches(known, flags)
     for name, value in file_values.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
+            close = [other for other in names_elsewhere(str(name)) if other in known]
+            close += difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
             raise ConfigError(f"unknown key {name!r} in {source}{hint}")
         check_type(known[name], value, source)

@@ -5,6 +5,7 @@ default of a setting.
 """
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Sequence
@@ -27,6 +28,19 @@ MARKS: dict[str, Any] = {
     "fast": None,  # what --preset fast sets
     "fast_times": None,  # what --preset fast multiplies it by, unless the number of steps is given
 }
+
+
+# What programs call alike things, each by its own name: as a flag each takes the others' as well.
+SAME_THING = (
+    ("output_dir", "save_dir", "out"),  # where results go
+    ("num_images_per_prompt", "pictures"),
+    ("pretrained_model_name_or_path", "checkpoint"),
+)
+
+
+def names_elsewhere(name: str) -> list[str]:
+    """What other programs call a setting."""
+    return [other for names in SAME_THING if name in names for other in names if other != name]
 
 
 def setting(
@@ -58,8 +72,10 @@ def setting(
 
 
 def settings_of(cls: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass that are settings."""
-    return [spec for spec in dataclasses.fields(cls) if spec.metadata]
+    """The fields of a dataclass that are settings: its own before those of its bases."""
+    specs = {spec.name: spec for spec in dataclasses.fields(cls) if spec.metadata}
+    order = [name for base in cls.__mro__ for name in inspect.get_annotations(base)]
+    return [specs[name] for name in dict.fromkeys(order) if name in specs]
 
 
 def same_as(cls: type, name: str) -> Any:

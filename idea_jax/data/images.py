@@ -214,8 +214,8 @@ def _formats_of(head: bytes, name: Any) -> tuple[str, ...]:
         import pillow_heif
     except ImportError as error:
         raise ImageError(
-            f"{name} is a HEIC picture, which needs the package pillow-heif: pip install "
-            "pillow-heif, or convert it to JPEG"
+            f"{name} is a HEIC picture, which cannot be read here; convert it to JPEG",
+            advice=", or pip install pillow-heif, which reads it",
         ) from error
     pillow_heif.register_heif_opener()
     return (*FORMATS, "HEIF")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from idea_jax import launch
+from idea_jax.config.reading import OneOfItsNames, flags_of
 from idea_jax.config.settings import ConfigError, check_finding, check_sources
 from idea_jax.data import folders, images, people
 from idea_jax.faces import models as face_models
@@ -110,7 +111,14 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset_dir", help="folder in which tensorflow-datasets prepared it, as array_record"
     )
     parser.add_argument("--identities", help="people of the data set, FROM:TO (default: all)")
-    parser.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument(
+        *flags_of("out"),
+        dest="out",
+        action=OneOfItsNames,
+        type=Path,
+        required=True,
+        help="the .safetensors file to write",
+    )
     parser.add_argument("--face_model_dir", help="folder of an insightface pack")
     parser.add_argument("--face_model", help="ArcFace model; its detector lies beside it")
     parser.add_argument("--accept_face_licence", action="store_true", help="allow the download")

@@ -174,8 +174,8 @@ def find_faces(detector: Detector, image: Image.Image, name: Any) -> list[Face]:
     raise FaceError(
         f"no face found in {name} ({image.width} x {image.height} pixels), neither as it is, nor "
         f"with a border, nor at smaller sizes, nor with a threshold of {ATTEMPTS[-1][1]}; take a "
-        "photo with a larger, clearer face, or crop and align it to 112 x 112 yourself and use "
-        "--pre_aligned"
+        "photo with a larger, clearer face",
+        advice=", or crop and align it to 112 x 112 yourself and use --pre_aligned",
     )
 
 
@@ -214,8 +214,8 @@ def _index(found: Sequence[Face], select: str, image_size: tuple[int, int], name
         index = int(select)
         if index >= len(found):
             raise FaceError(
-                f"--face_select {index}, but {name} has {len(found)} face(s), numbered from the "
-                f"left: 0 to {len(found) - 1}"
+                f"{name} has no face {index}: from the left they are 0 to {len(found) - 1}",
+                advice=f" (--face_select {index})",
             )
     return index
 
@@ -395,8 +395,9 @@ class Finder:
             box, points, score, crop = self._crop(image, name)
             embed = embed_faces(self.recogniser, [crop])[0] if self.recogniser else None
         except FaceError as error:
-            named = str(name) in str(error)
-            raise FaceError(str(error) if named else f"{name}: {error}") from error
+            if str(name) in str(error):
+                raise
+            raise FaceError(f"{name}: {error.plain}", advice=error.advice) from error
         return Sight(box, points, score, hashlib.sha256(crop.tobytes()).hexdigest(), embed)
 
     def _crop(self, image: Image.Image, name: Any) -> tuple:

@@ -176,7 +176,8 @@ def read_needed(path: Path | None, sha256: str, who: Any, how: str) -> Enhancer:
         raise EnhancerError(
             f"{who} needs the ID-Enhancer that it was trained with (its file has the SHA-256 "
             f"{sha256}), and there is no {FILE} in the folder of this checkpoint, or none was to "
-            f"be used; give its file with {how}"
+            "be used",
+            advice=f"; give its file with {how}",
         )
     enhancer = read(path)
     refuse_another(enhancer, path, sha256, who, how)
@@ -192,8 +193,8 @@ def refuse_another(enhancer: Enhancer, path: Path, sha256: str, who: Any, how: s
     if enhancer.sha256 != sha256:
         raise EnhancerError(
             f"{who} was trained with the ID-Enhancer whose file has the SHA-256 {sha256}, and "
-            f"{path} is another one (SHA-256 {enhancer.sha256}); give the right file with {how}, "
-            "or train again with this one"
+            f"{path} is another one (SHA-256 {enhancer.sha256})",
+            advice=f"; give the right file with {how}, or train again with this one",
         )
 
 

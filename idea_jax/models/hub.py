@@ -63,6 +63,7 @@ ENHANCER = "enhancer/enhancer.safetensors"  # a shared ID-Enhancer; most reposit
 BESIDE_WEIGHTS = ("model_index.json", "tokenizer/*", "tokenizer_2/*", *CONFIGS, OF_SDXL, ENHANCER)
 
 SINGLE_FILE = ".safetensors"  # of a whole checkpoint
+FILES = (SINGLE_FILE, ".ckpt")  # how no repository's name ends
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ def _part_from_hub(
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    _refuse_file(name)
     check_cache(name)
     with suppress(LocalEntryNotFoundError):
         try:
@@ -349,6 +351,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None, weights: boo
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    _refuse_file(name)
     if name.startswith("~"):
         raise CheckpointNotFound(
             f"there is no folder {name}"
@@ -401,6 +404,16 @@ def _from_hub(name: str, revision: str | None, variant: str | None, weights: boo
             f"layout: it lacks {', '.join(missing)}"
         )
     return Checkpoint(folder, repository, _origin(folder)[1], folder / "tokenizer")
+
+
+def _refuse_file(name: str) -> None:
+    """Raises CheckpointNotFound if a name can be that of a file alone: the Hub has no such one."""
+    if local_folder(name).is_file():
+        raise CheckpointNotFound(f"{name} is a file; expected a folder, or a Hub id")
+    if name.lower().endswith(FILES):
+        raise CheckpointNotFound(
+            f"there is no file {name}" + ("" if has_home() or name[0] != "~" else "; set HOME")
+        )
 
 
 def _notice_mirror(name: str, repository: str) -> None:

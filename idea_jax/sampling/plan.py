@@ -273,7 +273,7 @@ def check_negative(negative: str, people: Mapping[str, text.Placeholder], plain:
         names_them = re.search(rf"(?<!\w){re.escape(own.token)}(?!\w)", negative.lower())
         if names_them or (tokens.ids >= tokenizer.vocab_size).any():
             raise ConfigError(
-                "--negative_prompt says what pictures turn away from, and names nobody; leave "
+                "the negative prompt says what pictures turn away from, and names nobody; leave "
                 f"{own.token} out of it"
             )
 

@@ -181,8 +181,9 @@ def choose_sampling(
         if is_unused:
             own = "" if scheduler else ", which is the checkpoint's own"
             raise ConfigError(
-                f"--{setting} {getattr(cfg, setting)} has no effect with sampler {name}{own}; "
-                "leave it out, or choose another --scheduler"
+                f"{setting} {getattr(cfg, setting)} has no effect with sampler {name}{own}; "
+                "choose another scheduler",
+                advice=f", or leave --{setting} out",
             )
     told = told_of(model, cfg, size)
     visited, span = samplers.visited_timesteps(name, model.schedule, steps), cfg.guidance_interval
@@ -191,9 +192,9 @@ def choose_sampling(
     interval = (span[0], span[1]) if span is not None else None
     if interval and not np.any(samplers.lies_between(visited, interval, model.schedule)):
         raise ConfigError(
-            f"no step of --num_inference_steps {steps} lies within --guidance_interval {span[0]} "
-            f"{span[1]} (which --preset fast sets, too), so that nothing would be guided: take "
-            "more steps, or --guidance_interval 0 1, which is everywhere"
+            f"no step of num_inference_steps {steps} lies within guidance_interval {span[0]} "
+            f"{span[1]}, so that nothing would be guided: take more steps",
+            advice=", or --guidance_interval 0 1, which is everywhere (--preset fast sets another)",
         )
     return Sampling(size, name, steps, cfg.eta, interval, cfg.guidance_rescale, told)
 
@@ -406,5 +407,5 @@ def picture_size(
     multiple = model.vae.downscale
     for name, side in zip(names, size, strict=True):
         if side % multiple:
-            raise ConfigError(f"--{name} must be a multiple of {multiple}, got {side}")
+            raise ConfigError(f"{name} must be a multiple of {multiple}, got {side}")
     return size

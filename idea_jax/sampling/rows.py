@@ -19,7 +19,7 @@ from idea_jax.runtime.files import file_digest, json_digest
 from idea_jax.sampling import programs
 from idea_jax.sampling.engine import KnownPerson, PictureRow, Texts
 from idea_jax.sampling.plan import is_for_each, placeholder_of
-from idea_jax.sampling.settings import BatchConfig
+from idea_jax.sampling.settings import JOB_FILES, BatchConfig
 
 # Columns of a job file, and the type of each. Those that are settings, too, take its value where a
 # row has none.
@@ -67,7 +67,7 @@ def read_values(path: Path) -> tuple[dict[int, dict], dict[int, str]]:
     Raises:
       RowsError: the file cannot be read, is of another type, or has columns that nobody knows.
     """
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = dict(zip(JOB_FILES, (_read_jsonl, _read_csv), strict=True))
     read = readers.get(path.suffix.lower())
     if read is None:
         raise RowsError(f"{path} is no job file: expected a name that ends with .jsonl or .csv")

@@ -15,13 +15,14 @@ from starlette.exceptions import HTTPException
 import idea_jax
 from idea_jax.serve import described, metrics, models, opening
 from idea_jax.serve.gate import COOKIE, Gate, Keys
-from idea_jax.serve.problems import MEDIA, HttpProblem, printable, stopping
+from idea_jax.serve.problems import MEDIA, HttpProblem, printable, stopping, warming_up
 from idea_jax.serve.routes_people import people_routes
 from idea_jax.serve.routes_pictures import picture_routes
 from idea_jax.serve.service import Service
 
 STUDIO = Path(__file__).resolve().parent / "studio"
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
+WATCH = 0.5  # seconds between two looks at the requests that wait
 CODES_OF_STATUS = {
     400: "bad-request",
     401: "unauthorised",
@@ -45,7 +46,9 @@ def create_app(service: Service, token: str | None, routers: Sequence[APIRouter]
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         opening.start(service)
+        watching = asyncio.ensure_future(watch(service))
         yield
+        watching.cancel()
         service.refuse()
         await asyncio.to_thread(service.finish, 0.0)
 
@@ -68,6 +71,13 @@ def create_app(service: Service, token: str | None, routers: Sequence[APIRouter]
     _add_states(app, service)
     _add_pages(app, service)
     return Gate(app, service.cfg, keys, service.meters)
+
+
+async def watch(service: Service) -> None:
+    """Tells requests that have waited too long, also while the thread that draws is busy."""
+    while True:
+        await asyncio.sleep(WATCH)
+        service.line.expire()
 
 
 def problem_answer(problem: HttpProblem) -> JSONResponse:
@@ -148,7 +158,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
         if service.is_stopping.is_set():
             raise stopping()
         if not service.painter.is_ready.is_set():
-            raise HttpProblem("stopping", "the server is warming up", retry_after=2)
+            raise warming_up()
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["server"], response_class=Response)

@@ -116,6 +116,8 @@ class FormReader:
                 parsed = await parser.parse()
             except (MultiPartException, UnicodeError, ValueError) as error:
                 text = getattr(error, "message", None) or "it is damaged"
+                if text.startswith("Too many files"):
+                    raise self._too_many() from error
                 raise HttpProblem("bad-request", f"the form cannot be read: {text}") from error
             return await self._form(parsed.multi_items(), known)
 
@@ -136,15 +138,21 @@ class FormReader:
             else:
                 fields[name] = value
         if len(photos) > self.cfg.max_photos:
-            raise field_problem("photos", f"at most {self.cfg.max_photos} photos are accepted")
+            raise self._too_many()
         return SentForm(fields, photos)
+
+    def _too_many(self) -> HttpProblem:
+        return field_problem("photos", f"this server takes {self.cfg.max_photos} at most")
 
     async def _photo(self, file: UploadFile, number: int) -> bytes:
         most = self.cfg.max_photo_megabytes * MEGA
         data = await file.read()
         await file.close()
         if len(data) > most:
-            detail = f"photo {number + 1} has {len(data)} bytes, and {most} may be: scale it down"
+            detail = (
+                f"photo {number + 1} has {len(data)} bytes, and this server takes {most} at most: "
+                "scale it down"
+            )
             where = {"where": f"photos[{number}]", "detail": detail}
             raise HttpProblem("too-large", detail, [where])
         return data

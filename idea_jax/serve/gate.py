@@ -163,7 +163,7 @@ class Gate:
             raise HttpProblem(
                 "bad-host",
                 "the Host of the request is none of this server's: call it by its address, as "
-                "localhost, or by a name in --allowed_hosts",
+                "localhost, or by a name that it was told of",
             )
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         is_own = origin in (None, f"{scope['scheme']}://{hosts[0]}")
@@ -190,7 +190,8 @@ class Gate:
     def _check_size(self, size: int, most: int) -> None:
         if size > most:
             raise HttpProblem(
-                "too-large", f"the body has {size} bytes or more, and {most} are accepted here"
+                "too-large",
+                f"the body has {size} bytes or more, and this server takes {most} at most",
             )
 
     def counted(self, scope: dict, headers: dict[str, str], receive: Receive) -> Receive:

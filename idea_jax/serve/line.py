@@ -86,6 +86,10 @@ class Line:
 
     Args:
       most: rows that may wait; deadline: seconds that a request may wait for its first row.
+
+    Attributes:
+      why_late: what keeps rows of a kind besides other rows, None if that is nothing; called while
+        the line is held.
     """
 
     def __init__(self, most: int, deadline: float):
@@ -94,6 +98,7 @@ class Line:
         self.changed = threading.Condition()
         self.is_stopping = False
         self.seconds_per_row = 0.5  # until it is known
+        self.why_late: Callable[[Kind], HttpProblem | None] = lambda kind: None
 
     def waiting(self) -> int:
         """Rows that wait."""
@@ -136,7 +141,7 @@ class Line:
           is_ready: whether a row can be drawn now; one whose program is being compiled cannot.
         """
         with self.changed:
-            self._expire()
+            self.expire()
             first = next(
                 (row for ticket in self.tickets for row in ticket.rows if is_ready(row)), None
             )
@@ -162,17 +167,28 @@ class Line:
             row.ticket.begin()
         return taken, size
 
-    def _expire(self) -> None:
-        """Ends requests that have waited too long for their first row."""
-        latest = time.monotonic() - self.deadline
-        for ticket in list(self.tickets):
-            if ticket.is_closed:
-                self.tickets.remove(ticket)
-            elif ticket.came < latest and not ticket.has_begun and not ticket.is_own:
-                self.tickets.remove(ticket)
-                waiting = sum(len(other.rows) for other in self.tickets)
-                what = f"none of the rows could be drawn within {self.deadline:.0f} s"
-                ticket.close(busy(what, waiting * self.seconds_per_row))
+    def expire(self) -> None:
+        """Ends requests that have waited too long for their first row, and says what kept them."""
+        with self.changed:
+            latest = time.monotonic() - self.deadline
+            for ticket in list(self.tickets):
+                if ticket.is_closed:
+                    self.tickets.remove(ticket)
+                elif ticket.came < latest and not ticket.has_begun and not ticket.is_own:
+                    self.tickets.remove(ticket)
+                    ticket.close(self._lateness(ticket))
+
+    def _lateness(self, ticket: Ticket) -> HttpProblem:
+        """What keeps a request: other rows, if it has one that could be drawn."""
+        for kind in dict.fromkeys(row.kind for row in ticket.rows):
+            reason = self.why_late(kind)
+            if reason is None:
+                break
+        else:
+            return reason
+        waiting = sum(len(other.rows) for other in self.tickets)
+        what = f"none of the rows could be drawn within {self.deadline:g} s"
+        return busy(what, waiting * self.seconds_per_row)
 
     def cancel(self, ticket: Ticket, problem: HttpProblem | None = None) -> bool:
         """Ends a request, whether it waits or is being drawn; False if it had ended."""

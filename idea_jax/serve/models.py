@@ -110,7 +110,8 @@ class DeletedTold(BaseModel):
     files: list[str] = Field(description="that were deleted, below the server's folder")
     pictures: int
     cache_entries: int
-    jobs: list[str]
+    jobs: list[str] = Field(description="of the person; none is listed any more")
+    was_being_learned: bool = Field(description="whether a job was learning them, which has ended")
 
 
 class PictureTold(BaseModel):

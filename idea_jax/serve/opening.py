@@ -167,7 +167,7 @@ def warm_up(service: Service) -> None:
         if steps and cfg.warm_up == "all":
             school.course(steps, 1).lower().compile()  # as an earlier run has kept it
             next(lesson.steps())
-            school.ready.add((steps, lesson.work.shape.photo_slots))
+            service.painter.compiler.ready.add((steps, lesson.work.shape.photo_slots))
         state = jax.device_get(lesson.learner.state)
         lesson.close()
         who = Identity(
@@ -182,11 +182,11 @@ def warm_up(service: Service) -> None:
         )
         artist.add(WARM, engine.person_of(who, WARM))
         kind = artist.texts.kind(row)
-        if kind not in service.painter.compiled:
+        if kind not in service.painter.compiler.ready:
             service.painter.compile(kind)
         artist.warm_up([row])
         service.reception.programs.add((kind, (lesson.work.method,)))
-        service.painter.compiled.add(kind)
+        service.painter.compiler.ready.add(kind)
         artist.remove(WARM)
 
 

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,9 @@ from idea_jax.errors import InputError
 from idea_jax.faces import models as face_models
 from idea_jax.runtime import memory
 from idea_jax.sampling import engine
+from idea_jax.serve.compiling import Compiler
 from idea_jax.serve.line import Line, QueuedRow
-from idea_jax.serve.problems import HttpProblem, stopping
+from idea_jax.serve.problems import HttpProblem, compiling, stopping, warming_up
 from idea_jax.serve.school import Lesson, Pupil, School
 from idea_jax.serve.tasks import Task
 
@@ -48,14 +49,14 @@ class DrawnCall(NamedTuple):
     began: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Enrolled:
     """Somebody whose photos were looked at, and who waits to be learned.
 
     Attributes:
       seen: `portraits.Portraits` of the photos; face: by which likeness is told, if it is.
       make_folder: makes the one for what is learned, which goes if the person is not taken in.
-      finish: writes what was learned and takes the person in, elsewhere.
+      finish: writes what was learned and takes the person in, elsewhere; returns where they are.
     """
 
     task: Task
@@ -63,7 +64,7 @@ class Enrolled:
     seen: Any
     face: np.ndarray | None
     make_folder: Callable[[], Path]
-    finish: Callable[[Pupil, Lesson, np.ndarray | None], str]
+    finish: Callable[["Enrolled", Lesson], str]
 
 
 class Painter(threading.Thread):
@@ -94,10 +95,8 @@ class Painter(threading.Thread):
         self.errands: queue.SimpleQueue[tuple[Callable[[], Any], Future]] = queue.SimpleQueue()
         self.encoders = ThreadPoolExecutor(threads, "encoder")
         self.writers = ThreadPoolExecutor(1, "writer")
-        self.compilers = ThreadPoolExecutor(1, "compiler")
+        self.compiler = Compiler()
         self.room = threading.BoundedSemaphore(BACKLOG * threads)
-        self.compiled: set[engine.Kind] = set()
-        self.compiling: dict[engine.Kind, Future] = {}
         self.quick: deque[Enrolled] = deque()
         self.pupils: deque[Enrolled] = deque()
         self.lessons: deque[tuple[Enrolled, Generator[bool, None, None]]] = deque()
@@ -105,6 +104,7 @@ class Painter(threading.Thread):
         self.call_seconds, self.fetched, self.was_taught = 0.0, 0.0, False
         self.is_ready, self.is_over = threading.Event(), threading.Event()
         self.ending, self.has_ended = threading.Lock(), False
+        line.why_late = self.why_late
 
     # What other threads call.
 
@@ -139,8 +139,17 @@ class Painter(threading.Thread):
         self._wake()
         if self.ident is not None:
             self.join()
-        for pool in (self.encoders, self.writers, self.compilers):
+        for pool in (self.encoders, self.writers):
             pool.shutdown(cancel_futures=True)
+        self.compiler.close()
+
+    def why_late(self, kind: engine.Kind) -> HttpProblem | None:
+        """What keeps a row of a kind besides other rows, while the line is held; None if that is
+        nothing."""
+        if not self.is_ready.is_set():
+            return warming_up()
+        left = self.compiler.seconds_left(kind)
+        return None if left is None else compiling(described(kind), left)
 
     def _wake(self) -> None:
         with self.line.changed:
@@ -173,7 +182,7 @@ class Painter(threading.Thread):
 
     def _rest(self) -> None:
         """Waits until something comes, or for as long as it may take elsewhere."""
-        is_waiting = self.lessons or self.compiling or self.line.waiting()
+        is_waiting = self.lessons or self.compiler.under_way or self.line.waiting()
         with self.line.changed:
             if self.errands.empty() and not self.is_over.is_set():
                 self.line.changed.wait(NAP if is_waiting else REST)
@@ -254,17 +263,7 @@ class Painter(threading.Thread):
 
     def _is_ready(self, row: QueuedRow) -> bool:
         """Whether the program of a row is compiled; otherwise it will be, beside this thread."""
-        if row.kind in self.compiled:
-            return True
-        future = self.compiling.get(row.kind)
-        if future is None:
-            future = self.compilers.submit(self.compile, row.kind)
-            self.compiling[row.kind] = future
-        if future.done():
-            # What was wrong with it will be wrong with the call, which says so.
-            self.compiled.add(row.kind)
-            del self.compiling[row.kind]
-        return row.kind in self.compiled
+        return self.compiler.has(row.kind, lambda: self.compile(row.kind))
 
     def compile(self, kind: engine.Kind) -> None:
         """Compiles the programs of a kind, or reads them as an earlier run has kept them."""
@@ -320,20 +319,30 @@ class Painter(threading.Thread):
                 before = lesson.taken
                 yield True
             task.change(stage="writing", done=lesson.taken)
-            written = self.writers.submit(one.finish, one.pupil, lesson, one.face)
+            written = self.writers.submit(one.finish, one, lesson)
             while not all(future.done() for future in (written, *shown)):
                 yield False
-            if not task.is_unwanted:
-                task.change(state="done", identity=written.result())
+            written.result()
         except Exception as error:
             task.fail(as_problem(error))
         finally:
-            if written is not None:
-                wait([written])
+            if written is not None and written.exception() is None:  # waits for it
+                task.change(state="done", identity=written.result())
             if lesson is not None:
                 lesson.close()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def forget(self, name: str) -> int:
+        """Lets go of somebody whose jobs have ended; returns how many entries of caches went."""
+        for one in (*self.quick, *self.pupils):
+            if one.task.has_ended:
+                (self.pupils if one.pupil.steps else self.quick).remove(one)
+        for pair in tuple(self.lessons):
+            if pair[0].task.has_ended:
+                self.lessons.remove(pair)
+                pair[1].close()
+        return self.artist.remove(name)
 
     def _compiled(self, one: Enrolled) -> Generator[bool, None, None]:
         """Waits until the program of somebody's steps is compiled."""
@@ -341,14 +350,10 @@ class Painter(threading.Thread):
         one.task.change(state="running", stage="compiling" if steps else "learning")
         course = school.course(steps, len(one.seen.pictures))
         key = steps, course.work.shape.photo_slots
-        if not steps or key in school.ready:
-            return
-        made = self.compilers.submit(lambda: course.lower().compile())
-        while not made.done():
+        while steps and not self.compiler.has(key, lambda: course.lower().compile()):
             if one.task.is_unwanted:
                 return
             yield False
-        school.ready.add(key)
 
     def _show(self, one: Enrolled, lesson: Lesson) -> list[Future]:
         """Draws somebody as they are by now; returns what tells when that is shown."""
@@ -370,6 +375,15 @@ class Painter(threading.Thread):
             as_problem(error)
 
 
+def described(kind: engine.Kind) -> str:
+    """The pictures of a kind, in words."""
+    sampling, (height, width) = kind.sampling, kind.sampling.size
+    return (
+        f"pictures of {width} x {height} in {sampling.steps} steps of {sampling.scheduler}, with "
+        "prompts of this length,"
+    )
+
+
 def as_problem(error: BaseException) -> HttpProblem:
     """What a client is told of an error.
 
@@ -379,9 +393,9 @@ def as_problem(error: BaseException) -> HttpProblem:
     if isinstance(error, HttpProblem):
         return error
     if isinstance(error, face_models.FaceError):
-        return HttpProblem("no-face", without_folders(str(error)))
+        return HttpProblem("no-face", without_folders(error.plain))
     if isinstance(error, InputError) and not isinstance(error, OSError):
-        return HttpProblem("invalid", without_folders(str(error)))
+        return HttpProblem("invalid", without_folders(error.plain))
     where = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s at\n%s", type(error).__name__, where)
     if isinstance(error, OSError):

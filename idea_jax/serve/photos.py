@@ -98,7 +98,7 @@ class Sights:
             with self.lock:
                 found = self._found(image, photo.name)
         except (images.ImageError, face_models.FaceError) as error:
-            return about | {"problem": printable(str(error))}
+            return about | {"problem": printable(error.plain)}
         areas = [float(np.prod(box[2:] - box[:2])) for box, _ in found]
         faces = [
             {"number": number, "box": [round(float(x), 1) for x in box], "score": round(score, 3)}

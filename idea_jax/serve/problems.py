@@ -23,6 +23,7 @@ CODES = {
     "too-busy": (429, "the server is busy"),
     "gone": (499, "the client has gone"),
     "internal": (500, "the server has made a mistake"),
+    "compiling": (503, "the program for this is being compiled"),
     "stopping": (503, "the server is stopping, or not ready yet"),
 }
 
@@ -75,10 +76,26 @@ def printable(text: str) -> str:
     return str(text).encode("utf-8", "replace").decode("utf-8")
 
 
+def _later(code: str, what: str, seconds: float) -> HttpProblem:
+    """A problem that is none any more after about so many seconds."""
+    wait = max(1, min(600, round(seconds)))
+    return HttpProblem(code, f"{what}; try again in about {wait} s", retry_after=wait)
+
+
 def busy(what: str, seconds: float) -> HttpProblem:
     """The problem of a full queue: to be tried again after about so many seconds."""
-    wait = max(1, min(600, round(seconds)))
-    return HttpProblem("too-busy", f"{what}; try again in about {wait} s", retry_after=wait)
+    return _later("too-busy", what, seconds)
+
+
+def compiling(what: str, seconds: float) -> HttpProblem:
+    """The problem of the first pictures of a kind, whose program takes so many seconds yet."""
+    told = f"{what} are the first of their kind here: their program is still being compiled"
+    return _later("compiling", told, seconds)
+
+
+def warming_up() -> HttpProblem:
+    """The problem of a server that compiles what is asked for most."""
+    return _later("stopping", "the server is warming up", 5.0)
 
 
 def stopping() -> HttpProblem:

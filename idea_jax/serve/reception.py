@@ -68,7 +68,7 @@ class Reception:
         """
         if not 1 <= len(asked) <= self.cfg.max_rows:
             raise HttpProblem(
-                "invalid", f"expected 1 to {self.cfg.max_rows} rows, got {len(asked)}"
+                "invalid", f"this server takes 1 to {self.cfg.max_rows} rows, got {len(asked)}"
             )
         found, errors, programs = [], [], set()
         with self.lock:
@@ -78,7 +78,8 @@ class Reception:
                     found.append((job, self.texts.kind(job.row)))
                     programs.add(self.program(job.row))
                 except (InputError, ValueError) as error:
-                    errors.append({"where": f"rows[{number}]", "detail": str(error)})
+                    detail = error.plain if isinstance(error, InputError) else str(error)
+                    errors.append({"where": f"rows[{number}]", "detail": detail})
             if errors:
                 raise HttpProblem(
                     "invalid", f"{len(errors)} of {len(asked)} rows cannot be drawn", errors
@@ -99,7 +100,8 @@ class Reception:
         for name in ("prompt", "negative_prompt"):
             if len(found[name]) > cfg.max_prompt_letters:
                 raise RowsError(
-                    f"{name} has {len(found[name])} letters, and {cfg.max_prompt_letters} may be"
+                    f"{name} has {len(found[name])} letters, and this server takes "
+                    f"{cfg.max_prompt_letters} at most"
                 )
         for name, most in (
             ("height", cfg.max_side),
@@ -107,9 +109,11 @@ class Reception:
             ("num_inference_steps", cfg.max_inference_steps),
         ):
             if found[name] is not None and found[name] > most:
-                raise RowsError(f"{name} must be at most {most}, got {found[name]}")
+                raise RowsError(f"{name} must be at most {most} on this server, got {found[name]}")
         if found["identity"].count(",") >= cfg.max_people_per_row:
-            raise RowsError(f"identity names more than {cfg.max_people_per_row} people")
+            raise RowsError(
+                f"identity names more than {cfg.max_people_per_row} people, this server's limit"
+            )
         sampling = job_files.sampling_of(found, cfg, self.model)
         people = self.people, self.texts
         return job_files.make_job(number, found, sampling, people, self.of_model)

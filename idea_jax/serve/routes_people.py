@@ -74,7 +74,7 @@ def people_routes(service: Service) -> APIRouter:
     @router.delete("/v1/identities/{name}", response_model=models.DeletedTold)
     async def delete(name: str) -> Any:
         """Deletes all files and cache entries of somebody, and says which."""
-        return await service.aside(service.small, service.delete, name)
+        return await service.delete(name)
 
     @router.get("/v1/identities/{name}/cover", response_class=Response, responses={200: PICTURE})
     async def cover(name: str) -> Response:
@@ -129,13 +129,16 @@ def pupil_of(service: Service, form: forms.SentForm) -> Pupil:
     if not data and replaces:
         data = kept_photos(service, name)
     if not data:
-        raise forms.field_problem("photos", f"expected 1 to {cfg.max_photos} photos")
+        raise forms.field_problem("photos", f"expected 1 to {cfg.max_photos} of them")
     photos: Sequence[Upload] = uploads(cfg, data, form.chosen(len(data)))
     default = 0 if service.enhancer is not None else cfg.learn_steps
+    steps = form.number("steps", default, cfg.max_learn_steps)
+    service.school.check(steps)
+    service.school.check_settings(steps)
     return Pupil(
         name=name,
         photos=tuple(photos),
-        steps=form.number("steps", default, cfg.max_learn_steps),
+        steps=steps,
         seed=form.number("seed", 0, 2**32 - 1),
         keeps_photos=form.flag("keep_photos", False),
         keeps_face=form.flag("keep_face", False),

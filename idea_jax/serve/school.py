@@ -119,7 +119,6 @@ class School:
         self.devices: list[jax.Device] = []
         self.placed: sd.Frozen | None = None
         self.courses: OrderedDict[tuple[int, int], Course] = OrderedDict()
-        self.ready: set[tuple[int, int]] = set()
 
     def settings(self, steps: int, seed: int, name: str) -> TrainConfig:
         """The settings of idea-train with which somebody is learned.
@@ -189,6 +188,19 @@ class School:
                 f"this server has made its {len(known)} programs of learning, for steps "
                 f"{', '.join(map(str, known))}: take one of these numbers",
             )
+
+    def check_settings(self, steps: int) -> None:
+        """Refuses a number of steps with which the settings of learning do not fit.
+
+        Raises:
+          HttpProblem: they do not; the log says why.
+        """
+        try:
+            self.settings(steps, 0, "nobody")
+        except ConfigError as error:
+            log.warning("nobody can be learned with %d steps: %s", steps, error)
+            detail = f"this server's way to learn does not fit {steps} steps: take another number"
+            raise HttpProblem("invalid", detail, [{"where": "steps", "detail": detail}]) from error
 
     def course(self, steps: int, photos: int) -> Course:
         """What those learn with who take so many steps on so many photos."""

@@ -11,7 +11,7 @@ import time
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +66,7 @@ class Service:
     Attributes:
       looks: the thread that looks at photos; desk: the one that looks at rows; small: those for
         files.
+      looking: the looks at photos that are not done yet, by the jobs that wait for them.
       broken: why the server cannot go on; at_failure is called then.
     """
 
@@ -88,7 +89,8 @@ class Service:
     small: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "small"))
     broken: BaseException | None = None
     at_failure: Callable[[], None] = lambda: None
-    looking: set[str] = field(default_factory=set)
+    looking: dict[str, Future] = field(default_factory=dict)
+    deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
     finishing: threading.Lock = field(default_factory=threading.Lock)
     has_finished: bool = False
     lookers: int = 0
@@ -153,6 +155,8 @@ class Service:
         task.people |= ticket.people
         task.stop = lambda problem: self.line.cancel(ticket, problem)
         task.position = lambda: self.line.ahead_of(ticket)
+        left, kinds = self.painter.compiler.seconds_left, {kind for _, kind in jobs}
+        task.is_compiled_for = lambda: any(left(kind) is not None for kind in kinds)
         self.tasks.add(task)
         try:
             self.line.put(ticket)
@@ -252,8 +256,8 @@ class Service:
         task = self.tasks.add(Task("learn", pupil.steps, pupil.name))
         task.position = lambda: self.painter.ahead_of(task)
         task.at_end = self.meters.ended
-        self.looking.add(task.id)
-        self.looks.submit(self._look, task, pupil)
+        looking = self.looking[task.id] = self.looks.submit(self._look, task, pupil)
+        looking.add_done_callback(lambda _: self.looking.pop(task.id))
         return task
 
     def learning(self) -> int:
@@ -268,26 +272,32 @@ class Service:
             seen, face = self.school.look(pupil)
             task.change(stage="waiting")
             make = self.shelf.new_folder
-            self.painter.enroll(Enrolled(task, pupil, seen, face, make, self._take_in))
+            if not task.has_ended:
+                self.painter.enroll(Enrolled(task, pupil, seen, face, make, self._take_in))
         except Exception as error:
             task.fail(as_problem(error))
-        finally:
-            self.looking.discard(task.id)
 
-    def _take_in(self, pupil: Pupil, lesson: Lesson, face: np.ndarray | None) -> str:
+    def _take_in(self, one: Enrolled, lesson: Lesson) -> str:
         """Writes what was learned, and lets it be drawn; returns where it is. Not for the thread
-        that owns JAX, which goes on meanwhile.
+        that owns JAX, which goes on meanwhile, or waits for it.
 
         Raises:
-          HttpProblem: the name was taken meanwhile; WriteError: the disk is full.
+          HttpProblem: the name was taken meanwhile, or nobody wants the person any more;
+          WriteError: the disk is full.
         """
-        lesson.write(face, self.sights.judge.recogniser.sha256)
-        if pupil.replaces and pupil.name in self.shelf.residents:
-            self._leave(pupil.name, "was learned anew")
-        resident = self.shelf.put(pupil.name, lesson.folder, pupil.replaces)
-        self.painter.errand(lambda: self.painter.artist.add(resident.name, resident.known))
+        pupil, shelf = one.pupil, self.shelf
+        lesson.write(one.face, self.sights.judge.recogniser.sha256)
+        resident = shelf.put(pupil.name, lesson.folder, pupil.replaces, one.task.settle)
+        self.reception.forget(pupil.name)
+
+        def add() -> None:
+            now = shelf.residents.get(pupil.name)
+            if now is not None and now.sha256 == resident.sha256:  # else deleted by now
+                self.painter.artist.add(pupil.name, resident.known)
+
+        self.painter.errand(add)
         self._draw_cover(resident)
-        return f"/v1/identities/{resident.name}"
+        return f"/v1/identities/{pupil.name}"
 
     def _draw_cover(self, resident: Resident) -> None:
         """Has a picture of somebody drawn that stands for them."""
@@ -318,36 +328,47 @@ class Service:
 
     # People.
 
-    def _leave(self, name: str, why: str) -> tuple[list[str], int]:
-        """Ends all that is under way with somebody, and forgets what is kept in memory of them.
+    async def delete(self, name: str) -> dict[str, Any]:
+        """Deletes all that there is of somebody, and ends their learning; returns what there was.
 
-        Returns:
-          Ids of the jobs that were ended, and how many entries of caches went.
-        """
-        with self.line.changed:
-            tickets = [ticket for ticket in self.line.tickets if name in ticket.people]
-        for ticket in tickets:
-            self.line.cancel(ticket, HttpProblem("conflict", f"somebody on a picture {why}"))
-        ids = self.tasks.forget(name) if why == "was deleted" else []
-        entries = self.painter.errand(lambda: self.painter.artist.remove(name)).result()
-        return ids, entries + self.reception.forget(name)
-
-    def delete(self, name: str) -> dict[str, Any]:
-        """Deletes all that there is of somebody; returns what there was.
+        It holds no thread while it waits for those that learn and draw.
 
         Raises:
-          HttpProblem: there is nobody of this name.
+          HttpProblem: there is nobody of this name, and nobody is being learned.
         """
-        files = self.shelf.remove(name)
-        ids, entries = self._leave(name, "was deleted")
-        pictures = self.album.remove_of(name)
+        gone = HttpProblem("conflict", f"{name} was deleted meanwhile")
+        async with self.deleting:  # so that one of two is told all
+            # The jobs first: whoever is taken in before they are ended is on the shelf, and goes.
+            jobs, files = self.tasks.forget(name), []
+            is_learned = any(task.kind == "learn" and not task.has_ended for task in jobs)
+            await self._cancel(jobs, gone)
+            try:
+                files = await self.aside(self.small, self.shelf.remove, name)
+            except HttpProblem:
+                if not jobs:
+                    raise
+        jobs += (late := self.tasks.forget(name))  # that were begun until the person was gone
+        await self._cancel(late, gone)
+        files += (pictures := await self.aside(self.small, self.album.remove_of, name))
+        entries = await self.aside(self.desk, self.reception.forget, name)
+        for looking in filter(None, [self.looking.get(task.id) for task in jobs]):
+            if not looking.cancel():
+                await asyncio.wait([asyncio.wrap_future(looking)])  # for the photos to be let go
+        forgetting = self.painter.errand(lambda: self.painter.forget(name))
+        # If the client goes, the errand is done all the same.
+        entries += await asyncio.shield(asyncio.wrap_future(forgetting))
         return {
             "name": name,
-            "files": files + pictures,
+            "files": files,
             "pictures": len(pictures) // 2,
             "cache_entries": entries,
-            "jobs": ids,
+            "jobs": [task.id for task in jobs],
+            "was_being_learned": is_learned,
         }
+
+    async def _cancel(self, jobs: Sequence[Task], problem: HttpProblem) -> None:
+        for task in jobs:
+            await self.aside(self.small, task.cancel, problem)
 
     def export(self, name: str, programs: Sequence[str]) -> bytes:
         """A zip file of somebody for other programs.

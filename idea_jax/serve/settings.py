@@ -4,20 +4,17 @@ import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from idea_jax.config.settings import (
     ConfigError,
     SampleConfig,
-    check_compile_cache,
-    check_drawing,
-    check_seed,
     is_guided,
     not_negative,
     positive,
     same_as,
     setting,
 )
+from idea_jax.sampling.settings import RowsConfig
 
 TOKEN = "IDEA_SERVE_TOKEN"  # the variable of the environment that may hold the token
 LEAST_TOKEN = 16  # letters
@@ -25,16 +22,9 @@ MEGA = 1_000_000
 WARM_UPS = ("all", "drawing", "none")
 
 
-@dataclass(frozen=True)
-class ServeConfig:
-    """Everything that decides what `idea-serve` does.
-
-    What a row of a request does not say, it takes from the setting of the same name.
-    """
-
-    SMALLER: ClassVar[str] = (
-        "a smaller --batch_size, --mixed_precision bf16, or a smaller --height and --width"
-    )
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(RowsConfig):
+    """Everything that decides what `idea-serve` does."""
 
     pretrained_model_name_or_path: str = same_as(SampleConfig, "pretrained_model_name_or_path")
     data: str = setting("served", "folder that keeps people, and pictures that are to be kept")
@@ -93,48 +83,15 @@ class ServeConfig:
     face_model: str | None = same_as(SampleConfig, "face_model")
     accept_face_licence: bool = same_as(SampleConfig, "accept_face_licence")
     face_provider: str = same_as(SampleConfig, "face_provider")
-    # The model
-    enhancer: str = same_as(SampleConfig, "enhancer")
-    revision: str | None = same_as(SampleConfig, "revision")
-    variant: str | None = same_as(SampleConfig, "variant")
-    preset: str | None = same_as(SampleConfig, "preset")
-    tokenizer_name: str | None = same_as(SampleConfig, "tokenizer_name")
-    prediction_type: str | None = same_as(SampleConfig, "prediction_type")
-    original_config: str | None = same_as(SampleConfig, "original_config")
-    vae: str | None = same_as(SampleConfig, "vae")
-    lora: list[str] | None = same_as(SampleConfig, "lora")
-    clip_skip: int = same_as(SampleConfig, "clip_skip")
-    mixed_precision: str = same_as(SampleConfig, "mixed_precision")
-    attention: str = same_as(SampleConfig, "attention")
-    compile_cache: str | None = same_as(SampleConfig, "compile_cache")
-    # What a row may say itself
-    negative_prompt: str = same_as(SampleConfig, "negative_prompt")
-    num_inference_steps: int = same_as(SampleConfig, "num_inference_steps")
-    guidance_scale: float = same_as(SampleConfig, "guidance_scale")
-    guidance_interval: list[float] | None = same_as(SampleConfig, "guidance_interval")
-    guidance_rescale: float = same_as(SampleConfig, "guidance_rescale")
-    scheduler: str | None = same_as(SampleConfig, "scheduler")
-    karras_sigmas: bool | None = same_as(SampleConfig, "karras_sigmas")
-    timestep_spacing: str | None = same_as(SampleConfig, "timestep_spacing")
-    eta: float = same_as(SampleConfig, "eta")
-    id_strength: float = same_as(SampleConfig, "id_strength")
-    height: int | None = same_as(SampleConfig, "height")
-    width: int | None = same_as(SampleConfig, "width")
-    original_size: list[int] | None = same_as(SampleConfig, "original_size")
-    crop_top_left: list[int] | None = same_as(SampleConfig, "crop_top_left")
-    seed: int = same_as(SampleConfig, "seed")
 
     def __post_init__(self):
+        self.check_rows()
         positive(self, "max_photos", "max_photo_megabytes", "max_photo_megapixels")
         positive(self, "max_body_megabytes", "max_rows", "max_people_per_row", "max_side")
         positive(self, "max_prompt_letters", "max_inference_steps", "max_people", "max_pictures")
         positive(self, "max_queue", "max_jobs", "max_programs", "max_learn_programs", "deadline")
-        positive(self, "threads", "batch_size", "num_inference_steps", "height", "width")
-        not_negative(self, "guidance_scale", "id_strength", "clip_skip", "grace", "learn_steps")
-        not_negative(self, "max_learn_steps")
-        check_drawing(self)
-        check_seed(self.seed)
-        check_compile_cache(self.compile_cache)
+        positive(self, "threads", "batch_size")
+        not_negative(self, "grace", "learn_steps", "max_learn_steps")
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port must lie between 0 and {2**16 - 1}, got {self.port}")
         if self.max_queue < self.max_rows:

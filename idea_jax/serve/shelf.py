@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -183,11 +183,15 @@ class Shelf:
         """A folder for somebody who is not here yet."""
         return Path(tempfile.mkdtemp(prefix=NEW, dir=self.folder))
 
-    def put(self, name: str, made: Path, replace: bool) -> Resident:
+    def put(
+        self, name: str, made: Path, replace: bool, settle: Callable[[], None] = lambda: None
+    ) -> Resident:
         """Takes somebody in whose folder is complete, in one step.
 
         Args:
           made: of `new_folder`; it gets the person's name.
+          settle: called before that; a deletion comes before it or after the step. What it raises
+            keeps them out.
 
         Raises:
           HttpProblem: somebody of this name is here, and is not to be replaced.
@@ -198,9 +202,10 @@ class Shelf:
         for path in (*files_of(made), made):
             sync(path)
         with self.disk:
+            if own.exists() and not replace:
+                raise HttpProblem("conflict", "somebody of this name is here already")
+            settle()
             if own.exists():
-                if not replace:
-                    raise HttpProblem("conflict", "somebody of this name is here already")
                 own.rename(old)
             made.rename(own)
             sync(self.folder)

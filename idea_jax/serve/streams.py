@@ -89,7 +89,7 @@ async def stream_pictures(
         yield event("accepted", {"job": task.id, "total": total})
         while done < total:
             now = task.as_dict()
-            told = {name: now[name] for name in ("state", "done", "total", "position")}
+            told = {name: now[name] for name in ("state", "stage", "done", "total", "position")}
             told["done"] = done
             if told != last and told["state"] in ("queued", "running"):
                 yield event("progress", told)

@@ -10,6 +10,7 @@ from idea_jax.serve.problems import HttpProblem
 from idea_jax.serve.shelf import moment
 
 LISTED = 200  # jobs that have ended and are still told of
+CANCELLED = "the job was cancelled"
 FINAL = ("done", "failed", "cancelled")
 
 
@@ -21,7 +22,8 @@ class Task:
 
     Attributes:
       stop: ends the work; at_end: is told the last state; position: how many are ahead of it.
-      is_unwanted: whether the work is to end.
+      is_compiled_for: whether what it waits for is a program that is being compiled.
+      is_unwanted: whether the work is to end; is_settled: whether it is too late for that.
     """
 
     def __init__(self, kind: str, total: int, name: str | None = None):
@@ -47,7 +49,8 @@ class Task:
         self.stop: Callable[[HttpProblem], Any] = _nothing
         self.at_end: Callable[[str], Any] = _nothing
         self.position: Callable[[], int | None] = _nowhere
-        self.is_unwanted = False
+        self.is_compiled_for: Callable[[], bool] = bool
+        self.is_unwanted, self.is_settled = False, False
 
     @property
     def has_ended(self) -> bool:
@@ -69,20 +72,36 @@ class Task:
         if state in FINAL:
             self.at_end(state)
             # Whatever these hold, such as pictures that nobody fetched, is let go.
-            self.stop, self.position = _nothing, _nowhere
+            self.stop, self.position, self.is_compiled_for = _nothing, _nowhere, bool
         for wake in listeners:
             wake()
 
     def fail(self, problem: HttpProblem) -> None:
-        """Ends it with what was wrong."""
-        self.change(state="failed", problem=problem.as_dict())
+        """Ends it with what was wrong, unless it is being cancelled."""
+        if not self.is_unwanted:
+            self.change(state="failed", problem=problem.as_dict())
 
     def cancel(self, problem: HttpProblem | None = None) -> None:
-        """Ends it because nobody wants it any more; the problem is what those are told who wait."""
-        problem, stop = problem or HttpProblem("conflict", "the job was cancelled"), self.stop
-        self.is_unwanted = True
+        """Ends it because nobody wants it any more, unless it is settled; the problem is what those
+        are told who wait."""
+        problem, stop = problem or HttpProblem("conflict", CANCELLED), self.stop
+        with self.lock:
+            if self.is_settled:
+                return
+            self.is_unwanted = True
         self.change(state="cancelled", problem=problem.as_dict())
         stop(problem)
+
+    def settle(self) -> None:
+        """Decides that what came of it is kept.
+
+        Raises:
+          HttpProblem: nobody wants it any more.
+        """
+        with self.lock:
+            if self.is_unwanted:
+                raise HttpProblem("conflict", CANCELLED)
+            self.is_settled = True
 
     def add_preview(self, step: int, png: bytes, likeness: float | None) -> None:
         """Shows a picture of somebody as they are after a step of learning."""
@@ -98,7 +117,10 @@ class Task:
                 for step, (_, likeness) in sorted(self.previews.items())
             ]
             values = dict(self.values)
-        position = self.position() if values["state"] == "queued" else None
+        position = None
+        if values["state"] == "queued":
+            position = self.position()
+            values["stage"] = "compiling" if self.is_compiled_for() else values["stage"]
         return {
             "id": self.id,
             "kind": self.kind,
@@ -149,12 +171,10 @@ class Tasks:
         with self.lock:
             return list(self.all.values())[::-1]
 
-    def forget(self, name: str) -> list[str]:
-        """Ends the jobs that somebody has a part in, and lists them no more; returns their ids."""
+    def forget(self, name: str) -> list[Task]:
+        """Lists the jobs no more that somebody has a part in; returns them, as they are."""
         with self.lock:
             gone = [task for task in self.all.values() if name in task.people]
             for task in gone:
                 del self.all[task.id]
-        for task in gone:
-            task.cancel()
-        return [task.id for task in gone]
+        return gone

@@ -97,7 +97,8 @@ class Results:
         if not values["finite"]:
             raise TrainingError(
                 f"step {step}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}; "
-                f"stopped. {self.save_last_good(state)}, or use --mixed_precision no"
+                "stopped",
+                advice=f". {self.save_last_good(state)}, or use --mixed_precision no",
             )
         self.losses.append((step, values["loss"]))
         if self.log:
@@ -357,6 +358,6 @@ def check_finite(values: Any, source: str) -> None:
     """Raises TrainingError if a frozen network gave values, in a tree, that are not finite."""
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values)):
         raise TrainingError(
-            f"{source} gives values that are not finite: check its weights, and use "
-            "--mixed_precision no"
+            f"{source} gives values that are not finite: check its weights",
+            advice=", and use --mixed_precision no",
         )

@@ -65,7 +65,7 @@ function inWords(where) {
     .trim();
 }
 
-/** What the server says of a photo, in the words of this page: it has no flags of a command line. */
+/** What the server says of a photo, in the words of this page. */
 export function ofPhoto(text) {
   if (/no face found/.test(text)) return "No face was found. Take a photo with a larger, clearer face.";
   return text.charAt(0).toUpperCase() + text.slice(1);

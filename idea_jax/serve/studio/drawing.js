@@ -5,6 +5,8 @@ import { $, announce, ask, el, openDialog, plural, progressBar, randomSeed, show
 import { removeFromGallery } from "./gallery.js";
 import { changed, state } from "./state.js";
 
+export const COMPILING = "Making the program, once for this kind";
+
 /**
  * Draws rows, and hands over each picture as it comes; resolves to whether all were drawn.
  * place: where progress and problems are shown; keep: whether the server keeps the pictures; again: tries once more.
@@ -24,8 +26,9 @@ export async function drawRows(rows, { place, keep, onPicture, again }) {
       if (name === "picture") {
         done += 1;
         onPicture(about);
-      } else if (name === "progress" && about.state === "queued" && about.position) {
-        bar.set(0, 0, `Waiting: ${plural(about.position, "picture", "pictures")} before these`);
+      } else if (name === "progress" && about.state === "queued") {
+        const before = `Waiting: ${plural(about.position, "picture", "pictures")} before these`;
+        bar.set(0, 0, about.stage === "compiling" ? `${COMPILING} …` : about.position ? before : "Waiting …");
         continue;
       }
       bar.set(done, done ? total : 0, done ? `${done} of ${total} drawn` : "Drawing …");

@@ -3,10 +3,11 @@
 import { call } from "./api.js";
 import { $, announce, el, ofPhoto, progressBar, showProblem } from "./dom.js";
 import { drawPerson } from "./draw.js";
+import { COMPILING } from "./drawing.js";
 import { isUnderWay, lookNow, on, state } from "./state.js";
 
 const STAGES = {
-  waiting: "Waiting", looking: "Looking at the photos", compiling: "Making the program, once for this kind",
+  waiting: "Waiting", looking: "Looking at the photos", compiling: COMPILING,
   learning: "Learning", writing: "Writing", drawing: "Drawing",
 };
 const cards = new Map();  // by the id of the job

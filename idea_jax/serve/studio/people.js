@@ -272,7 +272,8 @@ async function remove(person, place) {
   dropGallery(name);
   changed("people");
   const words = `${name} is deleted: ${plural(gone.files.length, "file", "files")}, among them `
-    + `${plural(gone.pictures, "picture", "pictures")}.`;
+    + `${plural(gone.pictures, "picture", "pictures")}.`
+    + (gone.was_being_learned ? " Learning anew was ended." : "");
   const list = gone.files.length > 0 && el("details", {}, el("summary", {}, "Which files"),
     el("ul", { class: "files" }, gone.files.map((file) => el("li", {}, el("code", { class: "long" }, file)))));
   const note = el("div", { class: "notice" }, el("p", {}, words), list, el("p", { class: "row" },
