@@ -205,7 +205,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program hears it."""
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
 def test_a_batch_that_was_killed_and_damaged_ends_as_the_quiet_one(
     run, tmp_path, monkeypatch, kind
 ):
@@ -235,11 +235,11 @@ def test_a_batch_that_was_killed_and_damaged_ends_as_the_quiet_one(
     monkeypatch.setattr(store.Store, "put", dying(put, 4))
     killed(*flags)
     assert run(GOOD, wild, *flags) == 1  # without --resume nothing is touched
-    if kind == "tar":
+    if kind != "folder":
         # Between the shard and the end of the files that it took in.
         monkeypatch.setattr(Path, "unlink", dying(unlink, 1))
         killed(*flags, "--resume")
-        damaged = wild / "shards" / "000-00000.tar"
+        damaged = wild / "shards" / f"000-00000.{kind}"
         content = bytearray(damaged.read_bytes())
         content[600] ^= 1
         damaged.write_bytes(content)
@@ -247,12 +247,13 @@ def test_a_batch_that_was_killed_and_damaged_ends_as_the_quiet_one(
         damaged = next((wild / "pictures").rglob("*.png"))
         damaged.write_bytes(damaged.read_bytes()[:-20])
     assert run(GOOD, wild, *flags, "--resume") == 0
-    for path in wild.glob("shards/damaged-*"):
-        path.unlink()
-    assert contents(wild) == contents(calm)
-    # And what is there is not drawn again.
+    # What is there is not drawn again, and what was set aside is left alone.
     monkeypatch.setattr(batch, "open_engine", None)
     assert run(GOOD, wild, *flags, "--resume") == 0
+    aside = list(wild.glob("shards/damaged-*"))
+    assert [path.name for path in aside] == [f"damaged-{damaged.name}"] * (kind != "folder")
+    for path in aside:
+        path.unlink()
     assert contents(wild) == contents(calm)
 
 
@@ -461,4 +462,21 @@ def test_killed_at_random_moments_a_batch_ends_as_the_quiet_one(
     assert [{k: v for k, v in line.items() if k != "file"} for line in index_of(wild)] == told
     if kind == "folder":
         assert contents(wild) == contents(calm)
-    assert not list(wild.rglob(".tmp-*"))
+    else:
+        assert packed(wild, kind) == packed(calm, kind)
+        assert {path.parent.name for path in wild.rglob(f"*.{kind}")} == {"shards"}
+    assert not list(wild.rglob(".tmp-*")) and not list(wild.rglob("damaged-*"))
+    assert not (wild / ".waiting").exists() or not list((wild / ".waiting").iterdir())
+
+
+def packed(out, kind):
+    """Every picture of the shards in a folder by the hash of its row; each is in one of them, once,
+    and the index says in which."""
+    files = {line["hash"]: line["file"] for line in index_of(out)}
+    shards, found = store.Store(out, kind, "png"), {}
+    for path in sorted((out / "shards").iterdir()):
+        for digest, held, data in shards.shard(path):
+            assert digest not in found and files[digest] == held.file, path
+            found[digest] = data
+    assert found.keys() == files.keys()
+    return found

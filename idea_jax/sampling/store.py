@@ -7,6 +7,7 @@ import logging
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,13 +97,14 @@ class Store:
         """What is there and whole, by the hash of the row; damaged files are reported, and set
         aside where they are shards."""
         found: dict[str, Held] = {}
-        for path in sorted((self.out / SHARDS).glob(f"*.{self.kind}")):
+        for path in sorted((self.out / SHARDS).glob(f"[0-9]*.{self.kind}")):
             try:
                 found |= {digest: held for digest, held, _ in self.shard(path)}
             except Exception as error:  # of tarfile or pyarrow, without a common base
                 aside = path.with_name(f"damaged-{path.name}")
                 log.warning("%s is damaged (%s); renamed to %s", path, error, aside.name)
-                path.replace(aside)
+                with suppress(FileNotFoundError):  # another process has seen it, too
+                    path.replace(aside)
         folder = self.out / (PICTURES if self.kind == "folder" else WAITING)
         with ThreadPoolExecutor() as pool:
             for held in pool.map(self._read, sorted(folder.rglob(f"*.{self.picture}"))):
@@ -147,7 +149,8 @@ class Store:
                     yield _member(tar, picture), about
 
     def _rows_of_parquet(self, path: Path) -> Iterator[tuple[bytes, dict]]:
-        for batch in parquet().ParquetFile(path).iter_batches(ROW_GROUP, ["image", "row"]):
+        file = parquet().ParquetFile(path)
+        for batch in file.iter_batches(ROW_GROUP, columns=["image", "row"]):
             for row in batch.to_pylist():
                 yield row["image"]["bytes"], json.loads(row["row"])
 
