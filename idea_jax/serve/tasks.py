@@ -49,7 +49,7 @@ class Task:
         self.stop: Callable[[HttpProblem], Any] = _nothing
         self.at_end: Callable[[str], Any] = _nothing
         self.position: Callable[[], int | None] = _nowhere
-        self.is_compiled_for: Callable[[], bool] = bool
+        self.is_compiled_for: Callable[[], bool] = _no
         self.is_unwanted, self.is_settled = False, False
 
     @property
@@ -72,7 +72,7 @@ class Task:
         if state in FINAL:
             self.at_end(state)
             # Whatever these hold, such as pictures that nobody fetched, is let go.
-            self.stop, self.position, self.is_compiled_for = _nothing, _nowhere, bool
+            self.stop, self.position, self.is_compiled_for = _nothing, _nowhere, _no
         for wake in listeners:
             wake()
 
@@ -136,6 +136,10 @@ def _nothing(_: Any) -> None:
 
 def _nowhere() -> int | None:
     return None
+
+
+def _no() -> bool:
+    return False
 
 
 class Tasks:
