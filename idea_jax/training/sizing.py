@@ -25,8 +25,8 @@ from idea_jax.training.program import (
     without_vae,
 )
 
-# What is added to the estimate, by how far it came out below what was held for SD 2.1: 12% on a TPU,
-# 29% on a GPU (docs/scale.md).
+# What is added to the estimate, by how far it came out below what was held for SD 2.1: 12% on a
+# TPU, 29% on a GPU (docs/scale.md).
 SPARE = {"tpu": 0.15}
 SPARE_ELSEWHERE = 0.45
 # Samples that a device takes in a step, at most: beyond them no measured device gained anything,
