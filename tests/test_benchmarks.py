@@ -858,7 +858,7 @@ def test_random_samples_are_those_that_the_step_of_the_enhancer_takes(smallest_c
     side = model.unet.sample_size * model.vae.downscale
     *_, expected, _ = work.enhancer_shapes(cfg, program, side)
     made = enhancer.random_samples(model, 4)
-    for found, leaf in zip(made, expected, strict=True):
+    for found, leaf in zip(*map(jax.tree.leaves, (made, expected)), strict=True):
         assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype)
     assert (made.token_ids >= model.text.vocab_size).any(axis=1).all()
 

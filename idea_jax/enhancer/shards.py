@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from idea_jax.errors import InputError
-from idea_jax.models.unet import SIZE_IDS
 from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, write_tensors
 
 INDEX = "index.json"
@@ -367,6 +366,8 @@ def read_faces(folder: Path, index: Index) -> Faces:
     shapes = {"person": (), "face": (WIDTH,), "turned": (WIDTH,), "box": (4,)}
     shapes["name_ids"] = (index.num_tokens,)
     if index.has_sizes:
+        from idea_jax.models.unet import SIZE_IDS  # --purge reads an index, and no JAX for that
+
         shapes["size_ids"] = (SIZE_IDS,)
     parts = []
     for shard in index.shards:
