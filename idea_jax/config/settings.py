@@ -97,7 +97,7 @@ ATTENTIONS = ("auto", "xla", "cudnn", "splash", "chunked")
 
 ATTENTION = (
     "kernel of long self-attentions: cudnn on NVIDIA (Ampere or later) in bf16, splash on TPU, "
-    "chunked (slower and without the whole matrix of weights on other devices) on CPU, else xla"
+    "chunked on CPU, else xla; any device can take chunked, which never holds all weights at once"
 )
 
 REMATS = ("auto", "none", "blocks")
