@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh
 
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import json_digest
+from idea_jax.runtime.memory import keep_freed
 from idea_jax.runtime.signals import Interrupted, first_signal
 
 log = logging.getLogger(__name__)
@@ -98,14 +99,18 @@ def use_cores(checkpoint: Path) -> None:
 
     XLA's programs for CPUs hardly gain from a second core: their operations are short. Half of the
     samples, people or pictures on each core take little more than half of the time. Whoever has
-    said how many devices a CPU is (JAX_NUM_CPU_DEVICES, XLA_FLAGS) is obeyed.
+    said how many devices a CPU is (JAX_NUM_CPU_DEVICES, XLA_FLAGS) is obeyed. The memory of each
+    call is kept for the next one.
 
     Args:
       checkpoint: folder of the model; where it is no folder yet, nothing is known of its size.
     """
     is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     size = sum(file.stat().st_size for file in checkpoint.glob("*/*.safetensors"))
-    if is_told or jax.config.jax_num_cpu_devices != -1 or not 0 < size <= SMALL:
+    if not 0 < size <= SMALL:
+        return
+    keep_freed()
+    if is_told or jax.config.jax_num_cpu_devices != -1:
         return
     with suppress(RuntimeError):  # JAX has its devices already
         jax.config.update("jax_num_cpu_devices", min(cores(), CORES))
