@@ -429,7 +429,7 @@ def test_an_evaluation_of_an_earlier_version_goes_on_where_nothing_new_is_asked_
 def test_a_comparison_trains_draws_and_scores(
     smallest_checkpoint, photo_folder, tmp_path, monkeypatch, capsys
 ):
-    """Two people, two methods, one step; the second time nothing is trained or drawn again."""
+    """Two people, two methods, one step; what is there is neither trained nor drawn again."""
     photos = tmp_path / "photos"
     (source,) = Path(photo_folder).iterdir()
     for name, turn in (("anna", 0), ("bo", 10)):
@@ -467,6 +467,13 @@ def test_a_comparison_trains_draws_and_scores(
     monkeypatch.setattr(draw.sampling, "run", lambda cfg: calls.append(cfg) or run(cfg))
     assert evaluate.main(command) == 0
     assert [(len(cfg.identity), cfg.prompt) for cfg in calls] == [(1, ["a photo of {}"])]
+    assert rows_of(out) == rows
+    # Methods may come and go; what is there of the others stays as it is.
+    command[1] = f"{first},{third}"
+    assert evaluate.main(command) == 0 and len(calls) == 1
+    assert rows_of(out) == [row for row in rows if row["method"] != second]
+    command[1] = f"{first},{second},{third}"
+    assert evaluate.main(command) == 0 and len(calls) == 1
     assert rows_of(out) == rows
     again = json.loads((out / "seconds.json").read_text())
     assert [own.get("learned") for own in again.values()] == [2, 2, None]

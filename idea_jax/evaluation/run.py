@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 SETTINGS, TIMES = "settings.json", "seconds.json"
 # What may differ when a run goes on: it changes no picture and no score.
-FREE = "output_dir batch_size attention compile_cache face_provider images".split()
+# Each method of `--compare` has folders of its own, so they may come and go.
+FREE = "output_dir compare batch_size attention compile_cache face_provider images".split()
 FREE += "same_recogniser accept_face_licence".split()
 
 
