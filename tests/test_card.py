@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import test_people
 from PIL import Image
 
 from idea_jax import evaluate, random_sd
@@ -96,6 +97,26 @@ def test_a_card_goes_on_where_it_stopped_and_names_nobody(world, tmp_path, monke
     assert "<img" in (card / "report.html").read_text()
     assert json.loads((card / "card.json").read_text())["seconds"].keys() == about["seconds"].keys()
     assert evaluate.main([*command, "--pictures", "2"]) == 1  # another card
+
+
+def test_a_card_of_celeb_a(world, tmp_path, monkeypatch):
+    """Two people are scored, the other two train the ID-Enhancer; no name is of the data set."""
+    monkeypatch.setattr(test_people, "IDENTITIES", [11, 12, 13, 14] * 3)
+    monkeypatch.setattr(test_people, "PARTITION", [0] * 11 + [1])
+    for name in ("raw", "data"):
+        (tmp_path / name).mkdir()
+    test_people.write_celeb_a(tmp_path / "data", tmp_path / "raw")
+    source = {"people": None, "dataset": "celeb_a", "dataset_dir": tmp_path / "data"}
+    source["compare"] = "paper@steps=0"
+    assert evaluate.main(arguments(world, tmp_path / "out", **source)) == 0
+    card = tmp_path / "out" / "card"
+    about = json.loads((card / "card.json").read_text())
+    assert about["people"] | {"test": 2, "held_out": 2, "rest_people": 2} == about["people"]
+    assert about["enhancer"]["was_trained_here"] and about["enhancer"]["people"] == 2
+    assert "non-commercial" in json.dumps(about["enhancer"]).lower()
+    summary = json.loads((card / "summary.json").read_text())
+    assert {*summary["floors"]} == {"person-000", "person-001"} and summary["problems"] == []
+    assert not any(str(tmp_path) in path.read_text() for path in card.iterdir())
 
 
 @pytest.mark.parametrize(
