@@ -23,7 +23,7 @@ from idea_jax.formats.identity import Identity, IdentityError, write_identity
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.runtime.files import cannot_write
-from idea_jax.serve import gate, tasks
+from idea_jax.serve import gate, metrics, tasks
 from idea_jax.serve.album import Album
 from idea_jax.serve.compiling import Compiler
 from idea_jax.serve.gate import Gate, Keys
@@ -260,6 +260,18 @@ def test_the_shelf_is_the_same_after_a_restart_and_mends_what_a_kill_left(model,
     assert again.get("bert").sha256 == second.sha256
     left = sorted(path.name for path in people.iterdir())
     assert left == ["Some Folder", "anna", "bert", "broken"]
+    # Whoever cannot be used is deleted all the same, and nothing that is no name of a person.
+    assert again.has("broken") and not again.has("../people") and not again.has("none")
+    files, hidden = again.hide("broken")
+    assert files == ["people/broken/identity.safetensors"]
+    for name in ("broken", "../people", str(tmp_path), "Some Folder", ".", ""):
+        with pytest.raises(HttpProblem, match="nobody of this name"):
+            again.hide(name)
+    # Killed while they are deleted: the next start deletes the rest, of theirs and of nobody else.
+    gone = []
+    (people / ".gone-x" / "bert").mkdir(parents=True)  # learned anew since
+    assert sorted(Shelf(tmp_path, model, None, gone.append).residents) == ["anna", "bert"]
+    assert gone == ["broken"] and not hidden.exists() and not (people / ".gone-x").exists()
     # Killed after both renames: the new one counts.
     (people / ".old-bert").mkdir()
     assert sorted(Shelf(tmp_path, model, None).residents) == ["anna", "bert"]
@@ -408,6 +420,21 @@ def test_nothing_is_made_of_a_picture_that_nobody_waits_for():
     one.close()
     one.deliver(0, lambda: made.append(1))
     assert made == []
+
+
+def test_counts_have_all_of_their_digits_and_calls_are_forgotten_though_nobody_asks(monkeypatch):
+    meters = Meters()
+    meters.close()
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    for _ in range(200):
+        now[0] += 1.0
+        meters.called(0.5, 61_729)
+    text = meters.text({"memory_bytes": ("resident", 1234567891.0), "share": ("of it", 0.125)})
+    lines = text.splitlines()
+    assert len(meters.recent) == metrics.WINDOW + 1
+    assert "idea_rows_total 12345800" in lines and "idea_memory_bytes 1234567891" in lines
+    assert "idea_share 0.125" in lines
 
 
 def test_jobs_that_have_ended_are_told_of_up_to_a_number():
