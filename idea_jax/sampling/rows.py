@@ -109,6 +109,9 @@ def _read_jsonl(file: Any) -> Iterator[tuple[int, dict | str]]:
             continue
         try:
             values = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, f"no JSON: {error.msg}, at letter {error.colno}"
+            continue
         except (ValueError, RecursionError) as error:
             yield number, f"no JSON: {error}"
             continue
