@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import socket
 import stat
 import struct
 import threading
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import serving
+import uvicorn
 from PIL import Image
 
 from idea_jax.config.settings import ConfigError
@@ -23,7 +25,7 @@ from idea_jax.formats.identity import Identity, IdentityError, write_identity
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.runtime.files import cannot_write
-from idea_jax.serve import gate, metrics, tasks
+from idea_jax.serve import gate, metrics, run, tasks
 from idea_jax.serve.album import Album
 from idea_jax.serve.compiling import Compiler
 from idea_jax.serve.gate import Gate, Keys
@@ -158,6 +160,62 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(ask, monkeypatch):
         assert ask(path, content_length=str(most + 1), **large)[0] == 413
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.05)
     assert ask(body=[], **large)[0] == 408
+
+
+def test_connections_without_a_whole_request_are_closed(monkeypatch):
+    """Many of them would keep everybody out. Whoever waits for an answer stays."""
+    monkeypatch.setattr(run, "HEADER_SECONDS", serving.PATIENCE)
+    is_released = threading.Event()
+
+    async def app(scope, receive, send):
+        while scope["path"] == "/slow" and not is_released.is_set():
+            await asyncio.sleep(0.02)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=600)
+    service = SimpleNamespace(
+        refuse=lambda: None, finish=lambda seconds: None, cfg=SimpleNamespace(grace=1.0)
+    )
+    server = run.server_of(uvicorn, config, service)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    head, connections = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n", {}
+    try:
+        for name in ("silent", "half", "second half", "slow"):
+            connections[name] = socket.create_connection(listener.getsockname(), 60)
+        connections["slow"].sendall(head % b"/slow")
+        connections["second half"].sendall(head % b"/")
+        assert connections["second half"].recv(1000).startswith(b"HTTP/1.1 204")
+        for name in ("half", "second half"):
+            connections[name].sendall(head[:20])
+        monkeypatch.setattr(run, "HEADER_SECONDS", 0.5)
+        for name in ("silent", "half", "second half"):
+            assert connections[name].recv(1000) == b"", name
+        is_released.set()
+        assert connections["slow"].recv(1000).startswith(b"HTTP/1.1 204")
+    finally:
+        is_released.set()
+        server.should_exit = True
+        for connection in connections.values():
+            connection.close()
+        thread.join(serving.PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_who_asks_again_and_again_is_not_late(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    busy, idle = (type("Connection", (), {"cycle": None})() for _ in range(2))
+    late, closed = run.Late(), []
+    for _ in range(30):
+        now[0] += 1.0
+        busy.cycle = SimpleNamespace(response_complete=True)
+        closed.append(late.among([busy, idle]))
+    before = round(run.HEADER_SECONDS) + 1
+    assert closed == [[]] * before + [[idle]] * (30 - before)
+    assert late.among([]) == [] and not late.waiting
 
 
 def test_every_answer_says_what_browsers_may_do_with_it(ask):
