@@ -99,6 +99,8 @@ def test_rows_become_marked_pictures_and_bad_rows_cost_no_other(run, tmp_path, c
         {"identity": "anna", "prompt": "{}", "num_inference_steps": 5000},
         {"identity": "anna", "prompt": "{}", "scheduler": "heun"},
         {"identity": "anna", "prompt": "{}", "guidance_scale": -1},
+        {"identity": "anna", "prompt": "{}", "guidance_scale": 10**400},
+        {"identity": "anna", "prompt": "{}", "number": False},
     ]
     jobs = tmp_path / "mixed.jsonl"
     lines = [json.dumps(row) for row in (*GOOD, *bad)]
@@ -110,7 +112,7 @@ def test_rows_become_marked_pictures_and_bad_rows_cost_no_other(run, tmp_path, c
 
     index = index_of(out)
     assert [line["line"] for line in index] == list(range(1, len(GOOD) + len(bad) + 3))
-    assert [line["line"] for line in index if "error" in line] == list(range(7, 18))
+    assert [line["line"] for line in index if "error" in line] == list(range(7, 20))
     assert index[0]["file"] == index[4]["file"]
     files = list((out / "pictures").rglob("*.png"))
     assert len(files) == 5 == len({path.read_bytes() for path in files})
@@ -159,14 +161,19 @@ def test_csv_says_the_same_as_jsonl_and_unknown_columns_are_refused(tmp_path):
     table.write_text("identity,prompt\nanna,{},more\nbert,{}\n")
     good, bad = rows.read_values(table)
     assert list(good) == [3] and "more cells" in bad[2]
-    table.write_bytes(b"identity\n\xff\xfe\n")
-    with pytest.raises(rows.RowsError, match="no UTF-8"):
+    table.write_bytes(b"identity,prompt\nanna,\xff\nbert,{}\n")
+    lines.write_bytes(b'{"identity": "\xff"}\n{"identity": "bert", "prompt": "{}"}\n')
+    for file, (first, second) in ((table, (2, 3)), (lines, (1, 2))):
+        good, bad = rows.read_values(file)
+        assert list(good) == [second] and "no UTF-8" in bad[first]
+    table.write_text("identity,prompt\nanna,{}\n", "utf-16")
+    with pytest.raises(rows.RowsError, match="first line is no UTF-8"):
         rows.read_values(table)
     with pytest.raises(rows.RowsError, match="cannot be read"):
         rows.read_values(tmp_path / "none.csv")
     for damaged in ('identity,prompt\nanna,"{}\n', "prompt,prompt\n{},{}\n"):
         table.write_text(damaged)
-        with pytest.raises(rows.RowsError, match="cannot be read as CSV"):
+        with pytest.raises(rows.RowsError, match=r"cannot be read as CSV \(.*(line 2:|the column)"):
             rows.read_values(table)
 
 
@@ -246,6 +253,8 @@ def test_a_batch_that_was_killed_and_damaged_ends_as_the_quiet_one(
     else:
         damaged = next((wild / "pictures").rglob("*.png"))
         damaged.write_bytes(damaged.read_bytes()[:-20])
+    before = contents(wild)
+    assert run(GOOD, wild, *flags, "--resume", "--dry_run") == 0 and contents(wild) == before
     assert run(GOOD, wild, *flags, "--resume") == 0
     # What is there is not drawn again, and what was set aside is left alone.
     monkeypatch.setattr(batch, "open_engine", None)

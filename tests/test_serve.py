@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from idea_jax.sampling import engine
 from idea_jax.sampling.engine import PictureRow
 from idea_jax.sampling.plan import NOBODY
 from idea_jax.sampling.programs import Sampling
-from idea_jax.serve import photos
+from idea_jax.serve import photos, service
 from idea_jax.serve.app import STUDIO
 from idea_jax.serve.line import Line, Ticket
 from idea_jax.serve.painter import Enrolled, Painter
@@ -229,6 +230,35 @@ def test_nothing_is_left_of_somebody_who_is_deleted(client, server):
     assert draw(client, row("bert")).status_code == 200
 
 
+def test_whoever_cannot_be_read_or_is_half_gone_can_be_deleted(client, server, monkeypatch):
+    """Their folder is damaged, is gone, or cannot be emptied: the pictures of them go as well."""
+    shelf = server.service.shelf
+    ended(client, learn(client, "anna"))
+    covered(client, "anna")
+    draw(client, row("anna"), keep=True)
+    with shelf.lock:
+        del shelf.residents["anna"]  # as at a start that cannot read the identity
+    refused = learn(client, "anna")
+    assert refused.status_code == 409 and "replace=true" in refused.json()["detail"]
+
+    def stuck(hidden):
+        raise OSError(5, "Input/output error")
+
+    discard = shelf.discard
+    monkeypatch.setattr(shelf, "discard", stuck)
+    assert client.delete("/v1/identities/anna").status_code == 500
+    assert client.get("/v1/pictures").json()["pictures"] == []
+    monkeypatch.setattr(shelf, "discard", discard)
+    assert client.delete("/v1/identities/anna").status_code == 404
+    assert ended(client, learn(client, "anna"))["state"] == "done"
+    covered(client, "anna")
+    draw(client, row("anna"), keep=True)
+    shutil.rmtree(shelf.get("anna").folder)
+    told = client.delete("/v1/identities/anna").json()
+    assert told["pictures"] == 1 and all(name.startswith("pictures/") for name in told["files"])
+    assert client.get("/v1/identities").json() == {"identities": []}
+
+
 @pytest.mark.parametrize(
     ("changes", "where", "words"),
     [
@@ -274,6 +304,18 @@ def test_what_is_wrong_with_rows_is_told_before_anything_is_drawn(client, server
     told = answer.json()
     assert answer.status_code == 422 and told["errors"][0]["where"].startswith("rows[1]")
     assert words in told["errors"][0]["detail"]
+
+
+def test_a_body_that_is_no_json_and_a_field_that_nobody_knows_are_told_as_such(client):
+    for body, where, words in (
+        (b"{rows: []}", "body", "this is no JSON (Expecting property name"),
+        (b'{"rows": [{"identity": "anna", "prompt": "{}", "sede": 1}]}', "rows[0].sede", "known"),
+    ):
+        answer = client.post(
+            "/v1/images", content=body, headers={"Content-Type": "application/json"}
+        )
+        (error,) = answer.json()["errors"]
+        assert answer.status_code == 422 and error["where"] == where and words in error["detail"]
 
 
 def test_no_answer_names_a_flag_of_the_command_line(client, server, monkeypatch, tmp_path):
@@ -357,6 +399,24 @@ def test_an_exported_person_is_one_zip_file(client):
         names = file.namelist()
     assert "anna/identity.json" in names and "anna/README.md" in names
     assert client.get("/v1/identities/anna/export?to=word").status_code == 422
+
+
+def test_an_export_writes_nothing_beside_the_servers_folder(client, server, monkeypatch):
+    ended(client, learn(client, "anna"))
+    covered(client, "anna")
+    shelf, seen = server.service.shelf, []
+    exported = service.exporting.export
+
+    def export(asked):
+        seen.append(Path(asked.out))
+        return exported(asked)
+
+    monkeypatch.setattr(service.exporting, "export", export)
+    assert client.get("/v1/identities/anna/export").status_code == 200
+    (out,) = seen
+    # Where the next start deletes it, if the server is killed meanwhile.
+    assert out.parent.parent == shelf.folder and out.parent.name.startswith(".tmp-")
+    assert not out.parent.exists()
 
 
 def test_a_full_line_says_when_to_come_back_and_who_waits_too_long_is_told(client, server):

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import socket
 import stat
 import struct
 import threading
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import serving
+import uvicorn
 from PIL import Image
 
 from idea_jax.config.settings import ConfigError
@@ -23,7 +25,7 @@ from idea_jax.formats.identity import Identity, IdentityError, write_identity
 from idea_jax.method import condition
 from idea_jax.models import sd
 from idea_jax.runtime.files import cannot_write
-from idea_jax.serve import gate, tasks
+from idea_jax.serve import gate, metrics, run, tasks
 from idea_jax.serve.album import Album
 from idea_jax.serve.compiling import Compiler
 from idea_jax.serve.gate import Gate, Keys
@@ -160,6 +162,62 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(ask, monkeypatch):
     assert ask(body=[], **large)[0] == 408
 
 
+def test_connections_without_a_whole_request_are_closed(monkeypatch):
+    """Many of them would keep everybody out. Whoever waits for an answer stays."""
+    monkeypatch.setattr(run, "HEADER_SECONDS", serving.PATIENCE)
+    is_released = threading.Event()
+
+    async def app(scope, receive, send):
+        while scope["path"] == "/slow" and not is_released.is_set():
+            await asyncio.sleep(0.02)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=600)
+    service = SimpleNamespace(
+        refuse=lambda: None, finish=lambda seconds: None, cfg=SimpleNamespace(grace=1.0)
+    )
+    server = run.server_of(uvicorn, config, service)
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    head, connections = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n", {}
+    try:
+        for name in ("silent", "half", "second half", "slow"):
+            connections[name] = socket.create_connection(listener.getsockname(), 60)
+        connections["slow"].sendall(head % b"/slow")
+        connections["second half"].sendall(head % b"/")
+        assert connections["second half"].recv(1000).startswith(b"HTTP/1.1 204")
+        for name in ("half", "second half"):
+            connections[name].sendall(head[:20])
+        monkeypatch.setattr(run, "HEADER_SECONDS", 0.5)
+        for name in ("silent", "half", "second half"):
+            assert connections[name].recv(1000) == b"", name
+        is_released.set()
+        assert connections["slow"].recv(1000).startswith(b"HTTP/1.1 204")
+    finally:
+        is_released.set()
+        server.should_exit = True
+        for connection in connections.values():
+            connection.close()
+        thread.join(serving.PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_who_asks_again_and_again_is_not_late(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    busy, idle = (type("Connection", (), {"cycle": None})() for _ in range(2))
+    late, closed = run.Late(), []
+    for _ in range(30):
+        now[0] += 1.0
+        busy.cycle = SimpleNamespace(response_complete=True)
+        closed.append(late.among([busy, idle]))
+    before = round(run.HEADER_SECONDS) + 1
+    assert closed == [[]] * before + [[idle]] * (30 - before)
+    assert late.among([]) == [] and not late.waiting
+
+
 def test_every_answer_says_what_browsers_may_do_with_it(ask):
     _, headers, _ = ask()
     assert headers["x-content-type-options"] == "nosniff"
@@ -260,6 +318,18 @@ def test_the_shelf_is_the_same_after_a_restart_and_mends_what_a_kill_left(model,
     assert again.get("bert").sha256 == second.sha256
     left = sorted(path.name for path in people.iterdir())
     assert left == ["Some Folder", "anna", "bert", "broken"]
+    # Whoever cannot be used is deleted all the same, and nothing that is no name of a person.
+    assert again.has("broken") and not again.has("../people") and not again.has("none")
+    files, hidden = again.hide("broken")
+    assert files == ["people/broken/identity.safetensors"]
+    for name in ("broken", "../people", str(tmp_path), "Some Folder", ".", ""):
+        with pytest.raises(HttpProblem, match="nobody of this name"):
+            again.hide(name)
+    # Killed while they are deleted: the next start deletes the rest, of theirs and of nobody else.
+    gone = []
+    (people / ".gone-x" / "bert").mkdir(parents=True)  # learned anew since
+    assert sorted(Shelf(tmp_path, model, None, gone.append).residents) == ["anna", "bert"]
+    assert gone == ["broken"] and not hidden.exists() and not (people / ".gone-x").exists()
     # Killed after both renames: the new one counts.
     (people / ".old-bert").mkdir()
     assert sorted(Shelf(tmp_path, model, None).residents) == ["anna", "bert"]
@@ -408,6 +478,21 @@ def test_nothing_is_made_of_a_picture_that_nobody_waits_for():
     one.close()
     one.deliver(0, lambda: made.append(1))
     assert made == []
+
+
+def test_counts_have_all_of_their_digits_and_calls_are_forgotten_though_nobody_asks(monkeypatch):
+    meters = Meters()
+    meters.close()
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    for _ in range(200):
+        now[0] += 1.0
+        meters.called(0.5, 61_729)
+    text = meters.text({"memory_bytes": ("resident", 1234567891.0), "share": ("of it", 0.125)})
+    lines = text.splitlines()
+    assert len(meters.recent) == metrics.WINDOW + 1
+    assert "idea_rows_total 12345800" in lines and "idea_memory_bytes 1234567891" in lines
+    assert "idea_share 0.125" in lines
 
 
 def test_jobs_that_have_ended_are_told_of_up_to_a_number():

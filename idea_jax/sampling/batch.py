@@ -401,7 +401,7 @@ def foretell(batch: BatchPlan) -> list[str]:
     One call of the commonest program is drawn, twice, and thrown away.
     """
     cfg, out = batch.cfg, Path(batch.cfg.out)
-    held = Store(out, cfg.format, cfg.picture).held() if cfg.resume else {}
+    held = Store(out, cfg.format, cfg.picture).held(sets_aside=False) if cfg.resume else {}
     left = [job for job in range_of(batch.jobs) if job.digest not in held]
     people = {name for job in batch.jobs for name in job.row.cast}
     lines = [

@@ -3,7 +3,7 @@
 import csv
 import functools
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -39,6 +39,7 @@ COLUMNS: dict[str, type] = {
 MOST = 2**31  # numbers of pictures lie below
 LARGEST_SIDE = 8192  # pixels; a typing error should not ask for terabytes
 RESULT = "identity.safetensors"
+NO_TEXT = "no UTF-8 text: save the file as UTF-8"
 
 
 class RowsError(InputError, ValueError):
@@ -75,7 +76,8 @@ def read_values(path: Path) -> tuple[dict[int, dict], dict[int, str]]:
     bad: dict[int, str] = {}
     unknown: dict[str, int] = {}
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        # A line that is no UTF-8 costs no other: what cannot be decoded is looked for in each.
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for line, values in read(file):
                 if isinstance(values, str):
                     bad[line] = values
@@ -85,10 +87,8 @@ def read_values(path: Path) -> tuple[dict[int, dict], dict[int, str]]:
                 good[line] = values
     except OSError as error:
         raise RowsError(f"the job file {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RowsError(f"the job file {path} is no UTF-8 text: {error}") from error
     except csv.Error as error:
-        raise RowsError(f"the job file {path} cannot be read as CSV: {error}") from error
+        raise RowsError(f"the job file {path} cannot be read as CSV ({error})") from error
     if unknown:
         names = ", ".join(f"{name!r} (line {line})" for name, line in sorted(unknown.items()))
         raise RowsError(
@@ -104,8 +104,14 @@ def _read_jsonl(file: Any) -> Iterator[tuple[int, dict | str]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
+        if not _is_text(line):
+            yield number, NO_TEXT
+            continue
         try:
             values = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield number, f"no JSON: {error.msg}, at letter {error.colno}"
+            continue
         except (ValueError, RecursionError) as error:
             yield number, f"no JSON: {error}"
             continue
@@ -119,13 +125,18 @@ def _read_csv(file: Any) -> Iterator[tuple[int, dict | str]]:
     """The same of a table whose first line names the columns; an empty cell says nothing."""
     reader = csv.DictReader(file, strict=True)
     names = [name.strip() for name in reader.fieldnames or ()]
+    if not all(map(_is_text, names)):
+        raise csv.Error(f"its first line is {NO_TEXT}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise csv.Error(f"the column {', '.join(twice)} stands there twice")
     reader.fieldnames = names
     if unknown := [name for name in names if name not in COLUMNS]:
         # Of these the caller complains, where there are no rows as well.
         yield reader.line_num, dict.fromkeys(unknown, "")
-    for cells in reader:
+    for cells in _cells(reader):
+        if not all(_is_text(cell) for cell in cells.values() if isinstance(cell, str)):
+            yield reader.line_num, NO_TEXT
+            continue
         if None in cells:
             yield reader.line_num, f"the row has more cells than the {len(names)} columns"
             continue
@@ -137,6 +148,24 @@ def _read_csv(file: Any) -> Iterator[tuple[int, dict | str]]:
                 with suppress(ValueError):
                     values[name] = kind(cell)
         yield reader.line_num, values
+
+
+def _cells(reader: csv.DictReader) -> Iterator[dict]:
+    """The rows of a table; where its quotes do not fit, the error says in which line."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # `line_num` is still that of the row before.
+            where = f"in the row that begins with line {reader.line_num + 1}"
+            raise csv.Error(f"{where}: {error}; look at its quotes") from error
+
+
+def _is_text(text: str) -> bool:
+    """Whether all of a text could be decoded."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 def crossed(cfg: BatchConfig) -> dict[int, dict]:
@@ -240,7 +269,8 @@ def checked(values: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {name: getattr(cfg, name, None) for name in COLUMNS}
     found |= values
-    found["number"] = found["number"] or 0
+    if found["number"] is None:
+        found["number"] = 0
     for name, kind in COLUMNS.items():
         value = found[name]
         if value is None and name in ("identity", "prompt"):
@@ -250,7 +280,8 @@ def checked(values: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or isinstance(value, bool):
             raise RowsError(f"{name} must be {kind.__name__}, got {value!r}")
-        if kind is float and not 0 <= float(found[name]) < math.inf:
+        # Compared as they are: a whole number may be too large to be made a float.
+        if kind is float and not 0 <= found[name] <= sys.float_info.max:
             raise RowsError(f"{name} must be a number of at least 0, got {value}")
     check_seed(found["seed"])
     if not 0 <= found["number"] < MOST:

@@ -93,14 +93,20 @@ class Store:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
 
-    def held(self) -> dict[str, Held]:
-        """What is there and whole, by the hash of the row; damaged files are reported, and set
-        aside where they are shards."""
+    def held(self, sets_aside: bool = True) -> dict[str, Held]:
+        """What is there and whole, by the hash of the row; damaged files are reported.
+
+        Args:
+          sets_aside: whether damaged shards are renamed.
+        """
         found: dict[str, Held] = {}
         for path in sorted((self.out / SHARDS).glob(f"[0-9]*.{self.kind}")):
             try:
                 found |= {digest: held for digest, held, _ in self.shard(path)}
             except Exception as error:  # of tarfile or pyarrow, without a common base
+                if not sets_aside:
+                    log.warning("%s is damaged (%s)", path, error)
+                    continue
                 aside = path.with_name(f"damaged-{path.name}")
                 log.warning("%s is damaged (%s); renamed to %s", path, error, aside.name)
                 with suppress(FileNotFoundError):  # another process has seen it, too

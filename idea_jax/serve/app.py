@@ -101,12 +101,24 @@ def _add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def of_validation(_: Request, error: RequestValidationError) -> Response:
-        errors = [
-            {"where": where_of(one["loc"]), "detail": printable(one["msg"])}
-            for one in error.errors()[:20]
-        ]
+        errors = [mistake(one) for one in error.errors()[:20]]
         first = "; ".join(f"{one['where']}: {one['detail']}" for one in errors[:3])
         return problem_answer(HttpProblem("invalid", first, errors))
+
+
+def mistake(found: dict[str, Any]) -> dict[str, str]:
+    """Where something in a request is wrong, and what it is.
+
+    Args:
+      found: of pydantic, or of FastAPI where the body is no JSON.
+    """
+    where, detail = where_of(found["loc"]), found["msg"]
+    if found["type"] == "json_invalid":
+        place, reason = found["loc"][-1] + 1, found.get("ctx", {}).get("error", "it is damaged")
+        where, detail = "body", f"this is no JSON ({reason}, at letter {place})"
+    elif found["type"] == "extra_forbidden":
+        detail = "no field of this name is known; /docs tells those that are"
+    return {"where": where, "detail": printable(detail)}
 
 
 def where_of(place: tuple) -> str:

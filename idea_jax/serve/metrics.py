@@ -70,6 +70,7 @@ class Meters:
             self.calls.add(seconds)
             self.rows += rows
             self.recent.append((time.monotonic(), rows))
+            self._let_go()  # also where nobody asks for the speed
 
     def waited(self, seconds: float) -> None:
         """Notes how long a request waited for its first row."""
@@ -83,10 +84,14 @@ class Meters:
 
     def speed(self) -> float:
         """Rows a second over the last minute."""
-        now = time.monotonic()
-        while self.recent and self.recent[0][0] < now - WINDOW:
-            self.recent.popleft()
+        self._let_go()
         return sum(rows for _, rows in self.recent) / min(WINDOW, max(1.0, self.uptime()))
+
+    def _let_go(self) -> None:
+        """Forgets calls that the speed is no mean of any more."""
+        oldest = time.monotonic() - WINDOW
+        while self.recent and self.recent[0][0] < oldest:
+            self.recent.popleft()
 
     def uptime(self) -> float:
         """Seconds since the server began."""
@@ -106,14 +111,14 @@ class Meters:
             }
             lines = []
             for name, (text, value) in now.items():
-                lines += [*head(name, text, "gauge"), f"idea_{name} {value:g}"]
+                lines += [*head(name, text, "gauge"), f"idea_{name} {written(value)}"]
             counts = {
                 "rows_total": ("rows drawn", self.rows),
                 "compiles_total": ("programs compiled", self.compiles),
                 "compile_seconds_total": ("time that compiling took", self.compile_seconds),
             }
             for name, (text, value) in counts.items():
-                lines += [*head(name, text, "counter"), f"idea_{name} {value:g}"]
+                lines += [*head(name, text, "counter"), f"idea_{name} {written(value)}"]
             lines += head("learned_total", "people learned, by how it ended", "counter")
             lines += [f'idea_learned_total{{state="{k}"}} {n}' for k, n in self.learned.items()]
             lines += head("requests_total", "requests answered", "counter")
@@ -129,6 +134,11 @@ class Meters:
             lines += head("wait_seconds", "time until the first row of a request", "histogram")
             lines += self.waits.lines("idea_wait_seconds", "")
         return "\n".join(lines) + "\n"
+
+
+def written(value: float) -> str:
+    """A number with all of its digits: a counter that is rounded stands still, and then leaps."""
+    return str(int(value)) if value == int(value) else repr(float(value))
 
 
 def head(name: str, text: str, kind: str) -> list[str]:

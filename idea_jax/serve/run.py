@@ -4,7 +4,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 CONNECTIONS = 1000  # at the same time, at most; beyond that uvicorn answers 503
 IDLE = 15  # seconds that a connection without a request stays open
+HEADER_SECONDS = 20.0  # in which the first lines of a request have to arrive
 NAMING = ("idea_jax.exporting", "idea_jax.training.learner")  # whose notices name people
 EXTRA = 10.0  # seconds, beyond the grace, until answers that are still being sent are cut off
 
@@ -93,13 +95,48 @@ def bound(cfg: ServeConfig) -> socket.socket:
         ) from error
 
 
+class Late:
+    """Which connections have had no whole request for too long.
+
+    uvicorn waits for the first one, and for the rest of one that has begun, for as long as the
+    client likes: so many of these would keep everybody else out, and need no token.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[Any, tuple[Any, float]] = {}
+
+    def among(self, connections: Iterable[Any]) -> list[Any]:
+        """Those of uvicorn's connections that are to be closed.
+
+        Args:
+          connections: all that are open; `cycle` is the newest request of each, None for none.
+        """
+        now, waiting = time.monotonic(), {}
+        for one in connections:
+            cycle = one.cycle
+            if cycle is not None and not cycle.response_complete:
+                continue
+            before, since = self.waiting.get(one, (None, now))
+            waiting[one] = cycle, since if before is cycle else now
+        self.waiting = waiting
+        return [one for one, (_, since) in waiting.items() if now - since > HEADER_SECONDS]
+
+
 def server_of(uvicorn: Any, config: Any, service: Any) -> Any:
     """uvicorn's server, which at the first signal refuses what is new, and the second time ends at
     once."""
 
+    late = Late()
+
     class Serving(uvicorn.Server):  # type: ignore[misc, name-defined]
         signum: signal.Signals = signal.SIGTERM
         should_exit: bool
+
+        async def on_tick(self, counter: int) -> bool:
+            if counter % 10 == 0:  # once a second
+                for connection in late.among(self.server_state.connections):
+                    connection.transport.close()
+            return await super().on_tick(counter)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self.should_exit:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import logging
+import shutil
 import threading
 import time
 import zipfile
@@ -15,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,7 +241,7 @@ class Service:
         if self.is_stopping.is_set():
             raise stopping()
         self.school.check(pupil.steps)
-        is_here = pupil.name in self.shelf.residents
+        is_here = self.shelf.has(pupil.name)
         if is_here and not pupil.replaces:
             raise HttpProblem(
                 "conflict", "somebody of this name is here: take another name, or replace=true"
@@ -339,17 +339,20 @@ class Service:
         gone = HttpProblem("conflict", f"{name} was deleted meanwhile")
         async with self.deleting:  # so that one of two is told all
             # The jobs first: whoever is taken in before they are ended is on the shelf, and goes.
-            jobs, files = self.tasks.forget(name), []
+            jobs, files, hidden = self.tasks.forget(name), [], None
             is_learned = any(task.kind == "learn" and not task.has_ended for task in jobs)
             await self._cancel(jobs, gone)
             try:
-                files = await self.aside(self.small, self.shelf.remove, name)
+                files, hidden = await self.aside(self.small, self.shelf.hide, name)
             except HttpProblem:
-                if not jobs:
+                if not jobs and not self.album.listed(name, 1, None):
                     raise
         jobs += (late := self.tasks.forget(name))  # that were begun until the person was gone
         await self._cancel(late, gone)
+        # The pictures while the files of the person are hidden, which says that they have to go.
         files += (pictures := await self.aside(self.small, self.album.remove_of, name))
+        if hidden is not None:
+            await self.aside(self.small, self.shelf.discard, hidden)
         entries = await self.aside(self.desk, self.reception.forget, name)
         for looking in filter(None, [self.looking.get(task.id) for task in jobs]):
             if not looking.cancel():
@@ -377,8 +380,9 @@ class Service:
           HttpProblem: there is nobody of this name.
         """
         resident = self.shelf.get(name)
-        with TemporaryDirectory(prefix="idea-export-") as temporary:
-            out = Path(temporary) / name
+        made = self.shelf.new_folder()  # goes at the next start, if the server is killed meanwhile
+        try:
+            out = made / name
             path = enhancers.find(self.cfg.enhancer, self.found.folder)
             exporting.export(
                 Namespace(
@@ -394,7 +398,9 @@ class Service:
             buffer = io.BytesIO()
             with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
                 for entry in files_of(out):
-                    file.write(entry, entry.relative_to(temporary))
+                    file.write(entry, entry.relative_to(made))
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
         return buffer.getvalue()
 
     def needs_enhancer(self, resident: Resident) -> bool:

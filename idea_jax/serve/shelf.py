@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 PEOPLE, ABOUT, FACE, COVER = "people", "person.json", "face.safetensors", "cover.png"
 PHOTOS = "photos"
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-NEW, OLD = ".tmp-", ".old-"  # how the names of folders begin that are no person
+NEW, OLD, GONE = ".tmp-", ".old-", ".gone-"  # how the names of folders begin that are no person
 
 
 @dataclass(frozen=True)
@@ -93,32 +93,42 @@ class Shelf:
     Args:
       data: the server's folder.
       model: that draws them; enhancer: SHA-256 of the shared ID-Enhancer that is there, if any.
+      forget: deletes what else there is of somebody whose deletion was broken off.
     """
 
-    def __init__(self, data: Path, model: sd.StableDiffusion, enhancer: str | None):
+    def __init__(
+        self,
+        data: Path,
+        model: sd.StableDiffusion,
+        enhancer: str | None,
+        forget: Callable[[str], Any] = lambda name: None,
+    ):
         self.folder, self.model, self.enhancer = data / PEOPLE, model, enhancer
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.lock, self.disk = threading.Lock(), threading.Lock()
         self.residents: dict[str, Resident] = {}
-        self._recover()
+        self._recover(forget)
         for folder in sorted(self.folder.iterdir()):
-            if not NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            if not self._is_folder(folder.name):
                 continue
             try:
                 self.residents[folder.name] = self._read(folder, folder)
             except (InputError, OSError) as error:
                 log.warning("%s is left out: %s", folder.name, error)
 
-    def _recover(self) -> None:
-        """Undoes what was under way when the server was killed."""
+    def _recover(self, forget: Callable[[str], Any]) -> None:
+        """Undoes what was under way when the server was killed; ends what was being deleted."""
         for old in self.folder.glob(f"{OLD}*"):
             own = self.folder / old.name.removeprefix(OLD)
             if own.exists():
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 old.rename(own)
-        for new in self.folder.glob(f"{NEW}*"):
-            shutil.rmtree(new, ignore_errors=True)
+        for gone in self.folder.glob(f"{GONE}*/*"):
+            if not (self.folder / gone.name).exists():  # else they were learned anew
+                forget(gone.name)
+        for half in (*self.folder.glob(f"{NEW}*"), *self.folder.glob(f"{GONE}*")):
+            shutil.rmtree(half, ignore_errors=True)
         for half in self.folder.glob(f"*/{NEW}*"):
             half.unlink(missing_ok=True)
 
@@ -179,8 +189,16 @@ class Shelf:
             raise HttpProblem("not-found", "there is nobody of this name")
         return found
 
+    def has(self, name: str) -> bool:
+        """Whether there is a folder of this name, if only one that cannot be used."""
+        return name in self.residents or self._is_folder(name)
+
+    def _is_folder(self, name: str) -> bool:
+        path = self.folder / name
+        return bool(NAME.fullmatch(name)) and path.is_dir() and not path.is_symlink()
+
     def new_folder(self) -> Path:
-        """A folder for somebody who is not here yet."""
+        """A folder for somebody who is not here yet, or for a copy that goes with the server."""
         return Path(tempfile.mkdtemp(prefix=NEW, dir=self.folder))
 
     def put(
@@ -230,25 +248,37 @@ class Shelf:
             with self.lock:
                 self.residents[resident.name] = covered
 
-    def remove(self, name: str) -> list[str]:
-        """Deletes all files of somebody; returns them, as paths below the server's folder.
+    def hide(self, name: str) -> tuple[list[str], Path | None]:
+        """Takes somebody off the shelf, also somebody who cannot be used.
+
+        Returns:
+          Their files, as paths below the server's folder, and where these are until `discard`; None
+          where there are none. If the server is killed meanwhile, the next start goes on with it.
 
         Raises:
           HttpProblem: there is nobody of this name.
-          OSError: a file cannot be deleted.
         """
+        own = self.folder / name
         with self.disk:
             with self.lock:
-                resident = self.residents.pop(name, None)
-            if resident is None:
-                raise HttpProblem("not-found", "there is nobody of this name")
-            gone = [self.told(path) for path in files_of(resident.folder)]
-            # Under a hidden name first: what a kill leaves is nobody, and goes at the next start.
-            hidden = Path(tempfile.mkdtemp(prefix=NEW, dir=self.folder)) / name
-            resident.folder.rename(hidden)
+                known = self.residents.pop(name, None)
+            if not self._is_folder(name):
+                if known is None:
+                    raise HttpProblem("not-found", "there is nobody of this name")
+                return [], None
+            gone = [self.told(path) for path in files_of(own)]
+            hidden = Path(tempfile.mkdtemp(prefix=GONE, dir=self.folder))
+            own.rename(hidden / name)
             sync(self.folder)
-        shutil.rmtree(hidden.parent)
-        return gone
+        return gone, hidden
+
+    def discard(self, hidden: Path) -> None:
+        """Deletes what was hidden.
+
+        Raises:
+          OSError: a file cannot be deleted.
+        """
+        shutil.rmtree(hidden)
 
     def told(self, path: Path) -> str:
         """A path as clients are told it."""
