@@ -401,7 +401,9 @@ print(2 * second > first)  # whether the system hands 128 MB out anew
         (2**20, 3, {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, 4),
     ],
 )
-def test_each_core_is_a_device_for_a_small_model_whose_memory_is_kept(tmp_path, size, cores, variables, count):
+def test_each_core_is_a_device_for_a_small_model_whose_memory_is_kept(
+    tmp_path, size, cores, variables, count
+):
     if size:
         (tmp_path / "unet").mkdir()
         with open(tmp_path / "unet" / "model.safetensors", "wb") as file:
