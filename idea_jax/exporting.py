@@ -240,8 +240,12 @@ for file, suffix in (("learned_embeds.safetensors", ""), ("learned_embeds_2.safe
         "{folder}", weight_name=file, token="{placeholder}",
         text_encoder=getattr(pipe, "text_encoder" + suffix),
         tokenizer=getattr(pipe, "tokenizer" + suffix),
-    ){loras}
-```"""
+    )
+pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id{loras}
+```
+
+With the line about `eos_token_id` the second text encoder sums up a text at its end; without it,
+at the person's last token."""
 
 COMFYUI = """\
 ## ComfyUI

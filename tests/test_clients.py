@@ -239,7 +239,9 @@ def test_other_pipelines_of_the_same_networks(world, folder):
     assert apart(*(np.asarray(picture).astype(int) for picture in (drawn, expected))) <= 2
 
 
-def test_exported_person_of_sdxl_in_diffusers_with_and_without_this_project(large, tmp_path):
+def test_exported_person_of_sdxl_in_diffusers_with_and_without_this_project(
+    large, tmp_path, monkeypatch
+):
     """All of it with `load_identity`; with diffusers' own loaders all but the adapter, from files
     under either family of names."""
     out = tmp_path / "out"
@@ -286,6 +288,12 @@ def test_exported_person_of_sdxl_in_diffusers_with_and_without_this_project(larg
         pipe.text_encoder_2.text_model.eos_token_id = end  # which load_identity sees to
         drawn = large.draw_there(pipe, 5.0, PROMPT.replace("{}", "<person>"))
         assert apart(drawn, ours) <= 2 < apart(drawn, whole)
+    # As the README has it, word for word.
+    block = next(part for part in (out / "README.md").read_text().split("```") if "suffix" in part)
+    pipe = large.pipe()
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"pipe": pipe})
+    assert apart(large.draw_there(pipe, 5.0, PROMPT.replace("{}", "<person>")), ours) <= 2
 
 
 def test_person_with_a_shared_enhancer_in_diffusers(world, tmp_path):

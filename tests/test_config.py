@@ -194,8 +194,10 @@ def test_settings_that_do_not_fit_are_refused(flags, message):
         (["--negative_prompt", "{} ugly"], "{} can stand in --prompt only"),
         (["--guidance_interval", "0.9", "0.2"], "two numbers from 0 to 1"),
         (["--guidance_interval", "0.5"], "two numbers from 0 to 1"),
-        (["--original_size", "0", "64"], "original_size must be two numbers of pixels from 1 on"),
-        (["--crop_top_left", "5"], "crop_top_left must be two numbers of pixels from 0 on"),
+        (["--original_size", "0", "64"], "original_size must be two numbers of pixels from 1 to"),
+        # The network is told of numbers of 32 bits.
+        (["--original_size", "64", "3000000000"], "of pixels from 1 to 1000000, got 64 3000000000"),
+        (["--crop_top_left", "5"], "crop_top_left must be two numbers of pixels from 0 to"),
         (["--compile_cache", ""], "must be a folder, or off"),
         (["--compile_cache", "off "], "must be a folder, or off"),
         (["--compile_cache", "OFF"], "must be a folder, or off"),

@@ -362,6 +362,29 @@ def test_one_of_several_tokens_is_chosen_by_its_name(tmp_path):
         config_of(token="<a>")
 
 
+def test_the_two_files_of_sdxl_are_read_together(tmp_path):
+    """As training and diffusers write them; by the first of them, or by their folder."""
+    path = tmp_path / "learned_embeds.safetensors"
+    both = {"clip_l": np.full((2, 8), 1, np.float32), "clip_g": np.full((2, 16), 2, np.float32)}
+    learned_embeds.write(path, "<anna>", both, {})
+    for given in (path, tmp_path):
+        identity, _ = read_tokens(config_of(identity=None, learned_embedding_path=str(given)))
+        assert identity.is_of_sdxl
+        for name, tokens in identity.trainable["pseudo_tokens"].items():
+            np.testing.assert_array_equal(tokens, both[name])
+    second = tmp_path / "learned_embeds_2.safetensors"
+    for tokens, says in (
+        (
+            {"<ben>": both["clip_g"]},
+            "holds <anna>, and learned_embeds_2.safetensors beside it <ben>",
+        ),
+        ({"<anna>": both["clip_g"][:1]}, "2 tokens of clip_l and 1 of clip_g"),
+    ):
+        save_file(tokens, second)
+        with pytest.raises(learned_embeds.EmbedsError, match=says):
+            read_tokens(config_of(identity=None, learned_embedding_path=str(path)))
+
+
 def test_a_folder_stands_for_the_identity_in_it(identity, tmp_path):
     (tmp_path / "anna").mkdir()
     write_identity(tmp_path / "anna" / "identity.safetensors", identity)

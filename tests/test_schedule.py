@@ -239,6 +239,10 @@ def test_an_old_steps_offset_is_corrected_as_in_diffusers():
         values = {**{k: v for k, v in SD_1_FILE.items() if k != "steps_offset"}, **old}
         assert ScheduleConfig.from_dict(values, "f").steps_offset == 1
         assert len(schedule.notices(values)) == len(old)
+        # That of SDXL believes the file.
+        believed = ScheduleConfig.from_dict(values, "f", believes_offset=True)
+        assert believed.steps_offset == 0
+        assert schedule.notices(values, believes_offset=True) == []
     assert schedule.notices(SD_1_FILE) == []
 
 

@@ -3,6 +3,7 @@
 The checkpoint is a small one of `random_sd`, whose weights are all random (see reference.py).
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -27,10 +28,12 @@ from idea_jax.config.reading import parse
 from idea_jax.config.settings import SampleConfig
 from idea_jax.data.tokenizer import load_tokenizer
 from idea_jax.diffusion import samplers
+from idea_jax.diffusion.schedule import ScheduleConfig, alphas_cumprod
 from idea_jax.formats import learned_embeds
 from idea_jax.formats.identity import IdentityError, check_identity, read_identity, write_identity
 from idea_jax.method import condition
 from idea_jax.models import hub, lora, sd, weights
+from idea_jax.models.config_reader import UnsupportedConfig
 from idea_jax.models.unet import project_kv
 from idea_jax.pytrees import flatten
 from idea_jax.sampling import run as sample
@@ -86,8 +89,10 @@ def test_real_base_has_a_leaf_for_each_key_of_its_networks():
             ("unet", "cross_kv"): reference.unet_from(reference.SDXL_UNET),
             ("text",): reference.text_from(reference.SDXL_TEXT),
             ("text_2",): reference.text_from(reference.SDXL_TEXT_2),
+            ("vae",): diffusers.AutoencoderKL.from_config(reference.SDXL_VAE),
         }
     tables = (weights.unet_table(True), weights.text_table(), weights.text_table("text_2"))
+    tables += (weights.vae_table(),)
     for (trees, network), table in zip(networks.items(), tables, strict=True):
         headers = {k: (tuple(v.shape), "F32") for k, v in network.state_dict().items()}
         leaves = flatten({tree: targets[tree] for tree in trees})
@@ -224,6 +229,63 @@ def test_a_lora_changes_the_layers_that_it_names_in_both_encoders(world, tmp_pat
     before, after = (flatten(frozen._asdict()) for frozen in (world.frozen, merged))
     for path, leaf in before.items():
         np.testing.assert_allclose(after[path], leaf + changes.get(path, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_under_kohyas_names_for_sdxl_changes_every_layer_that_it_names(world, tmp_path):
+    """They are those of the original layout; the same layers are changed in torch, by their own."""
+    unet = copy.deepcopy(world.pipe.unet)
+    layers = {f"{name}.weight": layer for name, layer in unet.named_modules()}
+    names = original.unet_tensors({key: key for key in unet.state_dict()}, unet.config)
+    tensors = {}
+    torch.manual_seed(0)
+    for key, name in names.items():
+        weight = getattr(layers.get(name), "weight", torch.zeros(0))
+        if weight.ndim < 2:  # a bias or a norm
+            continue
+        rows, *rest = weight.shape
+        up, down = torch.randn(rows, 2), torch.randn(2, *rest) / weight[0].numel() ** 0.5
+        own = key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+        tensors[f"lora_unet_{own}.lora_down.weight"] = down
+        tensors[f"lora_unet_{own}.lora_up.weight"] = up.reshape(rows, 2, *[1] * len(rest[1:]))
+        tensors[f"lora_unet_{own}.alpha"] = torch.tensor(1.0)
+        with torch.no_grad():
+            weight += 0.7 / 2 * torch.einsum("or,r...->o...", up, down)
+    assert len(tensors) == 3 * sum(leaf.ndim > 1 for leaf in unet.state_dict().values())
+    save_file(tensors, tmp_path / "style.safetensors")
+    folder = shutil.copytree(world.folder, tmp_path / "changed")
+    unet.save_pretrained(folder / "unet")
+    _, merged = sd.load(world.folder, loras=[lora.Lora(tmp_path / "style.safetensors", 0.7)])
+    _, expected = sd.load(folder)
+    for ours, theirs in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_xl", [True, False])
+def test_the_first_timestep_is_that_of_the_familys_pipeline(
+    world, random_checkpoint, tmp_path, is_xl
+):
+    """SDXL's believes the `steps_offset` of a file; that of 1.x and 2.x corrects an old one."""
+    folder = shutil.copytree(world.folder if is_xl else random_checkpoint, tmp_path / "own")
+    path = folder / "scheduler" / "scheduler_config.json"
+    said = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said | {"steps_offset": 0}))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler.set_timesteps(4)
+    ours = samplers.visited_timesteps("euler", sd.read_configs(folder, "float32").schedule, 4)
+    np.testing.assert_array_equal(ours, pipe.scheduler.timesteps)
+
+
+def test_an_autoencoder_of_another_family_is_noticed(world, tmp_path, caplog):
+    """By the scale of its latents alone: all else is the same in SDXL and in 1.x and 2.x."""
+    for name, scale in (("its own", 0.13025), ("sd-vae-ft-mse", 0.18215)):
+        (tmp_path / name).mkdir()
+        config = {**world.model.vae.to_dict(), "scaling_factor": scale}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        read = sd.read_configs(world.folder, "float32", vae=tmp_path / name)
+        assert read.vae.scaling_factor == scale
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "sd-vae-ft-mse is perhaps that of another family" in said
+    assert "scaled by 0.18215" in said and "by 0.13025" in said
 
 
 # --- the whole condition --------------------------------------------------------------------------
@@ -410,12 +472,18 @@ def test_a_checkpoint_in_one_file_is_that_in_a_folder(tmp_path):
         for key, value in first.items()
     }
     tensors |= original.text_tensors(states["text_encoder_2"], "sdxl")
-    save_file({key: value.clone().contiguous() for key, value in tensors.items()}, file)
+    signal = alphas_cumprod(ScheduleConfig.from_dict(reference.SDXL_SCHEDULER, "f"))
+    sigmas = torch.tensor(np.sqrt((1 - signal) / signal), dtype=torch.float32)
+    tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
+    save_file({**tensors, "denoiser.sigmas": sigmas}, file)  # some files have it
     model, frozen = sd.load(file)
     expected, theirs = sd.load(folder)
     assert model == expected and model.text_2.projection_dim == 40
     jax.tree.map(np.testing.assert_array_equal, frozen, theirs)
     assert hub.resolve(file).padding == "<|endoftext|>"
+    save_file({**tensors, "denoiser.sigmas": 2 * sigmas}, tmp_path / "other.safetensors")
+    with pytest.raises(UnsupportedConfig, match="another noise schedule .denoiser.sigmas is off"):
+        sd.read_configs(tmp_path / "other.safetensors", "float32")
 
 
 # --- what does not fit ----------------------------------------------------------------------------

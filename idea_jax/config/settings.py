@@ -132,6 +132,7 @@ READING = {
     "say)",
 }
 
+MOST_TOLD = 1_000_000  # pixels of a side that SDXL is told of; no photo has as many
 VAE = "another autoencoder than the checkpoint's: a folder, or a Hub id"
 CLIP_SKIP = (
     "layers left out at the end of the text encoder, as in diffusers (A1111's number less 1)"
@@ -957,9 +958,11 @@ def check_drawing(cfg: Any) -> None:
     check_interval(cfg.guidance_interval)
     for name, least in (("original_size", 1), ("crop_top_left", 0)):
         pair = getattr(cfg, name)
-        if pair is not None and (len(pair) != 2 or min(pair) < least):
+        if pair is not None and (
+            len(pair) != 2 or not least <= min(pair) <= max(pair) <= MOST_TOLD
+        ):
             raise ConfigError(
-                f"{name} must be two numbers of pixels from {least} on, got "
+                f"{name} must be two numbers of pixels from {least} to {MOST_TOLD}, got "
                 f"{' '.join(map(str, pair))}"
             )
     for name in ("eta", "guidance_rescale"):

@@ -114,8 +114,9 @@ _HARMLESS_KEYS = frozenset(
     }
 )
 
-# diffusers' Stable Diffusion pipelines set it, whatever the file says.
-_STEPS_OFFSET = 1
+# diffusers' pipelines of Stable Diffusion 1.x and 2.x set it, whatever the file says; that of SDXL
+# believes the file, and its schedulers take none where there is none.
+_STEPS_OFFSET, _NO_OFFSET = 1, 0
 
 
 class ScheduleError(InputError, ValueError):
@@ -160,8 +161,13 @@ class ScheduleConfig:
             raise ScheduleError("noise schedule: " + "; ".join(problems))
 
     @classmethod
-    def from_dict(cls, values: dict, where: str) -> "ScheduleConfig":
+    def from_dict(
+        cls, values: dict, where: str, *, believes_offset: bool = False
+    ) -> "ScheduleConfig":
         """Reads the contents of a `scheduler_config.json`; `where` names it in the error.
+
+        Args:
+          believes_offset: whether `steps_offset` is that of the file (SDXL), or the one that fits.
 
         Raises:
           ScheduleError: a value that this code does not implement, a key it does not know, or a
@@ -181,7 +187,8 @@ class ScheduleConfig:
         if problems:
             raise ScheduleError(f"{where}: unsupported noise schedule: " + "; ".join(problems))
         own = {key: values[key] for key in known if values.get(key) is not None}
-        return cls(**{**own, "steps_offset": _STEPS_OFFSET, "sampler": _sampler_of(values)})
+        offset = values.get("steps_offset", _NO_OFFSET) if believes_offset else _STEPS_OFFSET
+        return cls(**{**own, "steps_offset": offset, "sampler": _sampler_of(values)})
 
     def to_dict(self) -> dict:
         """The contents of a `scheduler_config.json` that diffusers and `from_dict` read."""
@@ -211,11 +218,11 @@ def _sampler_of(values: dict) -> str:
     return sampler
 
 
-def notices(values: dict) -> list[str]:
+def notices(values: dict, *, believes_offset: bool = False) -> list[str]:
     """What of a `scheduler_config.json` that `ScheduleConfig.from_dict` reads is not as it says."""
     found = []
     offset = values.get("steps_offset", _STEPS_OFFSET)
-    if offset != _STEPS_OFFSET:
+    if offset != _STEPS_OFFSET and not believes_offset:
         found.append(
             f"steps_offset is {offset}, of an old conversion; {_STEPS_OFFSET} is used, as by "
             "diffusers"

@@ -24,6 +24,7 @@ from idea_jax.formats.identity import Identity, IdentityError
 from idea_jax.method.modules import NUM_HEADS
 from idea_jax.method.portable import Deltas, Portable, PortableAdapter, portable
 from idea_jax.models.bundle import ENCODERS
+from idea_jax.models.original import unet_name
 from idea_jax.runtime.files import file_digest, write_json, write_tensors
 from idea_jax.runtime.versions import versions
 
@@ -201,10 +202,7 @@ def kohya_of_sdxl(name: str, layers_per_block: int) -> str:
 
     AUTOMATIC1111 knows no other names than these. Source: kohya-ss/sd-scripts networks/lora.py.
     """
-    way, level, number, rest = _LAYER.fullmatch(name).groups()
-    first = (layers_per_block + 1) * int(level or 0) + int(number)
-    blocks = {"down": f"input_blocks_{first + 1}", "up": f"output_blocks_{first}"}
-    return f"lora_unet_{blocks.get(way, 'middle_block')}_1_{rest.replace('.', '_')}"
+    return f"lora_unet_{unet_name(name, layers_per_block).replace('.', '_')}"
 
 
 def layers_per_block_of(names: Iterable[str]) -> int:

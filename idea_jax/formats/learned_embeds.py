@@ -165,6 +165,29 @@ def read(path: str | Path) -> dict[str, Any]:
         raise EmbedsError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
+def read_both(path: str | Path) -> dict[str, Any]:
+    """`read`, and where `second_of` the file lies beside it, each token with a dict of both.
+
+    Raises:
+      EmbedsError: as `read`, of either file, or they hold other tokens.
+    """
+    path, second = Path(path), second_of(path)
+    tokens = read(path)
+    if second == path or not second.is_file():
+        return tokens
+    others = read(second)
+    if set(others) != set(tokens):
+        raise EmbedsError(
+            f"{path} holds {', '.join(tokens):.200}, and {second.name} beside it "
+            f"{', '.join(others):.200}: expected the same, for SDXL's two text encoders"
+        )
+    try:
+        pairs = {name: (tokens[name], others[name]) for name in tokens}
+        return {name: _of_two(dict(zip(_OF_SDXL, pairs[name], strict=True))) for name in pairs}
+    except EmbedsError as error:
+        raise EmbedsError(f"{path} and {second.name} beside it: {error}") from error
+
+
 def _parse(content: bytes) -> Any:
     if content.startswith(b"PK\x03\x04"):
         return parse_zip(content, LIMITS)

@@ -1,5 +1,6 @@
 """The configs of a checkpoint's networks: read from its folder, or told from its one file."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def read_configs(
     key and value that is not supported.
     """
     folder = Path(folder)
+    is_xl = (folder / "text_encoder_2").is_dir()
     if folder.is_file():
         found = original_configs.read_configs(
             Original(folder),
@@ -59,7 +61,7 @@ def read_configs(
             _read_config(CLIPTextConfig, folder, "text_encoder/config.json"),
             _read_config(UNetConfig, folder, "unet/config.json"),
             _read_config(VAEConfig, folder, "vae/config.json") if vae is None else None,
-            _read_config(ScheduleConfig, folder, "scheduler/scheduler_config.json"),
+            _read_schedule(folder, "scheduler/scheduler_config.json", is_xl),
         )
     text, noise = found.text, found.schedule
     if clip_skip >= text.num_hidden_layers:
@@ -68,7 +70,7 @@ def read_configs(
             f"text encoder in {folder}"
         )
     second: dict[str, Any] = {}
-    if found.text_2 is not None or (folder / "text_encoder_2").is_dir():
+    if found.text_2 is not None or is_xl:
         if clip_skip:
             raise UnsupportedConfig(
                 f"--clip_skip is for Stable Diffusion 1.x and 2.x; {folder} is SDXL, whose text "
@@ -80,22 +82,45 @@ def read_configs(
         has_index = (folder / "model_index.json").is_file()
         index = _read_json(folder, "model_index.json") if has_index else {}
         second["zero_negative"] = index.get("force_zeros_for_empty_prompt", True) is True
+    other = _read_config(VAEConfig, vae, "config.json") if vae is not None else None
+    if other is not None:
+        _compare_scales(folder, other, vae, is_xl=bool(second))
     return StableDiffusion(
         **second,
         text=replace(text, num_hidden_layers=text.num_hidden_layers - clip_skip),
         unet=found.unet,
-        vae=found.vae or _read_config(VAEConfig, vae, "config.json"),
+        vae=other or found.vae,
         schedule=replace(noise, prediction_type=prediction_type or noise.prediction_type),
         compute_dtype=compute_dtype,
     )
 
 
-def _read_config(kind: Any, folder: Path, name: str) -> Any:
+def _compare_scales(folder: Path, other: VAEConfig, vae: Path, *, is_xl: bool) -> None:
+    """Says so if the latents of another autoencoder have another scale than a checkpoint's own: all
+    of a family have one scale, and nothing else tells SDXL's from those of 1.x and 2.x."""
+    own = original_configs.scale_of("sdxl" if is_xl else "sd1")
+    path = folder / "vae" / "config.json"
+    with suppress(WeightsError):  # nobody else needs the file
+        own = read_object(path, WeightsError).get("scaling_factor", own)
+    if other.scaling_factor != own:
+        say_once(
+            f"--vae {vae} is perhaps that of another family: its latents are scaled by "
+            f"{other.scaling_factor:g}, and those of {folder} by {own}. SDXL's (0.13025) and those "
+            "of Stable Diffusion 1.x and 2.x (0.18215) do not replace each other"
+        )
+
+
+def _read_schedule(folder: Path, name: str, is_xl: bool) -> ScheduleConfig:
     values = _read_json(folder, name)
-    config = kind.from_dict(values, str(folder / name))
-    for notice in schedule.notices(values) if kind is ScheduleConfig else ():
-        say_once(f"{folder / name}: {notice}")
+    where = str(folder / name)
+    config = ScheduleConfig.from_dict(values, where, believes_offset=is_xl)
+    for notice in schedule.notices(values, believes_offset=is_xl):
+        say_once(f"{where}: {notice}")
     return config
+
+
+def _read_config(kind: Any, folder: Path, name: str) -> Any:
+    return kind.from_dict(_read_json(folder, name), str(folder / name))
 
 
 def _read_json(folder: Path, name: str) -> dict:

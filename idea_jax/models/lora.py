@@ -1,7 +1,8 @@
 """LoRA files of others, merged into the weights of a checkpoint while they are read.
 
 A weight W becomes W + scale * alpha / rank * up @ down, in float32, before it is cast. Three ways
-of naming are read: kohya's, peft's and those of diffusers before it used peft.
+of naming are read: kohya's, peft's and those of diffusers before it used peft. kohya's names for
+the UNet of SDXL are those of the original layout.
 
 Source: arXiv 2106.09685; for the names kohya-ss/sd-scripts' networks/lora.py and diffusers.
 """
@@ -11,12 +12,13 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from idea_jax.models.original import unet_name
 from idea_jax.models.tensor_files import FLOAT_TYPES, TensorFiles, Tensors, WeightsError
 from idea_jax.runtime.files import file_digest
 
@@ -50,6 +52,8 @@ OTHER_METHODS = (
     (r"oft_\w+", "OFT"),
     (r"diff|diff_b|w_norm|b_norm", "whole differences of weights"),
 )
+FIRST_LEVEL = r"down_blocks\.0\.resnets\.(\d+)\."  # counts the ResNet blocks of a level
+
 TOKENS = "bundle_emb."  # pseudo tokens that web UIs put into the same file
 
 METADATA = "lora_adapter_metadata"  # of diffusers: the config of peft as JSON
@@ -256,6 +260,19 @@ def _squashed(name: str) -> str:
     return name.replace(".", "_").removeprefix("text_model_")
 
 
+def _original_names(keys: Iterable[str]) -> dict[str, str]:
+    """The weights of a UNet by what the original layout calls their layers, squashed."""
+    names = [key.removesuffix(".weight") for key in keys]
+    crossed = {name.partition(".attentions.")[0] for name in names if ".attentions." in name}
+    first = {found[1] for name in names if (found := re.match(FIRST_LEVEL, name))}
+    return {
+        _squashed(
+            unet_name(name, len(first), crosses=name.partition(".upsamplers.")[0] in crossed)
+        ): f"{name}.weight"
+        for name in names
+    }
+
+
 class Merged(Tensors):
     """Tensors with what LoRA files add to some of them."""
 
@@ -292,6 +309,8 @@ class Merging:
             for key in tensors
             if key.endswith(".weight")
         }
+        if part == "unet":
+            keys |= _original_names(keys.values())
         changes: dict[str, list[tuple[LoraFile, Module]]] = {}
         for file, used in zip(self._files, self._used, strict=True):
             wrong = []

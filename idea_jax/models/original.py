@@ -36,11 +36,13 @@ PADDING = {"sd1": "<|endoftext|>", "sd2": "!", "sdxl": "<|endoftext|>"}
 
 VISION_LAYERS = 24  # of the text encoder of OpenCLIP's ViT-H
 
+SIGMAS = "denoiser.sigmas"  # the noise schedule in some files of SDXL, from the least noise on
+
 # Keys that hold nothing that is read, and what they are.
 IGNORED = (
     (r"(first_stage_model\.)?model_ema\..+", "averages of the weights (EMA)"),
     (
-        r"\w*(alphas_cumprod\w*|betas|posterior_\w+|lvlb_weights|logvar)",
+        rf"\w*(alphas_cumprod\w*|betas|posterior_\w+|lvlb_weights|logvar)|{re.escape(SIGMAS)}",
         "the noise schedule, which is computed",
     ),
     (r"first_stage_model\.loss\..+", "the training of the autoencoder"),
@@ -355,6 +357,40 @@ def _replaced(key: str, names: tuple[tuple[str, str], ...]) -> str:
     for pattern, new in names:
         key = re.sub(pattern, new, key, count=1)
     return key
+
+
+def unet_name(name: str, layers: int, *, crosses: bool = True) -> str:
+    """What a layer of a UNet is called here that diffusers calls `name`: the way back from
+    `Original.part`, of a name without a prefix and `.weight`.
+
+    Args:
+      layers: ResNet blocks of a level on the way down (`layers_per_block`).
+      crosses: whether the layer's level has attentions, which an upsampler stands behind.
+    """
+    found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)\.(.+)", name)
+    if not found:
+        return {"conv_in": "input_blocks.0.0"}.get(name) or _named_back(name, UNET_ENDS)
+    way, level, kind, at, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    first, is_sampler = (layers + 1) * level + (way == "down"), kind.endswith("samplers")
+    rest = _named_back(rest, RESNET) if kind == "resnets" else rest
+    if way is None:
+        return f"middle_block.{1 if kind == 'attentions' else 2 * at}.{rest}"
+    if is_sampler and way == "down":
+        return f"input_blocks.{first + layers}.0.op"
+    if is_sampler:
+        return f"output_blocks.{first + layers}.{1 + crosses}.conv"
+    side = "input" if way == "down" else "output"
+    return f"{side}_blocks.{first + at}.{int(kind == 'attentions')}.{rest}"
+
+
+def _named_back(name: str, names: tuple[tuple[str, str], ...]) -> str:
+    """`_replaced` from its end to its beginning; a name may be that of a layer, without a dot
+    behind it."""
+    for pattern, new in names:
+        if f"{name}.".startswith(new):
+            old = pattern.removeprefix("^").replace("\\.", ".")
+            return (old + f"{name}.".removeprefix(new)).removesuffix(".")
+    return name
 
 
 def _unet_block(block: str, child: int, rest: str) -> str:

@@ -17,15 +17,25 @@ from idea_jax.diffusion import schedule
 from idea_jax.diffusion.schedule import ScheduleConfig
 from idea_jax.models.clip_text import POOLED, CLIPTextConfig
 from idea_jax.models.config_reader import UnsupportedConfig
-from idea_jax.models.original import CLIP, CLIP_G, CLIP_L, OPEN_CLIP, UNET, VAE, Original
+from idea_jax.models.original import (
+    CLIP,
+    CLIP_G,
+    CLIP_L,
+    OPEN_CLIP,
+    SIGMAS,
+    UNET,
+    VAE,
+    Original,
+)
 from idea_jax.models.tensor_files import WeightsError
 from idea_jax.models.unet import SIZE_IDS, UNetConfig
 from idea_jax.models.vae import VAEConfig
 
 HEAD_WIDTH = 64  # of CLIP's text encoders, and of the UNet of SD 2.x
 UNET_HEADS = 8  # of the UNet of SD 1.x
-SCALES = {"sdxl": 0.13025}  # of latents; 0.18215 in other families
 MAX_CONFIG_BYTES = 1_000_000
+
+SCHEDULES = ("alphas_cumprod", SIGMAS)  # tensors that hold the noise schedule
 
 # Step counter in the file of SD 2-base, the only one of 2.x that tells what it predicts.
 STEPS_OF_2_BASE = 875_000
@@ -202,6 +212,11 @@ def _unet_config(
     )
 
 
+def scale_of(family: str) -> float:
+    """What latents are multiplied by, of all autoencoders of a family."""
+    return 0.13025 if family == "sdxl" else 0.18215
+
+
 def _vae_config(original: Original, said: dict, size: int) -> VAEConfig:
     levels = original.count(re.escape(VAE) + r"encoder\.down\.(\d+)\.")
     widths = [
@@ -219,7 +234,7 @@ def _vae_config(original: Original, said: dict, size: int) -> VAEConfig:
                 re.escape(VAE) + r"encoder\.down\.0\.block\.(\d+)\."
             ),
             "latent_channels": original.shape(f"{VAE}post_quant_conv.weight")[0],
-            "scaling_factor": said.get("scale_factor", SCALES.get(original.family, 0.18215)),
+            "scaling_factor": said.get("scale_factor", scale_of(original.family)),
             "sample_size": size * 2 ** (levels - 1),
         },
         f"{original.path} (autoencoder)",
@@ -250,13 +265,16 @@ def _predicts(original: Original) -> str:
 
 def _check_schedule(original: Original, plan: ScheduleConfig) -> None:
     """Raises UnsupportedConfig if the file holds another noise schedule."""
-    shape, dtype = original.tensors.headers.get("alphas_cumprod", ((), ""))
+    name = next((name for name in SCHEDULES if name in original.shapes), "")
+    shape, dtype = original.tensors.headers.get(name, ((), ""))
     if shape == (plan.num_train_timesteps,) and dtype in ("F32", "F64", "F16"):
-        own = original.tensors["alphas_cumprod"].astype(np.float64)
+        own = original.tensors[name].astype(np.float64)
+        if name == SIGMAS:  # noise over signal
+            own = 1 / (1 + own**2)
         apart = np.abs(own - schedule.alphas_cumprod(plan)).max()
         if not apart < 2e-3:  # float16 rounds by 5e-4
             raise UnsupportedConfig(
-                f"{original.path} was trained with another noise schedule (alphas_cumprod is off "
+                f"{original.path} was trained with another noise schedule ({name} is off "
                 f"by {apart:.2g}); schedules that end without signal and are not marked ztsnr, or "
                 "with other betas than an --original_config says, are not supported"
             )

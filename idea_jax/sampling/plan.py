@@ -152,7 +152,7 @@ def read_tokens(cfg: SampleConfig) -> tuple[Identity, Path]:
             "drawing with the token embeddings alone; --identity %s holds all that was learned",
             whole,
         )
-    tokens = learned_embeds.read(path)
+    tokens = learned_embeds.read_both(path)
     if cfg.token is None and len(tokens) > 1:
         raise ConfigError(
             f"{path} holds {len(tokens)} learned tokens, {', '.join(tokens)}: choose one with "

@@ -199,6 +199,8 @@ def write_results(learner: Learner, folder: Path, seconds: float) -> None:
         results.save_webui(state, temporary / "webui")
         photos = learner.checkpoints.fingerprint["photos"]
         results.save_run(int(state.step), seconds, learner.person, photos, temporary)
+    if not isinstance(state.trainable["pseudo_tokens"], dict):  # where an earlier one was of SDXL
+        (folder / learned_embeds.second_of(learned_embeds.FILE_NAME)).unlink(missing_ok=True)
     if before is not None and before.placeholder not in (None, results.token):
         remove_finished(folder, learned_embeds.trigger_of(before.placeholder, results.is_word))
     trigger = learned_embeds.trigger_of(results.token, results.is_word)
