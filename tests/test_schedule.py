@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 
 import diffusers
 import jax
@@ -22,6 +23,7 @@ from idea_jax.diffusion.schedule import (
     inference_timesteps,
     training_target,
 )
+from idea_jax.models import sd
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -324,3 +326,16 @@ def test_without_signal_at_the_end_levels_agree_with_diffusers():
 def test_a_config_made_by_hand_is_checked_too():
     with pytest.raises(ValueError, match="prediction_type is 'sample'"):
         ScheduleConfig(**SD, prediction_type="sample")
+
+
+def test_what_the_unet_predicts_is_said_before_a_schedule_is_looked_at(
+    smallest_checkpoint, tmp_path
+):
+    """A schedule down to no signal needs v, which the file may leave to whoever uses it."""
+    shutil.copytree(smallest_checkpoint, tmp_path / "model")
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rescale_betas_zero_snr": True}))
+    with pytest.raises(ScheduleError, match="expected 'v_prediction'"):
+        sd.read_configs(tmp_path / "model", prediction_type="epsilon")
+    found = sd.read_configs(tmp_path / "model", prediction_type="v_prediction").schedule
+    assert found.rescale_betas_zero_snr and found.prediction_type == "v_prediction"

@@ -61,7 +61,7 @@ def read_configs(
             _read_config(CLIPTextConfig, folder, "text_encoder/config.json"),
             _read_config(UNetConfig, folder, "unet/config.json"),
             _read_config(VAEConfig, folder, "vae/config.json") if vae is None else None,
-            _read_schedule(folder, "scheduler/scheduler_config.json", is_xl),
+            _read_schedule(folder, "scheduler/scheduler_config.json", is_xl, prediction_type),
         )
     text, noise = found.text, found.schedule
     if clip_skip >= text.num_hidden_layers:
@@ -110,8 +110,12 @@ def _compare_scales(folder: Path, other: VAEConfig, vae: Path, *, is_xl: bool) -
         )
 
 
-def _read_schedule(folder: Path, name: str, is_xl: bool) -> ScheduleConfig:
+def _read_schedule(
+    folder: Path, name: str, is_xl: bool, prediction_type: str | None
+) -> ScheduleConfig:
     values = _read_json(folder, name)
+    if prediction_type is not None:  # which must fit what else the file says
+        values |= {"prediction_type": prediction_type}
     where = str(folder / name)
     config = ScheduleConfig.from_dict(values, where, believes_offset=is_xl)
     for notice in schedule.notices(values, believes_offset=is_xl):
