@@ -249,6 +249,10 @@ def test_whoever_cannot_be_read_or_is_half_gone_can_be_deleted(client, server, m
     assert client.delete("/v1/identities/anna").status_code == 500
     assert client.get("/v1/pictures").json()["pictures"] == []
     monkeypatch.setattr(shelf, "discard", discard)
+    assert (
+        "people/anna/identity.safetensors" in client.delete("/v1/identities/anna").json()["files"]
+    )
+    assert list(shelf.folder.iterdir()) == []
     assert client.delete("/v1/identities/anna").status_code == 404
     assert ended(client, learn(client, "anna"))["state"] == "done"
     covered(client, "anna")

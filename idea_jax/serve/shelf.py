@@ -263,14 +263,21 @@ class Shelf:
             with self.lock:
                 known = self.residents.pop(name, None)
             if not self._is_folder(name):
-                if known is None:
+                hidden = self._hidden(name)
+                if known is None and hidden is None:
                     raise HttpProblem("not-found", "there is nobody of this name")
-                return [], None
+                left = files_of(hidden / name) if hidden else ()
+                return [self.told(own / path.relative_to(hidden / name)) for path in left], hidden
             gone = [self.told(path) for path in files_of(own)]
             hidden = Path(tempfile.mkdtemp(prefix=GONE, dir=self.folder))
             own.rename(hidden / name)
             sync(self.folder)
         return gone, hidden
+
+    def _hidden(self, name: str) -> Path | None:
+        """Where somebody is whose deletion has failed before."""
+        found = self.folder.glob(f"{GONE}*/{name}") if NAME.fullmatch(name) else ()
+        return next((path.parent for path in found), None)
 
     def discard(self, hidden: Path) -> None:
         """Deletes what was hidden.
