@@ -21,6 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
 from skimage import data as pictures
@@ -139,3 +140,18 @@ def browser():
         opened = started.chromium.launch(executable_path=program, args=root)
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="session")
+def rounding():
+    """How far values of 1 may be apart that are computed beside other samples: nothing, but where
+    the convolution of XLA gives a sample other bits in another place of a batch. CPUs without
+    AVX-512 do (jax 0.10.2; 4e-6 of maps of 8 x 8)."""
+    random = np.random.default_rng(0)
+    maps, kernel = (random.normal(size=n).astype("f") for n in ((2, 8, 8, 16), (3, 3, 16, 16)))
+    convolve = jax.jit(
+        lambda x: jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    )
+    return 0.0 if bool((convolve(maps) == convolve(maps[::-1])[::-1]).all()) else 1e-5

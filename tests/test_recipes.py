@@ -34,13 +34,15 @@ wait "${{started[0]}}" && wait "${{started[1]}}"
 """
 # What stands in for idea-train: it joins the other process, and says with which arguments.
 TRAIN = """#!{python}
-import sys
+import os, sys
 sys.path.insert(0, {root!r})
 from idea_jax.runtime import devices
 with devices.joined():
     import jax
     words = " ".join(sys.argv[1:])
-    print(f"process {{jax.process_index()}} of {{jax.process_count()}}: {{words}}", flush=True)
+    # At once, with its end: two processes share the output.
+    said = f"process {{jax.process_index()}} of {{jax.process_count()}}: {{words}}\\n"
+    os.write(1, said.encode())
 """
 
 

@@ -297,7 +297,7 @@ def test_what_is_wrong_with_a_form_is_told_with_its_field(client, changes, where
         ({"num_inference_steps": 101}, "at most 100"),
         ({"scheduler": "x"}, "one of"),
         ({"seed": -1}, "greater than or equal to 0"),
-        ({"colour": "red"}, "xtra"),
+        ({"colour": "red"}, "no field of this name"),
         ({"prompt": "\ud800 {}"}, ""),
     ],
 )

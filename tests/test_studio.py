@@ -316,6 +316,17 @@ def test_problems_of_the_server_are_told_in_words_with_what_to_do(anna):
     gallery(page, 1)
 
 
+def test_sliders_begin_where_the_server_does(page, server):
+    """Also beyond their usual range, as a checkpoint without guidance has it, and between steps."""
+    said = page.request.get(f"{server.url}/v1/info").json()
+    own = said | {"defaults": said["defaults"] | {"guidance_scale": 0.25, "id_strength": 2.41}}
+    page.route("**/v1/info", lambda route: route.fulfill(json=own))
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert float(page.locator("#guidance").input_value()) == 0.25
+    assert float(page.locator("#strength").input_value()) == 2.41
+
+
 def test_several_people_are_drawn_apart_or_together_and_compared(anna, server):
     page = anna
     with server.client() as client:

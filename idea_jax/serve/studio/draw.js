@@ -44,10 +44,18 @@ function fillSettings(values) {
   $("steps").value = values.num_inference_steps;
   $("scheduler").replaceChildren(...state.info.schedulers.map((name) => el("option", {}, name)));
   $("scheduler").value = values.scheduler;
-  $("guidance").value = values.guidance_scale;
-  $("strength").value = values.id_strength;
-  slid("guidance");
-  slid("strength");
+  slideTo("guidance", values.guidance_scale);
+  slideTo("strength", values.id_strength);
+}
+
+/** Sets a slider to what a server begins with, also where its usual range or steps lack that. */
+function slideTo(name, value) {
+  const slider = $(name);
+  slider.min = String(Math.min(Number(slider.min), value));
+  slider.max = String(Math.max(Number(slider.max), value));
+  slider.value = String(value);
+  if (Number(slider.value) !== value) Object.assign(slider, { step: "any", value: String(value) });
+  slid(name);
 }
 
 function slid(name) {
