@@ -92,7 +92,8 @@ def sizes_on(devices: Sequence[jax.Device], each: int) -> tuple[int, ...]:
 
     On a CPU a device always has `each` rows: then a picture has the same bits alone and in any
     company, because rounding depends on the shape of a program (and, without AVX-512, on the place
-    of a row: then it is the same to rounding). Elsewhere one device has 1, 2, 4, ... rows, so that few rows cost no more than they must.
+    of a row: then it is the same to rounding). Elsewhere one device has 1, 2, 4, ... rows, so that
+    few rows cost no more than they must.
     """
     sizes = [each]
     if devices[0].platform != "cpu":
