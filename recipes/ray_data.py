@@ -1,6 +1,6 @@
 """Draws rows on all GPUs of a Ray cluster, with Ray Data.
 
-    pip install 'ray[data]' 'idea-jax[parquet]'
+    pip install 'ray[data]' '.[parquet]'    # in the folder of this project
     python recipes/ray_data.py ROWS.jsonl OUT MODEL PEOPLE [--actors 8] [--gpus 1]
 
 Rows, people and columns are those of `idea-batch`. Each actor reads the model once. OUT receives

@@ -42,7 +42,7 @@ from idea_jax.training.start import method_of, optimizer_of
 
 GIGA = 10**9
 NEEDS_LIBTPU = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'idea-jax[plan]'"
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install '.[plan]'"
 )
 
 NEEDS_CUDA = pytest.mark.skipif(

@@ -46,7 +46,8 @@ def run(
         from idea_jax.serve.app import create_app
     except ImportError as error:
         raise ConfigError(
-            f"the package {error.name} is missing: pip install 'idea-jax[serve]'"
+            f"the package {error.name} is missing; install it, in the folder of this project, "
+            "with: pip install '.[serve]'"
         ) from error
     token = read_token(cfg)
     for name in NAMING:
