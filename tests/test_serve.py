@@ -395,6 +395,19 @@ def test_a_taken_name_and_an_unusable_photo_cost_nobody_anything(client):
     assert client.get("/v1/identities/anna").json()["sha256"] != before
 
 
+def test_a_name_that_waits_to_be_learned_is_taken(client, server, monkeypatch):
+    school, may_look = server.service.school, threading.Event()
+    look = school.look
+    monkeypatch.setattr(school, "look", lambda pupil: may_look.wait(60) and look(pupil))
+    first, second = learn(client, "anna"), learn(client, "anna", [photo(9)])
+    cancelled = learn(client, "bea")
+    client.delete(f"/v1/jobs/{cancelled.json()['id']}")
+    again = learn(client, "bea")
+    may_look.set()
+    assert second.status_code == 409 and "being learned" in second.json()["detail"]
+    assert ended(client, first)["state"] == ended(client, again)["state"] == "done"
+
+
 def test_an_exported_person_is_one_zip_file(client):
     ended(client, learn(client, "anna"))
     answer = client.get("/v1/identities/anna/export?to=diffusers&to=a1111")

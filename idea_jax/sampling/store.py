@@ -45,8 +45,8 @@ def parquet() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise StoreError(
-            "--format parquet needs the package pyarrow; install it, in the folder of this project, "
-            "with: pip install '.[parquet]'"
+            "--format parquet needs the package pyarrow; install it, in the folder of this "
+            "project, with: pip install '.[parquet]'"
         ) from error
     return pyarrow.parquet
 

@@ -246,6 +246,10 @@ class Service:
             raise HttpProblem(
                 "conflict", "somebody of this name is here: take another name, or replace=true"
             )
+        if not pupil.replaces and self.tasks.is_learning(pupil.name):
+            raise HttpProblem(
+                "conflict", "somebody of this name is being learned: take another name, or wait"
+            )
         if not is_here and len(self.shelf.residents) >= self.cfg.max_people:
             raise HttpProblem(
                 "conflict", f"{self.cfg.max_people} people are here already: delete somebody first"

@@ -175,6 +175,13 @@ class Tasks:
         with self.lock:
             return list(self.all.values())[::-1]
 
+    def is_learning(self, name: str) -> bool:
+        """Whether somebody of this name is learned, or waits for it."""
+        with self.lock:
+            return any(
+                task.values["name"] == name and not task.has_ended for task in self.all.values()
+            )
+
     def forget(self, name: str) -> list[Task]:
         """Lists the jobs no more that somebody has a part in; returns them, as they are."""
         with self.lock:
