@@ -1,10 +1,12 @@
 """Times a server: latency and pictures a second for several numbers of clients, beside the engine.
 
     python -m benchmarks.serving
+    python -m benchmarks.serving --opening
 
 A server is started on the mini as a process of its own, which learns one person; then so many
 clients ask for one picture each, again and again. The engine draws as many rows in a process of its
-own, and encodes them as the server does. Prints JSON lines.
+own, and encodes them as the server does. With --opening a studio is opened instead, as `make
+studio` does it, and the first person is learned and drawn. Prints JSON lines.
 """
 
 import argparse
@@ -25,6 +27,7 @@ FLAGS = (
     "--pretrained_model_name_or_path mini --guidance_scale 3 --preset fast --port 0 "
     "--warm_up drawing --max_queue 1024"
 ).split()
+STUDIO = "--pretrained_model_name_or_path mini --guidance_scale 3 --port 0".split()
 PHOTO = Path(__file__).resolve().parent.parent / "idea_jax" / "mini" / "photo.png"
 PROMPT = "a photo of {} smiling"
 PATIENCE = 1800  # seconds
@@ -34,6 +37,43 @@ def cpu_seconds(pid: int) -> float:
     """Seconds that all cores have worked for a process, on Linux."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def opening(data: Path) -> dict[str, float]:
+    """Seconds from the start of a studio to its page, to when it is ready, to a person who is
+    learned with no step, and to their first picture, with what the page asks for by itself."""
+    import httpx2 as httpx
+
+    began, found = time.perf_counter(), {}
+
+    def passed(what: str) -> None:
+        found[what] = round(time.perf_counter() - began, 2)
+
+    command = [sys.executable, "-m", "idea_jax.studio", *STUDIO, "--data", str(data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        try:
+            page = process.stdout.readline().decode().strip()
+            with httpx.Client(base_url=page.removesuffix("/studio/"), timeout=PATIENCE) as client:
+                client.get("/studio/").raise_for_status()
+                passed("page_s")
+                wait_for(lambda: client.get("/readyz").status_code == 200)
+                passed("ready_s")
+                learn(client, steps="0", keep_face="true")
+                passed("person_s")
+                row = {"identity": "anna", "prompt": PROMPT}
+                client.post("/v1/images", json={"rows": [row]}).raise_for_status()
+                passed("first_picture_s")
+        finally:
+            process.terminate()
+    return found
+
+
+def learn(client: Any, **fields: str) -> None:
+    """Learns "anna", and waits for her."""
+    form = {"name": "anna", "consent": "true", **fields}
+    with open(PHOTO, "rb") as photo:
+        client.post("/v1/identities", data=form, files={"photos": photo}).raise_for_status()
+    wait_for(lambda: client.get("/v1/identities/anna").status_code == 200)
 
 
 @contextlib.contextmanager
@@ -48,10 +88,7 @@ def serving(batch_size: int, data: Path) -> Iterator[tuple[Any, int]]:
             url = process.stdout.readline().decode().strip()
             with httpx.Client(base_url=url, timeout=PATIENCE) as client:
                 wait_for(lambda: client.get("/readyz").status_code == 200)
-                form = {"name": "anna", "consent": "true"}
-                with open(PHOTO, "rb") as photo:
-                    client.post("/v1/identities", data=form, files={"photos": photo})
-                wait_for(lambda: client.get("/v1/identities/anna").status_code == 200)
+                learn(client)
                 wait_for(lambda: client.get("/v1/identities/anna").json()["cover"])
                 yield client, process.pid
         finally:
@@ -148,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--pictures", type=int, default=192, help="for each number of clients")
     parser.add_argument("--engine", metavar="DATA", help="the engine alone, with a server's people")
+    parser.add_argument("--opening", action="store_true", help="from the start to a first picture")
     args = parser.parse_args(argv)
     if args.engine:
         print(json.dumps(alone(args.batch_size, args.pictures, Path(args.engine))), flush=True)
@@ -155,6 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks import machine
 
     print(json.dumps(machine.machine()), flush=True)
+    if args.opening:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(opening(Path(folder) / "studio")), flush=True)
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "served"
         with serving(args.batch_size, data) as (client, pid):
