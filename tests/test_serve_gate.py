@@ -162,6 +162,23 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(ask, monkeypatch):
     assert ask(body=[], **large)[0] == 408
 
 
+def test_a_connection_too_many_is_told_so(meters):
+    async def app(scope, receive, send):
+        raise AssertionError("nobody is let in")
+
+    sent, scope = [], {"type": "http", "method": "GET", "path": "/healthz", "headers": []}
+
+    async def send(message):
+        sent.append(message)
+
+    cfg = ServeConfig(**MINI)
+    made = Gate(app, cfg, Keys(None), meters, lambda: gate.CONNECTIONS + 1)
+    asyncio.run(made(scope, None, send))
+    headers = dict(sent[0]["headers"])
+    assert sent[0]["status"] == 429 and int(headers[b"retry-after"]) > 0
+    assert json.loads(sent[1]["body"])["type"] == "urn:idea_jax:too-busy"
+
+
 def test_connections_without_a_whole_request_are_closed(monkeypatch):
     """Many of them would keep everybody out. Whoever waits for an answer stays."""
     monkeypatch.setattr(run, "HEADER_SECONDS", serving.PATIENCE)

@@ -70,7 +70,7 @@ def create_app(service: Service, token: str | None, routers: Sequence[APIRouter]
     _add_sessions(app, keys)
     _add_states(app, service)
     _add_pages(app, service)
-    return Gate(app, service.cfg, keys, service.meters)
+    return Gate(app, service.cfg, keys, service.meters, lambda: service.connections())
 
 
 async def watch(service: Service) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from idea_jax.serve.metrics import Meters
 from idea_jax.serve.painter import as_problem
-from idea_jax.serve.problems import MEDIA, HttpProblem
+from idea_jax.serve.problems import MEDIA, HttpProblem, busy
 from idea_jax.serve.settings import MEGA, ServeConfig
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ OPEN = ("/healthz", "/readyz", "/v1/session", "/", "/favicon.ico")
 OPEN_BELOW = "/studio/"
 SMALL_BODY = 2 * MEGA  # of everything that takes no photos
 UPLOADS = ("/v1/identities", "/v1/faces")
+CONNECTIONS = 1000  # at the same time, at most
 BODY_SECONDS = 60.0  # in which a request has to arrive
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -103,11 +104,19 @@ class Gate:
     """ASGI: refuses what may not pass, and answers with a problem where something was raised.
 
     Args:
-      app: the routes.
+      app: the routes; connections: how many are open now.
     """
 
-    def __init__(self, app: Any, cfg: ServeConfig, keys: Keys, meters: Meters):
+    def __init__(
+        self,
+        app: Any,
+        cfg: ServeConfig,
+        keys: Keys,
+        meters: Meters,
+        connections: Callable[[], int] = lambda: 0,
+    ):
         self.app, self.keys, self.meters = app, keys, meters
+        self.connections = connections
         self.allowed = [*(cfg.allowed_hosts or ()), cfg.host]
         self.large = cfg.max_body_megabytes * MEGA
 
@@ -156,6 +165,8 @@ class Gate:
         Raises:
           HttpProblem: it may not.
         """
+        if (count := self.connections()) > CONNECTIONS:
+            raise busy(f"{count} connections are open, and {CONNECTIONS} may be", 5.0)
         pairs = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
         headers = dict(pairs)
         hosts = [value for name, value in pairs if name == "host"]

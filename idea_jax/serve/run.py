@@ -17,7 +17,6 @@ from idea_jax.serve.settings import ServeConfig, read_token
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 1000  # at the same time, at most; beyond that uvicorn answers 503
 IDLE = 15  # seconds that a connection without a request stays open
 HEADER_SECONDS = 20.0  # in which the first lines of a request have to arrive
 NAMING = ("idea_jax.exporting", "idea_jax.training.learner")  # whose notices name people
@@ -62,7 +61,6 @@ def run(
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            limit_concurrency=CONNECTIONS,
             timeout_keep_alive=IDLE,
             timeout_graceful_shutdown=round(cfg.grace + EXTRA),
             ws="none",
@@ -160,4 +158,5 @@ def server_of(uvicorn: Any, config: Any, service: Any) -> Any:
         server.should_exit = True
 
     service.at_failure = end
+    service.connections = lambda: len(server.server_state.connections)
     return server

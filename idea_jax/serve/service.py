@@ -68,6 +68,7 @@ class Service:
         files.
       looking: the looks at photos that are not done yet, by the jobs that wait for them.
       broken: why the server cannot go on; at_failure is called then.
+      connections: how many clients have one open.
     """
 
     cfg: ServeConfig
@@ -89,6 +90,7 @@ class Service:
     small: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "small"))
     broken: BaseException | None = None
     at_failure: Callable[[], None] = lambda: None
+    connections: Callable[[], int] = lambda: 0
     looking: dict[str, Future] = field(default_factory=dict)
     deleting: asyncio.Lock = field(default_factory=asyncio.Lock)
     finishing: threading.Lock = field(default_factory=threading.Lock)
