@@ -18,11 +18,13 @@ SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 class Compiled(NamedTuple):
     """What XLA says of a program: bytes on a device, and how long it took to compile.
 
+    code: of the program itself, which lies in the memory of a TPU, too.
     collectives: instructions of the program by kind, a loop's body counted once.
     """
 
     arguments: int
     temporary: int
+    code: int
     total: int
     collectives: dict[str, int]
     seconds: float
@@ -66,6 +68,7 @@ def compile_for(chip: Chip, name: str, count: int, lower) -> Compiled | None:
     return Compiled(
         stats.argument_size_in_bytes,
         stats.temp_size_in_bytes,
+        stats.generated_code_size_in_bytes,
         compile_cache.bytes_needed(program),
         {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         time.monotonic() - began,

@@ -124,6 +124,7 @@ def table(known: dict) -> str:
         found = known["compiled"]
         rows.append(("all, as compiled, a device", gigabytes(found["total"])))
         rows.append(("of it temporary", gigabytes(found["temporary"])))
+        rows.append(("of it the program itself", gigabytes(found["code"])))
         rows.append(("compiled in", f"{found['seconds']:.0f} s"))
     answer = {True: "yes", False: "no", None: "not known"}[known["fits"]]
     rows.append(("fits", answer))
