@@ -18,7 +18,7 @@ from test_compile_cache import Called, Program, check_is_alike, learning
 
 import sample_jax
 import train_jax
-from idea_jax import jobs
+from idea_jax import jobs, random_sd
 from idea_jax.config import reading
 from idea_jax.config.settings import SampleConfig, TrainConfig
 from idea_jax.data import images
@@ -192,6 +192,30 @@ def test_self_contained_draws_the_same_without_the_shared_tree(settings, loaded,
     mixed = together(loaded, (method, person, given), other, third)
     same = together(loaded, (alone, whole, {}), other, third)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), same, mixed)
+
+
+@pytest.mark.parametrize(
+    ("parts", "least", "most"),
+    [
+        ({"kv": "none"}, 24_576, 26_000),
+        ({"kv": "low_rank"}, 900_000, 2_000_000),
+        ({"kv": "low_rank", "own_adapter": True}, 20_000_000, 30_000_000),
+    ],
+)
+def test_files_of_a_full_size_checkpoint_are_as_small_as_said(parts, least, most, tmp_path):
+    """docs/enhancer.md and docs/files.md: 24 KB with tokens and F alone, below 2 MB by default."""
+    model = random_sd.config("sd21", "sd2", 49_408)
+    config = shared.EnhancerConfig(kind="mlp", dim=1024, num_tokens=2)
+    method = shared.person_method(config, **parts)
+    tree = jax.eval_shape(
+        lambda key: condition.init_trainable(model, method, key, jnp.zeros((2, 1024))),
+        jax.random.key(0),
+    )
+    person = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+    sha256 = "0" * 64
+    identity = Identity(method, person, {}, "<person>", "m", None, 0, 0, enhancer=sha256)
+    write_identity(tmp_path / "identity.safetensors", identity)
+    assert least <= (tmp_path / "identity.safetensors").stat().st_size <= most
 
 
 def test_strength_zero_is_the_tokens_alone(loaded, enhancer):

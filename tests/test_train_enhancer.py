@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from test_people import write_celeb_a
 
-from idea_jax import train_enhancer
+from idea_jax import jobs, train_enhancer
 from idea_jax.config.reading import parse
 from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
@@ -211,6 +211,20 @@ def test_purge_deletes_what_was_prepared_and_nothing_else(quiet, tmp_path, capsy
     assert "is no prepared folder" in capsys.readouterr().err
 
 
+def test_what_is_being_prepared_is_not_purged(quiet, studio, tmp_path, capsys):
+    """What it writes afterwards would be faces of people that somebody believes deleted."""
+    out = tmp_path / "data"
+    shutil.copytree(quiet, out)
+    with jobs.only_run(out, 0):
+        assert train_enhancer.main(["--purge", str(out)]) == 1
+        with pytest.raises(jobs.JobsError, match=r"another run is using .* another --prepare$"):
+            prepare.prepare(in_memory(), out, studio)
+    said = capsys.readouterr().err
+    assert "is being prepared" in said and "nothing was deleted" in said
+    assert contents(out) == contents(quiet)
+    assert train_enhancer.main(["--purge", str(out)]) == 0 and not out.exists()
+
+
 def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, capsys):
     """No face, unreadable, somebody without any; too few people is one message."""
     good = in_memory((2, 2))
@@ -232,6 +246,10 @@ def test_pictures_that_cannot_be_used_are_listed_and_left_out(studio, tmp_path, 
         prepare.prepare(faceless, tmp_path / "b", studio)
     # Nothing was prepared, so nothing is left that other pictures would have to agree with.
     assert not (tmp_path / "b").exists()
+    # Nor the face of the only person.
+    with pytest.raises(ShardsError, match=r"only 1 can be used \(2 pictures can, 0 cannot\)"):
+        prepare.prepare(in_memory((2,)), tmp_path / "c", studio)
+    assert not (tmp_path / "c").exists()
     with pytest.raises(ShardsError, match=r"prepared in another way \(settings differ\)"):
         prepare.prepare(good, tmp_path / "a", replace(studio, seed=1))
 

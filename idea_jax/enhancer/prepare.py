@@ -80,7 +80,7 @@ def prepare(source: Source, out: str | Path, studio: Studio, *, quiet: bool = Fa
     """
     out = Path(out)
     check_writable(out)
-    with jobs.only_run(out, 0):
+    with jobs.only_run(out, 0, "--prepare"):
         index = begin(source, out, studio)
         rejected: list[tuple[Any, str]] = []
         try:
@@ -89,8 +89,9 @@ def prepare(source: Source, out: str | Path, studio: Studio, *, quiet: bool = Fa
         finally:
             report(rejected, quiet)
         if index.people < 2:
-            if not index.shards:  # other pictures may be prepared here then
-                (out / shards.INDEX).unlink(missing_ok=True)
+            # Nobody keeps a face that is of no use, and other pictures may be prepared here then.
+            shards.remove(out, [shard.number for shard in index.shards])
+            (out / shards.INDEX).unlink(missing_ok=True)
             bad = max(index.rejected, len(rejected))
             raise ShardsError(
                 f"of the {source.count} people only {index.people} can be used ({index.pictures} "

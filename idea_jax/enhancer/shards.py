@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from idea_jax import jobs
 from idea_jax.errors import InputError
 from idea_jax.runtime.files import atomic_write, cannot_write, file_digest, write_tensors
 
@@ -240,7 +241,7 @@ def purge(folder: str | Path) -> int:
       How many files were deleted.
 
     Raises:
-      ShardsError: the folder is no prepared one; nothing is deleted.
+      ShardsError: the folder is no prepared one, or is being prepared; nothing is deleted.
       OSError: a file cannot be deleted.
     """
     folder = Path(folder)
@@ -248,12 +249,24 @@ def purge(folder: str | Path) -> int:
         raise ShardsError(
             f"{folder} is no prepared folder: it has no {INDEX} of this kind; nothing was deleted"
         )
+    try:
+        with jobs.only_run(folder, 0):
+            return delete(folder)
+    except jobs.JobsError as error:
+        raise ShardsError(
+            f"{folder} is being prepared by another process; wait until that has ended, or stop "
+            "it; nothing was deleted"
+        ) from error
+
+
+def delete(folder: Path) -> int:
+    """As `purge`, where nobody else is using the folder."""
     ours = [path for path in folder.iterdir() if SHARD.fullmatch(path.name)]
     unfinished = [path for path in folder.glob(".tmp-*") if path.is_file()]
     locks = [path for path in folder.glob(".lock-*") if path.is_file()]
     # The index last: a purge that was interrupted can be repeated.
-    paths = [*ours, *unfinished, *locks, folder / INDEX]
-    for path in paths:
+    paths = [*ours, *unfinished, folder / INDEX]
+    for path in [*locks, *paths]:
         path.unlink()
     with suppress(OSError):  # it holds something else
         folder.rmdir()
