@@ -24,6 +24,7 @@ from idea_jax.evaluation.gallery import Problem
 from idea_jax.evaluation.settings import OF_MACHINE, OF_MODEL, EvaluateConfig
 from idea_jax.models import hub
 from idea_jax.training import run as training
+from idea_jax.training import start
 from idea_jax.training.results import TrainingError
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,18 @@ def check(
     values = {"identity": [FILE], "prompt": ["{}"], **drawing}
     flags = {key: value for key, value in values.items() if key not in contender.drawing}
     reading.build(SampleConfig, contender.drawing, flags, source=f"--compare {contender.name}")
+
+
+def check_enhancer(contender: Contender, cfg: EvaluateConfig, seed: int, checkpoint: Path) -> None:
+    """Looks whether a method fits the shared ID-Enhancer that its people would begin with.
+
+    Raises:
+      ConfigError: it does not; EnhancerError: the file cannot be used.
+    """
+    try:
+        start.settle(train_config(contender, cfg, Path("."), seed), checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"--compare {contender.name}: {error}") from error
 
 
 def train(
