@@ -104,7 +104,14 @@ def test_a_cache_that_cannot_be_written_is_a_note(home, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
     code, lines = found(capsys)
     level, text = lines["compiled programs"]
-    assert (code, level) == (0, "note") and "cannot be written" in text
+    assert (code, level) == (0, "note") and "cannot write" in text
+    # Where the system says that it may be written and it may not: nothing but trying tells.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nobody")
+    level, text = found(capsys)[1]["compiled programs"]
+    assert level == "note" and "cannot write" in text
+    # Trying leaves nothing behind.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    assert found(capsys)[1]["compiled programs"][0] == "ok" and not (home / "cache").exists()
 
 
 def test_people_that_fit_are_counted_from_two_steps(smallest_checkpoint, capsys, monkeypatch):

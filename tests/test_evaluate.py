@@ -160,13 +160,14 @@ def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tm
     blank = mine / "photos" / "zoe"
     blank.mkdir()
     Image.new("RGB", (64, 64), "red").save(blank / "a.png")
+    (mine / "photos" / "zoe empty").mkdir()
     cut = mine / "photos" / "yan"
     cut.mkdir()
     (cut / "a.png").write_bytes(b"")
     shutil.copytree(prompt, mine / "true" / "yan" / os.fsdecode(b"no unicode \xff"))
     out = tmp_path / "out"
     assert evaluate.main(arguments(mine, out, "true")) == 0
-    assert "9 pictures and 6 other things could not be scored" in caplog.text
+    assert "9 pictures and 9 other things could not be scored" in caplog.text
     summary = json.loads((out / "summary.json").read_text())
     said = {(p["person"], p["what"]) for p in summary["problems"]}
     assert said == {
@@ -175,7 +176,10 @@ def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tm
         ("zoe", "photos"),
         ("yan", "photos"),
         ("", "lost.d"),
-        ("", "a.png"),
+        ("yan", "photos: a.png"),
+        ("zoe empty", "photos"),
+        ("zoe", "held out"),
+        ("yan", "held out"),
     }
     rows = {(row["person"], row["picture"].rpartition("/")[2]): row for row in rows_of(out)}
     missed = rows[names[0], "blank.png"]
@@ -200,6 +204,111 @@ def test_what_is_wrong_with_one_picture_or_person_stands_in_the_report(world, tm
         assert any(row["prompt"] == "'=1+1" for row in csv.DictReader(file))
 
 
+def problems_of(out):
+    found = json.loads((out / "summary.json").read_text())["problems"]
+    return {(p["person"], p["what"]): p["why"] for p in found}
+
+
+def test_no_picture_and_no_photo_is_left_out_without_a_word(world, tmp_path):
+    """Kinds that are not read, links into nothing, and pictures that lie too high or too deep."""
+    mine = tmp_path / "world"
+    shutil.copytree(world, mine)
+    name = sorted(path.name for path in (mine / "photos").iterdir())[0]
+    prompt = mine / "true" / name / "a_photo_of_{}"
+    Image.new("RGB", (64, 64)).save(prompt / "a.bmp")
+    (prompt / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (prompt / "notes.json").write_text("{}")  # no picture: nobody asks for it
+    (prompt / "deep").mkdir()
+    for place in (prompt / "deep" / "a.png", mine / "true" / "b.png", prompt / ".hidden.png"):
+        shutil.copy(prompt / "00.png", place)
+    Image.new("RGB", (64, 64)).save(mine / "photos" / name / "c.tif")
+    out = tmp_path / "out"
+    assert evaluate.main(arguments(mine, out, "true", clip="none")) == 0
+    said = problems_of(out)
+    place = f"{name}/a_photo_of_{{}}"
+    assert set(said) == {
+        ("", f"{place}/a.bmp"),
+        ("", f"{place}/gone.png"),
+        ("", f"{place}/deep"),
+        ("", "true"),
+        (name, "photos: c.tif"),
+    }
+    assert "suffix .bmp" in said["", f"{place}/a.bmp"] and len(rows_of(out)) == 9
+
+
+def test_a_folder_that_cannot_be_read_is_reported_and_the_others_go_on(
+    world, tmp_path, monkeypatch
+):
+    names = sorted(path.name for path in (world / "true").iterdir())
+    closed = [world / "true" / names[0], world / "true" / names[1] / "a_photo_of_{}"]
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert evaluate.main(arguments(world, tmp_path, "true", clip="none")) == 0
+    said = problems_of(tmp_path)
+    for what in (names[0], f"{names[1]}/a_photo_of_{{}}"):
+        assert "Permission denied" in said["", what] and str(world) not in said["", what]
+    assert len(rows_of(tmp_path)) == 4
+
+
+def test_photos_that_say_nothing_are_named(world, tmp_path):
+    """Of several photos one shows no face; a held-out photo was learned from; nobody else's is
+    touched by that."""
+    mine = tmp_path / "world"
+    shutil.copytree(world, mine)
+    anna, bo, cleo = sorted(path.name for path in (mine / "photos").iterdir())
+    Image.new("RGB", (64, 64), "red").save(mine / "photos" / anna / "blank.png")
+    Image.new("RGB", (64, 64), "red").save(mine / "held_out" / anna / "blank.png")
+    (learned,) = (mine / "photos" / bo).iterdir()
+    shutil.copy(learned, mine / "held_out" / bo / "same.png")
+    shutil.rmtree(mine / "held_out" / cleo)
+    assert evaluate.main(arguments(world, tmp_path / "whole", "true", clip="none")) == 0
+    command = arguments(mine, tmp_path / "out", "true", clip="none")
+    assert evaluate.main(command) == 0
+    said = problems_of(tmp_path / "out")
+    assert set(said) == {
+        (anna, "photos: blank.png"),
+        (anna, "held out: blank.png"),
+        (bo, "held out: same.png"),
+        (cleo, "held out"),
+    }
+    assert "learned from" in said[bo, "held out: same.png"]
+    assert rows_of(tmp_path / "out")[:6] == rows_of(tmp_path / "whole")[:6]
+
+
+def test_a_method_without_any_picture_is_a_row_without_numbers(world, tmp_path):
+    (tmp_path / "drew nothing").mkdir()
+    command = arguments(world, tmp_path / "out", "true", clip="none")
+    assert evaluate.main([*command, str(tmp_path / "drew nothing")]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["methods"]) == ["true", "drew nothing"]
+    row = summary["methods"]["drew nothing"][scoring.ALL]
+    assert row["pictures"] == 0 and row["identity_zero"] is None
+    assert "| drew nothing |" in (tmp_path / "out" / "table.md").read_text()
+    people = [p["person"] for p in summary["problems"] if p["what"] == "pictures"]
+    assert people == sorted(people) and len(people) == 3
+
+
+def test_damaged_notes_of_an_earlier_run_end_in_no_crash(world, tmp_path, capsys, caplog):
+    """Seconds that nobody can read are lost; settings that nobody can read are refused."""
+    command = arguments(world, tmp_path, "true", clip="none")
+    assert evaluate.main(command) == 0
+    rows = rows_of(tmp_path)
+    for damaged in ("[]", '{"true": 3}', '{"true": {"drawn": "x"}}', "{", "[" * 100_000):
+        (tmp_path / "seconds.json").write_text(damaged)
+        assert evaluate.main(command) == 0 and rows_of(tmp_path) == rows
+        assert "seconds are lost" in caplog.text
+        caplog.clear()
+    (tmp_path / "settings.json").write_text('{"mode": "st')
+    assert evaluate.main(command) == 1
+    assert "settings.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "code", "problem"),
     [
@@ -222,7 +331,15 @@ def test_what_concerns_everybody_is_one_message(world, tmp_path, capsys, change,
 
 @pytest.mark.parametrize(
     ("given", "problem"),
-    [("steps=x", "must be int"), ("id_strength=x", "must be float"), ("id_strength=-1", "id_str")],
+    [
+        ("steps=x", "must be int"),
+        ("id_strength=x", "must be float"),
+        ("id_strength=-1", "id_str"),
+        ("n_pseudo_tokens=4", "the shared ID-Enhancer is for 2"),
+        ("output_dir=elsewhere", "'output_dir' is the same for all methods"),
+        ("push_to_hub=true", "'push_to_hub' is the same for all methods"),
+        ("prompt_file=other.txt", "'prompt_file' is the same for all methods"),
+    ],
 )
 def test_settings_of_a_method_are_looked_at_before_it_is_trained(
     world, tmp_path, capsys, monkeypatch, given, problem
@@ -256,6 +373,21 @@ def test_the_numbers_of_the_mini_are_the_labs(world, tmp_path):
             prompts=captions.PROMPTS[:1],
         )
         assert judged == pytest.approx(expected, abs=1e-6)
+
+
+def test_intervals_are_drawn_with_the_seed_of_the_mode(world, tmp_path, monkeypatch):
+    seeds, estimate = [], scoring.metrics.estimate
+
+    def noted(*values, seed):
+        seeds.append(seed)
+        return estimate(*values, seed=seed)
+
+    monkeypatch.setattr(scoring.metrics, "estimate", noted)
+    for seed, given in ((42, {}), (7, {"seed": 7})):
+        seeds.clear()
+        command = arguments(world, tmp_path / str(seed), "true", mode="celeb_basis", **given)
+        assert evaluate.main([*command, "--clip", "none"]) == 0
+        assert set(seeds) == {seed}
 
 
 def test_values_of_a_prompt_and_of_a_person_by_mode():
@@ -308,6 +440,7 @@ def test_folders_say_whom_they_show_and_what_was_asked(tmp_path):
     make("anna/y", run=json.dumps({"prompt": "{anna} smiling", "identity": {}}))
     make("z", run=json.dumps({"prompt": "{bo} and {anna}", "identities": {"anna": 1, "bo": 2}}))
     make("nobody", run="{")
+    make("bo/deep", run="[" * 100_000)
     make(f"{draw.safe_name('jörg')}/{{}}")
     make(".hidden/x")
     shown, problems = gallery.scan("m", tmp_path, ["anna", "bo", "jörg"])
@@ -318,6 +451,7 @@ def test_folders_say_whom_they_show_and_what_was_asked(tmp_path):
         ("anna", "as it is called", "00000.png"),
         ("anna", "as it is called", "grid.png"),
         ("anna", "{} smiling", "00000.png"),
+        ("bo", "deep", "00000.png"),
         ("bo", "{} and {other}", "00000.png"),
         ("jörg", "{}", "00000.png"),
         ("jörg", "{}", "grid.png"),
@@ -343,7 +477,7 @@ def test_prompt_sets_are_whole(tmp_path):
     for prompts in sets.values():
         assert asked.STYLE in {prompt.group for prompt in prompts}
     own = tmp_path / "own.txt"
-    own.write_text("# mine\n{} at sea\n[ style ]\na sketch of {}\n")
+    own.write_text("# mine\n{} at sea\n[ Style ]\na sketch of {}\n")
     assert asked.read(str(own)) == [("{} at sea", "prompts"), ("a sketch of {}", "style")]
     for text, problem in (
         ("[style]\n", "holds groups and no prompt"),
@@ -475,6 +609,11 @@ def test_a_comparison_trains_draws_and_scores(
     command[1] = f"{first},{second},{third}"
     assert evaluate.main(command) == 0 and len(calls) == 1
     assert rows_of(out) == rows
+    # Pictures of a prompt that the file has no more are in no number, and are reported.
+    prompts.write_text("a photo of {}\n")
+    assert evaluate.main(command) == 0 and len(calls) == 1
+    assert rows_of(out) == [row for row in rows if row["prompt"] == "a photo of {}"]
+    assert "no more" in problems_of(out)["", "pictures"]
     again = json.loads((out / "seconds.json").read_text())
     assert [own.get("learned") for own in again.values()] == [2, 2, None]
 

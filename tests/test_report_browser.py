@@ -66,6 +66,7 @@ def test_the_report_loads_nothing_and_runs_no_ones_script(opened, written):
     assert [url for url in asked if not url.startswith("data:")] == [written.as_uri()]
     assert page.title() == "Evaluation"
     assert page.locator("script").count() == 1
+    assert page.get_by_role("main").locator("table").count() == page.locator("table").count() > 0
     assert HOSTILE in page.locator("#people").inner_text()
     shown = page.locator("img").evaluate_all("all => all.map(i => i.complete && i.naturalWidth)")
     assert len(shown) == 2 * 3 * 3 and all(shown)

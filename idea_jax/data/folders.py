@@ -13,9 +13,10 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif"
 
 class NoPicturesError(ImageError):
     """A folder holds no file that is a picture by its name; `is_empty`: nor anything that is not
-    hidden."""
+    hidden; `skipped`: what it holds, with reasons."""
 
     is_empty = False
+    skipped: list[tuple[Path, str]]
 
 
 def list_images(folder: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
@@ -141,6 +142,7 @@ def _no_pictures(folder: Path, skipped: list[tuple[Path, str]]) -> NoPicturesErr
         f"no pictures in {folder}: expected files ending in {', '.join(SUFFIXES)}, "
         f"found {found}{more}"
     )
+    error.skipped = skipped
     error.is_empty = all(reason == "hidden" for _, reason in skipped)
     return error
 

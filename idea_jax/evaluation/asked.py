@@ -51,6 +51,8 @@ def read(name_or_path: str) -> list[Asked]:
         heading = re.fullmatch(r"\[([^\[\]]+)\]", line)
         if heading:
             group = heading[1].strip()
+            # These say how a prompt is scored: nobody should lose that by a capital letter.
+            group = group.lower() if group.lower() in (STYLE, *SEVERAL) else group
             continue
         text.fill(line.replace(OTHER, ""), text.Placeholder("<person>", 1))
         found.append(Asked(line, group))

@@ -24,6 +24,7 @@ from idea_jax.evaluation.gallery import Problem
 from idea_jax.evaluation.settings import OF_MACHINE, OF_MODEL, EvaluateConfig
 from idea_jax.models import hub
 from idea_jax.training import run as training
+from idea_jax.training import start
 from idea_jax.training.results import TrainingError
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,11 @@ log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # How a checkpoint is read: as people are trained, so they are drawn.
 OF_BOTH = {name for name in OF_MODEL if name in TrainConfig.__dataclass_fields__}
+# Settings that say where something lies, or who is learned and what is drawn: the evaluation's own.
+OWN = "pretrained_model_name_or_path train_data_dir output_dir overwrite dataset".split()
+OWN += "dataset_dir identities face_embeddings distributed resume_from_checkpoint".split()
+OWN += "report_to logging_dir push_to_hub hub_model_id hub_token publish_consent".split()
+OWN += "identity learned_embedding_path photo token prompt prompt_file save_dir n_iter".split()
 SHORT = {"steps": "max_train_steps", "photos": "pictures_per_person"}
 
 
@@ -87,6 +93,10 @@ def read_contenders(given: str, checkpoint: str) -> list[Contender]:
             if key not in known | drawn:
                 raise ConfigError(
                     f"--compare {name}: {key!r} is no setting of idea-train or idea-sample"
+                )
+            if key in OWN:
+                raise ConfigError(
+                    f"--compare {name}: {key!r} is the same for all methods, and no part of one"
                 )
             try:
                 values[key] = yaml.safe_load(value)
@@ -162,6 +172,18 @@ def check(
     values = {"identity": [FILE], "prompt": ["{}"], **drawing}
     flags = {key: value for key, value in values.items() if key not in contender.drawing}
     reading.build(SampleConfig, contender.drawing, flags, source=f"--compare {contender.name}")
+
+
+def check_enhancer(contender: Contender, cfg: EvaluateConfig, seed: int, checkpoint: Path) -> None:
+    """Looks whether a method fits the shared ID-Enhancer that its people would begin with.
+
+    Raises:
+      ConfigError: it does not; EnhancerError: the file cannot be used.
+    """
+    try:
+        start.settle(train_config(contender, cfg, Path("."), seed), checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"--compare {contender.name}: {error}") from error
 
 
 def train(

@@ -1,8 +1,10 @@
 """Which pictures show whom, and what was asked for: folders on disk, perhaps of strangers."""
 
 import json
+import mimetypes
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from idea_jax.evaluation.asked import OTHER
 from idea_jax.sampling.plan import safe_name
 
 OURS, TEXT = "run.json", "prompt.txt"  # beside the pictures of a prompt, if anything is
+LAYOUT = "expected PERSON/PROMPT/*.png"
+KINDS = mimetypes.MimeTypes()  # as Python knows them, whatever the machine says
 
 
 class Shown(NamedTuple):
@@ -51,17 +55,37 @@ def scan(method: str, root: Path, people: Sequence[str]) -> tuple[list[Shown], l
     """
     shown: list[Shown] = []
     problems: list[Problem] = []
-    for first in _inside(root):
-        prompts = _inside(first)
-        for folder in [first, *prompts]:
-            pictures = _pictures(folder)
+
+    def add(place: Path, why: str) -> None:
+        what = root.name if place == root else str(place.relative_to(root))
+        problems.append(Problem(method, "", what, why))
+
+    firsts = _inside(root)
+    pictures, _ = _pictures(root)
+    if pictures:
+        add(root, f"{len(pictures)} picture(s) in no folder of a prompt: {LAYOUT}")
+    for first in firsts:
+        try:
+            folders_of = [first, *_inside(first)]
+        except ImageError as error:
+            add(first, _plain(error, root))
+            continue
+        for folder in folders_of:
+            try:
+                pictures, left = _pictures(folder)
+            except ImageError as error:
+                add(folder, _plain(error, root))
+                continue
+            for path, why in left:
+                add(path, why)
+            if folder != first:
+                for deep, count in _deeper(folder):
+                    add(deep, f"{count} picture(s) too deep: {LAYOUT}")
             if not pictures:
                 continue
-            about = _about(folder)
-            name, prompt = _whose(folder, root, about, people)
+            name, prompt = _whose(folder, root, _about(folder), people)
             if name is None:
-                why = "the pictures lie in no folder of a person's: expected PERSON/PROMPT/*.png"
-                problems.append(Problem(method, "", str(folder.relative_to(root)), why))
+                add(folder, f"the pictures lie in no folder of a person's: {LAYOUT}")
                 continue
             shown += [Shown(method, name, prompt, path) for path in pictures]
     if not shown and not problems:
@@ -72,19 +96,54 @@ def scan(method: str, root: Path, people: Sequence[str]) -> tuple[list[Shown], l
 def _inside(folder: Path) -> list[Path]:
     try:
         entries = sorted(folder.iterdir())
+        return [path for path in entries if path.is_dir() and not path.name.startswith(".")]
     except OSError as error:
         raise ImageError(f"the folder {folder} cannot be read: {error.strerror}") from error
-    return [path for path in entries if path.is_dir() and not path.name.startswith(".")]
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _plain(error: ImageError, root: Path) -> str:
+    """What an error says, without where the folder lies: reports are passed on."""
+    return str(error).replace(str(root), root.name)
+
+
+def _pictures(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """The pictures of a folder, and what looks like one and is left out, with the reason.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    found: list[Path] = []
     try:
-        found, _ = folders.list_images(folder)
-    except folders.NoPicturesError:
-        return []
+        found, skipped = folders.list_images(folder)
+    except folders.NoPicturesError as error:
+        skipped = error.skipped
+    left = [(path, _reason(why)) for path, why in skipped if _is_picture(path, why)]
     if (folder / OURS).is_file():  # beside ours lies their grid
         found = [path for path in found if path.stem.isdigit()]
-    return found
+    return found, left
+
+
+def _is_picture(path: Path, why: str) -> bool:
+    """Whether somebody may miss what `folders` has skipped: notes beside pictures nobody does."""
+    if why in ("hidden", "sub-folder"):
+        return False
+    kind, _ = KINDS.guess_type(path.name)
+    return path.suffix.lower() in folders.SUFFIXES or (kind or "").startswith("image/")
+
+
+def _reason(why: str) -> str:
+    """Why `folders` has skipped a picture, for a report."""
+    return f"it is left out ({why}): expected files ending in {', '.join(folders.SUFFIXES)}"
+
+
+def _deeper(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The folders below a prompt's that hold pictures, and how many."""
+    for parent, names, files in os.walk(folder):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        shown = (name for name in files if not name.startswith("."))
+        count = sum(Path(name).suffix.lower() in folders.SUFFIXES for name in shown)
+        if count and parent != str(folder):
+            yield Path(parent), count
 
 
 def _about(folder: Path) -> dict:
@@ -93,8 +152,10 @@ def _about(folder: Path) -> dict:
         if (folder / OURS).is_file():
             about = json.loads((folder / OURS).read_text(encoding="utf-8"))
             return about if isinstance(about, dict) and isinstance(about.get("prompt"), str) else {}
-        return {"prompt": (folder / TEXT).read_text(encoding="utf-8-sig").strip()}
-    except (OSError, ValueError):
+        if (folder / TEXT).is_file():
+            return {"prompt": (folder / TEXT).read_text(encoding="utf-8-sig").strip()}
+        return {}
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
@@ -120,17 +181,36 @@ def _whose(folder: Path, root: Path, about: dict, people: Sequence[str]) -> tupl
     return name, prompt.replace(f"{{{name}}}", "{}")
 
 
-def photos_of(root: Path, single: str = "person") -> dict[str, list[Path]]:
-    """Returns the photos of each person: of a folder per person, or of one person's folder.
+def photos_of(
+    root: Path, what: str, single: str = "person"
+) -> tuple[dict[str, list[Path]], list[Problem]]:
+    """Returns the photos of each person: of a folder per person, or of one person's folder; and
+    what was left out.
 
     Args:
+      what: those photos are, for the report.
       single: the name of the only person of a folder that holds photos itself.
 
     Raises:
       ImageError: the folder cannot be read, or nobody has a photo.
     """
+    problems: list[Problem] = []
     if not folders.has_only_folders(root):
-        return {single: folders.list_images(root)[0]}
-    people, skipped = folders.list_people(root)
-    folders.report_skipped(skipped)
-    return {name: [] if isinstance(found, ImageError) else found for name, found in people.items()}
+        found, skipped = folders.list_images(root)
+        people = {single: found}
+    else:
+        listed, skipped = folders.list_people(root)
+        people = {}
+        for name, own in listed.items():
+            people[name] = [] if isinstance(own, ImageError) else own
+            if isinstance(own, ImageError):
+                problems.append(Problem("", name, what, _plain(own, root)))
+        folders.report_skipped(skipped)
+    for path, why in skipped:
+        name = path.parent.name if path.parent != root else ""
+        if path.parent == root and path.is_dir() and not path.name.startswith((".", "__")):
+            problems.append(Problem("", path.name, what, why))
+        elif _is_picture(path, why):
+            owner = single if single in people and not name else name
+            problems.append(Problem("", owner, f"{what}: {path.name}", _reason(why)))
+    return people, problems

@@ -235,6 +235,6 @@ def document(title: str, body: str) -> str:
         f"<!doctype html>\n<html lang=en>\n<meta charset=utf-8>\n"
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">\n'
         f'<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n{body}\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<main>\n{body}\n</main>\n"
         f"<script>{SCRIPT}</script>\n</html>\n"
     )

@@ -14,10 +14,11 @@ from idea_jax.errors import InputError
 from idea_jax.evaluation import asked, clip, compare, draw, gallery, looking, metrics
 from idea_jax.evaluation.asked import OTHER, Asked
 from idea_jax.evaluation.gallery import Problem
-from idea_jax.evaluation.looking import Eyes, Look
+from idea_jax.evaluation.known import HELD_OUT, PHOTOS, apart, know_people, unreadable
+from idea_jax.evaluation.looking import Eyes
 from idea_jax.evaluation.modes import MODES, Mode
 from idea_jax.evaluation.output import Scored, machine, write
-from idea_jax.evaluation.scoring import Known, ScoredPicture, score, summarise
+from idea_jax.evaluation.scoring import ScoredPicture, score, summarise
 from idea_jax.evaluation.settings import EvaluateConfig
 from idea_jax.faces import models as face_models
 from idea_jax.faces import packs, portraits
@@ -45,7 +46,8 @@ class Ready:
     """An evaluation of which everything was looked at that can be wrong and is cheap to see.
 
     Attributes:
-      photos: those that are learned from, and others, by person.
+      photos: those that are learned from, and others, by person; missed: what was left out of
+        these folders.
       contenders: methods that are trained; identities: files by method and person, instead.
       sources: folders of pictures that are there already, by method.
       settings: of the drawing, as `draw.settings_of`; empty if nothing is drawn.
@@ -55,6 +57,7 @@ class Ready:
     mode: Mode
     prompts: list[Asked]
     photos: tuple[dict[str, list[Path]], dict[str, list[Path]]]
+    missed: list[Problem]
     contenders: list[compare.Contender]
     identities: dict[str, dict[str, Path]]
     sources: dict[str, Path]
@@ -85,8 +88,11 @@ def look_ahead(cfg: EvaluateConfig, *, awaits_enhancer: bool = False) -> Ready:
     """
     mode, out = MODES[cfg.mode], Path(cfg.output_dir)
     prompts = asked.read(cfg.prompts or mode.prompts)
-    photos = gallery.photos_of(Path(cfg.photos))
-    held_out = gallery.photos_of(Path(cfg.held_out)) if cfg.held_out else {}
+    photos, missed = gallery.photos_of(Path(cfg.photos), PHOTOS)
+    held_out: dict[str, list[Path]] = {}
+    if cfg.held_out:
+        held_out, more = gallery.photos_of(Path(cfg.held_out), HELD_OUT)
+        missed += more
     contenders = []
     if cfg.compare is not None:
         contenders = compare.read_contenders(cfg.compare, cfg.pretrained_model_name_or_path)
@@ -105,6 +111,8 @@ def look_ahead(cfg: EvaluateConfig, *, awaits_enhancer: bool = False) -> Ready:
         checkpoint = open_model(draw.sample_config(settings))[0].folder
     elif cfg.pretrained_model_name_or_path is not None:
         checkpoint = hub.resolve_for(cfg).folder
+    for contender in contenders if not awaits_enhancer else ():
+        compare.check_enhancer(contender, cfg, settings["seed"], checkpoint)
     identities = draw.find_identities(cfg.identity) if cfg.identity is not None else {}
     score_model = find_score_model(cfg, checkpoint)
     needs_face = any(contender.uses_face for contender in contenders) or bool(identities)
@@ -115,7 +123,9 @@ def look_ahead(cfg: EvaluateConfig, *, awaits_enhancer: bool = False) -> Ready:
     judge = load_clip(cfg, mode, checkpoint)
     eyes = looking.open_eyes(score_model, judge, crop=cfg.score_crop, provider=cfg.face_provider)
     both = photos, held_out
-    return Ready(mode, prompts, both, contenders, identities, sources, settings, checkpoint, eyes)
+    return Ready(
+        mode, prompts, both, missed, contenders, identities, sources, settings, checkpoint, eyes
+    )
 
 
 def evaluate(cfg: EvaluateConfig) -> Scored:
@@ -170,8 +180,13 @@ def held_settings(cfg: Any, file: Path, free: Sequence[str], paths: Sequence[str
         held[name] = str(Path(held[name]).resolve()) if held[name] else None
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         before = held
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(
+            f"{file} is damaged, so that nobody knows what the pictures beside it were made with; "
+            "choose another folder, or delete that one"
+        ) from error
     # What an earlier version did not know was as it is by default.
     defaults = {spec.name: spec.default for spec in settings_of(type(cfg))}
     before = defaults | (before if isinstance(before, dict) else held)
@@ -301,10 +316,15 @@ def note(out: Path, method: str, spent: Mapping[str, float]) -> None:
 
 
 def read_times(out: Path) -> dict:
-    """Seconds of training and drawing, people learned and pictures drawn, by method."""
+    """Seconds of training and drawing, people learned and pictures drawn, by method; those of a
+    damaged file are lost."""
     try:
-        return json.loads((out / TIMES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((out / TIMES).read_text(encoding="utf-8"))
+        return {name: {k: v + 0 for k, v in own.items()} for name, own in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        log.warning("%s cannot be used (%s): its seconds are lost", out / TIMES, error)
         return {}
 
 
@@ -318,23 +338,31 @@ def judge_all(
       problems: found so far.
     """
     mode, eyes, prompts, (learned, others) = ready.mode, ready.eyes, ready.prompts, ready.photos
-    problems, shown = list(problems), []
+    problems, shown = [*ready.missed, *problems], []
+    groups = {prompt.text: prompt for prompt in prompts}
     for method, folder in sources.items():
         found, missed = gallery.scan(method, folder, list(learned))
+        if ready.settings:  # they were drawn here, perhaps before the file of prompts was changed
+            asked_for = [picture for picture in found if picture.prompt in groups]
+            if len(asked_for) < len(found):
+                why = f"{len(found) - len(asked_for)} are of prompts that --prompts has no more"
+                missed.append(Problem(method, "", "pictures", why))
+            found = asked_for
         shown += found
         problems += missed
         drawn = {picture.person for picture in found}
-        for name in learned.keys() - drawn:
+        for name in sorted(learned.keys() - drawn):
             problems.append(Problem(method, name, "pictures", "there is no picture of them"))
     paths = [path for own in (*learned.values(), *others.values()) for path in own]
     out = Path(cfg.output_dir)
     looks, digests, errors = looking.look_at(
         eyes, [*paths, *(picture.path for picture in shown)], out / "seen"
     )
-    problems += [Problem("", "", path.name, errors[path]) for path in paths if path in errors]
-    people, more = know_people(learned, others, looks)
-    problems += more
-    groups = {prompt.text: prompt for prompt in prompts}
+    for what, photos in ((PHOTOS, learned), (HELD_OUT, others)):
+        problems += unreadable(what, photos, errors)
+    others, more = apart(learned, others, digests)
+    people, missed = know_people(learned, others, looks)
+    problems += [*more, *missed]
     texts = embed_prompts(eyes, mode, [picture.prompt for picture in shown])
     rows = []
     seen: dict[str, dict[tuple[str, str], list]] = {}
@@ -358,39 +386,11 @@ def judge_all(
         for method, of in seen.items()
         if eyes.clip is not None
     }
-    summary = summarise(mode, rows, diversities, people, problems, cfg.seed or 0)
+    seed = mode.seed if cfg.seed is None else cfg.seed
+    summary = summarise(mode, rows, diversities, people, problems, seed)
     summary["seconds"] = read_times(out)
     about = describe(cfg, mode, eyes)
     return Scored(rows, [picture.path for picture in shown], people, learned, summary, about)
-
-
-def know_people(
-    learned: Mapping[str, list[Path]],
-    others: Mapping[str, list[Path]],
-    looks: Mapping[Path, Look],
-) -> tuple[dict[str, Known], list[Problem]]:
-    """What is known of each person, and whose photos show no face."""
-    people, problems = {}, []
-    for name, own in learned.items():
-        seen = [looks[path] for path in own if path in looks]
-        rest = [looks[path] for path in others.get(name, ()) if path in looks]
-        images = np.stack([look.image for look in seen]) if seen else np.zeros((0, 0), np.float32)
-        people[name] = Known(largest(seen), largest(rest), images)
-        if not len(people[name].photos):
-            problems.append(Problem("", name, "photos", "there is no photo with a face on it"))
-    for name in others.keys() - learned.keys():
-        problems.append(Problem("", name, "held out", "--photos has nobody of this name"))
-    if len(people) < 2:
-        problems.append(
-            Problem("", "", "people", "there is one person: no floor, and no interval over people")
-        )
-    return people, problems
-
-
-def largest(looks: Sequence[Look]) -> np.ndarray:
-    """float32[P, 512]: the largest face of each photo that has one."""
-    faces = [look.faces[0] for look in looks if len(look.faces)]
-    return np.stack(faces) if faces else np.zeros((0, face_models.WIDTH), np.float32)
 
 
 def embed_prompts(eyes: Eyes, mode: Mode, prompts: Sequence[str]) -> dict[str, np.ndarray]:

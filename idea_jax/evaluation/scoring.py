@@ -155,7 +155,9 @@ def summarise(
       diversities: by method, and there by person and prompt.
       seed: of the bootstrap.
     """
-    methods, sums = list(dict.fromkeys(row.method for row in rows)), {}
+    # A method of whom there is no picture at all is a row without numbers.
+    named = [*(row.method for row in rows), *(problem.method for problem in problems)]
+    methods, sums = list(dict.fromkeys(filter(None, named))), {}
     summary: dict = {"mode": mode.name, "headline": mode.headline, "methods": {}, "people": {}}
     for method in methods:
         own = [row for row in rows if row.method == method]
