@@ -97,6 +97,12 @@ NEEDED = "the program needs 3.0 GiB on each device, weights included"
             "space hbm. Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.",
             ["the program needs 21.9 GiB on a device of 15.5 GiB"],
         ),
+        (
+            jax.errors.JaxRuntimeError,
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (23.88G) exceeds available HBM (15.75G).",
+            ["the program needs 23.9 GiB on a device of 15.8 GiB"],
+        ),
         (MemoryError, "Unable to allocate 14.9 GiB for an array", ["14.9 GiB were", NEEDED]),
         (jax.errors.JaxRuntimeError, "INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", [NEEDED]),
     ],

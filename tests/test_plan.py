@@ -279,6 +279,37 @@ def test_command_says_what_is_known_and_refuses_what_is_not(
         assert words in capsys.readouterr().err
 
 
+def test_a_program_that_does_not_compile_for_want_of_memory_does_not_fit(
+    smallest_checkpoint, monkeypatch, capsys
+):
+    """XLA says what it needs then, though the numbers from shapes alone are small enough."""
+    real, said = (
+        work.JOBS["sample"],
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (23.88G) exceeds available HBM (15.75G)."
+        ),
+    )
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(said)
+
+    def planned(*arguments):
+        return replace(real(*arguments), lower=lambda devices: Lowered())
+
+    monkeypatch.setitem(work.JOBS, "sample", planned)
+    monkeypatch.setattr(compiled, "is_there", lambda: True)
+    monkeypatch.setattr(compiled, "devices_of", lambda name: [None])
+    command_line = ["--checkpoint", str(smallest_checkpoint), "--what", "sample", "--device", "v5e"]
+    assert command.main(command_line) == 1
+    told = capsys.readouterr()
+    assert "| fits | no |" in told.out and "| 23.9 GiB |" in told.out and not told.err
+    said = "INTERNAL: the compiler has a bug"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="bug"):
+        compiled.compile_for(chips.find("v5e")[0], "v5e", 1, lambda devices: Lowered())
+
+
 def test_checkpoint_on_the_hub_needs_no_weights(smallest_checkpoint, tmp_path, monkeypatch, capsys):
     """The folder that huggingface_hub keeps is filled by hand, with configs alone."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from idea_jax.runtime import compile_cache
+from idea_jax.runtime import compile_cache, memory
 from idea_jax.runtime.chips import Chip
 
 # Of a chip that is named without one: the least that its compiler describes.
@@ -18,13 +18,14 @@ SMALLEST = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 class Compiled(NamedTuple):
     """What XLA says of a program: bytes on a device, and how long it took to compile.
 
+    arguments, temporary, code: None of a program that does not fit.
     code: of the program itself, which lies in the memory of a TPU, too.
     collectives: instructions of the program by kind, a loop's body counted once.
     """
 
-    arguments: int
-    temporary: int
-    code: int
+    arguments: int | None
+    temporary: int | None
+    code: int | None
     total: int
     collectives: dict[str, int]
     seconds: float
@@ -56,11 +57,21 @@ def compile_for(chip: Chip, name: str, count: int, lower) -> Compiled | None:
     Args:
       count: chips of one process, which the program runs on.
       lower: as of `work.Planned`.
+
+    Raises:
+      JaxRuntimeError: it cannot be compiled, for another reason than the chip's memory.
     """
     if chip.platform != "tpu" or not is_there():
         return None
     began = time.monotonic()
-    program = lower(devices_of(name)[:count]).compile()
+    lowered = lower(devices_of(name)[:count])
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        sizes = memory.needed_and_there(str(error))
+        if not memory.is_out_of_memory(error) or sizes is None:
+            raise
+        return Compiled(None, None, None, int(sizes[0]), {}, time.monotonic() - began)
     stats, text = program.memory_analysis(), program.as_text()
     kinds = re.findall(
         r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text

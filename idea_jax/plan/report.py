@@ -9,6 +9,7 @@ from idea_jax.plan.work import Planned, kernel_of
 from idea_jax.runtime.chips import CHIPS, Chip, hosts_of
 from idea_jax.runtime.memory import gigabytes
 
+PARTS = {"temporary": "temporary", "code": "the program itself"}
 UNITS = {"train": "people", "enhancer": "samples", "sample": "pictures"}
 
 
@@ -71,6 +72,8 @@ def fits(chip: Chip, job: Planned, compiled: Compiled | None) -> bool | None:
     if not chip.room():
         return None
     beside = job.memory.get("autoencoder beside them", 0)
+    if compiled is not None and compiled.temporary is None:
+        return False
     return (compiled.total + beside if compiled is not None else job.total()) <= chip.room()
 
 
@@ -123,8 +126,9 @@ def table(known: dict) -> str:
     if known["compiled"] is not None:
         found = known["compiled"]
         rows.append(("all, as compiled, a device", gigabytes(found["total"])))
-        rows.append(("of it temporary", gigabytes(found["temporary"])))
-        rows.append(("of it the program itself", gigabytes(found["code"])))
+        for part in ("temporary", "code"):
+            if found[part] is not None:
+                rows.append((f"of it {PARTS[part]}", gigabytes(found[part])))
         rows.append(("compiled in", f"{found['seconds']:.0f} s"))
     answer = {True: "yes", False: "no", None: "not known"}[known["fits"]]
     rows.append(("fits", answer))

@@ -54,7 +54,7 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
     # In the words of XLA for CPUs, GPUs and TPUs; the last of a program that cannot be compiled.
     asked = sizes(r"(?:allocat\w*|reserve)(?: request for)? SIZE", text)
     free = sizes("There are SIZE free", text)
-    both = sizes("Used SIZE of SIZE", text)
+    both = needed_and_there(text)
     parts = ["the memory is too small"]
     if asked and not both:
         left = f", and {gigabytes(free[0])} were free" if free else ""
@@ -74,6 +74,14 @@ def describe_memory(error: BaseException, needed: int | None) -> str:
     elif total := host_memory():
         parts.append(f"this machine has {gigabytes(total)}")
     return "; ".join(parts)
+
+
+def needed_and_there(text: str) -> list[float] | None:
+    """Bytes that a program needs and that a device has, from XLA's words of one that does not fit;
+    None if they are not there."""
+    return sizes("Used SIZE of SIZE", text) or sizes(
+        r"memory required for [\w ]+ \(SIZE\) exceeds available \w+ \(SIZE\)", text
+    )
 
 
 def host_memory() -> int | None:
