@@ -23,6 +23,7 @@ from idea_jax.method import shared
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 from idea_jax.training.program import gatherer, shard_specs, without_vae
+from idea_jax.training.step import is_product
 
 
 class EnhancerState(NamedTuple):
@@ -166,9 +167,7 @@ def gradients(
 
     if gather:
         # Gathered again in the backward pass, instead of being kept.
-        loss = jax.checkpoint(
-            loss, policy=lambda primitive, *_, **__: primitive is not jax.lax.all_gather_p
-        )
+        loss = jax.checkpoint(loss, policy=is_product)
     grad = jax.value_and_grad(loss)
 
     def add(total, part):

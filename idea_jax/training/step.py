@@ -262,7 +262,7 @@ def _loss_of_shards(gather: Callable[[sd.Frozen], sd.Frozen] | None) -> Callable
         return training_loss
 
     def loss(model, method, shards, trainable, given, batch):
-        @functools.partial(jax.checkpoint, policy=_is_no_gathering)
+        @functools.partial(jax.checkpoint, policy=is_product)
         def inner(shards, trainable):
             return training_loss(model, method, gather(shards), trainable, given, batch)
 
@@ -271,9 +271,20 @@ def _loss_of_shards(gather: Callable[[sd.Frozen], sd.Frozen] | None) -> Callable
     return loss
 
 
-def _is_no_gathering(primitive, *_, **__) -> bool:
-    """Whether the backward pass may keep what this primitive gave."""
-    return primitive is not jax.lax.all_gather_p
+# What gives products, convolutions and attention; "cond" is a convolution with a way of its own on
+# each platform.
+PRODUCTS = {"dot_general", "conv_general_dilated", "pallas_call", "cond"}
+
+
+def is_product(primitive, *_, **__) -> bool:
+    """Whether the backward pass keeps what this primitive gave, and computes the rest again: a
+    policy of `jax.checkpoint` under which no product is computed twice.
+
+    To keep everything but the gathered weights would hold norms and activations, too, which XLA
+    otherwise computes again inside of what reads them: a step of SD 2.1 on four chips then takes
+    5.3 GiB instead of 3.0.
+    """
+    return primitive.name in PRODUCTS or primitive.name.startswith("dot_product_attention")
 
 
 def check_plateau(
