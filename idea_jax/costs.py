@@ -166,7 +166,7 @@ def memory(jaxpr, *, pads_kernels: bool = False) -> Memory:
     whatever reads it, as long as it is no smaller than what it is computed from; every other one is
     held until it is read for the last time. XLA orders, fuses and lays out in its own way, so this
     is an estimate; docs/scale.md says how near it came to compiled programs. Weights that are
-    gathered from several devices are left out: they are held for a moment each.
+    gathered from several devices are left out.
 
     Args:
       pads_kernels: the arrays of Pallas' kernels take whole `LANES`, as on a TPU.

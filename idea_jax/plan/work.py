@@ -199,8 +199,8 @@ def train_with(cfg: PlanConfig, chip: Chip, devices: int, remat: bool) -> Planne
             "people with optimiser": need.states,
             "photos": need.photos,
         },
-        temporary=held.peak,
-        spare=sizing.spare_of(held.peak, chip.platform),
+        temporary=need.temporary,
+        spare=need.spare,
         flops=costs.of_jaxpr(costs.live(jaxpr)),
         traffic=held.traffic,
         collectives=costs.collectives(jaxpr),
@@ -345,6 +345,7 @@ def enhance_with(cfg: PlanConfig, chip: Chip, devices: int, remat: bool) -> Plan
     held = costs.memory(kept, pads_kernels=chip.platform == "tpu")
     frozen, state, constants, batch, _ = given
     read = sizing.device_bytes(frozen._replace(vae={}))
+    gathered = sizing.weights_of(frozen, 1)[0] - read  # as of a training's need
 
     def lower(chips):
         mesh = jax.sharding.Mesh(np.array(chips), ("data",), axis_types=(AxisType.Auto,))
@@ -360,7 +361,7 @@ def enhance_with(cfg: PlanConfig, chip: Chip, devices: int, remat: bool) -> Plan
             "enhancer with optimiser": sizing.device_bytes((state, constants)),
             "samples": sizing.device_bytes(batch),
         },
-        temporary=held.peak,
+        temporary=held.peak + gathered,
         spare=sizing.spare_of(held.peak, chip.platform),
         flops=costs.of_jaxpr(costs.live(plain)),
         traffic=held.traffic,

@@ -25,8 +25,9 @@ from idea_jax.training.program import (
     without_vae,
 )
 
-# What is added to the estimate, by how far it came out below what was held for SD 2.1: 12% on a
-# TPU, 29% on a GPU (docs/scale.md).
+# What is added to the estimate, by how far it came out below what was held for SD 2.1: 16% on a
+# TPU at most, 29% on a GPU (docs/scale.md). Of a v5e XLA takes 15.75 GiB and a plan 14.6: between
+# these is room for the rest, and for the program itself.
 SPARE = {"tpu": 0.15}
 SPARE_ELSEWHERE = 0.45
 # Samples that a device takes in a step, at most: beyond them no measured device gained anything,
@@ -144,8 +145,11 @@ class Sizes:
         """What one device needs."""
         weights, beside = weights_of(self.frozen, how.data if how.shard_frozen else 1)
         each = how.people * self.states, how.people * self.photos
-        temporary = self.held(how).peak
-        return Need(weights, beside, *each, temporary, spare_of(temporary, self.platform))
+        peak = self.held(how).peak
+        # XLA gathers early, so that nothing waits: of SD 2.1 and of SDXL it held half to all of
+        # the gathered weights at once.
+        gathered = weights_of(self.frozen, 1)[0] - weights
+        return Need(weights, beside, *each, peak + gathered, spare_of(peak, self.platform))
 
     def held(self, how: Arrangement) -> costs.Memory:
         """What one device holds within a step, beside that, and what it moves."""
