@@ -336,6 +336,7 @@ def test_what_concerns_everybody_is_one_message(world, tmp_path, capsys, change,
         ("id_strength=x", "must be float"),
         ("id_strength=-1", "id_str"),
         ("n_pseudo_tokens=4", "the shared ID-Enhancer is for 2"),
+        ("n_pseudo_tokens=4", "none of the 1000 names has 3 tokens"),
         ("output_dir=elsewhere", "'output_dir' is the same for all methods"),
         ("push_to_hub=true", "'push_to_hub' is the same for all methods"),
         ("prompt_file=other.txt", "'prompt_file' is the same for all methods"),
@@ -346,7 +347,8 @@ def test_settings_of_a_method_are_looked_at_before_it_is_trained(
 ):
     monkeypatch.setattr(compare.training, "run", None)
     command = ["--photos", str(world / "photos"), "--output_dir", str(tmp_path / "out")]
-    command += ["--pretrained_model_name_or_path", "mini", "--compare", f"paper@{given}"]
+    method = f"paper_alone@{given}" if "names" in problem else f"paper@{given}"
+    command += ["--pretrained_model_name_or_path", "mini", "--compare", method]
     assert evaluate.main(command) == 1
     assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
 

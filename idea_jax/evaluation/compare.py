@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from idea_jax.config.settings import (
     TrainConfig,
     settings_of,
 )
+from idea_jax.data import text
 from idea_jax.evaluation.draw import FILE
 from idea_jax.evaluation.gallery import Problem
 from idea_jax.evaluation.settings import OF_MACHINE, OF_MODEL, EvaluateConfig
-from idea_jax.models import hub
+from idea_jax.models import hub, sd
 from idea_jax.training import run as training
 from idea_jax.training import start
 from idea_jax.training.results import TrainingError
@@ -174,15 +175,26 @@ def check(
     reading.build(SampleConfig, contender.drawing, flags, source=f"--compare {contender.name}")
 
 
-def check_enhancer(contender: Contender, cfg: EvaluateConfig, seed: int, checkpoint: Path) -> None:
-    """Looks whether a method fits the shared ID-Enhancer that its people would begin with.
+def check_beginning(
+    contender: Contender, cfg: EvaluateConfig, seed: int, found: hub.Checkpoint
+) -> None:
+    """Looks whether people can begin with a method: with the shared ID-Enhancer, or with the names
+    or words that it takes instead.
 
     Raises:
-      ConfigError: it does not; EnhancerError: the file cannot be used.
+      ConfigError: they cannot; EnhancerError: the file cannot be used.
     """
     try:
-        start.settle(train_config(contender, cfg, Path("."), seed), checkpoint)
-    except ConfigError as error:
+        own, enhancer = start.settle(train_config(contender, cfg, Path("."), seed), found.folder)
+        if enhancer is not None or not own.max_train_steps:
+            return
+        placeholder = replace(start.placeholder_of(own), n=own.n_pseudo_tokens)
+        model = sd.read_configs(found.folder, **start.how_read(own))
+        tokenizer, _ = training.read_tokenizer(own, found, model, placeholder)
+        names = text.read_names(own.celeb_path) if own.celeb_path else None
+        names = names or start.known_names(found.folder)
+        start.starting_ids(own, start.method_of(own), tokenizer, names)
+    except (ConfigError, text.TextError) as error:
         raise ConfigError(f"--compare {contender.name}: {error}") from error
 
 

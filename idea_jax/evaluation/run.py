@@ -108,11 +108,12 @@ def look_ahead(cfg: EvaluateConfig, *, awaits_enhancer: bool = False) -> Ready:
     check_writable(out)
     checkpoint = None
     if settings:  # all that is read of a checkpoint is looked for, but for the weights
-        checkpoint = open_model(draw.sample_config(settings))[0].folder
+        found = open_model(draw.sample_config(settings))[0]
+        checkpoint = found.folder
     elif cfg.pretrained_model_name_or_path is not None:
         checkpoint = hub.resolve_for(cfg).folder
     for contender in contenders if not awaits_enhancer else ():
-        compare.check_enhancer(contender, cfg, settings["seed"], checkpoint)
+        compare.check_beginning(contender, cfg, settings["seed"], found)
     identities = draw.find_identities(cfg.identity) if cfg.identity is not None else {}
     score_model = find_score_model(cfg, checkpoint)
     needs_face = any(contender.uses_face for contender in contenders) or bool(identities)
