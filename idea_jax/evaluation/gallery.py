@@ -15,7 +15,6 @@ from idea_jax.sampling.plan import safe_name
 
 OURS, TEXT = "run.json", "prompt.txt"  # beside the pictures of a prompt, if anything is
 LAYOUT = "expected PERSON/PROMPT/*.png"
-KINDS = mimetypes.MimeTypes()  # as Python knows them, whatever the machine says
 
 
 class Shown(NamedTuple):
@@ -127,7 +126,7 @@ def _is_picture(path: Path, why: str) -> bool:
     """Whether somebody may miss what `folders` has skipped: notes beside pictures nobody does."""
     if why in ("hidden", "sub-folder"):
         return False
-    kind, _ = KINDS.guess_type(path.name)
+    kind, _ = mimetypes.guess_type(path.name)
     return path.suffix.lower() in folders.SUFFIXES or (kind or "").startswith("image/")
 
 
