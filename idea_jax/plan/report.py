@@ -9,7 +9,6 @@ from idea_jax.plan.work import Planned, kernel_of
 from idea_jax.runtime.chips import CHIPS, Chip, hosts_of
 from idea_jax.runtime.memory import gigabytes
 
-PARTS = {"temporary": "temporary", "code": "the program itself"}
 UNITS = {"train": "people", "enhancer": "samples", "sample": "pictures"}
 
 
@@ -126,9 +125,9 @@ def table(known: dict) -> str:
     if known["compiled"] is not None:
         found = known["compiled"]
         rows.append(("all, as compiled, a device", gigabytes(found["total"])))
-        for part in ("temporary", "code"):
-            if found[part] is not None:
-                rows.append((f"of it {PARTS[part]}", gigabytes(found[part])))
+        if found["temporary"] is not None:
+            rows.append(("of it temporary", gigabytes(found["temporary"])))
+            rows.append(("of it the program itself", gigabytes(found["code"])))
         rows.append(("compiled in", f"{found['seconds']:.0f} s"))
     answer = {True: "yes", False: "no", None: "not known"}[known["fits"]]
     rows.append(("fits", answer))
