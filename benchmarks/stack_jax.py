@@ -49,6 +49,7 @@ class JaxStack:
         self.inputs = dict(np.load(folder / "inputs.npz"))
         checkpoint = Path(self.about["checkpoint"])
         devices.use_cores(checkpoint)
+        devices.check_backend()
         model, self.frozen = sd.load(checkpoint, compute_dtype=compute_dtype)
         attention = flash.resolve("auto", jax.local_devices()[0], compute_dtype)
         self.model = dataclasses.replace(model, attention=attention)

@@ -33,6 +33,9 @@ AXES = ("identity", "data")
 # each device holds all weights.
 CORES, SMALL = 8, 2**30
 
+# Whether a CPU's programs run in threads of JAX's own; read once, when JAX looks for devices.
+ASYNC = "jax_cpu_enable_async_dispatch"
+
 # Seconds that process 0 still waits for the others once it was told to stop. With a step, a
 # checkpoint and the end of JAX's service it stays below the 30 that schedulers give.
 GRACE = 20
@@ -77,7 +80,7 @@ def pin_settings() -> None:
 
 
 def check_backend() -> None:
-    """Starts JAX's devices.
+    """Starts JAX's devices; where `use_cores` has asked for it, a CPU keeps what calls have freed.
 
     Raises:
       DevicesError: those that JAX_PLATFORMS names are not there.
@@ -92,21 +95,29 @@ def check_backend() -> None:
             "install JAX for it (for NVIDIA: pip install 'jax[cuda13]', for a TPU: 'jax[tpu]') and "
             "see whether its driver works, or unset JAX_PLATFORMS to use what is there"
         ) from error
+    if jax.default_backend() == "cpu" and not jax.config.read(ASYNC):
+        keep_freed()
 
 
 def use_cores(checkpoint: Path) -> None:
-    """Makes each core of a CPU a device, for a small model; must come before JAX looks for devices.
+    """Decides how a CPU is used, for a model of this size; must come before JAX looks for devices.
 
-    XLA's programs for CPUs hardly gain from a second core: their operations are short. Half of the
-    samples, people or pictures on each core take little more than half of the time. Whoever has
-    said how many devices a CPU is (JAX_NUM_CPU_DEVICES, XLA_FLAGS) is obeyed. The memory of each
-    call is kept for the next one.
+    Of a small model each core is a device. XLA's programs for CPUs hardly gain from a second core:
+    their operations are short. Half of the samples, people or pictures on each core take little
+    more than half of the time. Whoever has said how many devices a CPU is (JAX_NUM_CPU_DEVICES,
+    XLA_FLAGS) is obeyed. The memory of each call is kept for the next one.
+
+    The programs of a large model run in the thread that calls them, and there their memory can be
+    kept. In a thread of JAX's own the C library has the system map what a call needs, and unmap it
+    after the call, whatever `keep_freed` says.
 
     Args:
       checkpoint: folder of the model; where it is no folder yet, nothing is known of its size.
     """
     is_told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     size = sum(file.stat().st_size for file in checkpoint.glob("*/*.safetensors"))
+    if size > SMALL:
+        jax.config.update(ASYNC, False)  # without any effect where a GPU or TPU is found
     if not 0 < size <= SMALL:
         return
     keep_freed()
