@@ -193,8 +193,18 @@ def joined() -> Iterator[None]:
             await_others()
             raise
         finally:
-            await_others(GRACE)
-            jax.distributed.shutdown()
+            leave()
+
+
+def leave() -> None:
+    """Leaves the other processes of a run; process 0 waits for them, no longer than `GRACE`."""
+    await_others(GRACE)
+    is_watched = jax.process_count() > 1 and jax.process_index() == 0
+    jax.distributed.shutdown()
+    if is_watched:
+        # Where they are still there, this is what ends the call in which the thread waits. If it
+        # came back later, while the interpreter ends, Python would abort the process.
+        watch_others().wait(BEAT)
 
 
 def await_others(limit: float = math.inf, meanwhile: Callable[[], None] = lambda: None) -> None:
