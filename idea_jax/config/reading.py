@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from idea_jax.config.settings import (
+    BASIS_DEFAULTS,
     ENHANCER_DEFAULTS,
     ENHANCER_PRESETS,
     NOT_WITH_ENHANCER,
@@ -235,6 +236,9 @@ def resolve(cfg: TrainConfig, fixed: dict | None) -> TrainConfig:
     if fixed is None:
         return dataclasses.replace(cfg, enhancer="none")
     values = {**ENHANCER_DEFAULTS, **ENHANCER_PRESETS.get(cfg.preset, {}), **fixed}
+    if values["token_basis"] == (cfg.token_basis or "names") == "names":
+        own = {"regulariser", "reg_weight"} <= set(cfg.unsaid)
+        values |= {k: v for k, v in BASIS_DEFAULTS.items() if own or k == "learning_rate"}
     values = {name: value for name, value in values.items() if name in cfg.unsaid}
     if cfg.kv == "none" and "train_parts" in values:
         values["train_parts"] = "tokens,enhanced"

@@ -231,7 +231,10 @@ ENHANCER_DEFAULTS: dict = {
     "kv_learning_rate": 1e-4,
     "train_parts": "tokens,enhanced,kv",
     "early_stopping": 0,
+    "token_basis": "names",
 }
+# And where the tokens move along the directions of names, which is what holds them then.
+BASIS_DEFAULTS: dict = {"learning_rate": 0.1, "regulariser": "none", "reg_weight": 0.0}
 
 # What a preset means there.
 ENHANCER_PRESETS: dict[str, dict] = {"fast": {"max_train_steps": 0}}
@@ -245,7 +248,7 @@ PARTS = {
 }
 
 # Settings that nothing reads without a shared ID-Enhancer, and with one.
-ENHANCER_ONLY = ("train_parts", "enhanced_learning_rate", "self_contained")
+ENHANCER_ONLY = ("train_parts", "enhanced_learning_rate", "token_basis", "self_contained")
 
 NOT_WITH_ENHANCER = ("enhancer_learning_rate", "initialize_tokens", "celeb_path")
 
@@ -374,6 +377,14 @@ class TrainConfig:
         None,
         "with a shared ID-Enhancer, what is the person's own: tokens,enhanced, then kv and adapter "
         f"where wanted (default: {ENHANCER_DEFAULTS['train_parts']})",
+        profiles=("paper",),
+    )
+    token_basis: str | None = setting(
+        None,
+        "with a shared ID-Enhancer, how the pseudo tokens move: in the space that the names span "
+        "(the default where its file has one; learning_rate is then in the names' deviations), or "
+        "none: freely",
+        choices=("names", "none"),
         profiles=("paper",),
     )
     self_contained: bool = setting(

@@ -1,7 +1,7 @@
 """A training of the shared enhancer before its first step: checks, first values, resumption."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from idea_jax.config.settings import COMPUTE_DTYPES, ConfigError, held_on_resume
 from idea_jax.data import text
 from idea_jax.data.tokenizer import name_token_ids
 from idea_jax.enhancer import likeness, ridge, samples
+from idea_jax.enhancer.identity_loss import IdentityLoss
 from idea_jax.enhancer.samples import Folder, Plan
 from idea_jax.enhancer.settings import EnhancerTrainConfig, PrepareConfig
 from idea_jax.enhancer.shards import ShardsError
@@ -51,6 +52,7 @@ class EnhancerWork:
       plan: what each sample is made of.
       sitters, finder: who is drawn on the way, and what looks at the drawings; none if nobody is.
       first: whether this process writes and shows.
+      likening: makes the identity loss of some steps; None without it.
     """
 
     cfg: EnhancerTrainConfig
@@ -64,6 +66,7 @@ class EnhancerWork:
     side: int
     about: dict
     first: bool
+    likening: Callable[[range], IdentityLoss] | None = None
 
 
 def open_model(
@@ -87,6 +90,10 @@ def open_model(
 
 def check_batch(cfg: EnhancerTrainConfig, mesh: Mesh) -> None:
     """Raises DevicesError unless each device gets as many samples of each part of a step."""
+    if cfg.id_loss_weight and cfg.id_loss_drawings % mesh.size:
+        raise devices.DevicesError(
+            f"--id_loss_drawings {cfg.id_loss_drawings} cannot be divided over {mesh.size} devices"
+        )
     parts = mesh.size * cfg.gradient_accumulation_steps
     if cfg.train_batch_size % parts:
         raise devices.DevicesError(
@@ -204,12 +211,12 @@ def hold_out(cfg: EnhancerTrainConfig, folders: list[Folder]):
 def open_finder(
     cfg: EnhancerTrainConfig, folder: Path, folders: list[Folder]
 ) -> finding.Finder | None:
-    """What looks at the drawings of held-out people; None if none are drawn.
+    """What looks at drawings; None if nobody is drawn.
 
     Raises:
       FaceError: it is missing, or another one than that of the prepared data.
     """
-    if not cfg.validation_steps:
+    if not cfg.validation_steps and not cfg.id_loss_weight:
         return None
     return likeness.find_face_model(
         cfg.face_model, cfg.face_model_dir, folder, folders[0].index.face_model
@@ -222,8 +229,12 @@ def beginning(
     names: list[str],
     folders: list[Folder],
     people: list[np.ndarray],
+    earlier: enhancer.Enhancer | None = None,
 ) -> tuple[shared.EnhancerConfig, shared.Shared, dict[str, ridge.Ridge]]:
     """The shared tree before the first step, and the regressions that it starts from, if it does.
+
+    Args:
+      earlier: what the training goes on from, of `open_earlier`.
 
     Raises:
       TextError, ShardsError: the names do not do.
@@ -231,6 +242,8 @@ def beginning(
     model, frozen, special = base.model, base.frozen, base.tokenizer
     N = special.placeholder.n
     config = config_of(cfg, model, N)
+    if earlier is not None and earlier.config.basis:
+        return earlier.config, earlier.shared, {}
     ids = name_token_ids(special, names, N)
     whole = ids[(ids >= 0).all(axis=1)]
     if len(whole) < 2:
@@ -240,6 +253,11 @@ def beginning(
         )
     known = jax.device_get(sd.embed_tokens(model, frozen, whole))
     known = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), known)
+    size = max(shared.basis_size(leaf) for leaf in jax.tree.leaves(known))
+    config = replace(earlier.config if earlier else config, basis=size)
+    if earlier is not None:
+        basis = config.each(lambda _, rows: shared.basis_of(rows, size), known)
+        return config, earlier.shared | {"basis": basis}, {}
     start: Any
     scale: Any
     if cfg.start == "cross_init":
@@ -268,6 +286,36 @@ def beginning(
     return config, jax.device_get(ridge.into(config, tree, fitted)), fitted
 
 
+def open_earlier(
+    cfg: EnhancerTrainConfig, model: sd.StableDiffusion, folders: list[Folder]
+) -> enhancer.Enhancer | None:
+    """The enhancer that a training goes on from; None if it begins by itself.
+
+    Raises:
+      EnhancerError: it cannot be used, or is for another checkpoint or recogniser.
+      ConfigError: a setting says otherwise than its file.
+    """
+    if cfg.init_enhancer is None:
+        return None
+    index, defaults = folders[0].index, type(cfg).__dataclass_fields__
+    earlier = enhancer.read(cfg.init_enhancer)
+    enhancer.check(
+        earlier,
+        model,
+        cfg.init_enhancer,
+        face_model=index.face_model,
+        num_tokens=index.num_tokens,
+    )
+    for name in ("kind", "width", "kv_rank", "beta"):
+        theirs = getattr(earlier.config, name)
+        if getattr(cfg, name) not in (defaults[name].default, theirs):
+            raise ConfigError(
+                f"--{name} is {getattr(cfg, name)}, and {cfg.init_enhancer} has {theirs}: leave "
+                "it out"
+            )
+    return earlier
+
+
 def config_of(
     cfg: EnhancerTrainConfig, model: sd.StableDiffusion, num_tokens: int
 ) -> shared.EnhancerConfig:
@@ -291,10 +339,16 @@ def about_of(
     people: list[np.ndarray],
     digest: str,
     fitted: dict[str, ridge.Ridge],
+    earlier: enhancer.Enhancer | None = None,
 ) -> dict:
-    """What the file says of the training, but for its steps."""
+    """What the file says of the training, but for its steps.
+
+    Args:
+      earlier: what the training goes on from, whose sources and terms are this one's, too.
+    """
     licences = sorted({folder.index.licence for folder in folders})
-    about = {
+    sources = {folder.index.source for folder in folders}
+    about: dict[str, Any] = {
         "base_model": base.name,
         "revision": base.revision,
         "base_weights": digest,
@@ -305,12 +359,17 @@ def about_of(
             for folder, numbers in zip(folders, people, strict=True)
             for number in numbers
         ),
-        "sources": sorted({folder.index.source for folder in folders}),
+        "sources": sorted(sources),
         "licence": "; ".join([*licences, "the base model's and the face model's terms apply"]),
         "versions": versions(),
     }
     if fitted:
         about["ridge"] = ridge.about(fitted)
+    if earlier is not None:
+        before = earlier.about
+        about["sources"] = sorted(sources | set(before["sources"]))
+        about["licence"] = "; ".join(dict.fromkeys([before["licence"], about["licence"]]))
+        about["earlier"] = {"sha256": earlier.sha256, "steps": before["steps"]}
     return about
 
 
@@ -333,8 +392,15 @@ def fingerprint_of(cfg: EnhancerTrainConfig, work: EnhancerWork, names: list[str
         for folder in work.folders
     ]
     shares = [weight for _, weight in samples.read_weights(cfg.data)]
+    drawn = {name: getattr(cfg, name) for name in vars(cfg) if name.startswith("id_loss_")}
+    # What came later is named where it is used, so that what was begun before can go on.
+    later = {
+        "earlier": work.about.get("earlier"),
+        "id_loss": [drawn, cfg.validation_guidance] if cfg.id_loss_weight else None,
+    }
     return {
         **held_on_resume(cfg),
+        **{name: value for name, value in later.items() if value is not None},
         "validates": cfg.validation_steps > 0,  # else nobody is held out
         "inputs": json_digest([folders, shares, names]),
         "base_weights": work.about["base_weights"],

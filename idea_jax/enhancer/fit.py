@@ -17,7 +17,7 @@ from idea_jax import jobs
 from idea_jax.config.reading import to_yaml
 from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
-from idea_jax.enhancer import drawing, likeness, samples
+from idea_jax.enhancer import drawing, identity_loss, likeness, samples
 from idea_jax.enhancer.beginning import (
     EnhancerWork,
     about_of,
@@ -29,6 +29,7 @@ from idea_jax.enhancer.beginning import (
     fingerprint_of,
     frozen_dtype,
     hold_out,
+    open_earlier,
     open_finder,
     open_model,
     optimizer_of,
@@ -111,7 +112,8 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     left, sitters = hold_out(cfg, folders)
-    config, tree, fitted = beginning(cfg, base, names, folders, left)
+    earlier = open_earlier(cfg, model, folders)
+    config, tree, fitted = beginning(cfg, base, names, folders, left, earlier)
     plan = Plan(
         folders,
         [weight for _, weight in weights],
@@ -141,8 +143,9 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
         sitters=sitters,
         finder=finder if jax.process_index() == 0 else None,
         side=folders[0].index.settings["side"],
-        about=about_of(base, folders, left, digests[str(frozen_dtype(frozen))], fitted),
+        about=about_of(base, folders, left, digests[str(frozen_dtype(frozen))], fitted, earlier),
         first=jax.process_index() == 0,
+        likening=identity_loss.of_run(cfg, base, config, mesh, plan, finder),
     )
     refuse_another(cfg, work.about, out / RESULT)
     marks = fingerprint_of(cfg, work, names)
@@ -203,6 +206,9 @@ def take_steps(
         return state
     reader = Reader(work.plan, steps, jax.process_index(), jax.process_count())
     stack.callback(reader.close)
+    likening = work.likening(steps) if work.likening else None
+    if likening:
+        stack.callback(likening.close)
     signals: list[int] = []
     waiting, saved = None, first  # a step that nobody has looked at; the newest checkpoint
 
@@ -224,6 +230,9 @@ def take_steps(
 
     for taken in steps:
         batch, inputs = inputs_of(work, next(reader), taken, bool(signals))
+        if likening:
+            liked = likening(work.base.frozen, state.trained, work.constants, inputs)
+            inputs["more"] = liked.grads
         given = (work.program, work.base.frozen, state, work.constants, batch, inputs)
         if taken == first:  # compiled by itself, the step says what memory it needs
             with compile_cache.ahead(functools.partial(train_step.lower, *given)):
@@ -235,7 +244,7 @@ def take_steps(
         # The step before is read while this one runs, so the devices never wait.
         stops = look(waiting) or (alone and bool(signals))
         number = taken + 1
-        waiting = number, metrics
+        waiting = number, metrics, (liked.similarity if likening else None)
         is_last, saves = number == steps.stop, is_multiple(number, cfg.checkpointing_steps)
         validates = bool(work.sitters) and is_multiple(number, cfg.validation_steps)
         if not (stops or is_last or saves or validates):
@@ -327,6 +336,7 @@ def write(
             "kind": cfg.kind,
             "loss_curve": loss_curve(journal.losses),
             "likeness_at_0_steps": journal.likeness,
+            "likeness_of_drawings": journal.likeness_of_drawings(),
             "share_waited": round(float(np.mean(journal.waited or [0.0])), 4),
             "seconds": round(seconds, 1),
             "devices": work.program.mesh.size,

@@ -31,6 +31,7 @@ class Journal:
         self.losses: list[tuple[int, float]] = []
         self.likeness: list[dict] = []
         self.waited: list[float] = []
+        self.similar: list[float] = []
         self.log = None
         if cfg.report_to == "tensorboard" and work.first:
             self.log = tensorboard.Log(out / cfg.logging_dir)
@@ -41,8 +42,13 @@ class Journal:
             disable=None if work.first else True,
         )
 
-    def step(self, number: int, metrics: EnhancerMetrics) -> bool:
+    def step(
+        self, number: int, metrics: EnhancerMetrics, similarity: jax.Array | None = None
+    ) -> bool:
         """Notes one step; returns whether any process has been asked to stop.
+
+        Args:
+          similarity: of who was drawn in the step, if anybody was.
 
         Raises:
           TrainingError: it was not finite.
@@ -53,16 +59,25 @@ class Journal:
                 f"step {number}: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
             )
         self.losses.append((number, values["loss"]))
+        shown = {f"train/{name}": values[name] for name in ("loss", "grad_norm")}
+        if similarity is not None:
+            self.similar.append(float(similarity))
+            shown["train/likeness"] = self.similar[-1]
         if self.log:
-            shown = {f"train/{name}": values[name] for name in ("loss", "grad_norm")}
             self.log.scalars(shown, number)
         self.bar.update()
-        newest = np.mean([loss for _, loss in self.losses[-50:]])
-        self.bar.set_postfix_str(f"loss {newest:.4f}", refresh=False)
+        said = f"loss {np.mean([loss for _, loss in self.losses[-50:]]):.4f}"
+        if self.similar:
+            said += f", likeness {np.mean(self.similar[-50:]):.3f}"
+        self.bar.set_postfix_str(said, refresh=False)
         tenth = max(1, self.work.cfg.max_train_steps // 10)
         if self.bar.disable and self.work.first and number % tenth == 0:
-            log.info("step %d of %d: loss %.4f", number, self.bar.total, newest)
+            log.info("step %d of %d: %s", number, self.bar.total, said)
         return values["stop"] > 0
+
+    def likeness_of_drawings(self) -> float | None:
+        """Of the last 50 steps' drawings; None if nobody was drawn."""
+        return round(float(np.mean(self.similar[-50:])), 4) if self.similar else None
 
     def wait(self, number: int, share: float) -> None:
         """Notes the share of time in which the training waited for its samples."""

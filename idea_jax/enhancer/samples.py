@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,21 @@ class EnhancerBatch(NamedTuple):
     std: np.ndarray
     token_ids: np.ndarray
     size_ids: np.ndarray | None = None
+
+
+class FaceBatch(NamedTuple):
+    """People of a step who are drawn, or the part of them that a process or a device has.
+
+    Attributes:
+      row: int32[B], as of `EnhancerBatch`.
+      face: float32[B, 512] of unit norm, of one picture; others: the mean of the person's others.
+      token_ids: int32[B, T].
+    """
+
+    row: np.ndarray
+    face: np.ndarray
+    others: np.ndarray
+    token_ids: np.ndarray
 
 
 class Folder:
@@ -119,11 +134,24 @@ class Plan:
         flip: bool,
     ):
         self.folders, self.people, self.size, self.seed = folders, people, size, seed
-        self.flip = flip
+        self.weights, self.flip = weights, flip
         self.shares = np.cumsum(weights) / np.sum(weights)
         self.small, self.mean = small, mean
         self.known: dict[int, list] = {}
         self.lock = threading.Lock()
+
+    def of_faces(self, size: int) -> "FacePlan":
+        """Of the same people, `size` in each step, who are drawn from a face."""
+        return FacePlan(
+            self.folders,
+            self.weights,
+            self.people,
+            size=size,
+            seed=self.seed + 1,
+            small=self.small,
+            mean=0.0,
+            flip=False,
+        )
 
     def people_of(self, step: int) -> list[tuple[int, int, np.ndarray]]:
         """(folder, person, random numbers [8]) of each sample of a step.
@@ -202,10 +230,35 @@ class Plan:
         return faces.face[record]
 
 
+class FacePlan(Plan):
+    """Who is drawn in each step of a run, from which of their pictures."""
+
+    def sample(self, number: int) -> FaceBatch:  # type: ignore[override]
+        """Person `number` of the run: leaves without the first axis.
+
+        Raises:
+          ShardsError: a file is damaged.
+        """
+        step, row = divmod(number, self.size)
+        place, person, u = self.people_of(step)[row]
+        folder, records = self.folders[place], self.folders[place].people[person]
+        shown = int(records[int(u[0] * len(records))])
+        faces = folder.faces
+        face = faces.face[shown]
+        if u[7] < self.small and faces.turned[shown].any():
+            face = faces.turned[shown]
+        others = records[records != shown] if len(records) > 1 else records
+        total = faces.face[others].sum(axis=0)
+        mean = total / max(float(np.linalg.norm(total)), 1e-3)
+        own = folder.pictures[int(records[int(u[1] * len(records))])].token_ids
+        texts = own if len(own) else folder.texts
+        return FaceBatch(np.int32(row), face, mean, texts[int(u[2] * len(texts))])
+
+
 class _Source:
     """The samples of a run from a step on, as grain reads them: of process p every n-th."""
 
-    def __init__(self, sample: Callable[[int], EnhancerBatch], first: int, count: int):
+    def __init__(self, sample: Callable[[int], NamedTuple], first: int, count: int):
         self.sample, self.first, self.count = sample, first, count
 
     def __len__(self) -> int:
@@ -223,7 +276,7 @@ class Reader:
     """Batches of a run from a step on, made ahead by threads; says how long it was waited for.
 
     Args:
-      plan: what to read.
+      plan: what to read; a `Plan` makes an `EnhancerBatch`, a `FacePlan` a `FaceBatch`.
       steps: first step, counted from 0, and the one behind the last.
       process, processes: whose part is read: rows `process`, `process + processes`, ...
     """
@@ -237,15 +290,16 @@ class Reader:
             num_threads=READERS, prefetch_buffer_size=max(AHEAD * size, READERS)
         )
         dataset = grain.MapDataset.source(source)[process::processes]
+        self.made = FaceBatch if isinstance(plan, FacePlan) else EnhancerBatch
         self.iterator = iter(dataset.to_iter_dataset(options).batch(size))
         self.waited, self.began = 0.0, time.monotonic()
 
-    def __iter__(self) -> Iterator[EnhancerBatch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> EnhancerBatch:
+    def __next__(self) -> Any:
         started = time.monotonic()
-        batch = EnhancerBatch(**next(self.iterator))
+        batch = self.made(**next(self.iterator))
         self.waited += time.monotonic() - started
         return batch
 

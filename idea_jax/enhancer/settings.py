@@ -175,6 +175,12 @@ class EnhancerTrainConfig:
         "output, or a ridge regression from faces to names (for which --data has celebrities)",
         choices=STARTS,
     )
+    init_enhancer: str | None = setting(
+        None,
+        "enhancer.safetensors to go on from, instead of start; it decides kind, width, kv_rank and "
+        "beta",
+        free=True,
+    )
     celeb_path: str | None = setting(
         None,
         "file of names, one per line (default: the checkpoint's own, or the shipped list)",
@@ -191,6 +197,16 @@ class EnhancerTrainConfig:
     drop_adapter: float = setting(
         0.1, "how often adapter and K/V are off, so that tokens alone carry the person"
     )
+    # The identity loss
+    id_loss_weight: float = setting(
+        0.0,
+        "weight of 1 - likeness of people who are drawn in each step (0: nobody is drawn)",
+        free=True,
+    )
+    id_loss_drawings: int = setting(
+        16, "people who are drawn in a step, over all devices", free=True
+    )
+    id_loss_inference_steps: int = setting(8, "sampling steps of each drawing", free=True)
     # Optimisation
     max_train_steps: int = setting(1000, "steps; 0 writes what the training would start from")
     train_batch_size: int = setting(64, "samples per step, over all devices")
@@ -231,7 +247,7 @@ class EnhancerTrainConfig:
     validation_prompt: str = setting("a photo of {}", "what is drawn of them", free=True)
     num_validation_images: int = setting(2, "pictures of each", free=True)
     validation_guidance: float = setting(
-        5.0, "classifier-free guidance of these, more than 1", free=True
+        5.0, "classifier-free guidance of these, and of the identity loss; more than 1", free=True
     )
     face_model_dir: str | None = setting(
         None, "folder of the pack that prepared the data", free=True
@@ -260,10 +276,21 @@ class EnhancerTrainConfig:
         positive(self, "learning_rate", "max_grad_norm", "adam_epsilon", "num_validation_images")
         positive(self, "checkpoints_total_limit", "validation_people")
         not_negative(self, "max_train_steps", "warmup_steps", "min_snr_gamma", "beta")
-        not_negative(self, "validation_steps", "checkpointing_steps")
+        not_negative(self, "validation_steps", "checkpointing_steps", "id_loss_weight")
+        positive(self, "id_loss_drawings", "id_loss_inference_steps")
         check_seed(self.seed)
         check_compile_cache(self.compile_cache)
         check_inside("--logging_dir", self.logging_dir)
+        defaults = type(self).__dataclass_fields__
+        for name in ("id_loss_drawings", "id_loss_inference_steps"):
+            if not self.id_loss_weight and getattr(self, name) != defaults[name].default:
+                raise ConfigError(f"--{name} has no effect without --id_loss_weight")
+        if self.id_loss_weight and self.shard_frozen:
+            raise ConfigError(
+                "--id_loss_weight draws people with whole weights: leave --shard_frozen out"
+            )
+        if self.init_enhancer is not None and self.start != defaults["start"].default:
+            raise ConfigError("--start has no effect with --init_enhancer, which is the start")
         for name in ("small_faces", "mean_faces", "drop_adapter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")

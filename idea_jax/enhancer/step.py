@@ -223,7 +223,8 @@ def train_step(
       constants: the other parts of the shared tree.
       batch: leaves [size, ...], split over `data`, in any order of rows.
       inputs: "seed", uint32[], of the run; "step", int32[], how many steps were taken before;
-        "stop", int32[devices], split over `data`: whether a device's process was asked to stop.
+        "stop", int32[devices], split over `data`: whether a device's process was asked to stop;
+        "more", gradients of another loss, over all devices, which are added; none if it is missing.
     """
     model, config, recipe, mesh = program.model, program.config, program.recipe, program.mesh
     frozen = without_vae(frozen)  # pictures were encoded when they were prepared
@@ -248,6 +249,8 @@ def train_step(
     key = stream(jax.random.key(inputs["seed"]), "enhancer step")
     key = jax.random.fold_in(key, inputs["step"])
     loss, stop, grads = spread(frozen, state.trained, constants, batch, key, inputs["stop"])
+    if "more" in inputs:
+        grads = jax.tree.map(jnp.add, grads, inputs["more"])
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     grad_norm = optax.tree.norm(grads)

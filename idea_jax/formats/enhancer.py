@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 FILE = Path(hub.ENHANCER)  # inside a checkpoint's folder
 FORMAT = "idea_jax.enhancer"
-FORMAT_VERSIONS = {False: 1, True: 2}  # 2: for SDXL, with most parts twice
+# 2: for SDXL, with most parts twice; 3: with a basis, for whichever.
+VERSIONS = (1, 2, 3)
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 WRITTEN_AS = ("float32", "float16", "bfloat16")
 
@@ -45,6 +46,7 @@ WRITTEN_AS = ("float32", "float16", "bfloat16")
 MAX_BYTES = 1_000_000_000
 MAX_HEADER = 1_000_000
 LIMITS = {"dim": 8192, "num_tokens": 75, "width": 65_536, "kv_rank": 1024}
+BASES = ("basis", *(f"basis/{of}" for of in sd.ENCODERS))  # which files without one do not hold
 LISTED = 20  # an error that lists hundreds of tensors hides the interesting ones
 
 # What `about` holds at least.
@@ -121,17 +123,19 @@ def write(
     kind = np.dtype(jnp.dtype(dtype))
     with np.errstate(over="ignore"):  # found below, as what is not finite
         tensors = {
-            name: np.array(leaf, kind, order="C") for name, leaf in pytrees.flatten(tree).items()
+            name: np.array(leaf, kind, order="C")
+            for name, leaf in pytrees.flatten(tree).items()
+            if config.basis or name not in BASES
         }
     problems = wrong_config(config) or [*wrong_about(about), *wrong_tensors(config, tensors)]
     problems += [f"about has a path: {text!r}" for text in texts(about) if is_path(text)]
     if problems:
         raise EnhancerError(f"{path} was not written: {listed(problems)}")
     about_config = asdict(config)
-    if not config.dim_2:  # which files for one text encoder do not mention
-        del about_config["dim_2"]
-    version = FORMAT_VERSIONS[config.dim_2 > 0]
-    description = {"format_version": version, "config": about_config, "about": about}
+    for name in ("dim_2", "basis"):
+        if not about_config[name]:  # what files without it do not mention
+            del about_config[name]
+    description = {"format_version": version_of(config), "config": about_config, "about": about}
     write_tensors(path, tensors, {FORMAT: json.dumps(description)})
 
 
@@ -215,15 +219,18 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
             header["__metadata__"][FORMAT], object_pairs_hook=without_repetition
         )
         version = description["format_version"]
-        if version not in FORMAT_VERSIONS.values():
-            known = " or ".join(map(str, FORMAT_VERSIONS.values()))
+        if version not in VERSIONS:
+            known = ", ".join(map(str, VERSIONS))
             raise EnhancerError(
                 f"it has format version {version}, expected {known}, so that another idea_jax "
                 "wrote it, which can be installed to read it"
             )
         config, about = shared.EnhancerConfig(**description["config"]), description["about"]
-        if version != FORMAT_VERSIONS[config.dim_2 > 0]:
-            raise EnhancerError(f"it has format version {version}, and its dim_2 is {config.dim_2}")
+        if version != version_of(config):
+            raise EnhancerError(
+                f"it has format version {version}, its dim_2 is {config.dim_2} and its basis has "
+                f"{config.basis} directions"
+            )
     except EnhancerError:
         raise
     # RecursionError: deeply nested JSON.
@@ -242,6 +249,10 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
     problems = wrong_tensors(config, tensors)
     if problems:
         raise EnhancerError(listed(problems))
+    if not config.basis:
+        N, names = config.num_tokens, BASES[1:] if config.dim_2 else BASES[:1]
+        none = (np.zeros((0, N, D), np.float32) for D in config.widths)
+        tensors |= dict(zip(names, none, strict=True))
     return config, tensors, about
 
 
@@ -309,6 +320,11 @@ def is_for_weights(enhancer: Enhancer, digests: Collection[str]) -> bool:
     return enhancer.about["base_weights"] in digests
 
 
+def version_of(config: shared.EnhancerConfig) -> int:
+    """The format version of a file."""
+    return 3 if config.basis else 2 if config.dim_2 else 1
+
+
 def wrong_config(config: shared.EnhancerConfig) -> list[str]:
     """What cannot be in a config."""
     problems = []
@@ -318,9 +334,10 @@ def wrong_config(config: shared.EnhancerConfig) -> list[str]:
         value = getattr(config, name)
         if type(value) is not int or not 1 <= value <= most:
             problems.append(f"its {name} is {value!r}, expected 1 to {most}")
-    most = LIMITS["dim"]
-    if type(config.dim_2) is not int or not 0 <= config.dim_2 <= most:
-        problems.append(f"its dim_2 is {config.dim_2!r}, expected 0 to {most}")
+    for name, most in {"dim_2": LIMITS["dim"], "basis": shared.LARGEST_BASIS}.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 0 <= value <= most:
+            problems.append(f"its {name} is {value!r}, expected 0 to {most}")
     for name in ("dim", "dim_2"):
         if not problems and getattr(config, name) % 8:
             problems.append(f"its {name} is {getattr(config, name)}, expected a multiple of 8")
@@ -387,6 +404,7 @@ def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, 
             "start": jnp.zeros((N, D)),
             "scale": jnp.zeros(()),
             "names": known,
+            **({"basis": jnp.zeros((config.basis, N, D))} if config.basis else {}),
         }
 
     found: dict[str, tuple[int, ...]] = {}

@@ -30,6 +30,7 @@ GIVEN_IN_FILE = ("anchor", "id_embed", "enhancer")
 
 # Parts of a method that files of version 1 do not mention.
 SINCE_2 = ("enhanced", "shared_adapter", "shared_kv")
+OF_TRAINING = ("basis",)  # of a method: where the tokens came to be is what draws
 
 
 class IdentityError(InputError, ValueError):
@@ -94,7 +95,7 @@ def write_identity(path: Path, identity: Identity) -> None:
             f"{path.name} was not written, since it would hold values that are not finite "
             f"({', '.join(broken)}); train with a lower learning rate"
         )
-    method = asdict(identity.method)
+    method = {k: v for k, v in asdict(identity.method).items() if k not in OF_TRAINING}
     if not is_enhanced:
         method = {name: value for name, value in method.items() if name not in SINCE_2}
     about = {

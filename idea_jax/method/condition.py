@@ -55,6 +55,7 @@ class Method:
     enhanced: bool = False
     shared_adapter: bool = False
     shared_kv: bool = False
+    basis: int = 0  # directions of `Frozen.shared` that the tokens move in; 0: in all
 
     @property
     def uses_face(self) -> bool:

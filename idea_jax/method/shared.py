@@ -2,8 +2,8 @@
 
 It is trained once, over many people (`idea_jax.enhancer`). Then a person is one forward pass, and
 few steps or none of their own. `Shared` is one tree: "enhancer", "adapter" and "kv" are trained,
-"start", "scale" and "names" are constants of the checkpoint that it was trained for. With two text
-encoders (SDXL) all but "kv" is a dict of a tree for each (`EnhancerConfig.each`).
+"start", "scale", "names" and "basis" are constants of the checkpoint that it was trained for. With
+two text encoders (SDXL) all but "kv" is a dict of a tree for each (`EnhancerConfig.each`).
 
 Source: arXiv 2507.11990, whose enhancer "refines visual identity embeddings" with texts of many
 people; how it is trained is this project's (docs/enhancer.md).
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from idea_jax.method import condition
 from idea_jax.method.modules import FACE_WIDTH, IDAdapter, SharedEnhancer
@@ -26,11 +27,14 @@ from idea_jax.pytrees import stream
 KINDS = ("mlp", "attention", "names", "linear")
 TRAINED = ("enhancer", "adapter", "kv")  # what training changes of a shared tree
 ACTS = ("adapter", "kv")  # what acts for everybody when pictures are drawn
+# Directions of names that a person's tokens move in: as many as Celeb Basis takes, at most.
+VARIANCE, LARGEST_BASIS = 0.99, 512
 EACH_PREDICTED = ("pseudo_tokens", "enhanced")  # what is predicted of a person
 
 # "enhancer", "adapter": network parameters; "kv": deltas shaped after `cross_kv`; "start":
 # float32[N, D], what the offsets are added to; "scale": float32[], their unit; "names":
-# float32[K, N, D] at unit scale, K = 0 unless the enhancer reads them.
+# float32[K, N, D] at unit scale, K = 0 unless the enhancer reads them; "basis": float32[B, N, D],
+# the directions in which a person's tokens move (`basis_of`), B = 0 where they move freely.
 Shared = dict
 
 
@@ -41,6 +45,7 @@ class EnhancerConfig:
     Attributes:
       dim: width D of the text encoder.
       dim_2: width of SDXL's second text encoder; 0 where there is one.
+      basis: how many directions the tokens of a person move in; 0: in all.
     """
 
     kind: str
@@ -51,6 +56,7 @@ class EnhancerConfig:
     beta: float = 0.4
     skip: bool = False  # an affine map from the face is added to the tokens
     dim_2: int = 0
+    basis: int = 0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -95,6 +101,9 @@ def init_shared(
         names = jnp.asarray(names, jnp.float32).reshape(-1, N, D)
         return (names - start[None]) / scale if config.kind == "names" else names[:0]
 
+    def directions(D, names):
+        return jnp.asarray(basis_of(np.asarray(names).reshape(-1, N, D), config.basis))
+
     def init_enhancer(D, key, start, names):
         network = config.network(D)
         return network.init(key, jnp.ones(FACE_WIDTH), _anchor(start), names)["params"]
@@ -104,18 +113,63 @@ def init_shared(
         return IDAdapter(D, config.beta).init(key, context, enhanced)["params"]
 
     start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), start)
+    basis = config.each(directions, names)
     names = config.each(known, start, scale, names)
     keys = {part: condition.each_stream(model, key, part) for part in ("enhancer", "adapter")}
     return {
         "start": start,
         "scale": jax.tree.map(jnp.float32, scale),
         "names": names,
+        "basis": basis,
         "enhancer": config.each(init_enhancer, keys["enhancer"], start, names),
         "adapter": config.each(init_adapter, keys["adapter"]),
         "kv": condition.init_kv(
             model, person_method(config, kv="low_rank", kv_rank=config.kv_rank), stream(key, "kv")
         ),
     }
+
+
+def spread(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The directions in which the tokens of K names differ, and how far, the farthest first.
+
+    Args:
+      names: float32[K, N, D].
+
+    Returns:
+      float64[R], standard deviations along each direction; float64[R, N, D] of unit norm; R is the
+      least of K and N * D.
+    """
+    rows = np.asarray(names, np.float64).reshape(len(names), -1)
+    _, singular, directions = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    return singular / np.sqrt(len(rows)), directions.reshape(-1, *names.shape[1:])
+
+
+def basis_of(names: np.ndarray, count: int) -> np.ndarray:
+    """The `count` directions in which the tokens of names differ most, each as long as the standard
+    deviation along it: float32[count, N, D], zeros beyond those that there are.
+
+    A person is a point in the space that names span; what lies outside of it names nobody.
+
+    Args:
+      names: float32[K, N, D].
+
+    Source: arXiv 2306.00926 (Celeb Basis).
+    """
+    basis = np.zeros((count, *names.shape[1:]), np.float32)
+    if not count:
+        return basis
+    deviations, directions = spread(names)
+    found = deviations[:count, None, None] * directions[:count]
+    basis[: len(found)] = found
+    return basis
+
+
+def basis_size(names: np.ndarray) -> int:
+    """In how many directions the tokens of names float32[K, N, D] differ: they hold `VARIANCE` of
+    the variance, and are `LARGEST_BASIS` at most."""
+    variances = spread(names)[0] ** 2
+    share = np.cumsum(variances) / max(variances.sum(), np.finfo(np.float64).tiny)
+    return min(int(np.searchsorted(share, VARIANCE)) + 1, len(variances), LARGEST_BASIS)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -147,7 +201,7 @@ def _anchor(start: jax.Array) -> jax.Array:
 
 def frozen_part(shared: Shared) -> dict:
     """What `sd.Frozen.shared` holds of a shared tree, for training and drawing people."""
-    return {name: shared[name] for name in ACTS}
+    return {name: shared[name] for name in (*ACTS, "basis")}
 
 
 def keys_values(
@@ -184,13 +238,18 @@ def unguided_keys_values(
     shared: Shared,
     frozen: sd.Frozen,
     token_ids: jax.Array,
+    strength: float | jax.Array = 1.0,
 ) -> dict:
     """Keys and values of the negative prompt int32[B, T] beside texts that name a person: leaves
-    [B, T, inner], with the shared K/V delta."""
+    [B, T, inner], with the shared K/V delta.
+
+    Args:
+      strength: of that delta.
+    """
     method = person_method(config, kv="none")
     frozen = frozen._replace(shared=frozen_part(shared))
     text = sd.encode_negative(model, frozen, token_ids)
-    return condition.keys_values(model, method, frozen, {}, text)
+    return condition.keys_values(model, method, frozen, {}, text, strength=strength)
 
 
 def person_method(
@@ -201,6 +260,7 @@ def person_method(
     own_adapter: bool = False,
     regulariser: str | None = None,
     reg_weight: float = 0.0,
+    basis: int = 0,
 ) -> condition.Method:
     """The method of a person who begins where a shared enhancer says.
 
@@ -208,6 +268,7 @@ def person_method(
       kv: the person's own K/V delta, on top of the shared one; "none" for none.
       own_adapter: whether the person has an ID-Adapter of their own, which begins as the shared.
       regulariser: as of `condition.make_method`.
+      basis: directions that the person's tokens move in; 0: in all.
     """
     return condition.make_method(
         "paper",
@@ -218,6 +279,7 @@ def person_method(
         beta=config.beta,
         reg_weight=reg_weight,
         enhanced=True,
+        basis=basis,
         shared_adapter=not own_adapter,
         shared_kv=True,
     )

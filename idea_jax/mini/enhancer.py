@@ -23,7 +23,7 @@ from idea_jax.faces import models as face_models
 from idea_jax.faces.crops import align
 from idea_jax.faces.table import Sight
 from idea_jax.formats import enhancer as files
-from idea_jax.mini import captions, composites, drawings, people, traits
+from idea_jax.mini import captions, composites, drawings, measures, people, traits
 from idea_jax.models import sd
 from idea_jax.pytrees import stream
 from idea_jax.runtime.files import atomic_write
@@ -39,15 +39,20 @@ SMALL = (36.0, 160.0)  # sides of the crop on the small and turned version, in p
 LICENCE = "MIT: drawn by a program, all people are made up"
 
 
-# What else than the defaults decides the training.
+# What else than the defaults decides the training: of both stages, of the second alone.
 SETTINGS: dict = {
-    "start": "names",
-    "learning_rate": 1.5e-3,
     "ema_decay": 0.99,
     "small_faces": 0.2,
     "mean_faces": 0.2,
     "random_flip": False,  # a parting, the light and a turned head have a side
     "drop_adapter": 0.2,
+}
+FIRST: dict = {"start": "names", "learning_rate": 1.5e-3}
+SECOND: dict = {
+    "learning_rate": 5e-4,
+    "warmup_steps": 10,
+    "id_loss_weight": 1.0,
+    "validation_guidance": measures.GUIDANCE,
 }
 
 
@@ -135,41 +140,57 @@ def look(
     return Sight(box, seen, 1.0, "", embed), turned
 
 
-def train(folder: Path, work: Path, world: World, steps: int, size: int) -> dict:
-    """Trains the shared ID-Enhancer of a mini and puts it into its folder; returns what its run
-    says of it. The same call goes on where it was interrupted.
+class Course(NamedTuple):
+    """Steps and samples of each, of the first stage and of the second: that of likeness."""
+
+    steps: int
+    size: int
+    likeness_steps: int
+    likeness_size: int
+
+
+def train(folder: Path, work: Path, world: World, course: Course) -> dict:
+    """Trains the shared ID-Enhancer of a mini and puts it into its folder; returns what its runs
+    say of it. The same call goes on where it was interrupted.
 
     Args:
       folder: of the mini.
       work: where inputs and checkpoints are kept.
-      size: samples of a step.
     """
     model, frozen = sd.load(folder)
     text = model.text
     tokenizer = load_tokenizer(folder / "tokenizer", text.vocab_size, text.max_position_embeddings)
     base = Base(model, frozen, tokenizer.with_placeholder(fit.PLACEHOLDER, 2), folder.name, None)
-    data, out = work / "enhancer-data", work / "enhancer"
     recogniser = face_models.load_recogniser(folder / "face" / "recogniser.onnx")
+    data = work / "enhancer-data"
     prepare(source(recogniser, world), data, Studio(base, None, drawings.SIZE, crop="none"))
+    common = {"pretrained_model_name_or_path": str(folder), "data": [str(data)]}
+    common |= {"seed": world.seed} | SETTINGS
+    first, second = work / "enhancer", work / "enhancer-likeness"
+    warmup = {"warmup_steps": min(100, course.steps // 4)}
+    fitted = stage(common | FIRST | warmup, first, course.steps, course.size)
+    further = {"init_enhancer": str(fitted), "save_dtype": "float16"}
+    made = stage(common | SECOND | further, second, course.likeness_steps, course.likeness_size)
+    target = folder / files.FILE
+    target.parent.mkdir(exist_ok=True)
+    with atomic_write(target) as path:
+        shutil.copyfile(made, path)
+    runs = [json.loads((out / "run.json").read_text(encoding="utf-8")) for out in (first, second)]
+    return {"first": runs[0], "likeness": runs[1]}
+
+
+def stage(settings: dict, out: Path, steps: int, size: int) -> Path:
+    """Trains, or goes on with, one stage; returns the file."""
     cfg = EnhancerTrainConfig(
-        pretrained_model_name_or_path=str(folder),
-        data=[str(data)],
         output_dir=str(out),
         max_train_steps=steps,
-        warmup_steps=min(100, steps // 4),
         train_batch_size=size,
         validation_steps=0,
         checkpointing_steps=100,
         checkpoints_total_limit=1,
         resume_from_checkpoint="latest",
-        save_dtype="float16",
         report_to="none",
-        seed=world.seed,
-        **SETTINGS,
+        **settings,
     )
     (made,) = fit.run(cfg)
-    target = folder / files.FILE
-    target.parent.mkdir(exist_ok=True)
-    with atomic_write(target) as path:
-        shutil.copyfile(made, path)
-    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+    return made

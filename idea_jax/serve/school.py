@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 SLOTS = (1, 2, 4, 8, 16)  # photos that a program of learning has room for, or as many as may be
 # Settings of idea-train that mean something on a server, which decides the others itself.
 READ = set(
-    "profile n_pseudo_tokens initialize_tokens celeb_path train_parts self_contained drop_outliers "
-    "resolution crop crop_margin center_crop regulariser reg_weight beta kv kv_rank "
+    "profile n_pseudo_tokens initialize_tokens celeb_path train_parts token_basis self_contained "
+    "drop_outliers resolution crop crop_margin center_crop regulariser reg_weight beta kv kv_rank "
     "train_batch_size gradient_accumulation_steps steps_per_call early_stopping evaluation_steps "
     "learning_rate adapter_learning_rate enhancer_learning_rate enhanced_learning_rate "
     "kv_learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles adam_beta1 adam_beta2 "

@@ -27,6 +27,7 @@ SINCE = {
     "prediction_type": None,
     "vae": None,
     "clip_skip": 0,
+    "token_basis": "none",
 }
 
 LATER = (*SINCE, "regulariser", "enhancer_sha256", "original_config", "lora")

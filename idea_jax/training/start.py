@@ -45,7 +45,10 @@ def settle(
     if path is None:
         return resolve_config(cfg, None), None
     enhancer = enhancers.read(path)
-    fixed = {"n_pseudo_tokens": enhancer.config.num_tokens, "beta": enhancer.config.beta}
+    own = enhancer.config
+    fixed: dict[str, Any] = {"n_pseudo_tokens": own.num_tokens, "beta": own.beta}
+    if not own.basis:
+        fixed["token_basis"] = "none"
     return resolve_config(cfg, fixed), enhancer
 
 
@@ -65,6 +68,7 @@ def method_of(cfg: TrainConfig, enhancer: enhancers.Enhancer | None = None) -> c
             own_adapter="adapter" in own,
             regulariser=cfg.regulariser,
             reg_weight=cfg.reg_weight,
+            basis=enhancer.config.basis if own and cfg.token_basis == "names" else 0,
         )
     return condition.make_method(
         cfg.profile,
@@ -134,6 +138,7 @@ def optimizer_settings(cfg: TrainConfig, method: condition.Method) -> dict:
         "beta2": cfg.adam_beta2,
         "epsilon": cfg.adam_epsilon,
         "weight_decay": cfg.adam_weight_decay,
+        "basis": method.basis,
     }
 
 

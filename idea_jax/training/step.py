@@ -13,6 +13,7 @@ from idea_jax.diffusion import schedule
 from idea_jax.method import condition
 from idea_jax.method.loss import denoising_error
 from idea_jax.models import sd
+from idea_jax.models.precision import exact
 from idea_jax.pytrees import stream
 
 EVALUATION_SAMPLES = 16
@@ -124,8 +125,17 @@ def make_optimizer(
     beta2: float,
     epsilon: float,
     weight_decay: float,
-) -> optax.GradientTransformation:
-    """AdamW with a learning rate for each part of the trainables (the keys of `rates`)."""
+    basis: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with a learning rate for each part of the trainables (the keys of `rates`).
+
+    With a basis it sees the pseudo tokens as coordinates in it, of which weight decay knows
+    nothing: a step is what it would be if the coordinates were trained, and is taken in the tokens.
+    `update` then takes the argument `basis`, float32[B, N, D], of two text encoders a dict.
+
+    Args:
+      basis: its size B; 0 where the tokens are trained as they are.
+    """
     adamw = {
         part: optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay)
         for part, rate in rates.items()
@@ -134,7 +144,43 @@ def make_optimizer(
     def labels(trainable):
         return {part: jax.tree.map(lambda _, p=part: p, tree) for part, tree in trainable.items()}
 
-    return optax.multi_transform(adamw, labels)
+    inner = optax.with_extra_args_support(optax.multi_transform(adamw, labels))
+    return in_basis(inner, basis) if basis else inner
+
+
+def in_basis(
+    inner: optax.GradientTransformationExtraArgs, size: int
+) -> optax.GradientTransformationExtraArgs:
+    """An optimiser of trainables whose pseudo tokens are seen as coordinates in a basis."""
+
+    def of_tokens(trainable, function, *others):
+        return trainable | {"pseudo_tokens": each_tree(function, *others)}
+
+    def each_tree(function, tokens, *others):
+        if not isinstance(tokens, dict):
+            return function(tokens, *others)
+        return {of: function(tokens[of], *(other[of] for other in others)) for of in tokens}
+
+    def zeros(_):
+        return jnp.zeros(size, jnp.float32)
+
+    def init(trainable):
+        return inner.init(of_tokens(trainable, zeros, trainable["pseudo_tokens"]))
+
+    def update(grads, state, trainable, *, basis, **extra):
+        def along(grad, basis):
+            return jnp.einsum("bnd,nd->b", basis, grad)
+
+        def back(change, basis):
+            return jnp.einsum("b,bnd->nd", change, basis)
+
+        with exact(jnp.float32):
+            seen = of_tokens(grads, along, grads["pseudo_tokens"], basis)
+            place = of_tokens(trainable, zeros, trainable["pseudo_tokens"])
+            updates, state = inner.update(seen, state, place, **extra)
+            return of_tokens(updates, back, updates["pseudo_tokens"], basis), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -243,7 +289,10 @@ def train_step(
     if data_axis is not None:
         flat, unravel = ravel_pytree((total, error, pull, grads))
         total, error, pull, grads = unravel(jax.lax.pmean(flat, data_axis))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    extra = {}
+    if method.basis:
+        extra["basis"] = (gather(frozen) if gather else frozen).shared["basis"]
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, **extra)
     trainable = optax.apply_updates(state.trainable, updates)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)

@@ -27,7 +27,7 @@ class Budget:
     unet: tuple[int, int]
     unet_names: tuple[int, int]
     unet_again: tuple[int, int]
-    enhancer: tuple[int, int]
+    enhancer: tuple[int, int, int, int]
     enhancer_people: int
     enhancer_each: int
     vae_widths: tuple[int, ...]
@@ -54,7 +54,7 @@ BUDGETS = {
         unet=(9000, 96),
         unet_names=(4000, 96),
         unet_again=(8000, 96),
-        enhancer=(3000, 64),
+        enhancer=(1500, 64, 300, 32),
         enhancer_people=4800,
         enhancer_each=4,
         vae_widths=(16, 32, 96, 112),
@@ -80,7 +80,7 @@ BUDGETS = {
         unet=(16, 8),
         unet_names=(8, 8),
         unet_again=(8, 8),
-        enhancer=(4, 8),
+        enhancer=(4, 8, 2, 8),
         enhancer_people=8,
         enhancer_each=2,
         vae_widths=(8, 8, 16, 16),

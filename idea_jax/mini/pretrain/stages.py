@@ -19,8 +19,10 @@ from idea_jax.runtime.files import atomic_write, file_digest
 def train_enhancer(run: Run) -> dict:
     """Trains the shared ID-Enhancer on drawn people of a split of their own."""
     drawn = enhancer.World(run.budget.enhancer_people, run.budget.enhancer_each, run.seed)
-    found = enhancer.train(run.folder, run.work, drawn, *run.budget.enhancer)
-    return {name: found[name] for name in ("people", "pictures", "loss_curve", "share_waited")}
+    course = enhancer.Course(*run.budget.enhancer)
+    found = enhancer.train(run.folder, run.work, drawn, course)
+    kept = ("people", "pictures", "loss_curve", "likeness_of_drawings", "share_waited", "seconds")
+    return {stage: {name: of[name] for name in kept} for stage, of in found.items()}
 
 
 _CARD = """\
@@ -87,6 +89,6 @@ NEEDS = {
     "decoder": ["vae", "recogniser"],
     "scoring": ["drawings"],
     "scoring_judge": ["drawings"],
-    "enhancer": ["decoder", "recogniser", "unet_again"],
+    "enhancer": ["decoder", "recogniser", "detector", "unet_again"],
     "finish": ["scoring", "detector", "scoring_judge", "clip", "enhancer"],
 }
