@@ -14,10 +14,11 @@ from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import file_digest
 
 NAMES = 5
+BASIS = 3  # directions of the names
 
 
 def config(dim: int, kind: str = "mlp", dim_2: int = 0) -> shared.EnhancerConfig:
-    return shared.EnhancerConfig(kind, dim, width=16, kv_rank=2, dim_2=dim_2)
+    return shared.EnhancerConfig(kind, dim, width=16, kv_rank=2, dim_2=dim_2, basis=BASIS)
 
 
 def config_for(model: sd.StableDiffusion, kind: str = "mlp") -> shared.EnhancerConfig:

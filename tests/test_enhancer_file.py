@@ -1,6 +1,7 @@
 """The file of a shared ID-Enhancer: read as written, or refused with one message."""
 
 import json
+from dataclasses import replace
 
 import enhancers as made
 import jax
@@ -37,6 +38,17 @@ def test_what_was_written_is_read(kind, dtype, tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(got.shared)} == {np.dtype(np.float32)}
     assert len(got.shared["names"]) == (made.NAMES if kind == "names" else 0)
     enhancers.check(got, MODEL, path, face_model="0" * 64, num_tokens=2)
+
+
+def test_files_without_a_basis_are_written_and_read_as_before_there_was_one(tmp_path):
+    cfg = replace(CONFIG, basis=0)
+    path = tmp_path / "e.safetensors"
+    enhancers.write(path, cfg, made.tree(cfg, MODEL), made.about())
+    header, _ = header_of(path.read_bytes())
+    said = json.loads(header["__metadata__"][enhancers.FORMAT])
+    assert said["format_version"] == 1 and "basis" not in said["config"] and "basis" not in header
+    got = enhancers.read(path)
+    assert got.config == cfg and got.shared["basis"].shape == (0, 2, CONFIG.dim)
 
 
 def test_what_cannot_be_used_is_never_written(whole, tmp_path):
@@ -78,6 +90,7 @@ def test_cut_and_hostile_files_are_one_message(whole, tmp_path):
     deep = "[" * 100_000 + "]" * 100_000
     whole_number = {**header, first: {**header[first], "dtype": "I32"}}
     huge = {"kind": "mlp", "dim": 2**40, "num_tokens": 2, "width": 16, "kv_rank": 2, "beta": 0.4}
+    huge["basis"] = 3
     for bad, says in (
         (b"", "no safetensors file"),
         (content[:5], "no safetensors file"),
@@ -89,8 +102,9 @@ def test_cut_and_hostile_files_are_one_message(whole, tmp_path):
         (with_header({"__metadata__": {enhancers.FORMAT: deep}}, b""), "does not describe itself"),
         (with_header(twice.encode(), data), "does not describe itself"),
         (with_header(whole_number, data), "values of type I32"),
-        (described(format_version=3), "format version 3, expected 1 or 2, so that another"),
-        (described(format_version=2), "format version 2, and its dim_2 is 0"),
+        (described(format_version=4), "format version 4, expected 1, 2, 3, so that another"),
+        (described(format_version=2), "format version 2, its dim_2 is 0 and its basis has 3"),
+        (described(config={**huge, "dim": 32, "basis": 2**40}), "its basis is 1099511627776"),
         (described(config=huge), "its dim is 1099511627776"),
         (described(config={"kind": "gpt"}), "does not describe itself"),
         (described(config={**huge, "dim": 33}), "a multiple of 8"),

@@ -112,6 +112,18 @@ def test_all_of_the_face_gets_through(kind):
     assert (spectrum > 1e-3 * spectrum[0]).sum() > 64
 
 
+def test_the_basis_is_where_names_differ_and_as_far():
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(size=(4, 2 * 6)) * np.array([3.0, 2.0, 1.0, 0.01])[:, None]
+    names = (rng.normal(size=(500, 4)) @ mixed + 7).reshape(500, 2, 6).astype(np.float32)
+    size = shared.basis_size(names)
+    assert size == 3  # the fourth holds less than a hundredth
+    basis = shared.basis_of(names, 4).reshape(4, -1)
+    covariance = np.cov(names.reshape(500, -1).T, bias=True)
+    np.testing.assert_allclose(basis.T @ basis, covariance, atol=1e-4)
+    assert not shared.basis_of(names[:3], 4)[3:].any() and shared.basis_of(names, 0).size == 0
+
+
 @pytest.mark.parametrize("kind", shared.KINDS)
 def test_many_faces_at_once_are_as_one_by_one_and_all_begin_at_the_start(kind, loaded):
     model, _ = loaded

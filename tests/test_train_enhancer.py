@@ -21,13 +21,23 @@ from idea_jax import jobs, train_enhancer
 from idea_jax.config.reading import parse
 from idea_jax.data import text
 from idea_jax.data.tokenizer import load_tokenizer
-from idea_jax.enhancer import drawing, fit, likeness, prepare, samples, settings, shards, sources
+from idea_jax.enhancer import (
+    drawing,
+    fit,
+    identity_loss,
+    likeness,
+    prepare,
+    samples,
+    settings,
+    shards,
+    sources,
+)
 from idea_jax.enhancer import ridge as ridges
 from idea_jax.enhancer import step as steps
 from idea_jax.enhancer.beginning import refuse_another
 from idea_jax.enhancer.shards import ShardsError
+from idea_jax.faces import finding, random_model
 from idea_jax.faces import models as face_models
-from idea_jax.faces import random_model
 from idea_jax.faces import table as face_table
 from idea_jax.formats import enhancer
 from idea_jax.method import shared
@@ -598,7 +608,8 @@ def test_an_enhancer_of_other_people_is_not_replaced(
         refuse_another(cfg, about, out / fit.RESULT)
 
 
-def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, monkeypatch, capsys):
+def stop_after_2(monkeypatch):
+    """A training is told to stop in its second step."""
     inputs_of = fit.inputs_of
 
     def told_to_stop(work, batch, taken, stops):
@@ -607,6 +618,10 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, mo
         return inputs_of(work, batch, taken, stops)
 
     monkeypatch.setattr(fit, "inputs_of", told_to_stop)
+
+
+def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, monkeypatch, capsys):
+    stop_after_2(monkeypatch)
     out = ["--output_dir", str(tmp_path)]
     assert train_enhancer.main([*flags, *out]) == 143
     assert "stopped after step 2 of 3" in capsys.readouterr().err
@@ -742,3 +757,106 @@ def test_regression_finds_a_linear_map_and_says_how_good_it_is():
     assert exact.r2 > 0.8
     noise = ridges.fit(faces, rng.standard_normal((600, 6)))
     assert noise.r2 < 0.05
+
+
+# --- the identity loss ----------------------------------------------------------------------------
+
+
+def of_drawings(base, begun, quiet, face_model, count):
+    """A program that draws eight people on so many devices, its weights, and the loss of a step."""
+    config, tree = begun
+    folder = samples.open_folder(quiet)
+    plan = samples.Plan([folder], [1.0], [np.arange(5)], size=8, seed=0, small=0, mean=0, flip=True)
+    cfg = settings.EnhancerTrainConfig(
+        "smallest", ["data"], id_loss_weight=2.0, id_loss_drawings=8, id_loss_inference_steps=2
+    )
+    mesh = drawing.mesh_of(jax.devices()[:count])
+    finder = finding.open_finder(face_model, needs_detector=False)
+    frozen = drawing.put(base.frozen, mesh)
+    make = identity_loss.of_run(cfg, base, config, mesh, plan, finder)
+    loss = make(range(4, 6))
+    # Nothing of the tree is zero, so that all of it has a gradient.
+    rng = np.random.default_rng(3)
+    trained = {
+        name: jax.tree.map(
+            lambda leaf: np.asarray(leaf) + rng.normal(0, 0.05, leaf.shape).astype(np.float32),
+            tree[name],
+        )
+        for name in shared.TRAINED
+    }
+    constants = {name: leaf for name, leaf in tree.items() if name not in shared.TRAINED}
+    return loss, frozen, trained, constants, {"seed": np.uint32(0), "step": np.int32(4)}
+
+
+@pytest.fixture(scope="module")
+def face_model(checkpoint):
+    return checkpoint / "face" / "arcface.onnx"
+
+
+def test_drawings_have_the_gradient_of_their_likeness_on_any_number_of_devices(
+    base, begun, quiet, face_model
+):
+    loss, *given = of_drawings(base, begun, quiet, face_model, 1)
+    found = loss(*given)
+    loss.close()
+    spread, *there = of_drawings(base, begun, quiet, face_model, 2)
+    other = spread(*there)
+    spread.close()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, other)
+    assert found.found == 1 and -1 < found.similarity < 1
+
+    # Along a random way the loss changes as its gradient says.
+    rng = np.random.default_rng(4)
+    frozen, trained, constants, inputs = given
+    way = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), trained)
+
+    def value(step):
+        moved = jax.tree.map(lambda x, y: x + np.float32(step) * y, trained, way)
+        again, *_ = of_drawings(base, begun, quiet, face_model, 1)
+        similar = again(frozen, moved, constants, inputs).similarity
+        again.close()
+        return 2.0 * (1 - float(similar))
+
+    rise = (value(2e-3) - value(-2e-3)) / 4e-3
+    along = sum(
+        float((a * b).sum())
+        for a, b in zip(jax.tree.leaves(found.grads), jax.tree.leaves(way), strict=True)
+    )
+    assert abs(along) > 1e-3
+    np.testing.assert_allclose(along, rise, rtol=0.05)
+
+
+def test_training_goes_on_from_a_file_with_the_identity_loss(
+    flags, straight, tmp_path, monkeypatch, capsys
+):
+    earlier = straight / "enhancer.safetensors"
+    drawn = "--id_loss_weight 1 --id_loss_drawings 8 --id_loss_inference_steps 1".split()
+    further = [*flags, "--init_enhancer", str(earlier), *drawn, "--checkpointing_steps", "1"]
+    further.remove("--width")
+    further.remove("16")
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    assert train_enhancer.main([*further, "--output_dir", str(whole)]) == 0
+    stop_after_2(monkeypatch)
+    assert train_enhancer.main([*further, "--output_dir", str(out)]) == 143
+    monkeypatch.undo()
+    again = [*further, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
+    assert train_enhancer.main(again) == 0
+    same(whole, out, 1e-6)
+    before, found = enhancer.read(earlier), enhancer.read(whole / "enhancer.safetensors")
+    assert found.about["earlier"] == {"sha256": before.sha256, "steps": 3}
+    assert found.config == before.config and found.config.basis > 0
+    np.testing.assert_array_equal(found.shared["basis"], before.shared["basis"])
+    assert json.loads((whole / "run.json").read_text())["likeness_of_drawings"] < 1
+    capsys.readouterr()
+    for change, message in (
+        ("--width 32", "--width is 32, and"),
+        ("--start names", "--start has no effect with --init_enhancer"),
+        ("--id_loss_weight 0", "--id_loss_drawings has no effect without --id_loss_weight"),
+        ("--id_loss_drawings 7", "cannot be divided over 8 devices"),
+        ("--shard_frozen", "leave --shard_frozen out"),
+        (f"--init_enhancer {tmp_path / 'none'}", "cannot be read"),
+    ):
+        given = [*further, "--output_dir", str(tmp_path / "bad"), *change.split()]
+        assert train_enhancer.main(given) in (1, 2)
+        printed = capsys.readouterr().err
+        assert message in printed and "Traceback" not in printed

@@ -7,6 +7,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -176,6 +177,42 @@ def test_each_part_has_its_own_learning_rate(loaded, paper_step):
         )
         largest = max(float(x) for x in jax.tree.leaves(moved))
         assert 0.8 * rate < largest < 1.1 * rate, part
+
+
+def test_tokens_in_a_basis_move_as_their_coordinates_would(loaded):
+    model, frozen = loaded
+    method = condition.make_method("textual_inversion", basis=3)
+    rng = np.random.default_rng(5)
+    basis = jnp.asarray(rng.normal(size=(3, 2, D)) * 0.1, jnp.float32)
+    frozen = frozen._replace(shared={"basis": basis})
+    begun, photos, key = person(loaded, PAPER, 0)
+    start, state = begun.trainable["pseudo_tokens"], None
+    optimizer = make_optimizer(
+        {"pseudo_tokens": 0.2}, beta1=0.9, beta2=0.999, epsilon=1e-7, weight_decay=1e-2, basis=3
+    )
+    state = init_state(optimizer, {"pseudo_tokens": start}, {})
+    step = jax.jit(functools.partial(train_step, model, method, optimizer))
+    # The same with the coordinates as what is trained, by optax alone.
+    adam = optax.adam(0.2, b1=0.9, b2=0.999, eps=1e-7)
+    place, moments = jnp.zeros(3), adam.init(jnp.zeros(3))
+
+    def tokens_at(place):
+        return start + jnp.einsum("b,bnd->nd", place, basis)
+
+    @jax.jit
+    def loss(place, batch):
+        return training_loss(model, method, frozen, {"pseudo_tokens": tokens_at(place)}, {}, batch)[
+            0
+        ]
+
+    for i in range(3):
+        batch = draw_batch(model, photos, key, jnp.int32(i), BATCH)
+        state, _ = step(frozen, state, batch)
+        updates, moments = adam.update(jax.grad(loss)(place, batch), moments)
+        place = optax.apply_updates(place, updates)
+    moved = state.trainable["pseudo_tokens"] - start
+    assert float(jnp.abs(moved).max()) > 0.01
+    np.testing.assert_allclose(state.trainable["pseudo_tokens"], tokens_at(place), atol=2e-5)
 
 
 def test_vmap_and_shard_map_equal_the_single_person(loaded, paper_step):

@@ -10,7 +10,7 @@ Source: arXiv 2404.16022 (PuLID), section 3.3, which draws with four steps of a 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -88,8 +88,8 @@ def draw(
         key = jax.random.fold_in(key, inputs["step"])
 
         def kept(row):
-            own = jax.random.fold_in(key, row)
-            return jax.random.uniform(own) >= program.drop, jax.random.bits(own, (2,))
+            whole, number = jax.random.split(jax.random.fold_in(key, row))
+            return jax.random.uniform(whole) >= program.drop, jax.random.bits(number, (2,))
 
         is_whole, numbers = jax.vmap(kept)(batch.row)
         strength = is_whole.astype(jnp.float32)
@@ -172,7 +172,7 @@ class IdentityLoss:
     ):
         self.program, self.reader = program, reader
         self.weights = drawing.put(weights, program.mesh)
-        self.finder = replace(finder, recogniser=None, is_quiet=True)
+        self.detector = finder.detector
 
     def __call__(self, frozen: sd.Frozen, trained: dict, constants: dict, inputs: dict) -> Likened:
         """What a step learns from its drawings. All processes of the mesh call it together.
@@ -214,27 +214,34 @@ class IdentityLoss:
         matrices = np.zeros((len(images), 2, 3), np.float32)
         found = np.zeros(len(images), np.float32)
         for row, image in enumerate(images):
-            try:
-                matrices[row] = place_of(self.finder, Image.fromarray(image))
-                found[row] = 1
-            except face_models.FaceError:
-                pass  # early in a training a drawing may be no face: it says nothing then
+            place = place_of(self.detector, Image.fromarray(image))
+            if place is not None:  # early in a training a drawing may be no face, and says nothing
+                matrices[row], found[row] = place, 1
         return matrices, found
 
 
-def place_of(finder: finding.Finder, image: Image.Image) -> np.ndarray:
-    """Where the recogniser's crop lies on an RGB picture, float32[2, 3], as of `network.cut`.
+def place_of(detector: face_models.Detector | None, image: Image.Image) -> np.ndarray | None:
+    """Where the recogniser's crop lies on an RGB picture, float32[2, 3], as of `network.cut`; None
+    if there is no face.
 
-    Raises:
-      FaceError: there is no face.
+    One look at the picture as it is: drawings are upright, and every step waits for it.
+
+    Args:
+      detector: None to take the central square for the face.
     """
-    points = finder.look_at(image, "a drawing").points
-    if points is None:  # nobody looks for faces: the central square
+    if detector is None:
         left, top, side = central_square(image.size)
         scale = side / face_models.SIZE
         shift = (scale - 1) / 2
         return np.array([[scale, 0, left + shift], [0, scale, top + shift]], np.float32)
-    there = np.vstack([crops.alignment(points), [0, 0, 1]])
+    found = finding.detect(detector, image)
+    if not found:
+        return None
+    largest = max(found, key=lambda face: float(np.prod(face.box[2:] - face.box[:2])))
+    try:
+        there = np.vstack([crops.alignment(largest.points), [0, 0, 1]])
+    except face_models.FaceError:  # points that lie as on no face
+        return None
     return np.float32(np.linalg.inv(there)[:2])
 
 
