@@ -4,6 +4,7 @@ import pytest
 
 from idea_jax.config.reading import build, parse, resolve, to_yaml
 from idea_jax.config.settings import (
+    BASIS_DEFAULTS,
     ENHANCER_DEFAULTS,
     PROFILE_DEFAULTS,
     ConfigError,
@@ -295,7 +296,19 @@ def test_with_a_shared_enhancer_what_nobody_gave_is_another(tmp_path):
     plain = parse(TrainConfig, REQUIRED)
     cfg = resolve(plain, FIXED)
     rate = "adapter_learning_rate"  # of a part that is not among the default ones
-    assert values(cfg) == {**ENHANCER_DEFAULTS, rate: None}
+    ours = {**ENHANCER_DEFAULTS, **BASIS_DEFAULTS}
+    assert values(cfg) == {name: ours[name] for name in ENHANCER_DEFAULTS} | {rate: None}
+    assert (cfg.regulariser, cfg.reg_weight) == ("none", 0)
+    # Tokens that move freely are held by the regulariser, and whoever asks for one has it.
+    for flags in (["--token_basis", "none"], ["--regulariser", "exact"], ["--reg_weight", "1e-3"]):
+        held = resolve(parse(TrainConfig, [*REQUIRED, *flags]), FIXED)
+        assert held.regulariser in (None, "exact") and held.reg_weight > 0
+        assert held.learning_rate == (1e-2 if "none" in flags else 0.1)
+    older = resolve(plain, {**FIXED, "token_basis": "none"})  # an enhancer without a basis
+    assert (older.learning_rate, older.token_basis, older.regulariser) == (1e-2, "none", None)
+    with pytest.raises(ConfigError, match="token_basis is names, and the shared ID-Enhancer is"):
+        named = parse(TrainConfig, [*REQUIRED, "--token_basis", "names"])
+        resolve(named, {**FIXED, "token_basis": "none"})
     assert (cfg.n_pseudo_tokens, cfg.max_train_steps, cfg.kv) == (3, 25, "low_rank")
     assert set(cfg.rates()) == {"pseudo_tokens", "enhanced", "kv"}
     assert resolve(plain, None) == parse(TrainConfig, [*REQUIRED, "--enhancer", "none"])
@@ -319,7 +332,7 @@ def test_with_a_shared_enhancer_what_nobody_gave_is_another(tmp_path):
 def test_fast_takes_no_step_with_a_shared_enhancer(tmp_path):
     fast = [*REQUIRED, "--preset", "fast"]
     cfg = resolve(parse(TrainConfig, fast), FIXED)
-    assert (cfg.max_train_steps, cfg.early_stopping, cfg.learning_rate) == (0, 0, 1e-2)
+    assert (cfg.max_train_steps, cfg.early_stopping, cfg.learning_rate) == (0, 0, 0.1)
     assert resolve(parse(TrainConfig, fast), None).max_train_steps == 160
     file = write(tmp_path, "max_train_steps: 81\n")  # the flag is stronger
     assert resolve(parse(TrainConfig, [*fast, *file]), FIXED).max_train_steps == 0

@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 
 from idea_jax.faces.models import SIZE, FaceError, Recogniser
-from idea_jax.models.precision import exact
 
 DENSE = 512  # side of a picture from which on a crop's pixel is the mean of several places
 PLANE = ("NCHW", "OIHW", "NCHW")
@@ -113,7 +112,7 @@ def embed(network: Network, weights: Mapping[str, jax.Array], crops: jax.Array) 
     pixels = (crops * 127.5 + 127.5 - network.mean) / network.std
     known: dict[str, Any] = {**weights, **dict(network.numbers), "": None}
     known[network.input] = pixels.transpose(0, 3, 1, 2)
-    with exact(jnp.float32):
+    with jax.default_matmul_precision("highest"):
         for node in network.nodes:
             inputs = [known[name] for name in node.inputs]
             known[node.output] = OPERATORS[node.kind](*inputs, **dict(node.attributes))
@@ -135,7 +134,7 @@ def cut(pictures: jax.Array, matrices: jax.Array) -> jax.Array:
     there = jnp.stack([right, down, jnp.ones_like(down)])
 
     def one(picture, matrix):
-        with exact(jnp.float32):
+        with jax.default_matmul_precision("highest"):
             x, y = jnp.einsum("ij,jvu->ivu", matrix, there)
         channels = [
             jax.scipy.ndimage.map_coordinates(

@@ -29,9 +29,7 @@ from idea_jax.method import condition, shared
 from idea_jax.method.modules import FACE_WIDTH, IDAdapter
 from idea_jax.models import hub, sd
 from idea_jax.pytrees import tree_digest
-from idea_jax.runtime.files import (
-    write_tensors,
-)
+from idea_jax.runtime.files import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -227,10 +225,8 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
             )
         config, about = shared.EnhancerConfig(**description["config"]), description["about"]
         if version != version_of(config):
-            raise EnhancerError(
-                f"it has format version {version}, its dim_2 is {config.dim_2} and its basis has "
-                f"{config.basis} directions"
-            )
+            sizes = f"its dim_2 is {config.dim_2} and its basis has {config.basis} directions"
+            raise EnhancerError(f"it has format version {version}, {sizes}")
     except EnhancerError:
         raise
     # RecursionError: deeply nested JSON.
@@ -250,9 +246,8 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
     if problems:
         raise EnhancerError(listed(problems))
     if not config.basis:
-        N, names = config.num_tokens, BASES[1:] if config.dim_2 else BASES[:1]
-        none = (np.zeros((0, N, D), np.float32) for D in config.widths)
-        tensors |= dict(zip(names, none, strict=True))
+        for name, D in zip(BASES[1:] if config.dim_2 else BASES[:1], config.widths, strict=True):
+            tensors[name] = np.zeros((0, config.num_tokens, D), np.float32)
     return config, tensors, about
 
 

@@ -55,7 +55,7 @@ class Method:
     enhanced: bool = False
     shared_adapter: bool = False
     shared_kv: bool = False
-    basis: int = 0  # directions of `Frozen.shared` that the tokens move in; 0: in all
+    basis: int = 0  # directions that the tokens move in; 0: in all
 
     @property
     def uses_face(self) -> bool:
@@ -64,8 +64,7 @@ class Method:
 
     @property
     def keeps_face(self) -> bool:
-        """Whether the face embedding is one of a person's constants; a shared enhancer has said
-        all that is needed of it before the first step."""
+        """Whether the face embedding is a constant of a person: not after a shared enhancer."""
         return self.adapter and not self.enhanced
 
     @property

@@ -140,7 +140,7 @@ def look(
     return Sight(box, seen, 1.0, "", embed), turned
 
 
-class Course(NamedTuple):
+class Schooling(NamedTuple):
     """Steps and samples of each, of the first stage and of the second: that of likeness."""
 
     steps: int
@@ -149,7 +149,7 @@ class Course(NamedTuple):
     likeness_size: int
 
 
-def train(folder: Path, work: Path, world: World, course: Course) -> dict:
+def train(folder: Path, work: Path, world: World, course: Schooling) -> dict:
     """Trains the shared ID-Enhancer of a mini and puts it into its folder; returns what its runs
     say of it. The same call goes on where it was interrupted.
 

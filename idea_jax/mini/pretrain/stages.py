@@ -19,7 +19,7 @@ from idea_jax.runtime.files import atomic_write, file_digest
 def train_enhancer(run: Run) -> dict:
     """Trains the shared ID-Enhancer on drawn people of a split of their own."""
     drawn = enhancer.World(run.budget.enhancer_people, run.budget.enhancer_each, run.seed)
-    course = enhancer.Course(*run.budget.enhancer)
+    course = enhancer.Schooling(*run.budget.enhancer)
     found = enhancer.train(run.folder, run.work, drawn, course)
     kept = ("people", "pictures", "loss_curve", "likeness_of_drawings", "share_waited", "seconds")
     return {stage: {name: of[name] for name in kept} for stage, of in found.items()}
