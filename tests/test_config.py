@@ -303,7 +303,7 @@ def test_with_a_shared_enhancer_what_nobody_gave_is_another(tmp_path):
     for flags in (["--token_basis", "none"], ["--regulariser", "exact"], ["--reg_weight", "1e-3"]):
         held = resolve(parse(TrainConfig, [*REQUIRED, *flags]), FIXED)
         assert held.regulariser in (None, "exact") and held.reg_weight > 0
-        assert held.learning_rate == (1e-2 if "none" in flags else 0.1)
+        assert held.learning_rate == (1e-2 if "none" in flags else 0.07)
     older = resolve(plain, {**FIXED, "token_basis": "none"})  # an enhancer without a basis
     assert (older.learning_rate, older.token_basis, older.regulariser) == (1e-2, "none", None)
     with pytest.raises(ConfigError, match="token_basis is names, and the shared ID-Enhancer is"):
@@ -332,7 +332,7 @@ def test_with_a_shared_enhancer_what_nobody_gave_is_another(tmp_path):
 def test_fast_takes_no_step_with_a_shared_enhancer(tmp_path):
     fast = [*REQUIRED, "--preset", "fast"]
     cfg = resolve(parse(TrainConfig, fast), FIXED)
-    assert (cfg.max_train_steps, cfg.early_stopping, cfg.learning_rate) == (0, 0, 0.1)
+    assert (cfg.max_train_steps, cfg.early_stopping, cfg.learning_rate) == (0, 0, 0.07)
     assert resolve(parse(TrainConfig, fast), None).max_train_steps == 160
     file = write(tmp_path, "max_train_steps: 81\n")  # the flag is stronger
     assert resolve(parse(TrainConfig, [*fast, *file]), FIXED).max_train_steps == 0

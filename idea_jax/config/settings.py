@@ -234,7 +234,7 @@ ENHANCER_DEFAULTS: dict = {
     "token_basis": "names",
 }
 # And where the tokens move along the directions of names, which is what holds them then.
-BASIS_DEFAULTS: dict = {"learning_rate": 0.1, "regulariser": "none", "reg_weight": 0.0}
+BASIS_DEFAULTS: dict = {"learning_rate": 0.07, "regulariser": "none", "reg_weight": 0.0}
 
 # What a preset means there.
 ENHANCER_PRESETS: dict[str, dict] = {"fast": {"max_train_steps": 0}}
