@@ -23,7 +23,7 @@ RESULTS_FILE ?= docs/results.md
 RESULTS_PEOPLE ?= 20
 RESULTS_METHODS ?= paper,paper@steps=0,paper@id_strength=0,paper@steps=0;id_strength=0,paper_alone,paper_alone@id_strength=1.25,paper_alone@id_strength=1.5,official,cross_init,textual_inversion
 RESULTS_PARTS_PEOPLE ?= 10
-RESULTS_PARTS ?= paper@photos=1,paper@photos=1;steps=0,paper@photos=1;steps=5,paper@photos=1;steps=10,paper@photos=1;steps=80,paper@photos=1;steps=320,paper@photos=1;steps=640,paper@photos=3,paper@photos=5,paper@photos=5;steps=0,paper@photos=1;kv=none,paper@photos=1;kv_rank=1,paper@photos=1;kv_rank=16,paper@photos=1;kv=full,paper@photos=1;token_basis=none,paper@photos=1;regulariser=truncated,paper@photos=1;id_strength=0,paper@photos=1;id_strength=0.5,paper@photos=1;id_strength=1.5,paper_alone@photos=1;steps=80,paper_alone@photos=1;steps=80;n_pseudo_tokens=1
+RESULTS_PARTS ?= paper@photos=1,paper@photos=1;steps=0,paper@photos=1;steps=5,paper@photos=1;steps=10,paper@photos=1;steps=80,paper@photos=1;steps=320,paper@photos=3,paper@photos=5,paper@photos=5;steps=0,paper@photos=1;kv=none,paper@photos=1;kv=full,paper@photos=1;token_basis=none,paper@photos=1;token_basis=none;regulariser=none,paper@photos=1;regulariser=truncated,paper@photos=1;id_strength=0,paper@photos=1;id_strength=0.5,paper@photos=1;id_strength=1.5,paper_alone@photos=1;steps=80,paper_alone@photos=1;steps=80;n_pseudo_tokens=1
 
 .PHONY: demo studio lint test test-long chaos slow results bench clean
 
