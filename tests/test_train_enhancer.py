@@ -639,9 +639,10 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, mo
     assert (tmp_path / "run.json").read_text() == said
 
 
-def test_two_processes_train_what_one_does(flags, straight, tmp_path):
+def in_two_processes(flags, out):
+    """Trains in two processes with a device each."""
     command = [sys.executable, "-m", "idea_jax.train_enhancer", *flags, "--distributed"]
-    command += ["--output_dir", str(tmp_path)]
+    command += ["--output_dir", str(out)]
     common = {"PYTHONPATH": str(chaos.ROOT), "XLA_FLAGS": chaos.XLA.format(1)}
     started = [
         subprocess.Popen(
@@ -657,6 +658,10 @@ def test_two_processes_train_what_one_does(flags, straight, tmp_path):
         for process in started:
             chaos.end(process)
     assert [process.returncode for process in started] == [0, 0], said
+
+
+def test_two_processes_train_what_one_does(flags, straight, tmp_path):
+    in_two_processes(flags, tmp_path)
     same(tmp_path, straight, 1e-5)
 
 
@@ -842,6 +847,8 @@ def test_training_goes_on_from_a_file_with_the_identity_loss(
     again = [*further, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
     assert train_enhancer.main(again) == 0
     same(whole, out, 1e-6)
+    in_two_processes(further, tmp_path / "two")
+    same(whole, tmp_path / "two", 1e-5)
     before, found = enhancer.read(earlier), enhancer.read(whole / "enhancer.safetensors")
     assert found.about["earlier"] == {"sha256": before.sha256, "steps": 3}
     assert found.config == before.config and found.config.basis > 0
