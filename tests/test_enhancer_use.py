@@ -121,7 +121,7 @@ def test_the_basis_is_where_names_differ_and_as_far():
     basis = shared.basis_of(names, 4).reshape(4, -1)
     covariance = np.cov(names.reshape(500, -1).T, bias=True)
     np.testing.assert_allclose(basis.T @ basis, covariance, atol=1e-4)
-    assert not shared.basis_of(names[:3], 4)[3:].any() and shared.basis_of(names, 0).size == 0
+    assert not shared.basis_of(names[:3], 4)[3:].any()
 
 
 @pytest.mark.parametrize("kind", shared.KINDS)

@@ -102,6 +102,8 @@ def init_shared(
         return (names - start[None]) / scale if config.kind == "names" else names[:0]
 
     def directions(D, names):
+        if not config.basis:  # then there may be shapes alone
+            return jnp.zeros((0, N, D))
         return jnp.asarray(basis_of(np.asarray(names).reshape(-1, N, D), config.basis))
 
     def init_enhancer(D, key, start, names):
@@ -156,8 +158,6 @@ def basis_of(names: np.ndarray, count: int) -> np.ndarray:
     Source: arXiv 2306.00926 (Celeb Basis).
     """
     basis = np.zeros((count, *names.shape[1:]), np.float32)
-    if not count:
-        return basis
     deviations, directions = spread(names)
     found = deviations[:count, None, None] * directions[:count]
     basis[: len(found)] = found
