@@ -640,7 +640,7 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(flags, straight, tmp_path, mo
 
 
 def in_two_processes(flags, out):
-    """Trains in two processes with a device each."""
+    """Trains in two processes with a device each; returns exit codes and output of both."""
     command = [sys.executable, "-m", "idea_jax.train_enhancer", *flags, "--distributed"]
     command += ["--output_dir", str(out)]
     common = {"PYTHONPATH": str(chaos.ROOT), "XLA_FLAGS": chaos.XLA.format(1)}
@@ -657,11 +657,12 @@ def in_two_processes(flags, out):
     finally:
         for process in started:
             chaos.end(process)
-    assert [process.returncode for process in started] == [0, 0], said
+    return [process.returncode for process in started], said
 
 
 def test_two_processes_train_what_one_does(flags, straight, tmp_path):
-    in_two_processes(flags, tmp_path)
+    codes, said = in_two_processes(flags, tmp_path)
+    assert codes == [0, 0], said
     same(tmp_path, straight, 1e-5)
 
 
@@ -847,7 +848,8 @@ def test_training_goes_on_from_a_file_with_the_identity_loss(
     again = [*further, "--output_dir", str(out), "--resume_from_checkpoint", "latest"]
     assert train_enhancer.main(again) == 0
     same(whole, out, 1e-6)
-    in_two_processes(further, tmp_path / "two")
+    codes, told = in_two_processes(further, tmp_path / "two")
+    assert codes == [0, 0], told
     same(whole, tmp_path / "two", 1e-5)
     before, found = enhancer.read(earlier), enhancer.read(whole / "enhancer.safetensors")
     assert found.about["earlier"] == {"sha256": before.sha256, "steps": 3}

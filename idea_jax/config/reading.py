@@ -236,7 +236,7 @@ def resolve(cfg: TrainConfig, fixed: dict | None) -> TrainConfig:
     if fixed is None:
         return dataclasses.replace(cfg, enhancer="none")
     values = {**ENHANCER_DEFAULTS, **ENHANCER_PRESETS.get(cfg.preset, {}), **fixed}
-    if values["token_basis"] == (cfg.token_basis or "names") == "names":
+    if {values["token_basis"], cfg.token_basis or "names"} == {"names"}:
         own = {"regulariser", "reg_weight"} <= set(cfg.unsaid)
         values |= {k: v for k, v in BASIS_DEFAULTS.items() if own or k == "learning_rate"}
     values = {name: value for name, value in values.items() if name in cfg.unsaid}

@@ -347,7 +347,7 @@ def about_of(
       earlier: what the training goes on from, whose sources and terms are this one's, too.
     """
     licences = sorted({folder.index.licence for folder in folders})
-    sources = {folder.index.source for folder in folders}
+    earlier_sources = earlier.about["sources"] if earlier is not None else []
     about: dict[str, Any] = {
         "base_model": base.name,
         "revision": base.revision,
@@ -359,7 +359,7 @@ def about_of(
             for folder, numbers in zip(folders, people, strict=True)
             for number in numbers
         ),
-        "sources": sorted(sources),
+        "sources": sorted({*earlier_sources, *(folder.index.source for folder in folders)}),
         "licence": "; ".join([*licences, "the base model's and the face model's terms apply"]),
         "versions": versions(),
     }
@@ -367,7 +367,6 @@ def about_of(
         about["ridge"] = ridge.about(fitted)
     if earlier is not None:
         before = earlier.about
-        about["sources"] = sorted(sources | set(before["sources"]))
         about["licence"] = "; ".join(dict.fromkeys([before["licence"], about["licence"]]))
         about["earlier"] = {"sha256": earlier.sha256, "steps": before["steps"]}
     return about

@@ -46,6 +46,16 @@ def put(tree: Any, mesh: Mesh, spec: Any = WHOLE) -> Any:
     return jax.tree.map(place, tree, spec)
 
 
+def split_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are split over the mesh, of the rows that this process has."""
+    sharding = NamedSharding(mesh, P("data"))
+
+    def whole(leaf):
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(whole, tree)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def plain_keys_values(
     model: sd.StableDiffusion, frozen: sd.Frozen, token_ids: jax.Array, empty: jax.Array

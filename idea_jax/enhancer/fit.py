@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from idea_jax import jobs
@@ -244,7 +243,7 @@ def take_steps(
         # The step before is read while this one runs, so the devices never wait.
         stops = look(waiting) or (alone and bool(signals))
         number = taken + 1
-        waiting = number, metrics, (liked.similarity if likening else None)
+        waiting = number, metrics, ((liked.similarity, liked.found) if likening else None)
         is_last, saves = number == steps.stop, is_multiple(number, cfg.checkpointing_steps)
         validates = bool(work.sitters) and is_multiple(number, cfg.validation_steps)
         if not (stops or is_last or saves or validates):
@@ -277,17 +276,14 @@ def inputs_of(
       taken: steps before this one.
       stops: whether this process was asked to stop.
     """
-    spread = NamedSharding(work.program.mesh, P("data"))
-
-    def everywhere(leaf):
-        return jax.make_array_from_process_local_data(spread, np.asarray(leaf))
-
+    mesh = work.program.mesh
+    asked = np.full(jax.local_device_count(), stops, np.int32)
     inputs = {
         "seed": np.uint32(work.cfg.seed),
         "step": np.int32(taken),
-        "stop": everywhere(np.full(jax.local_device_count(), stops, np.int32)),
+        "stop": drawing.split_rows(asked, mesh),
     }
-    return jax.tree.map(everywhere, own), inputs
+    return drawing.split_rows(own, mesh), inputs
 
 
 def validate(work: EnhancerWork, journal: "Journal", state: EnhancerState, number: int) -> None:

@@ -11,12 +11,12 @@ Source: arXiv 2404.16022 (PuLID), section 3.3, which draws with four steps of a 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
@@ -181,14 +181,14 @@ class IdentityLoss:
           frozen: on the mesh, whole; inputs: as of `draw`.
         """
         program = self.program
-        own = self.everywhere(next(self.reader))
+        own = drawing.split_rows(next(self.reader), program.mesh)
         given = {name: inputs[name] for name in ("seed", "step")}
 
         def drawn(trained):
             return draw(program, frozen, trained, constants, own, given)
 
         pictures, vjp = jax.vjp(drawn, trained)
-        there = self.everywhere(self.locate(pictures))
+        there = drawing.split_rows(self.locate(pictures), program.mesh)
         by_picture, sums = likeness_gradient(program, self.weights, pictures, *there, own.others)
         total, count = sums
         (grads,) = vjp(by_picture)
@@ -197,15 +197,6 @@ class IdentityLoss:
     def close(self) -> None:
         """Ends the reader's threads."""
         self.reader.close()
-
-    def everywhere(self, own: Any) -> Any:
-        """Arrays that are split over the mesh, of this process's rows."""
-        split = NamedSharding(self.program.mesh, P("data"))
-
-        def whole(leaf):
-            return jax.make_array_from_process_local_data(split, np.asarray(leaf))
-
-        return jax.tree.map(whole, own)
 
     def locate(self, pictures: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         """Where the faces are on this process's pictures, as `likeness_gradient` takes it."""

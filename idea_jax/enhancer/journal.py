@@ -43,12 +43,16 @@ class Journal:
         )
 
     def step(
-        self, number: int, metrics: EnhancerMetrics, similarity: jax.Array | None = None
+        self,
+        number: int,
+        metrics: EnhancerMetrics,
+        drawn: tuple[jax.Array, jax.Array] | None = None,
     ) -> bool:
         """Notes one step; returns whether any process has been asked to stop.
 
         Args:
-          similarity: of who was drawn in the step, if anybody was.
+          drawn: similarity of who was drawn in the step, and the share on which a face was found;
+            None if nobody was.
 
         Raises:
           TrainingError: it was not finite.
@@ -60,9 +64,10 @@ class Journal:
             )
         self.losses.append((number, values["loss"]))
         shown = {f"train/{name}": values[name] for name in ("loss", "grad_norm")}
-        if similarity is not None:
-            self.similar.append(float(similarity))
-            shown["train/likeness"] = self.similar[-1]
+        if drawn is not None:
+            similarity, found = map(float, drawn)
+            self.similar.append(similarity)
+            shown |= {"train/likeness": similarity, "train/faces_found": found}
         if self.log:
             self.log.scalars(shown, number)
         self.bar.update()

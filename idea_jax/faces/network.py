@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from idea_jax.faces.models import SIZE, FaceError, Recogniser
+from idea_jax.faces.models import SIZE, FaceError, Recogniser, inspect
 
 DENSE = 512  # side of a picture from which on a crop's pixel is the mean of several places
 PLANE = ("NCHW", "OIHW", "NCHW")
@@ -58,8 +58,6 @@ def read_network(recogniser: Recogniser) -> tuple[Network, dict[str, np.ndarray]
     """
     import onnx
     from onnx import numpy_helper
-
-    from idea_jax.faces.models import inspect
 
     content, _ = inspect(recogniser.path, recogniser.sha256)
     graph = onnx.load_model_from_string(content).graph
@@ -153,10 +151,8 @@ def cut(pictures: jax.Array, matrices: jax.Array) -> jax.Array:
 
 def _pads(auto_pad: str, pads: tuple[int, ...], dims: int) -> Any:
     """Padding as JAX takes it."""
-    if auto_pad in ("SAME_UPPER", "VALID"):
+    if auto_pad != "NOTSET":
         return auto_pad.removesuffix("_UPPER")
-    if auto_pad == "SAME_LOWER":
-        return auto_pad
     pads = pads or (0,) * (2 * dims)
     return list(zip(pads[:dims], pads[dims:], strict=True))
 

@@ -39,7 +39,7 @@ SMALL = (36.0, 160.0)  # sides of the crop on the small and turned version, in p
 LICENCE = "MIT: drawn by a program, all people are made up"
 
 
-# What else than the defaults decides the training: of both stages, of the second alone.
+# What else than the defaults decides the training: of both stages, of the first, of the second.
 SETTINGS: dict = {
     "ema_decay": 0.99,
     "small_faces": 0.2,
