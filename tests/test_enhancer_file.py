@@ -60,6 +60,8 @@ def test_what_cannot_be_used_is_never_written(whole, tmp_path):
         ({"kv": {}}, {}, "kv is missing"),
         ({}, {"sources": ["/home/anna/photos"]}, "about has a path"),
         ({}, {"licence": None}, "does not say its licence"),
+        ({"basis": np.zeros((made.BASIS, 2, CONFIG.dim))}, {}, "basis has 0 at most"),
+        ({"basis": np.full((made.BASIS, 2, CONFIG.dim), 6e4)}, {}, "basis has 60000 at most"),
     ):
         for place in (path, whole):
             with pytest.raises(enhancers.EnhancerError, match=says):
@@ -110,6 +112,13 @@ def test_cut_and_hostile_files_are_one_message(whole, tmp_path):
         (described(config={**huge, "dim": 33}), "a multiple of 8"),
         (described(about=[]), "does not say how it was made"),
         (described(about=made.about(face_model="arcface")), "its face_model is no SHA-256"),
+        (described(config={**huge, "dim": 32, "beta": 10**400}), "its beta is 1000"),
+        (described(config={**huge, "dim": 32, "beta": 1e308}), "its beta is 1e+308"),
+        (described(about=made.about(sources=[{"a": 1}])), "its sources are [{'a': 1}]"),
+        (described(about=made.about(people=False)), "its people is False, expected 0 or more"),
+        (described(about=made.about(steps=-5)), "its steps is -5, expected 0 or more"),
+        (described(about=made.about(licence="~/anna")), "about has a path"),
+        (described(about=made.about(licence="mine\n\x1b[31m")), "a text that cannot be shown"),
     ):
         path.write_bytes(bad)
         with pytest.raises(enhancers.EnhancerError) as caught:
@@ -150,7 +159,7 @@ def test_an_enhancer_of_another_family_recogniser_or_number_of_tokens_is_refused
     for enhancer, model, settings, says in (
         (theirs, MODEL, {}, f"its text width is {other.dim}, this checkpoint's is {CONFIG.dim}"),
         (ours, MODEL, {"face_model": "1" * 64}, f"the SHA-256 {'0' * 64}"),
-        (ours, MODEL, {"num_tokens": 3}, "predicts 2 pseudo tokens, and --n_pseudo_tokens is 3"),
+        (ours, MODEL, {"num_tokens": 3}, "predicts 2 pseudo tokens, and 3 are asked for"),
     ):
         settings = {"face_model": None, **settings}
         with pytest.raises(enhancers.EnhancerError) as caught:

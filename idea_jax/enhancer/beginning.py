@@ -1,7 +1,7 @@
 """A training of the shared enhancer before its first step: checks, first values, resumption."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,8 @@ from idea_jax.training.results import Base, OccupiedError
 from idea_jax.training.resume import Checkpoints
 
 log = logging.getLogger(__name__)
+
+DECIDED = ("kind", "width", "kv_rank", "beta")  # by the file that a training goes on from
 
 
 @dataclass(frozen=True)
@@ -287,9 +289,15 @@ def beginning(
 
 
 def open_earlier(
-    cfg: EnhancerTrainConfig, model: sd.StableDiffusion, folders: list[Folder]
+    cfg: EnhancerTrainConfig,
+    base: Base,
+    folders: list[Folder],
+    digests: Collection[str],
 ) -> enhancer.Enhancer | None:
     """The enhancer that a training goes on from; None if it begins by itself.
+
+    Args:
+      digests: of the checkpoint, of `weights_digests`; of other weights a warning is given.
 
     Raises:
       EnhancerError: it cannot be used, or is for another checkpoint or recogniser.
@@ -301,12 +309,22 @@ def open_earlier(
     earlier = enhancer.read(cfg.init_enhancer)
     enhancer.check(
         earlier,
-        model,
+        base.model,
         cfg.init_enhancer,
         face_model=index.face_model,
         num_tokens=index.num_tokens,
+        advice="leave --init_enhancer out, or prepare --data with the checkpoint, the recogniser "
+        "and the number of tokens that it knows",
     )
-    for name in ("kind", "width", "kv_rank", "beta"):
+    if not enhancer.is_for_weights(earlier, digests):
+        log.warning(
+            "--init_enhancer %s was trained for %s, on other weights than those of %s: what it "
+            "has learned may fit less",
+            cfg.init_enhancer,
+            earlier.about["base_model"],
+            base.name,
+        )
+    for name in DECIDED:
         theirs = getattr(earlier.config, name)
         if getattr(cfg, name) not in (defaults[name].default, theirs):
             raise ConfigError(
@@ -314,6 +332,13 @@ def open_earlier(
                 "it out"
             )
     return earlier
+
+
+def as_begun(cfg: EnhancerTrainConfig, earlier: enhancer.Enhancer | None) -> EnhancerTrainConfig:
+    """The settings with what the file that a training goes on from decides."""
+    if earlier is None:
+        return cfg
+    return replace(cfg, **{name: getattr(earlier.config, name) for name in DECIDED})
 
 
 def config_of(
@@ -345,6 +370,9 @@ def about_of(
 
     Args:
       earlier: what the training goes on from, whose sources and terms are this one's, too.
+
+    Raises:
+      EnhancerError: it could not be written so.
     """
     licences = sorted({folder.index.licence for folder in folders})
     earlier_sources = earlier.about["sources"] if earlier is not None else []
@@ -369,6 +397,7 @@ def about_of(
         before = earlier.about
         about["licence"] = "; ".join(dict.fromkeys([before["licence"], about["licence"]]))
         about["earlier"] = {"sha256": earlier.sha256, "steps": before["steps"]}
+    enhancer.check_about({**about, "steps": 0})  # while nothing can be lost
     return about
 
 

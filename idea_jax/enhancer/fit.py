@@ -20,6 +20,7 @@ from idea_jax.enhancer import drawing, identity_loss, likeness, samples
 from idea_jax.enhancer.beginning import (
     EnhancerWork,
     about_of,
+    as_begun,
     beginning,
     check_batch,
     check_model,
@@ -111,7 +112,8 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     left, sitters = hold_out(cfg, folders)
-    earlier = open_earlier(cfg, model, folders)
+    earlier = open_earlier(cfg, base, folders, digests.values())
+    cfg = as_begun(cfg, earlier)
     config, tree, fitted = beginning(cfg, base, names, folders, left, earlier)
     plan = Plan(
         folders,
@@ -224,7 +226,7 @@ def take_steps(
             raise TrainingError(
                 f"{error}; stopped. "
                 + (f"Step {good} is kept in {kept.folder}. " if good else "No step was finite. ")
-                + "Lower the learning rate, or use --mixed_precision no"
+                + "Lower the learning rate or a given --id_loss_weight, or use --mixed_precision no"
             ) from error
 
     for taken in steps:
@@ -243,7 +245,7 @@ def take_steps(
         # The step before is read while this one runs, so the devices never wait.
         stops = look(waiting) or (alone and bool(signals))
         number = taken + 1
-        waiting = number, metrics, ((liked.similarity, liked.found) if likening else None)
+        waiting = number, metrics, ((liked.similar, liked.found) if likening else None)
         is_last, saves = number == steps.stop, is_multiple(number, cfg.checkpointing_steps)
         validates = bool(work.sitters) and is_multiple(number, cfg.validation_steps)
         if not (stops or is_last or saves or validates):

@@ -3,7 +3,8 @@
 The error of the noise says little of a likeness: it is that of single steps, most of which know the
 face from the noisy picture. So some people of each step are drawn from noise, as a user draws them,
 and the gradient of 1 - cosine between the drawing's face and the mean face of the person's other
-pictures goes back through recogniser, autoencoder and all sampling steps.
+pictures (of the only one, where there is one) goes back through recogniser, autoencoder and all
+sampling steps.
 
 Source: arXiv 2404.16022 (PuLID), section 3.3, which draws with four steps of a distilled model.
 """
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 
+from idea_jax.config.settings import ConfigError
 from idea_jax.data.images import central_square, to_uint8
 from idea_jax.enhancer import drawing
 from idea_jax.enhancer.samples import FaceBatch, Plan, Reader
@@ -58,10 +60,10 @@ class IdentityProgram:
 
 class Likened(NamedTuple):
     """What a step learns from its drawings: gradients of the weighted loss, shaped after the
-    trained parts; float32[], the mean similarity and the share on which a face was found."""
+    trained parts; float32[], the sum of the similarities and on how many a face was found."""
 
     grads: dict
-    similarity: jax.Array
+    similar: jax.Array
     found: jax.Array
 
 
@@ -190,9 +192,8 @@ class IdentityLoss:
         pictures, vjp = jax.vjp(drawn, trained)
         there = drawing.split_rows(self.locate(pictures), program.mesh)
         by_picture, sums = likeness_gradient(program, self.weights, pictures, *there, own.others)
-        total, count = sums
         (grads,) = vjp(by_picture)
-        return Likened(grads, total / jnp.maximum(count, 1), count / program.size)
+        return Likened(grads, *sums)
 
     def close(self) -> None:
         """Ends the reader's threads."""
@@ -251,9 +252,16 @@ def of_run(
 
     Raises:
       FaceError: gradients cannot pass through the recogniser.
+      ConfigError: more sampling steps than the checkpoint has timesteps.
     """
     if not cfg.id_loss_weight or finder is None or finder.recogniser is None:
         return None
+    most = base.model.schedule.num_train_timesteps
+    if cfg.id_loss_inference_steps > most:
+        raise ConfigError(
+            f"--id_loss_inference_steps is {cfg.id_loss_inference_steps}; expected at most {most}, "
+            "the timesteps that the checkpoint was trained with"
+        )
     net, weights = network.read_network(finder.recogniser)
     side = plan.folders[0].index.settings["side"]
     (empty,) = base.tokenizer([""])

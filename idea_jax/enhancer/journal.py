@@ -31,7 +31,7 @@ class Journal:
         self.losses: list[tuple[int, float]] = []
         self.likeness: list[dict] = []
         self.waited: list[float] = []
-        self.similar: list[float] = []
+        self.similar: list[tuple[float, float]] = []  # sums of similarities, how many faces
         self.log = None
         if cfg.report_to == "tensorboard" and work.first:
             self.log = tensorboard.Log(out / cfg.logging_dir)
@@ -51,8 +51,8 @@ class Journal:
         """Notes one step; returns whether any process has been asked to stop.
 
         Args:
-          drawn: similarity of who was drawn in the step, and the share on which a face was found;
-            None if nobody was.
+          drawn: sum of the similarities of those who were drawn in the step, and on how many
+            drawings a face was found; None if nobody was drawn.
 
         Raises:
           TrainingError: it was not finite.
@@ -65,24 +65,31 @@ class Journal:
         self.losses.append((number, values["loss"]))
         shown = {f"train/{name}": values[name] for name in ("loss", "grad_norm")}
         if drawn is not None:
-            similarity, found = map(float, drawn)
-            self.similar.append(similarity)
-            shown |= {"train/likeness": similarity, "train/faces_found": found}
+            similar, found = map(float, drawn)
+            self.similar.append((similar, found))
+            shown["train/faces_found"] = found / self.work.cfg.id_loss_drawings
+            if found:
+                shown["train/likeness"] = similar / found
         if self.log:
             self.log.scalars(shown, number)
         self.bar.update()
         said = f"loss {np.mean([loss for _, loss in self.losses[-50:]]):.4f}"
-        if self.similar:
-            said += f", likeness {np.mean(self.similar[-50:]):.3f}"
+        if (likened := self.likeness_of_drawings()) is not None:
+            said += f", likeness {likened['mean']:.3f}"
         self.bar.set_postfix_str(said, refresh=False)
         tenth = max(1, self.work.cfg.max_train_steps // 10)
         if self.bar.disable and self.work.first and number % tenth == 0:
             log.info("step %d of %d: %s", number, self.bar.total, said)
         return values["stop"] > 0
 
-    def likeness_of_drawings(self) -> float | None:
-        """Of the last 50 steps' drawings; None if nobody was drawn."""
-        return round(float(np.mean(self.similar[-50:])), 4) if self.similar else None
+    def likeness_of_drawings(self) -> dict[str, float] | None:
+        """Of the last 50 steps' drawings: the mean of those on which a face was found, and their
+        share; None if there is none."""
+        similar, found = np.sum(self.similar[-50:] or [(0.0, 0.0)], axis=0)
+        drawn = len(self.similar[-50:]) * self.work.cfg.id_loss_drawings
+        if not found:
+            return None
+        return {"mean": round(float(similar / found), 4), "found": round(float(found / drawn), 4)}
 
     def wait(self, number: int, share: float) -> None:
         """Notes the share of time in which the training waited for its samples."""

@@ -179,8 +179,8 @@ def find_face_model(
     if finder.about.face_model != wanted:
         raise face_models.FaceError(
             f"--data was prepared with the recogniser of SHA-256 {wanted}, and {path.name} has "
-            f"{finder.about.face_model}; name the other one with --face_model, or leave the "
-            "validation out with --validation_steps 0"
+            f"{finder.about.face_model}; name the other one with --face_model, or leave out "
+            "what looks at faces: --validation_steps 0, no --id_loss_weight"
         )
     return finder
 

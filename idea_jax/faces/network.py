@@ -18,7 +18,7 @@ from jax import lax
 
 from idea_jax.faces.models import SIZE, FaceError, Recogniser, inspect
 
-DENSE = 512  # side of a picture from which on a crop's pixel is the mean of several places
+DENSE = 512  # pixels of a picture's side for each place whose mean is a pixel of the crop
 PLANE = ("NCHW", "OIHW", "NCHW")
 
 
@@ -108,13 +108,18 @@ def embed(network: Network, weights: Mapping[str, jax.Array], crops: jax.Array) 
     """Returns float32[B, 512] of unit norm for aligned crops float32[B, 112, 112, 3], RGB in
     [-1, 1]: what `embedding.embed_faces` says of them, as a function with gradients."""
     pixels = (crops * 127.5 + 127.5 - network.mean) / network.std
-    known: dict[str, Any] = {**weights, **dict(network.numbers), "": None}
-    known[network.input] = pixels.transpose(0, 3, 1, 2)
-    with jax.default_matmul_precision("highest"):
+
+    def one(plane):
+        """Of one crop, [3, 112, 112]: some files are for batches of one alone."""
+        known: dict[str, Any] = {**weights, **dict(network.numbers), "": None}
+        known[network.input] = plane[None]
         for node in network.nodes:
             inputs = [known[name] for name in node.inputs]
             known[node.output] = OPERATORS[node.kind](*inputs, **dict(node.attributes))
-    found = known[network.output]
+        return known[network.output][0]
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.vmap(one)(pixels.transpose(0, 3, 1, 2))
     return found * lax.rsqrt(jnp.sum(found**2, axis=-1, keepdims=True) + 1e-12)
 
 

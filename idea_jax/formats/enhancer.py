@@ -7,13 +7,10 @@ whose pictures it was made of. For SDXL all but `kv` is there for each text enco
 seen from the tensors.
 """
 
-import functools
 import hashlib
 import json
 import logging
-import math
-import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +22,8 @@ import safetensors
 
 from idea_jax import pytrees
 from idea_jax.errors import InputError
+from idea_jax.formats import enhancer_contents as contents
 from idea_jax.method import condition, shared
-from idea_jax.method.modules import FACE_WIDTH, IDAdapter
 from idea_jax.models import hub, sd
 from idea_jax.pytrees import tree_digest
 from idea_jax.runtime.files import write_tensors
@@ -43,23 +40,10 @@ WRITTEN_AS = ("float32", "float16", "bfloat16")
 # Far above what Stable Diffusion 2.1's needs (50 MB, 100 tensors), far below harm.
 MAX_BYTES = 1_000_000_000
 MAX_HEADER = 1_000_000
-LIMITS = {"dim": 8192, "num_tokens": 75, "width": 65_536, "kv_rank": 1024}
-BASES = ("basis", *(f"basis/{of}" for of in sd.ENCODERS))  # which files without one do not hold
-LISTED = 20  # an error that lists hundreds of tensors hides the interesting ones
-
-# What `about` holds at least.
-ABOUT = {
-    "base_model": str,
-    "revision": str | None,
-    "base_weights": str,
-    "face_model": str,
-    "people": int,
-    "pictures": int,
-    "steps": int,
-    "sources": list,
-    "licence": str,
-    "versions": dict,
-}
+ADVICE = (
+    "take one that was trained for this checkpoint, its recogniser (--face_model, or the one that "
+    "wrote --face_embeddings) and as many tokens, or --enhancer none"
+)
 
 
 class EnhancerError(InputError, ValueError):
@@ -73,7 +57,7 @@ class Enhancer:
     Attributes:
       config: what its networks look like.
       shared: the tree of float32 NumPy arrays.
-      about: keys of `ABOUT`: the checkpoint (`base_weights` is `pytrees.tree_digest` of its
+      about: keys of `contents.ABOUT`: the checkpoint (`base_weights` is `tree_digest` of its
         `cross_kv`) and the recogniser (SHA-256 of its file) that it was trained for, on how many
         people and pictures from where, and under what licence.
       sha256: of its file, hexadecimal; None before it is written.
@@ -108,7 +92,7 @@ def write(
 
     Args:
       tree: of `method.shared.init_shared`, trained or not.
-      about: keys of `ABOUT`, and more if there is more to say. No paths, no names of people.
+      about: keys of `contents.ABOUT`, and more if there is more to say; no paths, no names.
       dtype: float32, float16 or bfloat16, of the tensors in the file.
 
     Raises:
@@ -123,12 +107,14 @@ def write(
         tensors = {
             name: np.array(leaf, kind, order="C")
             for name, leaf in pytrees.flatten(tree).items()
-            if config.basis or name not in BASES
+            if config.basis or name not in contents.BASES
         }
-    problems = wrong_config(config) or [*wrong_about(about), *wrong_tensors(config, tensors)]
-    problems += [f"about has a path: {text!r}" for text in texts(about) if is_path(text)]
+    problems = contents.wrong_config(config) or [
+        *contents.wrong_about(about),
+        *contents.wrong_tensors(config, tensors),
+    ]
     if problems:
-        raise EnhancerError(f"{path} was not written: {listed(problems)}")
+        raise EnhancerError(f"{path} was not written: {contents.listed(problems)}")
     about_config = asdict(config)
     for name in ("dim_2", "basis"):
         if not about_config[name]:  # what files without it do not mention
@@ -234,19 +220,21 @@ def parse(content: bytes) -> tuple[shared.EnhancerConfig, dict[str, np.ndarray],
         raise EnhancerError(
             f"it does not describe itself as one ({type(error).__name__})"
         ) from error
-    problems = wrong_config(config) or wrong_about(about)
+    problems = contents.wrong_config(config) or contents.wrong_about(about)
     if problems:
-        raise EnhancerError(listed(problems))
+        raise EnhancerError(contents.listed(problems))
     try:
         entries = dict(safetensors.deserialize(content))
         tensors = {name: to_float32(entry) for name, entry in entries.items()}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise EnhancerError(f"it is damaged ({error})") from error
-    problems = wrong_tensors(config, tensors)
+    problems = contents.wrong_tensors(config, tensors)
     if problems:
-        raise EnhancerError(listed(problems))
+        raise EnhancerError(contents.listed(problems))
     if not config.basis:
-        for name, D in zip(BASES[1:] if config.dim_2 else BASES[:1], config.widths, strict=True):
+        for name, D in zip(
+            contents.BASES[1:] if config.dim_2 else contents.BASES[:1], config.widths, strict=True
+        ):
             tensors[name] = np.zeros((0, config.num_tokens, D), np.float32)
     return config, tensors, about
 
@@ -258,6 +246,7 @@ def check(
     *,
     face_model: str | None,
     num_tokens: int | None = None,
+    advice: str = ADVICE,
 ) -> None:
     """Refuses an enhancer that is for another kind of checkpoint, recogniser, or pseudo tokens.
 
@@ -265,6 +254,7 @@ def check(
       where: what to call it in messages.
       face_model: SHA-256 of the recogniser that embeds the faces; None if none is embedded.
       num_tokens: that are asked for; None if nothing is.
+      advice: what can be done, for the message.
 
     Raises:
       EnhancerError: with all that differs.
@@ -292,16 +282,17 @@ def check(
     if face_model is not None and face_model != own:
         problems.append(
             f"it knows the faces of the recogniser with the SHA-256 {own}, and the one used here "
-            f"has {face_model} (--face_model, or the recogniser that wrote --face_embeddings)"
+            f"has {face_model}"
         )
     if num_tokens is not None and num_tokens != config.num_tokens:
         problems.append(
-            f"it predicts {config.num_tokens} pseudo tokens, and --n_pseudo_tokens is {num_tokens}"
+            f"it predicts {config.num_tokens} pseudo tokens, and {num_tokens} are asked for"
         )
     if problems:
         raise EnhancerError(
             f"the ID-Enhancer {where} (for {enhancer.about['base_model']}) does not fit: "
-            f"{listed(problems)}; take one that was trained for this checkpoint, or --enhancer none"
+            f"{contents.listed(problems)}",
+            advice=f"; {advice}",
         )
 
 
@@ -320,113 +311,10 @@ def version_of(config: shared.EnhancerConfig) -> int:
     return 3 if config.basis else 2 if config.dim_2 else 1
 
 
-def wrong_config(config: shared.EnhancerConfig) -> list[str]:
-    """What cannot be in a config."""
-    problems = []
-    if config.kind not in shared.KINDS:
-        problems.append(f"its kind is {config.kind!r}, expected {', '.join(shared.KINDS)}")
-    for name, most in LIMITS.items():
-        value = getattr(config, name)
-        if type(value) is not int or not 1 <= value <= most:
-            problems.append(f"its {name} is {value!r}, expected 1 to {most}")
-    for name, most in {"dim_2": LIMITS["dim"], "basis": shared.LARGEST_BASIS}.items():
-        value = getattr(config, name)
-        if type(value) is not int or not 0 <= value <= most:
-            problems.append(f"its {name} is {value!r}, expected 0 to {most}")
-    for name in ("dim", "dim_2"):
-        if not problems and getattr(config, name) % 8:
-            problems.append(f"its {name} is {getattr(config, name)}, expected a multiple of 8")
-    if type(config.beta) not in (int, float) or not math.isfinite(config.beta):
-        problems.append(f"its beta is {config.beta!r}, expected a number")
-    if type(config.skip) is not bool:
-        problems.append(f"its skip is {config.skip!r}, expected true or false")
-    return problems
-
-
-def wrong_about(about: Any) -> list[str]:
-    """What is missing in `about`, or of another type."""
-    if not isinstance(about, dict):
-        return ["it does not say how it was made"]
-    problems = [
-        f"it does not say its {name}, or says {about.get(name)!r:.80}"
-        for name, kind in ABOUT.items()
-        if name not in about or not isinstance(about[name], kind) or about[name] is True
-    ]
-    for name in ("base_weights", "face_model"):
-        if not problems and not re.fullmatch(r"[0-9a-f]{64}", about[name]):
-            problems.append(f"its {name} is no SHA-256: {about[name]!r:.80}")
-    return problems
-
-
-def wrong_tensors(config: shared.EnhancerConfig, tensors: dict[str, np.ndarray]) -> list[str]:
-    """What is missing, too much, of another shape or not finite."""
-    names = tensors.get("names/clip_l" if config.dim_2 else "names")
-    count = len(names) if names is not None and names.ndim else 0
-    deltas = {name: value for name, value in tensors.items() if name.startswith("kv/")}
-    want, got = expected(config, count), {k: v.shape for k, v in tensors.items() if k not in deltas}
-    problems = [f"{name} is missing" for name in want if name not in got]
-    problems += [f"{name} is unexpected" for name in got if name not in want]
-    problems += [
-        f"{name} is {got[name]}, expected {want[name]}"
-        for name in want
-        if name in got and got[name] != want[name]
-    ]
-    if (count > 0) != (config.kind == "names"):
-        problems.append(f"it has {count} names, and is of kind {config.kind}")
-    problems += wrong_deltas(config, {name: value.shape for name, value in deltas.items()})
-    problems += [
-        f"{name} is not finite"
-        for name, value in tensors.items()
-        if not np.isfinite(value.astype(np.float32)).all()
-    ]
-    scales = [value for name, value in tensors.items() if name.partition("/")[0] == "scale"]
-    if not problems and not all(scale > 0 for scale in scales):
-        problems.append(f"its scale is {min(scales)}, expected more than 0")
-    return problems
-
-
-def expected(config: shared.EnhancerConfig, names: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that follow from the config and the number of names."""
-    N = config.num_tokens
-
-    def fresh(D, key):
-        known = jnp.zeros((names, N, D))
-        network = config.network(D).init(key, jnp.zeros(FACE_WIDTH), jnp.zeros((N, D)), known)
-        adapter = IDAdapter(D, config.beta).init(key, jnp.zeros((1, 1, D)), jnp.zeros((N, 2 * D)))
-        return {
-            "enhancer": network["params"],
-            "adapter": adapter["params"],
-            "start": jnp.zeros((N, D)),
-            "scale": jnp.zeros(()),
-            "names": known,
-            **({"basis": jnp.zeros((config.basis, N, D))} if config.basis else {}),
-        }
-
-    found: dict[str, tuple[int, ...]] = {}
-    for D, of in zip(config.widths, sd.ENCODERS, strict=False):
-        tree = jax.eval_shape(functools.partial(fresh, D), jax.random.key(0))
-        for name, leaf in pytrees.flatten(tree).items():
-            part, slash, rest = name.partition("/")
-            found[f"{part}/{of}{slash}{rest}" if config.dim_2 else name] = leaf.shape
-    return found
-
-
-def wrong_deltas(config: shared.EnhancerConfig, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with K/V deltas as far as their config tells; `check` compares with a UNet."""
-    D, rank = sum(config.widths), config.kv_rank
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        layer, _, part = name.rpartition("/")
-        if not re.fullmatch(r"kv(/(?!(?:down|up)/)\w+)+/(down|up)", name, re.ASCII):
-            return [f"{name!r:.80} is unexpected"]
-        layers.setdefault(layer, {})[part] = shape
-    if not layers:
-        return ["kv is missing"]
-    return [
-        f"{layer} is {parts}, expected down [{D}, {rank}] and up [{rank}, width]"
-        for layer, parts in layers.items()
-        if parts.get("down") != (D, rank) or len(parts.get("up", ())) != 2 or parts["up"][0] != rank
-    ]
+def check_about(about: dict) -> None:
+    """Raises EnhancerError where `write` would refuse what is said of an enhancer."""
+    if problems := contents.wrong_about(about):
+        raise EnhancerError(f"an ID-Enhancer cannot be described so: {contents.listed(problems)}")
 
 
 def to_float32(entry: dict) -> np.ndarray:
@@ -447,27 +335,6 @@ def without_repetition(pairs: list[tuple[str, Any]]) -> dict:
     if len(values) < len(pairs):
         raise ValueError("a key is repeated")
     return values
-
-
-def texts(values: Any) -> Iterator[str]:
-    """All texts in nested dicts and lists."""
-    if isinstance(values, dict):
-        values = [*values.keys(), *values.values()]
-    if isinstance(values, str):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from texts(value)
-
-
-def is_path(text: str) -> bool:
-    """Whether a text is an absolute path, which would tell where somebody keeps files."""
-    return bool(re.match(r"[/~\\]|[A-Za-z]:\\", text))
-
-
-def listed(problems: list[str]) -> str:
-    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-    return "; ".join(problems[:LISTED]) + more
 
 
 def introduce(path: Path, enhancer: Enhancer) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from idea_jax.config.reading import resolve as resolve_config
-from idea_jax.config.settings import TrainConfig, reading
+from idea_jax.config.settings import ConfigError, TrainConfig, reading
 from idea_jax.data import text
 from idea_jax.data.tokenizer import Tokenizer, name_token_ids, word_token_ids
 from idea_jax.formats import enhancer as enhancers
@@ -48,6 +48,12 @@ def settle(
     own = enhancer.config
     fixed: dict[str, Any] = {"n_pseudo_tokens": own.num_tokens, "beta": own.beta}
     if not own.basis:
+        if cfg.token_basis == "names":
+            raise ConfigError(
+                f"--token_basis is names, and the shared ID-Enhancer {path} holds no basis: leave "
+                "it out, or add one to a copy of that file with idea-train-enhancer "
+                "--init_enhancer (--max_train_steps 0 changes nothing else)"
+            )
         fixed["token_basis"] = "none"
     return resolve_config(cfg, fixed), enhancer
 
