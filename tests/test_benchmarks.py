@@ -30,6 +30,7 @@ from benchmarks import (
     options,
     picture,
     plans,
+    products,
     profiling,
     quality,
     report,
@@ -635,6 +636,23 @@ def test_people_of_the_shared_enhancer_are_jobs_of_their_own(tmp_path):
         25,
     ]
     assert jobs.quick(tmp_path, about | {"checkpoint": str(tmp_path)}, "cpu") == {}
+
+
+def test_products_alone_are_those_of_both_libraries():
+    rng = np.random.default_rng(0)
+    works = [products.Product(2, 3, 4, 5, batch=2), products.Convolution(1, 4, 2, 3)]
+    for one_of in works:
+        operands = one_of.operands(rng)
+        ours, theirs = (make(one_of, operands)() for make in (products.of_xla, products.of_torch))
+        is_map = isinstance(one_of, products.Convolution)
+        for one, other in zip(ours, theirs, strict=True):
+            other = other.permute(0, 2, 3, 1) if is_map else other
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    threads = torch.get_num_threads()
+    found = products.measure(works, 1)
+    torch.set_num_threads(threads)
+    assert len(products.table(found).splitlines()) == len(works) + 3
+    assert [one.flops() for one in works] == [2 * 2 * 3 * 4 * 5, 2 * 2 * 4 * 4 * 9 * 2 * 3]
 
 
 def test_summary_is_five_lines_and_says_what_was_not_measured(tmp_path, capsys):

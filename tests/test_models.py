@@ -23,7 +23,7 @@ from idea_jax.models import hub, sd, weights
 from idea_jax.models.clip_text import CLIPTextConfig
 from idea_jax.models.clip_vision import CLIPVisionConfig, CLIPVisionModel
 from idea_jax.models.config_reader import UnsupportedConfig
-from idea_jax.models.layers import GroupNorm, attention, conv3x3, timestep_embedding
+from idea_jax.models.layers import GroupNorm, attention, conv3x3, gelu, timestep_embedding
 from idea_jax.models.unet import UNetConfig, project_kv
 from idea_jax.models.vae import VAEConfig
 from idea_jax.pytrees import cast
@@ -263,6 +263,21 @@ def test_group_norm_statistics_are_float32():
     np.testing.assert_allclose(
         np.asarray(y, np.float64).reshape(expected.shape), expected, rtol=2**-8, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("dtype, within", [("float32", 1e-6), ("bfloat16", 0.03)])
+def test_gelu_and_its_gradient_are_those_of_torch(dtype, within):
+    values = np.concatenate([np.linspace(-12, 12, 4001), [-1e30, 1e30, 0.0]]).astype(np.float32)
+    given = torch.from_numpy(values).requires_grad_()
+    wanted = torch.nn.functional.gelu(given)
+    wanted.backward(torch.ones_like(given))
+    found, back = jax.vjp(gelu, jnp.asarray(values, dtype))
+    (grads,) = back(jnp.ones_like(found))
+    assert found.dtype == grads.dtype == dtype
+    for ours, theirs in ((found, wanted.detach()), (grads, given.grad)):
+        np.testing.assert_allclose(np.float32(ours), theirs, rtol=within, atol=within)
+    small = jnp.asarray(-4.0, dtype)  # what a few bits of 1 + erf would not tell from zero
+    np.testing.assert_allclose(float(gelu(small)), -1.267e-4, rtol=0.02)
 
 
 def test_attention_softmax_is_float32():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from idea_jax.models.config_reader import ConfigReader
-from idea_jax.models.layers import attention, layer_norm
+from idea_jax.models.layers import attention, gelu, layer_norm
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -15,12 +15,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * nn.sigmoid(1.702 * x)
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU through the error function, torch's default."""
-    return nn.gelu(x, approximate=False)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": exact_gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 POOLED = "CLIPTextModelWithProjection"  # transformers' name of an encoder with a pooled output
 

@@ -152,6 +152,17 @@ def layer_norm(eps: float, dtype: jnp.dtype) -> nn.LayerNorm:
 ZEROS = nn.initializers.zeros
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, elementwise.
+
+    In float32 it is computed as PyTorch does, by erf: JAX's own is by erfc, which takes 2.5 times
+    as long on a CPU. In fewer bits 1 + erf would lose what small values are.
+    """
+    if x.dtype != jnp.float32:
+        return nn.gelu(x, approximate=False)
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
 def dense(features: int, dtype: jnp.dtype, use_bias: bool = True) -> nn.Dense:
     """A linear layer over channels; Flax's own initial values are zeros."""
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=ZEROS)
@@ -285,7 +296,7 @@ class GEGLU(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return hidden * nn.gelu(gate, approximate=False)
+        return hidden * gelu(gate)
 
 
 class FeedForward(nn.Module):
