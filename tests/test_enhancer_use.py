@@ -514,13 +514,16 @@ def test_a_photo_draws_as_the_identity_that_was_predicted_from_it(
 
 
 def test_what_does_not_fit_is_one_message(
-    folder, smallest_checkpoint, random_checkpoint, photo_folder, predicted, tmp_path, capsys
+    folder, random_checkpoint, photo_folder, predicted, enhancer, tmp_path, capsys
 ):
     (photo,) = photo_folder.iterdir()
     random_model.write_random_recogniser(tmp_path / "other.onnx", seed=1)
     file = folder / enhancers.FILE
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(file.read_bytes()[:-7])
+    older = tmp_path / "older.safetensors"
+    without = {**enhancer.shared, "basis": enhancer.shared["basis"][:0]}
+    enhancers.write(older, dataclasses.replace(enhancer.config, basis=0), without, enhancer.about)
     zero, other = ["--max_train_steps", 0], ["--face_model", tmp_path / "other.onnx"]
     out = shutil.copytree(predicted, tmp_path / "out")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -531,6 +534,7 @@ def test_what_does_not_fit_is_one_message(
         (folder, [*zero, "--n_pseudo_tokens", 3], "--n_pseudo_tokens is 3"),
         (folder, [*zero, "--beta", 0.5], "--beta is 0.5, and the shared ID-Enhancer is for 0.4"),
         (folder, ["--enhancer_learning_rate", 1e-4], "--enhancer_learning_rate has no effect"),
+        (folder, ["--enhancer", older, "--token_basis", "names"], "holds no basis: leave it out"),
         (random_checkpoint, [*zero, "--enhancer", file], "its text width is 8, this checkpoint's"),
         (random_checkpoint, zero, "there is none: give --enhancer FILE, or a checkpoint that"),
         (random_checkpoint, ["--self_contained"], "without a shared ID-Enhancer"),
