@@ -111,7 +111,7 @@ def embed(network: Network, weights: Mapping[str, jax.Array], crops: jax.Array) 
 
     def one(plane):
         """Of one crop, [3, 112, 112]: some files are for batches of one alone."""
-        known: dict[str, Any] = {**weights, **dict(network.numbers), "": None}
+        known = {**weights, **dict(network.numbers), "": None}
         known[network.input] = plane[None]
         for node in network.nodes:
             inputs = [known[name] for name in node.inputs]
