@@ -102,8 +102,9 @@ def of_xla(work: Product | Convolution, operands: list[np.ndarray]) -> Callable[
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(a, b, (1, 1), "SAME", dimension_numbers=layout)
 
-    run = jax.jit(lambda a, b: [one(a[number], b[number]) for number in range(SETS)])
-    given = jax.device_put(operands)
+    # Each operand by itself: XLA would copy a part of a larger array before the product.
+    given = jax.device_put([list(operand) for operand in operands])
+    run = jax.jit(lambda a, b: [one(x, y) for x, y in zip(a, b, strict=True)])
     return lambda: jax.block_until_ready(run(*given))
 
 

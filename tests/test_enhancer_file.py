@@ -60,8 +60,12 @@ def test_what_cannot_be_used_is_never_written(whole, tmp_path):
         ({"kv": {}}, {}, "kv is missing"),
         ({}, {"sources": ["/home/anna/photos"]}, "about has a path"),
         ({}, {"licence": None}, "does not say its licence"),
-        ({"basis": np.zeros((made.BASIS, 2, CONFIG.dim))}, {}, "basis has 0 at most"),
-        ({"basis": np.full((made.BASIS, 2, CONFIG.dim), 6e4)}, {}, "basis has 60000 at most"),
+        ({"basis": np.zeros((made.BASIS, 2, CONFIG.dim))}, {}, "largest number of basis is 0"),
+        (
+            {"basis": np.full((made.BASIS, 2, CONFIG.dim), 6e4)},
+            {},
+            "largest number of basis is 60000",
+        ),
     ):
         for place in (path, whole):
             with pytest.raises(enhancers.EnhancerError, match=says):
@@ -114,11 +118,12 @@ def test_cut_and_hostile_files_are_one_message(whole, tmp_path):
         (described(about=made.about(face_model="arcface")), "its face_model is no SHA-256"),
         (described(config={**huge, "dim": 32, "beta": 10**400}), "its beta is 1000"),
         (described(config={**huge, "dim": 32, "beta": 1e308}), "its beta is 1e+308"),
+        (described(config={**huge, "dim": 32, "beta": -1}), "its beta is -1, expected 0 to 10000"),
         (described(about=made.about(sources=[{"a": 1}])), "its sources are [{'a': 1}]"),
         (described(about=made.about(people=False)), "its people is False, expected 0 or more"),
         (described(about=made.about(steps=-5)), "its steps is -5, expected 0 or more"),
         (described(about=made.about(licence="~/anna")), "about has a path"),
-        (described(about=made.about(licence="mine\n\x1b[31m")), "a text that cannot be shown"),
+        (described(about=made.about(licence="mine\n\x1b[31m")), "a text that is more than a line"),
     ):
         path.write_bytes(bad)
         with pytest.raises(enhancers.EnhancerError) as caught:

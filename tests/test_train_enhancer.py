@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import chaos
 import jax
@@ -27,6 +28,7 @@ from idea_jax.enhancer import (
     drawing,
     fit,
     identity_loss,
+    journal,
     likeness,
     prepare,
     samples,
@@ -832,6 +834,31 @@ def test_drawings_have_the_gradient_of_their_likeness_on_any_number_of_devices(
     )
     assert abs(along) > 1e-3
     np.testing.assert_allclose(along, rise, rtol=0.05)
+
+
+def test_likeness_of_drawings_is_that_of_those_on_which_a_face_was_found(tmp_path):
+    cfg = settings.EnhancerTrainConfig(
+        "smallest", ["data"], report_to="none", id_loss_weight=1.0, id_loss_drawings=2
+    )
+    notes = journal.Journal(SimpleNamespace(cfg=cfg, first=False), tmp_path, 0)
+    assert notes.likeness_of_drawings() is None
+    step = steps.EnhancerMetrics(np.float32(0.1), np.float32(1), np.bool_(True), np.int32(0))
+    notes.step(1, step, (np.float32(0), np.float32(0)))
+    assert notes.likeness_of_drawings() == {"mean": None, "found": 0}
+    notes.step(2, step, (np.float32(0.75), np.float32(1)))
+    notes.step(3, step, (np.float32(1.05), np.float32(2)))
+    assert notes.likeness_of_drawings() == {"mean": 0.6, "found": 0.5}
+    notes.close()
+
+
+def test_what_could_not_be_written_is_refused_before_the_training(flags, celeb_a, tmp_path, capsys):
+    data = shutil.copytree(celeb_a, tmp_path / "data")
+    index = json.loads((data / "index.json").read_text())
+    (data / "index.json").write_text(json.dumps(index | {"licence": "/home/anna/terms"}))
+    given = [str(data) if flag == str(celeb_a) else flag for flag in flags]
+    assert train_enhancer.main([*given, "--output_dir", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert "cannot be described so: about has a path" in message and "Traceback" not in message
 
 
 def test_training_goes_on_from_a_file_with_the_identity_loss(

@@ -69,8 +69,9 @@ def run(cfg: EnhancerTrainConfig) -> list[Path]:
     """Trains a shared enhancer; returns the path of its file.
 
     Raises:
-      ShardsError, TextError, FaceError, CheckpointNotFound, WeightsError,
-      UnsupportedConfig, CheckpointError, DevicesError, JobsError: bad input, found before training.
+      ConfigError, ShardsError, TextError, FaceError, EnhancerError, CheckpointNotFound,
+      WeightsError, UnsupportedConfig, CheckpointError, DevicesError, JobsError: bad input, found
+        before training.
       OccupiedError: the folder holds an enhancer of other people.
       TrainingError: the loss became non-finite; the last good state is a checkpoint.
       Interrupted: SIGINT or SIGTERM; a checkpoint is on disk.
@@ -112,7 +113,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     left, sitters = hold_out(cfg, folders)
-    earlier = open_earlier(cfg, base, folders, digests.values())
+    earlier = open_earlier(cfg, base, folders, digests)
     cfg = as_begun(cfg, earlier)
     config, tree, fitted = beginning(cfg, base, names, folders, left, earlier)
     plan = Plan(

@@ -3,7 +3,7 @@
 The error of the noise says little of a likeness: it is that of single steps, most of which know the
 face from the noisy picture. So some people of each step are drawn from noise, as a user draws them,
 and the gradient of 1 - cosine between the drawing's face and the mean face of the person's other
-pictures (of the only one, where there is one) goes back through recogniser, autoencoder and all
+pictures (of that one, if there is no other) goes back through recogniser, autoencoder and all
 sampling steps.
 
 Source: arXiv 2404.16022 (PuLID), section 3.3, which draws with four steps of a distilled model.

@@ -74,7 +74,8 @@ class Journal:
             self.log.scalars(shown, number)
         self.bar.update()
         said = f"loss {np.mean([loss for _, loss in self.losses[-50:]]):.4f}"
-        if (likened := self.likeness_of_drawings()) is not None:
+        likened = self.likeness_of_drawings()
+        if likened is not None and likened["mean"] is not None:
             said += f", likeness {likened['mean']:.3f}"
         self.bar.set_postfix_str(said, refresh=False)
         tenth = max(1, self.work.cfg.max_train_steps // 10)
@@ -82,14 +83,15 @@ class Journal:
             log.info("step %d of %d: %s", number, self.bar.total, said)
         return values["stop"] > 0
 
-    def likeness_of_drawings(self) -> dict[str, float] | None:
-        """Of the last 50 steps' drawings: the mean of those on which a face was found, and their
-        share; None if there is none."""
-        similar, found = np.sum(self.similar[-50:] or [(0.0, 0.0)], axis=0)
-        drawn = len(self.similar[-50:]) * self.work.cfg.id_loss_drawings
-        if not found:
+    def likeness_of_drawings(self) -> dict[str, float | None] | None:
+        """Of the last 50 steps' drawings: "mean", the likeness of those on which a face was found
+        (None if none was), and "found", their share; None if nobody was drawn."""
+        if not self.similar:
             return None
-        return {"mean": round(float(similar / found), 4), "found": round(float(found / drawn), 4)}
+        similar, found = np.sum(self.similar[-50:], axis=0)
+        drawn = len(self.similar[-50:]) * self.work.cfg.id_loss_drawings
+        mean = round(float(similar / found), 4) if found else None
+        return {"mean": mean, "found": round(float(found / drawn), 4)}
 
     def wait(self, number: int, share: float) -> None:
         """Notes the share of time in which the training waited for its samples."""

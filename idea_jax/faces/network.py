@@ -18,7 +18,7 @@ from jax import lax
 
 from idea_jax.faces.models import SIZE, FaceError, Recogniser, inspect
 
-DENSE = 512  # pixels of a picture's side for each place whose mean is a pixel of the crop
+DENSE = 512  # a picture with a side of n times as many pixels is averaged over n x n places
 PLANE = ("NCHW", "OIHW", "NCHW")
 
 

@@ -314,7 +314,10 @@ def version_of(config: shared.EnhancerConfig) -> int:
 def check_about(about: dict) -> None:
     """Raises EnhancerError where `write` would refuse what is said of an enhancer."""
     if problems := contents.wrong_about(about):
-        raise EnhancerError(f"an ID-Enhancer cannot be described so: {contents.listed(problems)}")
+        raise EnhancerError(
+            f"an ID-Enhancer cannot be described so: {contents.listed(problems)}; a checkpoint's "
+            "folder can be renamed, and --data prepared again"
+        )
 
 
 def to_float32(entry: dict) -> np.ndarray:

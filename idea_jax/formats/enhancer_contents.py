@@ -7,6 +7,7 @@ but a text.
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,10 @@ from idea_jax.models import sd
 
 # Far above what Stable Diffusion 2.1's needs, far below harm.
 LIMITS = {"dim": 8192, "num_tokens": 75, "width": 65_536, "kv_rank": 1024}
-LARGEST = 1e4  # of numbers that are multiplied with what a network gives; real ones are about 1
+LARGEST = 1e4  # beta, and the numbers of a basis, at most; real ones are about 1
 BASES = ("basis", *(f"basis/{of}" for of in sd.ENCODERS))  # which files without one do not hold
+UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # letters that make a terminal say what nobody has said
+JOINERS = "\u200c\u200d"  # of the same kind, and part of words in many scripts
 LISTED = 20  # an error that lists hundreds of tensors hides the interesting ones
 
 # What `about` holds at least.
@@ -56,9 +59,8 @@ def wrong_config(config: shared.EnhancerConfig) -> list[str]:
     for name in ("dim", "dim_2"):
         if not problems and getattr(config, name) % 8:
             problems.append(f"its {name} is {getattr(config, name)}, expected a multiple of 8")
-    # abs: a whole number of JSON may be too large for a float.
-    if type(config.beta) not in (int, float) or not abs(config.beta) <= LARGEST:
-        problems.append(f"its beta is {config.beta!r:.80}, expected a number up to {LARGEST:g}")
+    if type(config.beta) not in (int, float) or not 0 <= config.beta <= LARGEST:
+        problems.append(f"its beta is {config.beta!r:.80}, expected 0 to {LARGEST:g}")
     if type(config.skip) is not bool:
         problems.append(f"its skip is {config.skip!r}, expected true or false")
     return problems
@@ -81,8 +83,8 @@ def wrong_about(about: Any) -> list[str]:
     for text in texts(about):
         if is_path(text):
             problems.append(f"about has a path: {text!r:.80}")
-        elif not text.isprintable():  # it could make a terminal say what nobody has said
-            problems.append(f"about has a text that cannot be shown: {text!r:.80}")
+        elif any(unicodedata.category(x) in UNSHOWN and x not in JOINERS for x in text):
+            problems.append(f"about has a text that is more than a line: {text!r:.80}")
     for name in ("base_weights", "face_model"):
         if not problems and not re.fullmatch(r"[0-9a-f]{64}", about[name]):
             problems.append(f"its {name} is no SHA-256: {about[name]!r:.80}")
@@ -90,7 +92,7 @@ def wrong_about(about: Any) -> list[str]:
 
 
 def wrong_tensors(config: shared.EnhancerConfig, tensors: dict[str, np.ndarray]) -> list[str]:
-    """What is missing, too much, of another shape or not finite."""
+    """What is missing, too much, of another shape, not finite, or as no real one is."""
     names = tensors.get("names/clip_l" if config.dim_2 else "names")
     count = len(names) if names is not None and names.ndim else 0
     deltas = {name: value for name, value in tensors.items() if name.startswith("kv/")}
@@ -116,7 +118,10 @@ def wrong_tensors(config: shared.EnhancerConfig, tensors: dict[str, np.ndarray])
     for name in [name for name in BASES if name in tensors and not problems]:
         largest = float(np.abs(tensors[name].astype(np.float32)).max(initial=0))
         if not 0 < largest <= LARGEST:
-            problems.append(f"{name} has {largest:g} at most, expected more than 0 to {LARGEST:g}")
+            problems.append(
+                f"the largest number of {name} is {largest:g}, expected above 0 and {LARGEST:g} at "
+                "most"
+            )
     return problems
 
 

@@ -52,7 +52,8 @@ def settle(
             raise ConfigError(
                 f"--token_basis is names, and the shared ID-Enhancer {path} holds no basis: leave "
                 "it out, or add one to a copy of that file with idea-train-enhancer "
-                "--init_enhancer (--max_train_steps 0 changes nothing else)"
+                "--init_enhancer, and --data as for every training (--max_train_steps 0 changes "
+                "nothing else)"
             )
         fixed["token_basis"] = "none"
     return resolve_config(cfg, fixed), enhancer
