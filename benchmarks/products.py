@@ -9,6 +9,7 @@ calls; what a step would take is the sum over the shapes.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -169,6 +170,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=positive, default=30, help="calls of each (default: 30)")
     args = parser.parse_args()
+    if importlib.util.find_spec("torch") is None:
+        parser.error("PyTorch is not installed, with which XLA is compared: pip install torch")
     if hasattr(os, "sched_setaffinity"):  # Linux; elsewhere XLA takes all cores
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     print(table(measure(STEP, args.repeats)))
