@@ -1,7 +1,7 @@
 """A training of the shared enhancer before its first step: checks, first values, resumption."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -289,17 +289,9 @@ def beginning(
 
 
 def open_earlier(
-    cfg: EnhancerTrainConfig,
-    base: Base,
-    folders: list[Folder],
-    digests: Mapping[str, str],
+    cfg: EnhancerTrainConfig, base: Base, folders: list[Folder]
 ) -> enhancer.Enhancer | None:
     """The enhancer that a training goes on from; None if it begins by itself.
-
-    Args:
-      folders: of `--data`, which `check_weights` has found to be for this checkpoint.
-      digests: of the checkpoint, of `weights_digests`. Of other weights a warning is given, but
-        where the weights are known in bfloat16 alone: then the file may have those of float32.
 
     Raises:
       EnhancerError: it cannot be used, or is for another checkpoint or recogniser.
@@ -318,17 +310,7 @@ def open_earlier(
         advice="leave --init_enhancer out, or prepare --data with the checkpoint, the recogniser "
         "and the number of tokens that it knows",
     )
-    kinds: dict[str, str] = {}
-    for known in (digests, *(folder.index.base_weights for folder in folders)):
-        kinds |= known
-    if "float32" in kinds and not enhancer.is_for_weights(earlier, kinds.values()):
-        log.warning(
-            "--init_enhancer %s was trained for %s, on other weights than those of %s: what it "
-            "has learned may fit less",
-            cfg.init_enhancer,
-            earlier.about["base_model"],
-            base.name,
-        )
+    enhancer.warn_of_weights(earlier, base.frozen, base.name)
     for name in DECIDED:
         theirs = getattr(earlier.config, name)
         if getattr(cfg, name) not in (defaults[name].default, theirs):

@@ -113,7 +113,7 @@ def train_locked(cfg: EnhancerTrainConfig, out: Path) -> list[Path]:
     check_weights(folders, digests, found.name)
     base = Base(model, frozen, tokenizer, found.name, found.revision)
     left, sitters = hold_out(cfg, folders)
-    earlier = open_earlier(cfg, base, folders, digests)
+    earlier = open_earlier(cfg, base, folders)
     cfg = as_begun(cfg, earlier)
     config, tree, fitted = beginning(cfg, base, names, folders, left, earlier)
     plan = Plan(
