@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
+from idea_jax.runtime import memory
+
 
 class DeviceError(ValueError):
     """The device that is asked for is not there."""
@@ -38,6 +40,7 @@ def machine() -> dict:
         "cpu": cpu,
         "cores": len(cores()),
         "busy": busy_share(),
+        "huge_pages": memory.HUGE_PAGES in huge_pages().get(memory.TUNABLES, ""),
         "python": platform.python_version(),
         "versions": installed(packages),
     }
@@ -83,9 +86,18 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 def environment(device: str) -> dict[str, str]:
     """Variables that every process of a run gets."""
     if device == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
+        return {"JAX_PLATFORMS": "cpu"} | huge_pages()
     # PyTorch's stacks use one device, so this project has no more than that one.
     one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # Several stacks hold the device at once, each only what it needs.
     preallocate = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": one} | preallocate
+
+
+def huge_pages() -> dict[str, str]:
+    """The variable that has all stacks alike get pages of 2 MB, where the system gives them to
+    those that ask; docs/performance.md has its readers set it, too. Empty elsewhere."""
+    given = os.environ.get(memory.TUNABLES, "")
+    if memory.could_ask_for_huge_pages():
+        given = memory.with_huge_pages(given)
+    return {memory.TUNABLES: given} if given else {}

@@ -73,6 +73,13 @@ def machine() -> Iterator[Finding]:
     shared = "shared by all" if found[0].platform == "cpu" else "each"
     text = f"{len(found)} x {found[0].device_kind} ({found[0].platform}), {each} {shared}"
     yield Finding("devices", OK, text)
+    if found[0].platform == "cpu" and memory.could_ask_for_huge_pages():
+        wish = memory.with_huge_pages(os.environ.get(memory.TUNABLES, ""))
+        text = (
+            f"{memory.TUNABLES}={wish} in the environment would have this system give pages of "
+            "2 MB; several people in a step take up to a quarter less time then"
+        )
+        yield Finding("pages", NOTE, text)
 
 
 def face_models(checkpoint: Path | None) -> Iterator[Finding]:

@@ -250,6 +250,17 @@ def test_all_stacks_use_one_gpu(monkeypatch):
     assert host.environment("gpu")["CUDA_VISIBLE_DEVICES"] == "3"
 
 
+def test_all_stacks_ask_for_the_same_pages_on_a_cpu(monkeypatch):
+    for asks, given, expected in (
+        (True, "a=1", {"GLIBC_TUNABLES": "a=1:glibc.malloc.hugetlb=1"}),
+        (False, "a=1", {"GLIBC_TUNABLES": "a=1"}),
+        (False, "", {}),
+    ):
+        monkeypatch.setenv("GLIBC_TUNABLES", given)
+        monkeypatch.setattr(host.memory, "could_ask_for_huge_pages", lambda asks=asks: asks)
+        assert host.environment("cpu") == {"JAX_PLATFORMS": "cpu"} | expected
+
+
 def test_jobs_keep_their_programs_whatever_the_shell_says(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
     (tmp_path / "workload.json").write_text('{"name": "tiny", "checkpoint": "none"}')

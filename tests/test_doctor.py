@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,7 @@ from idea_jax.config.settings import TrainConfig
 from idea_jax.faces import random_model
 from idea_jax.models import hub, sd
 from idea_jax.pytrees import flatten
+from idea_jax.runtime import memory
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +48,44 @@ def test_a_whole_checkpoint_is_described(smallest_checkpoint, capsys):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(lines) - 2 and said[0].startswith("ok    python: ")
+
+
+def test_pages_that_the_system_gives_to_those_that_ask(tmp_path, capsys, monkeypatch):
+    """They are advised where asking helps; glibc understands the advice, and the system obeys."""
+    given_to = tmp_path / "enabled"
+    monkeypatch.setattr(memory, "GIVEN_TO", given_to)
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    for asked, says, is_advised in (
+        ("", "always [madvise] never", True),
+        ("glibc.malloc.check=0", "always [madvise] never", True),
+        ("glibc.malloc.hugetlb=1", "always [madvise] never", False),
+        ("", "[always] madvise never", False),
+        ("", "always madvise [never]", False),
+    ):
+        given_to.write_text(f"{says}\n")
+        monkeypatch.setenv(memory.TUNABLES, asked)
+        assert memory.could_ask_for_huge_pages() == is_advised, (asked, says)
+    given_to.unlink()
+    assert not memory.could_ask_for_huge_pages()
+    given_to.write_text("always [madvise] never\n")
+    monkeypatch.setenv(memory.TUNABLES, "glibc.malloc.check=0")
+    assert "glibc.malloc.check=0:glibc.malloc.hugetlb=1 " in found(capsys)[1]["pages"][1]
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.34"))
+    assert not memory.could_ask_for_huge_pages()
+
+
+@pytest.mark.skipif(not memory.could_ask_for_huge_pages(), reason="the system asks nobody")
+def test_the_advised_variable_gets_pages_of_2_mb():
+    look = "kept = bytearray(64 << 20); kept[::4096] = b'x' * 16384\n"
+    look += "print(open('/proc/self/smaps_rollup').read().split('AnonHugePages:')[1].split()[0])"
+
+    def huge(**variables):
+        env = {**os.environ, **variables}
+        run = subprocess.run([sys.executable, "-c", look], env=env, capture_output=True, text=True)
+        return int(run.stdout)  # KiB
+
+    assert huge() < 2048
+    assert huge(**{memory.TUNABLES: memory.with_huge_pages("")}) > 32 * 1024
 
 
 def test_what_is_wrong_is_named_and_decides_the_exit_code(

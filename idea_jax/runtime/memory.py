@@ -16,6 +16,9 @@ UNITS = {"B": 1, "bytes": 1} | {
 # Of glibc's <malloc.h>, with values: nothing is mapped by itself, and nothing is given back.
 KEEP_FREED = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}
 CONTAINER = Path("/sys/fs/cgroup/memory.max")  # what a container may use, on Linux
+# What has glibc, from 2.35 on, ask for pages of 2 MB, and where Linux says who gets them.
+TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+GIVEN_TO = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def keep_freed() -> bool:
@@ -30,6 +33,30 @@ def keep_freed() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all([mallopt(option, value) for option, value in KEEP_FREED.values()])
+
+
+def could_ask_for_huge_pages() -> bool:
+    """Whether `with_huge_pages` would have processes get pages of 2 MB that they do not get now.
+
+    A program whose calls take more than 64 MB in a thread of JAX's own gets them from the system
+    anew in each call, and with pages of 4 KB that is an eighth of its time, and more in what the
+    processor looks up. The C library reads the setting when a process starts, and at no other time.
+    """
+    library, version = platform.libc_ver()
+    if library != "glibc" or HUGE_PAGES in os.environ.get(TUNABLES, ""):
+        return False
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    if parts is None or tuple(map(int, parts.groups())) < (2, 35):
+        return False
+    try:
+        return "[madvise]" in GIVEN_TO.read_text()
+    except OSError:
+        return False
+
+
+def with_huge_pages(tunables: str) -> str:
+    """The value of GLIBC_TUNABLES that adds the wish for pages of 2 MB to another value."""
+    return ":".join([*filter(None, [tunables]), f"{HUGE_PAGES}=1"])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
