@@ -77,7 +77,7 @@ def machine() -> Iterator[Finding]:
         wish = memory.with_huge_pages(os.environ.get(memory.TUNABLES, ""))
         text = (
             f"{memory.TUNABLES}={wish} in the environment would have this system give pages of "
-            "2 MB; several people in a step take up to a quarter less time then"
+            "2 MB; with several people in a step, or a model below 1 GB, it can take a quarter less"
         )
         yield Finding("pages", NOTE, text)
 
