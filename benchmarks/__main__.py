@@ -84,11 +84,12 @@ def measure(args: argparse.Namespace) -> int:
     except DeviceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    given = os.environ | environment(args.device)
     result = {
         "name": name_of_report,
         "workload": args.workload,
         "device": args.device,
-        "machine": machine(),
+        "machine": machine() | {"tunables": given.get("GLIBC_TUNABLES", "")},
     }
     with tempfile.TemporaryDirectory(prefix="idea-jax-bench-") as scratch:
         folder = Path(args.inputs or scratch).resolve()

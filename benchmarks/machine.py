@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from idea_jax.runtime import memory
-
 
 class DeviceError(ValueError):
     """The device that is asked for is not there."""
@@ -40,7 +38,6 @@ def machine() -> dict:
         "cpu": cpu,
         "cores": len(cores()),
         "busy": busy_share(),
-        "huge_pages": memory.HUGE_PAGES in huge_pages().get(memory.TUNABLES, ""),
         "python": platform.python_version(),
         "versions": installed(packages),
     }
@@ -96,8 +93,9 @@ def environment(device: str) -> dict[str, str]:
 
 def huge_pages() -> dict[str, str]:
     """The variable that has all stacks alike get pages of 2 MB, where the system gives them to
-    those that ask; docs/performance.md has its readers set it, too. Empty elsewhere."""
-    given = os.environ.get(memory.TUNABLES, "")
-    if memory.could_ask_for_huge_pages():
-        given = memory.with_huge_pages(given)
-    return {memory.TUNABLES: given} if given else {}
+    those that ask. Empty elsewhere, and where the variable is set already."""
+    from idea_jax.runtime import memory  # which imports JAX: nothing that `--help` should wait for
+
+    if not memory.could_ask_for_huge_pages():
+        return {}
+    return {memory.TUNABLES: memory.with_huge_pages(os.environ.get(memory.TUNABLES, ""))}

@@ -103,7 +103,8 @@ def about(result: dict) -> list[str]:
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     on = f"; on one {machine['device']['kind']}" if "device" in machine else ""
-    pages = "; all stacks ask for pages of 2 MB" if machine.get("huge_pages") else ""
+    tunables = machine.get("tunables")
+    pages = f"; all stacks with GLIBC_TUNABLES={tunables}" if tunables else ""
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, others took {machine['busy']:.0%} of them "
         f"before the run{on}{pages}; Python {machine['python']}, {versions}.",

@@ -48,6 +48,7 @@ def lines(reports: dict[str, dict]) -> list[str]:
     host = max((report["machine"] for report in reports.values()), key=lambda one: one["busy"])
     versions = ", ".join(f"{k} {v}" for k, v in host["versions"].items() if k in ("jax", "torch"))
     busy = "; BUSY WITH SOMETHING ELSE, so that no number here counts" * (host["busy"] > BUSY)
+    tunables = f", GLIBC_TUNABLES={host['tunables']}" if host.get("tunables") else ""
     mini, mid = reports.get("mini-cpu", {}), reports.get("mid-cpu", {})
     jobs = reports.get("mini-cpu-jobs", {}).get("jobs", {})
     sizes = WORKLOADS["mini", "cpu"]
@@ -55,7 +56,7 @@ def lines(reports: dict[str, dict]) -> list[str]:
     took = _best(mini.get("times", {}), many)
     rate = f"{1e3 * sizes.pictures / took:.1f}/s" if took else NOT
     return [
-        f"{host['cpu']}, {host['cores']} cores, {versions}{busy}",
+        f"{host['cpu']}, {host['cores']} cores, {versions}{tunables}{busy}",
         "The mini, from the shell, programs kept: photo to person "
         + ", ".join(f"{_seconds(jobs, person(n))} with {n} steps" for n in (0, 25)),
         f"person to a first picture {_seconds(jobs, 'a first picture')}; {sizes.pictures} at once, "
