@@ -96,6 +96,5 @@ def huge_pages() -> dict[str, str]:
     those that ask. Empty elsewhere, and where the variable is set already."""
     from idea_jax.runtime import memory  # which imports JAX: nothing that `--help` should wait for
 
-    if not memory.could_ask_for_huge_pages():
-        return {}
-    return {memory.TUNABLES: memory.with_huge_pages(os.environ.get(memory.TUNABLES, ""))}
+    wish = memory.wish_for_huge_pages()
+    return {memory.TUNABLES: wish} if wish else {}

@@ -73,8 +73,8 @@ def machine() -> Iterator[Finding]:
     shared = "shared by all" if found[0].platform == "cpu" else "each"
     text = f"{len(found)} x {found[0].device_kind} ({found[0].platform}), {each} {shared}"
     yield Finding("devices", OK, text)
-    if found[0].platform == "cpu" and memory.could_ask_for_huge_pages():
-        wish = memory.with_huge_pages(os.environ.get(memory.TUNABLES, ""))
+    wish = memory.wish_for_huge_pages()
+    if found[0].platform == "cpu" and wish:
         text = (
             f"with {memory.TUNABLES}={wish} in the environment this system would give pages of 2 "
             "MB; a training of several people at once, or one whose calls take more than 64 MB on "

@@ -252,12 +252,8 @@ def test_all_stacks_use_one_gpu(monkeypatch):
 
 
 def test_all_stacks_ask_for_the_same_pages_on_a_cpu(monkeypatch):
-    monkeypatch.setenv("GLIBC_TUNABLES", "a=1")
-    for asks, expected in (
-        (True, {"GLIBC_TUNABLES": "a=1:glibc.malloc.hugetlb=1"}),
-        (False, {}),
-    ):
-        monkeypatch.setattr(memory, "could_ask_for_huge_pages", lambda asks=asks: asks)
+    for wish, expected in (("a=1:b=1", {"GLIBC_TUNABLES": "a=1:b=1"}), (None, {})):
+        monkeypatch.setattr(memory, "wish_for_huge_pages", lambda wish=wish: wish)
         assert host.environment("cpu") == {"JAX_PLATFORMS": "cpu"} | expected
         assert "GLIBC_TUNABLES" not in host.environment("gpu")
 

@@ -64,12 +64,13 @@ def test_pages_that_the_system_gives_to_those_that_ask(tmp_path, capsys, monkeyp
         monkeypatch.setenv(memory.TUNABLES, tunables)
         (tmp_path / "enabled").write_text(f"{said}\n")
         (tmp_path / "hpage_pmd_size").write_text(f"{size}\n")
-        return memory.could_ask_for_huge_pages()
+        return memory.wish_for_huge_pages()
 
-    assert advised() and advised(version="2.100")
-    assert advised(tunables="glibc.malloc.check=0")
+    assert advised() == advised(version="2.100") == "glibc.malloc.hugetlb=1"
+    both = "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    assert advised(tunables="glibc.malloc.check=0") == both
     level, text = found(capsys)[1]["pages"]
-    assert level == "note" and "glibc.malloc.check=0:glibc.malloc.hugetlb=1 " in text
+    assert level == "note" and f"GLIBC_TUNABLES={both} " in text
     for tunables in ("glibc.malloc.hugetlb=1", "glibc.malloc.hugetlb=0"):
         assert not advised(tunables=tunables)
     assert "pages" not in found(capsys)[1]
@@ -80,11 +81,11 @@ def test_pages_that_the_system_gives_to_those_that_ask(tmp_path, capsys, monkeyp
     assert not advised(library="musl") and not advised(system="Darwin")
     assert advised()
     (tmp_path / "enabled").unlink()
-    assert not memory.could_ask_for_huge_pages()
+    assert not memory.wish_for_huge_pages()
 
 
 @pytest.mark.skipif(
-    not memory.could_ask_for_huge_pages()
+    not memory.wish_for_huge_pages()
     or not Path("/proc/self/smaps_rollup").is_file()
     or "THP_enabled:\t1" not in Path("/proc/self/status").read_text(),
     reason="the system asks nobody, or tells nobody",
@@ -104,8 +105,9 @@ def test_glibc_understands_what_is_advised():
         )
         return int(run.stdout)
 
+    wish = memory.wish_for_huge_pages()
     assert kibibytes() == 0
-    assert kibibytes(**{memory.TUNABLES: memory.with_huge_pages("")}) >= 2048
+    assert kibibytes(**{memory.TUNABLES: wish}) >= 2048
 
 
 def test_what_is_wrong_is_named_and_decides_the_exit_code(

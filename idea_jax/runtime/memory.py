@@ -36,21 +36,26 @@ def keep_freed() -> bool:
     return all([mallopt(option, value) for option, value in KEEP_FREED.values()])
 
 
-def could_ask_for_huge_pages() -> bool:
-    """Whether `with_huge_pages` would have processes get pages of 2 MB that they do not get now.
+def wish_for_huge_pages() -> str | None:
+    """What GLIBC_TUNABLES has to be for processes to get pages of 2 MB that they do not get now;
+    None where that makes no difference, and where the variable names such pages already.
 
     A program whose calls take more than 64 MB in a thread of JAX's own gets them from the system
     anew in each call; with pages of 4 KB that is up to a seventh of its time, and the processor
     looks up more addresses. The C library reads the setting when a process starts, and at no other
     time.
     """
-    if _glibc() < (2, 35) or HUGE_PAGES in os.environ.get(TUNABLES, ""):
-        return False
+    others = os.environ.get(TUNABLES, "")
+    if _glibc() < (2, 35) or HUGE_PAGES in others:
+        return None
     try:
         is_given = "[madvise]" in (PAGES / "enabled").read_text()
-        return is_given and int((PAGES / "hpage_pmd_size").read_text()) == 2**21
+        size = int((PAGES / "hpage_pmd_size").read_text())
     except (OSError, ValueError):
-        return False
+        return None
+    if not is_given or size != 2**21:
+        return None
+    return ":".join(filter(None, [others, f"{HUGE_PAGES}=1"]))
 
 
 def _glibc() -> tuple[int, ...]:
@@ -60,11 +65,6 @@ def _glibc() -> tuple[int, ...]:
     library, version = platform.libc_ver()
     parts = re.match(r"(\d+)\.(\d+)", version)
     return tuple(map(int, parts.groups())) if library == "glibc" and parts else (0,)
-
-
-def with_huge_pages(tunables: str) -> str:
-    """The value of GLIBC_TUNABLES that adds the wish for pages of 2 MB to another value."""
-    return ":".join([*filter(None, [tunables]), f"{HUGE_PAGES}=1"])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
